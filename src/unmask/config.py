@@ -1,0 +1,49 @@
+"""Run configurations: one dataclass is the file's schema, the command line's flags and their documentation."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+from unmask.spec import UserError, convert, unknown
+
+T = TypeVar("T")
+
+
+def read_config(cls: type[T], path: str | Path, arguments: list[str] | None = None) -> T:
+    """A dataclass from a YAML file, then flags (``--steps 2``) over it.
+
+    Raises:
+        UserError: for an unreadable file, an unknown key (with the nearest one), or a value of the wrong type.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"cannot read the config {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a table of settings: write lines of key: value")
+    hints = typing.get_type_hints(cls)
+    for key, value in values.items():
+        if key not in hints:
+            raise unknown(f"key in {path}", str(key), hints)
+        values[key] = convert(value, hints[key], f"{key} in {path}")
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in values
+    ]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}: add it")
+    return tyro.cli(cls, args=arguments or [], default=cls(**values), prog=f"unmask … {path}")
+
+
+def save_config(config: Any, path: Path) -> None:
+    """Write the resolved configuration beside a run's results."""
+    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))

@@ -1,0 +1,192 @@
+"""MaskedLM: a checkpoint with the facts that decoding and training need, and the checks that make it safe to use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from unmask.spec import UserError
+
+END_OF_TURN = ("<|eot_id|>", "<|im_end|>")  # LLaDA, Dream: ends the text where the tokenizer's EOS only fills the canvas
+
+
+@dataclass
+class MaskedLM:
+    """A masked diffusion language model: backbone, tokenizer and the ids read from them.
+
+    Attributes:
+        model: the backbone, whose forward takes ``positions`` (see ``LLaDAModelLM.forward``).
+        mask_id, eos_id, pad_id: int token ids. eot_id: the end-of-turn id, where the tokenizer has one beside EOS.
+        max_length: the longest prompt + canvas that the checkpoint was made for, in tokens.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    mask_id: int
+    eos_id: int
+    pad_id: int
+    eot_id: int | None
+    max_length: int
+
+    @classmethod
+    def wrap(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> MaskedLM:
+        """Read the ids from the tokenizer, then the config. Raises UserError where mask or EOS cannot be found."""
+        config = model.config
+        mask_id = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else config.mask_token_id
+        eos_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else config.eos_token_id
+        for what, value in (("mask", mask_id), ("end-of-sequence", eos_id)):
+            if not isinstance(value, int):
+                raise UserError(f"{name} names no {what} token: set it in its tokenizer_config.json or config.json")
+        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_id
+        vocabulary = tokenizer.get_vocab()
+        eot = [vocabulary[t] for t in END_OF_TURN if t in vocabulary and vocabulary[t] != eos_id]
+        return cls(
+            model, tokenizer, name, mask_id, eos_id, pad_id, eot[0] if eot else None, config.max_position_embeddings
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end the text: EOS, and EoT where there is one."""
+        return (self.eos_id,) if self.eot_id is None else (self.eos_id, self.eot_id)
+
+    def logits(self, ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
+        """Float32 logits at ``positions``, each for its own position; the mask token has logit -inf.
+
+        Args:
+            ids: (B, T) int64. attention_mask: (B, T) bool, False = padding, or None.
+            positions: (B, K) int64 -> (B, K, V), or a bool mask (B, T) -> (N, V) in row-major order.
+        """
+        logits: Tensor = self.model(input_ids=ids, attention_mask=attention_mask, positions=positions).logits.float()
+        logits[..., self.mask_id] = -torch.inf
+        return logits
+
+    # ---- text in and out -------------------------------------------------------------------------------------------
+
+    def chat(self, user: str, prefill: str = "") -> str:
+        """The prompt text for one user turn, ending where the assistant's text (after ``prefill``) begins."""
+        if not user.strip():
+            raise UserError("the prompt is empty: give some text")
+        if self.tokenizer.chat_template is None:
+            return user + prefill
+        messages = [{"role": "user", "content": user}]
+        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return str(text) + prefill
+
+    def encode(self, prompts: list[str], canvas: int = 0) -> tuple[Tensor, Tensor]:
+        """Prompts of any lengths as one left-padded batch.
+
+        Returns:
+            ids (B, P) int64 and the padding mask (B, P) bool (False = padding), on the model's device.
+
+        Raises:
+            UserError: for an empty prompt, one that holds the mask token, or one longer than the context allows.
+        """
+        rows = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        for text, row in zip(prompts, rows, strict=True):
+            if not row:
+                raise UserError("the prompt is empty: give some text")
+            if self.mask_id in row:
+                token = self.tokenizer.convert_ids_to_tokens(self.mask_id)
+                raise UserError(f"the prompt {text[:60]!r} holds the mask token {token}: remove it")
+            if len(row) + canvas > self.max_length:
+                raise UserError(
+                    f"the prompt has {len(row)} tokens and the canvas {canvas}, but {self.name} takes at most "
+                    f"{self.max_length} together: shorten the prompt or lower --max-new-tokens"
+                )
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self.pad_id)
+        mask = torch.zeros(len(rows), width, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            ids[i, width - len(row) :] = torch.tensor(row)
+            mask[i, width - len(row) :] = True
+        return ids.to(self.device), mask.to(self.device)
+
+    def text(self, tokens: Tensor) -> list[str]:
+        """Each row's text up to its first end token. tokens (B, L) int64."""
+        lengths = self.lengths(tokens).tolist()
+        return [self.tokenizer.decode(row[:n]) for row, n in zip(tokens.tolist(), lengths, strict=True)]
+
+    def lengths(self, tokens: Tensor) -> Tensor:
+        """Number of tokens before the first end token, (B,) int64; L where there is none. tokens (B, L)."""
+        ends = torch.isin(tokens, torch.tensor(self.end_ids, device=tokens.device))
+        return torch.where(ends.any(1), ends.int().argmax(1), tokens.shape[1])
+
+    # ---- the self-test ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def self_test(self) -> dict[str, float]:
+        """Check on short rows that the checkpoint is a usable bidirectional model, in its own dtype.
+
+        Returns:
+            ``padding`` (largest logit change that left padding makes, in standard deviations of the logits), ``left`` and
+            ``right`` (largest change at one end of a row when the other end's token changes, likewise).
+
+        Raises:
+            UserError: one sentence, if padding shows, a side is not seen, something is not finite, or the mask id lies
+                outside the vocabulary.
+        """
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        if not 0 <= self.mask_id < vocabulary:
+            raise UserError(
+                f"{self.name} is refused: its mask id {self.mask_id} lies outside its vocabulary of {vocabulary}"
+            )
+        training = self.model.training
+        self.model.eval()
+        usable = torch.tensor([i for i in range(vocabulary) if i not in (self.mask_id, *self.end_ids)][:64])
+        row = usable[torch.arange(12) * 5 % len(usable)].to(self.device)
+        row[4:7] = self.mask_id
+        edited = row.clone()
+        edited[0], edited[-1] = row[1], row[-2]
+        every = torch.arange(12, device=self.device)[None]
+
+        def run(ids: Tensor, mask: Tensor | None = None, skip: int = 0) -> Tensor:
+            out = self.model(input_ids=ids[None], attention_mask=mask, positions=every + skip).logits[0].float()
+            return out
+
+        plain = run(row)
+        pads = torch.full((5,), self.pad_id, device=self.device)
+        mask = (torch.arange(17, device=self.device) >= 5)[None]
+        padded = run(torch.cat([pads, row]), mask, skip=5)
+        right = run(torch.cat([row[:-1], edited[-1:]]))
+        left = run(torch.cat([edited[:1], row[1:]]))
+        self.model.train(training)
+        if not all(t.isfinite().all() for t in (plain, padded, left, right)):
+            raise UserError(f"{self.name} is refused: its logits are not finite (weights or rotary tables are broken)")
+        scale = float(plain.std()) or 1.0
+        found = {
+            "padding": float((plain - padded).abs().max()) / scale,
+            "left": float((plain - left)[-1].abs().max()) / scale,
+            "right": float((plain - right)[0].abs().max()) / scale,
+        }
+        tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.2
+        if found["padding"] > tolerance:
+            raise UserError(
+                f"{self.name} is refused: left padding changes its logits by {found['padding']:.2g} standard deviations "
+                f"(at most {tolerance:g}), so batches of different prompts would be wrong"
+            )
+        for side in ("left", "right"):
+            if found[side] == 0.0:
+                raise UserError(f"{self.name} is refused: it does not see tokens to the {side}, so it is not bidirectional")
+        return found
+
+    def info(self) -> dict[str, Any]:
+        """Facts for a record: name, family, parameters, ids."""
+        return {
+            "name": self.name,
+            "family": self.model.config.model_type,
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "mask_id": self.mask_id,
+            "eos_id": self.eos_id,
+            "eot_id": self.eot_id,
+            "max_length": self.max_length,
+        }

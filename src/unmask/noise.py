@@ -1,0 +1,49 @@
+"""The forward (masking) process and the training loss of masked diffusion language models.
+
+LLaDA (arXiv 2502.09992), Eq. 3: with t ~ U(0, 1) and every response token masked independently with probability t,
+
+    loss = - E_t [ (1/t) * sum_i 1[x_t^i = MASK] log p(x_0^i | x_t) ] / L
+
+which bounds the negative log-likelihood per token. Here t is stratified over the batch (one draw shifts an even grid), which
+keeps the expectation and lowers its variance.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def sample_times(batch: int, generator: torch.Generator, t_min: float = 1e-3) -> Tensor:
+    """Masking times in [t_min, 1), stratified over the batch and in random order. Returns (batch,) float32 on the CPU."""
+    offset = torch.rand((), generator=generator)
+    grid = (torch.arange(batch) + offset) / batch
+    return t_min + (1 - t_min) * grid[torch.randperm(batch, generator=generator)]
+
+
+def corrupt(
+    ids: Tensor, t: Tensor, maskable: Tensor, mask_id: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Mask each maskable token of row b with probability ``t[b]``.
+
+    Args:
+        ids: (B, T) int64. t: (B,) float32. maskable: (B, T) bool.
+
+    Returns:
+        The corrupted ids (B, T) and the bool mask (B, T) of what was replaced.
+    """
+    draws = torch.rand(ids.shape, generator=generator).to(ids.device)
+    masked = (draws < t.to(ids.device)[:, None]) & maskable
+    return ids.masked_fill(masked, mask_id), masked
+
+
+def diffusion_loss(logits: Tensor, targets: Tensor, t: Tensor, tokens: Tensor | int) -> Tensor:
+    """1/t-weighted cross-entropy (LLaDA, Eq. 3), a scalar in nats a token.
+
+    Args:
+        logits: (N, V) at the masked positions. targets: (N,) int64.
+        t: (N,) the masking time of each position's row. tokens: the number of maskable tokens in the batch.
+    """
+    nll = F.cross_entropy(logits.float(), targets, reduction="none")
+    return (nll / t).sum() / tokens

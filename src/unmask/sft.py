@@ -1,0 +1,301 @@
+"""Supervised training with the masked diffusion loss (LLaDA, arXiv 2502.09992, Eq. 3 and 5), on ``transformers.Trainer``.
+
+Each example is a prompt and a response; the response ends with its end-of-turn token and is filled with EOS up to the canvas
+length, and by default the filling is learned like any other token. In a share of the rows the prompt is masked too
+(whole-sequence pre-training). All randomness of a step is drawn from a generator seeded by (seed, step, rank), so a resumed
+run continues exactly as the uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from unmask.config import save_config
+from unmask.models.load import load
+from unmask.models.masked_lm import MaskedLM
+from unmask.models.scratch import new_model
+from unmask.noise import corrupt, diffusion_loss, sample_times
+from unmask.optim import MuonAdamW
+from unmask.spec import UserError
+from unmask.tasks import make_task
+from unmask.tasks.base import PREFILL
+
+EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+@dataclass
+class SFTConfig:
+    """One supervised run."""
+
+    output: str
+    """The run folder: checkpoints, logs, and ``final`` (a plain checkpoint) at the end."""
+    tasks: list[str]
+    """Task specs whose worked responses are learned, in equal shares, e.g. ``sudoku:style=compact``."""
+    model: str | None = None
+    """Start from this model; or give ``new_model``."""
+    new_model: dict[str, Any] | None = None
+    """Start from random weights: LLaDAConfig fields (``d_model``, ``n_layers``, …)."""
+    problems: int = 20_000
+    """Training problems a task."""
+    validation_problems: int = 128
+    """Validation problems a task."""
+    canvas: list[int] = field(default_factory=lambda: [128])
+    """Canvas lengths, taken in turn step by step. A response that does not fit is left out of that step's loss."""
+    steps: int = 1000
+    batch_size: int = 64
+    """Examples a step on each process."""
+    learning_rate: float = 2e-3
+    warmup_steps: int = 100
+    decay_share: float = 0.4
+    """The learning rate is constant, then falls linearly to zero over this last share of the steps."""
+    optimizer: str = "muon"
+    """``muon`` (matrices; AdamW for the rest) or ``adamw``."""
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    prompt_masking: float = 0.25
+    """Share of rows in which the prompt is masked and learned too."""
+    eos_in_loss: bool = True
+    """Learn the EOS filling after the response (LLaDA does); without it only the end-of-turn token is learned."""
+    bf16: bool = True
+    """Autocast to bfloat16 (master weights stay float32)."""
+    compile: bool = False
+    """torch.compile the trunk."""
+    attention: str = "sdpa"
+    """``sdpa`` or ``eager`` (faster backward on CPUs)."""
+    seed: int = 0
+    log_every: int = 20
+    eval_every: int = 500
+    save_every: int = 500
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.new_model is None):
+            raise UserError("give either model (a checkpoint to start from) or new_model (the shape of a new one)")
+        if self.optimizer not in ("muon", "adamw"):
+            raise UserError(f"optimizer is {self.optimizer!r}: give muon or adamw")
+        if self.attention not in ("sdpa", "eager"):
+            raise UserError(f"attention is {self.attention!r}: give sdpa or eager")
+        if not self.tasks or not self.canvas:
+            raise UserError("tasks and canvas each need at least one entry")
+        for name in ("problems", "validation_problems", "steps", "batch_size", "log_every", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give 1 or more")
+        if min(self.canvas) < 1:
+            raise UserError(f"canvas is {self.canvas}: give lengths of 1 or more")
+        for name in ("prompt_masking", "decay_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give a share between 0 and 1")
+
+
+class Examples(Dataset[dict[str, list[int]]]):
+    """Tokenised prompts and responses of tasks, tasks interleaved so that any stretch holds equal shares."""
+
+    def __init__(self, lm: MaskedLM, specs: list[str], split: str, count: int, seed: int) -> None:
+        self.rows: list[dict[str, list[int]]] = []
+        end = lm.eos_id if lm.eot_id is None else lm.eot_id
+        per_task = []
+        for spec in specs:
+            problems = make_task(spec, {}).problems(split, count, seed)
+            if problems[0].response is None:
+                raise UserError(f"task {spec} has no worked responses to learn: use its compact style")
+            prompts = [lm.chat(p.question, PREFILL) for p in problems]
+            encode = lm.tokenizer
+            per_task.append(
+                [
+                    {"prompt": a, "response": [*b, end]}
+                    for a, b in zip(
+                        encode(prompts, add_special_tokens=False)["input_ids"],
+                        encode([p.response or "" for p in problems], add_special_tokens=False)["input_ids"],
+                        strict=True,
+                    )
+                ]
+            )
+        for group in zip(*per_task, strict=True):
+            self.rows.extend(group)
+        self.prompt_width = max(len(r["prompt"]) for r in self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return self.rows[index]
+
+
+@dataclass
+class Collate:
+    """Left-padded prompts and EOS-filled responses of one width, so that a compiled model sees one shape."""
+
+    lm: MaskedLM
+    prompt_width: int
+    canvas: int
+
+    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        """Returns ids (B, P+L), visible (B, P+L) bool, lengths (B,) of the responses with their end token."""
+        ids = torch.full((len(rows), self.prompt_width + self.canvas), self.lm.eos_id)
+        visible = torch.ones_like(ids, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            start = self.prompt_width - len(row["prompt"])
+            visible[i, :start] = False
+            ids[i, start : self.prompt_width] = torch.tensor(row["prompt"])
+            response = row["response"][: self.canvas]
+            ids[i, self.prompt_width : self.prompt_width + len(response)] = torch.tensor(response)
+        return {"ids": ids, "visible": visible, "lengths": torch.tensor([len(r["response"]) for r in rows])}
+
+
+class DiffusionTrainer(Trainer):
+    """transformers.Trainer with the masked diffusion loss, exact resume and validation at fixed masking times."""
+
+    def __init__(self, lm: MaskedLM, config: SFTConfig, prompt_width: int, **kwargs: Any) -> None:
+        super().__init__(model=lm.model, **kwargs)
+        self.lm, self.config, self.prompt_width = lm, config, prompt_width
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        if self.config.optimizer == "adamw":
+            return super().create_optimizer(model)
+        if self.optimizer is None:
+            net: PreTrainedModel = self.model if model is None else model
+            outside = {id(net.get_input_embeddings().weight), id(net.get_output_embeddings().weight)}
+            self.optimizer = MuonAdamW(
+                net.named_parameters(), self.args.learning_rate, self.config.weight_decay, outside
+            )
+        return self.optimizer
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        generator = torch.Generator().manual_seed(
+            (self.config.seed * 1_000_003 + self.state.global_step) * 1009 + self.args.process_index
+        )
+        canvas = self.config.canvas[self.state.global_step % len(self.config.canvas)]
+        t = sample_times(len(inputs["ids"]), generator)
+        return self.loss_at(model, inputs, t, canvas, self.config.prompt_masking, generator)
+
+    def loss_at(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        t: Tensor,
+        canvas: int,
+        prompt_masking: float,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """The diffusion loss of a batch at masking times ``t`` (B,), its canvas cut to ``canvas`` tokens."""
+        width = self.prompt_width + canvas
+        ids, visible, lengths = inputs["ids"][:, :width], inputs["visible"][:, :width], inputs["lengths"]
+        place = torch.arange(width, device=ids.device)[None] - self.prompt_width  # 0 is the first canvas token
+        response = (place >= 0).expand_as(ids)
+        if not self.config.eos_in_loss:
+            response = response & (place < lengths[:, None])
+        with_prompt = torch.rand(len(ids), generator=generator) < prompt_masking
+        maskable = (response | with_prompt.to(ids.device)[:, None]) & visible & (lengths <= canvas)[:, None]
+        noisy, masked = corrupt(ids, t, maskable, self.lm.mask_id, generator)
+        logits = model(input_ids=noisy, attention_mask=visible, positions=masked).logits
+        rows = masked.nonzero()[:, 0]
+        return diffusion_loss(logits, ids[masked], t.to(ids.device)[rows], int(maskable.sum().clamp(min=1)))
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+        """Validation loss (nats a token, 1/t-weighted) at each of EVAL_TIMES on the longest canvas, and their mean."""
+        model = self._wrap_model(self.model, training=False)
+        model.eval()
+        sums = torch.zeros(len(EVAL_TIMES))
+        batches = 0
+        for number, batch in enumerate(self.get_eval_dataloader(eval_dataset)):
+            batch = self._prepare_inputs(batch)
+            for i, time in enumerate(EVAL_TIMES):
+                t = torch.full((len(batch["ids"]),), time)
+                generator = torch.Generator().manual_seed(number * 10 + i)
+                with self.compute_loss_context_manager():
+                    loss = self.loss_at(model, batch, t, max(self.config.canvas), 0.0, generator)
+                sums[i] += loss.float().cpu()
+            batches += 1
+        model.train()
+        means = (sums / max(batches, 1)).tolist()
+        metrics = {f"{metric_key_prefix}_loss_t{t}": m for t, m in zip(EVAL_TIMES, means, strict=True)}
+        metrics[f"{metric_key_prefix}_loss"] = sum(means) / len(means)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def train(config: SFTConfig, resume: bool = True) -> Path:
+    """Run (or, if ``output`` holds a checkpoint, go on with) a supervised run; returns the final checkpoint's folder.
+
+    Raises:
+        UserError: for an unknown model or task, or responses longer than every canvas.
+    """
+    output = Path(config.output)
+    if config.new_model is not None:
+        lm = MaskedLM.wrap(*new_model(config.new_model, config.seed), name="new model")
+    else:
+        lm = load(str(config.model))
+    lm.model.config._attn_implementation = config.attention
+    training = Examples(lm, config.tasks, "train", config.problems, config.seed)
+    validation = Examples(lm, config.tasks, "validation", config.validation_problems, 0)
+    longest = max(len(r["response"]) for r in training.rows)
+    if longest > max(config.canvas):
+        raise UserError(f"the longest response has {longest} tokens: raise canvas {config.canvas} to hold it")
+    prompt_width = max(training.prompt_width, validation.prompt_width)
+    if prompt_width + max(config.canvas) > lm.max_length:
+        raise UserError(
+            f"prompts of {prompt_width} tokens and a canvas of {max(config.canvas)} exceed the model's {lm.max_length}"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    save_config(config, output / "config.yaml")
+    if config.compile:
+        lm.model.model.compile(dynamic=False)
+    cpu = not torch.cuda.is_available()
+    trainer = DiffusionTrainer(
+        lm,
+        config,
+        prompt_width,
+        train_dataset=training,
+        eval_dataset=validation,
+        data_collator=Collate(lm, prompt_width, max(config.canvas)),
+        args=TrainingArguments(
+            output_dir=str(output),
+            max_steps=config.steps,
+            per_device_train_batch_size=config.batch_size,
+            per_device_eval_batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            lr_scheduler_type="warmup_stable_decay",
+            lr_scheduler_kwargs={
+                "num_decay_steps": max(1, round(config.decay_share * config.steps)),
+                "decay_type": "linear",
+            },
+            warmup_steps=config.warmup_steps,
+            bf16=config.bf16,
+            use_cpu=cpu,
+            dataloader_pin_memory=not cpu,
+            dataloader_drop_last=True,
+            remove_unused_columns=False,
+            logging_steps=config.log_every,
+            eval_strategy="steps",
+            eval_steps=config.eval_every,
+            save_steps=config.save_every,
+            save_total_limit=2,
+            report_to=config.report_to or "none",
+            seed=config.seed,
+            data_seed=config.seed,
+        ),
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)) if resume else None)
+    final, partial = output / "final", output / "final.partial"
+    if trainer.is_world_process_zero():
+        shutil.rmtree(partial, ignore_errors=True)
+        lm.model.save_pretrained(partial)
+        lm.tokenizer.save_pretrained(partial)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    return final

@@ -1,0 +1,87 @@
+"""``name:key=value,key=value`` — the one syntax for decoders and tasks on the command line and in files."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """A mistake in what the user asked for. The message is one sentence that names the value and the fix."""
+
+
+def unknown(kind: str, value: str, choices: Iterable[str]) -> UserError:
+    """The error for a name that is not one of the choices, with the nearest one suggested."""
+    choices = sorted(choices)
+    near = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return UserError(f"unknown {kind} {value!r}: {hint}choose from {', '.join(choices)}")
+
+
+def split_spec(spec: str) -> tuple[str, dict[str, str]]:
+    """``"ass:blocks=4,temperature=1"`` -> ``("ass", {"blocks": "4", "temperature": "1"})``. Raises UserError."""
+    name, _, rest = spec.strip().partition(":")
+    parameters: dict[str, str] = {}
+    for part in filter(None, (p.strip() for p in rest.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip() or not value.strip():
+            raise UserError(f"cannot read {part!r} in {spec!r}: parameters are written name:key=value,key=value")
+        if key.strip() in parameters:
+            raise UserError(f"{key.strip()!r} is given twice in {spec!r}: give it once")
+        parameters[key.strip()] = value.strip()
+    return name, parameters
+
+
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """A value (often text) as the type that a dataclass field declares; UserError names the field otherwise."""
+    arms = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if value is None or (isinstance(value, str) and value.lower() == "none"):
+        if type(None) in arms:
+            return None
+    for arm in (a for a in arms if a is not type(None)):
+        if typing.get_origin(arm) is list and isinstance(value, list):
+            return [convert(v, typing.get_args(arm)[0], where) for v in value]
+        if typing.get_origin(arm) is dict and isinstance(value, dict):
+            return value
+        if typing.get_origin(arm) is typing.Literal:
+            if value in typing.get_args(arm):
+                return value
+            raise unknown(where, str(value), map(str, typing.get_args(arm)))
+        if arm is bool:
+            if isinstance(value, bool):
+                return value
+            if str(value).lower() in ("true", "false", "1", "0", "yes", "no"):
+                return str(value).lower() in ("true", "1", "yes")
+        elif arm in (int, float) and not isinstance(value, bool):
+            try:
+                number = arm(value)
+            except (TypeError, ValueError):
+                continue
+            if arm is float or not isinstance(value, float) or number == value:
+                return number
+        elif arm is str and isinstance(value, str):
+            return value
+    names = " or ".join(getattr(a, "__name__", str(a)) for a in arms)
+    raise UserError(f"{where} is {value!r}: give {names.replace('NoneType', 'none')}")
+
+
+def build(cls: type[T], parameters: Mapping[str, Any], what: str) -> T:
+    """A dataclass from text or file values: unknown keys and wrong types are UserErrors that name the choices.
+
+    Args:
+        cls: a dataclass whose fields are int, float, bool, str, Literal or an optional of these.
+        parameters: field name -> value, as text or already typed.
+        what: how to call it in an error, e.g. ``"decoder 'ass'"``.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
+    for key in parameters:
+        if key not in fields:
+            raise unknown(f"parameter of {what}", key, fields)
+    return cls(**{k: convert(v, hints[k], f"{k} of {what}") for k, v in parameters.items()})

@@ -1,0 +1,31 @@
+"""Tasks by name. ``make_task("countdown:numbers=4")`` is how every command finds one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from unmask.spec import build, split_spec, unknown
+from unmask.tasks.base import Grade, Problem, Task
+from unmask.tasks.countdown import Countdown
+from unmask.tasks.sudoku import Sudoku
+
+__all__ = ["TASKS", "Grade", "Problem", "Task", "make_task"]
+
+TASKS: dict[str, type[Task]] = {"countdown": Countdown, "sudoku": Sudoku}
+
+
+def make_task(spec: str, defaults: Mapping[str, Mapping[str, Any]]) -> Task:
+    """A task from ``name:key=value,…``.
+
+    Args:
+        spec: e.g. ``"sudoku"`` or ``"countdown:numbers=4,style=compact"``.
+        defaults: parameters by task name that a checkpoint was trained for; the spec overrides them.
+
+    Raises:
+        UserError: for an unknown task or parameter, or a value out of range.
+    """
+    name, parameters = split_spec(spec)
+    if name not in TASKS:
+        raise unknown("task", name, TASKS)
+    return build(TASKS[name], {**defaults.get(name, {}), **parameters}, f"task {name!r}")

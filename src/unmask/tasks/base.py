@@ -1,0 +1,111 @@
+"""What a task is: seeded problems in disjoint splits, a prompt, one grader for training and evaluation, named rewards."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal
+
+from unmask.spec import UserError
+
+Split = Literal["train", "validation", "test", "heldout"]
+Reward = Callable[..., "list[float | None]"]
+
+PREFILL = "<reasoning>"  # the assistant's turn starts with this, as in the paper's evaluation
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One problem. ``truth`` holds what the grader needs (JSON values); ``response`` is a worked solution, if any."""
+
+    id: str
+    question: str
+    truth: dict[str, Any]
+    response: str | None = None
+
+
+@dataclass(frozen=True)
+class Grade:
+    """The result for one completion: ``points`` out of ``possible`` (pooled over problems) and whether all is right."""
+
+    solved: bool
+    points: float
+    possible: float
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """A kind of problem. Parameters are the fields; equal parameters and seeds give equal problems."""
+
+    name: ClassVar[str]
+    score_name: ClassVar[str] = "accuracy"
+    splits: ClassVar[tuple[str, ...]] = ("train", "validation", "test")
+
+    style: Literal["paper", "compact"] = "paper"
+    """``paper``: the long instruction for large models. ``compact``: the short form that ``tiny`` was trained on."""
+    extraction: Literal["default", "published"] = "default"
+    """How an answer is found in a completion. ``published`` repeats the rules of the released evaluation."""
+    data: str | None = None
+    """A file of test problems to use instead of generated ones."""
+
+    def problems(self, split: str, limit: int | None, seed: int = 0) -> list[Problem]:
+        """The first ``limit`` problems of a split (``None``: all, where the split is finite).
+
+        Raises:
+            UserError: for an unknown split, a negative limit, or more problems than there are.
+        """
+        if split not in self.splits:
+            raise UserError(f"task {self.name} has no split {split!r}: choose from {', '.join(self.splits)}")
+        if limit is not None and limit < 1:
+            raise UserError(f"the number of problems is {limit}: give 1 or more")
+        if self.data is not None:
+            if split != "test":
+                raise UserError(f"data={self.data} holds test problems: split {split!r} is only generated")
+            found = list(self.load(self.data))
+            return found if limit is None else found[:limit]
+        return self.generate(split, limit, seed)
+
+    @abstractmethod
+    def generate(self, split: str, limit: int | None, seed: int) -> list[Problem]:
+        """Problems made from a seed. Splits are disjoint whatever the seeds."""
+
+    @abstractmethod
+    def load(self, path: str) -> Iterator[Problem]:
+        """Problems from a file in the task's published format."""
+
+    @abstractmethod
+    def instruction(self, problem: Problem) -> str:
+        """The user's turn."""
+
+    @abstractmethod
+    def grade(self, problem: Problem, completion: str) -> Grade:
+        """Grade a completion (the text after the prefill, up to its first end token). Never raises on model text."""
+
+    @abstractmethod
+    def rewards(self) -> dict[str, tuple[Reward, float]]:
+        """Reward functions by name with their weights; TRL's signature, the column ``problem`` holds Problems."""
+
+    def completion_truth(self, row: dict[str, Any]) -> Problem:
+        """The Problem behind a row of a completions file (``question``, ``completion``, ``ground_truth``)."""
+        raise UserError(f"task {self.name} cannot grade completions made elsewhere")
+
+    def config(self) -> dict[str, Any]:
+        """Name and all parameters, for a record."""
+        return {"name": self.name, **asdict(self)}
+
+    def parameters(self) -> list[str]:
+        return [f.name for f in fields(self)]
+
+
+def bucket(key: str, buckets: int = 100) -> int:
+    """A stable hash of a problem's identity to 0 … buckets-1."""
+    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % buckets
+
+
+def split_of(key: str) -> str:
+    """Which split a problem belongs to: 80 % train, 10 % validation, 10 % test, fixed by its identity alone."""
+    b = bucket(key)
+    return "train" if b < 80 else "validation" if b < 90 else "test"

@@ -1,0 +1,208 @@
+"""Countdown: reach a target with + - * / and every given number exactly once.
+
+Problems come from reasoning-gym; a problem's identity is (sorted numbers, target), which fixes its split. The compact style
+carries a worked solution: a systematic search, written out, that tries every pair of numbers and stops at the first result
+from which the target can be reached, so its length cannot be known before the problem is solved.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+from pathlib import Path
+from typing import Any, ClassVar
+
+import reasoning_gym
+
+from unmask.spec import UserError
+from unmask.tasks import answers
+from unmask.tasks.base import Grade, Problem, Reward, Task, split_of
+
+INSTRUCTION = """\
+Reach the target with the numbers given. Use every number exactly once and only the operations {operators}.
+Think between <reasoning> and </reasoning>, then write only the final expression, for example (1 + 2) * 3, between \
+<answer> and </answer>.
+
+{question}"""
+
+
+@dataclass(frozen=True)
+class Countdown(Task):
+    name: ClassVar[str] = "countdown"
+
+    numbers: int = 3
+    """How many numbers a problem gives (the paper: 3)."""
+    max_value: int = 100
+    max_target: int = 100
+    operators: str = "+-*/"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.numbers <= 6:
+            raise UserError(f"numbers of task countdown is {self.numbers}: give 2 to 6")
+        if not self.operators or set(self.operators) - set("+-*/"):
+            raise UserError(f"operators of task countdown is {self.operators!r}: give some of + - * /")
+        if self.max_value < 1 or self.max_target < 1:
+            raise UserError("max_value and max_target of task countdown must be 1 or more")
+
+    def generate(self, split: str, limit: int | None, seed: int) -> list[Problem]:
+        if limit is None:
+            raise UserError("task countdown generates problems without end: give a limit")
+        source = reasoning_gym.create_dataset(
+            "countdown",
+            size=2**31,
+            seed=seed,
+            min_numbers=self.numbers,
+            max_numbers=self.numbers,
+            min_value=1,
+            max_value=self.max_value,
+            min_target=1,
+            max_target=self.max_target,
+            operators=tuple(self.operators),
+        )
+        found: dict[str, Problem] = {}
+        misses = index = 0
+        while len(found) < limit:
+            problem = self.problem(*_numbers_and_target(source[index]["metadata"]))
+            index += 1
+            # For training, the same numbers in another order are another problem (of the same split).
+            key = problem.question if split == "train" else problem.id
+            if split_of(problem.id) != split or key in found or self.hopeless(problem):
+                misses += 1
+                if misses > 20_000 + 50 * limit:
+                    raise UserError(
+                        f"only {len(found)} different {split} problems exist for {self.config()}: "
+                        "ask for fewer or raise max_value"
+                    )
+                continue
+            found[key] = problem
+        return list(found.values())
+
+    def hopeless(self, problem: Problem) -> bool:
+        """True if the compact search cannot write a solution (reasoning-gym may pass through negative numbers)."""
+        return self.style == "compact" and problem.response is None
+
+    def problem(self, numbers: tuple[int, ...], target: int) -> Problem:
+        identity = f"countdown {sorted(numbers)} {target}"
+        truth = {"numbers": list(numbers), "target": target}
+        if self.style == "compact":
+            question = f"make {target} from {' '.join(map(str, numbers))}"
+            return Problem(identity, question, truth, worked_solution(numbers, target, self.operators))
+        return Problem(identity, f"Numbers: {list(numbers)}\nTarget: {target}", truth)
+
+    def load(self, path: str) -> Iterator[Problem]:
+        for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+            try:
+                row = json.loads(line)
+                yield self.problem(tuple(int(n) for n in row["input"].split(",")), int(row["output"]))
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f'{path}:{number} is not a line like {{"input": "30,100,93", "output": "23"}}') from None
+
+    def instruction(self, problem: Problem) -> str:
+        if self.style == "compact":
+            return problem.question
+        return INSTRUCTION.format(operators=", ".join(self.operators), question=problem.question)
+
+    def extract(self, completion: str) -> str:
+        text = completion if self.extraction == "published" else answers.cut_at_end(completion)
+        boxes = answers.boxed(text)
+        tag = answers.tagged(text)
+        return answers.to_expression(boxes[-1] if boxes else tag if tag is not None else text)
+
+    def grade(self, problem: Problem, completion: str) -> Grade:
+        expression = self.extract(completion)
+        result = answers.arithmetic(expression)
+        solved = (
+            result is not None
+            and sorted(result[1]) == sorted(problem.truth["numbers"])
+            and abs(result[0] - problem.truth["target"]) < 1e-5
+        )
+        return Grade(solved, float(solved), 1.0, expression[: answers.MAX_EXPRESSION])
+
+    def rewards(self) -> dict[str, tuple[Reward, float]]:
+        return {"countdown": (self.reward, 1.0)}
+
+    def reward(self, prompts: list[str], completions: list[str], problem: list[Problem], **_: Any) -> list[float | None]:
+        """1.0 for a right expression, 0.1 for one that uses the given numbers but misses the target, else 0."""
+        values: list[float | None] = []
+        for completion, p in zip(completions, problem, strict=True):
+            result = answers.arithmetic(self.extract(completion))
+            well_formed = result is not None and sorted(result[1]) == sorted(p.truth["numbers"])
+            values.append(1.0 if self.grade(p, completion).solved else 0.1 if well_formed else 0.0)
+        return values
+
+    def completion_truth(self, row: dict[str, Any]) -> Problem:
+        numbers, target = row["ground_truth"]
+        return self.problem(tuple(numbers), target)
+
+
+def _numbers_and_target(metadata: dict[str, Any]) -> tuple[tuple[int, ...], int]:
+    return tuple(metadata["numbers"]), metadata["target"]
+
+
+Term = tuple[int, str, int]  # value, expression, precedence of its top operator (1: + -, 2: * /, 3: a number)
+
+
+def _results(p: Term, q: Term, operators: str) -> Iterator[Term]:
+    """Every positive whole result of one operation on two terms, in a fixed order."""
+    high, low = (p, q) if p[0] >= q[0] else (q, p)
+    for op in "+-*/":
+        if op not in operators:
+            continue
+        left, right = (high, low) if op in "-/" else (p, q)
+        precedence = 1 if op in "+-" else 2
+        a = left[1] if left[2] >= precedence else f"({left[1]})"
+        b = right[1] if right[2] > precedence or (op in "+*" and right[2] == precedence) else f"({right[1]})"
+        if op == "/":
+            if low[0] == 0 or high[0] % low[0]:
+                continue
+            value = high[0] // low[0]
+        else:
+            value = left[0] + right[0] if op == "+" else left[0] - right[0] if op == "-" else left[0] * right[0]
+        if value > 0:
+            yield value, f"{a}{op}{b}", precedence
+
+
+def _step(p: Term, q: Term, result: Term) -> str:
+    """How the search writes one operation: ``8*3=24`` on the current values."""
+    high, low = max(p[0], q[0]), min(p[0], q[0])
+    if p[0] + q[0] == result[0] and result[2] == 1:
+        return f"{p[0]}+{q[0]}={result[0]}"
+    if high - low == result[0] and result[2] == 1:
+        return f"{high}-{low}={result[0]}"
+    if p[0] * q[0] == result[0]:
+        return f"{p[0]}*{q[0]}={result[0]}"
+    return f"{high}/{low}={result[0]}"
+
+
+@cache
+def _reachable(values: tuple[int, ...], target: int, operators: str) -> bool:
+    return any(True for _ in _search(tuple((v, str(v), 3) for v in values), target, operators))
+
+
+def _search(terms: tuple[Term, ...], target: int, operators: str) -> Iterator[tuple[list[str], str]]:
+    """The written search: at most one (steps, expression), the first found in the fixed order."""
+    if len(terms) == 1:
+        if terms[0][0] == target:
+            yield [], terms[0][1]
+        return
+    written: list[str] = []
+    for i, j in combinations(range(len(terms)), 2):
+        rest = tuple(t for k, t in enumerate(terms) if k not in (i, j))
+        for result in _results(terms[i], terms[j], operators):
+            step = _step(terms[i], terms[j], result)
+            if len(terms) > 2:
+                written.append(step)
+            if _reachable(tuple(t[0] for t in (*rest, result)), target, operators):
+                steps, expression = next(_search((*rest, result), target, operators))
+                yield (written if len(terms) > 2 else [step]) + steps, expression
+                return
+
+
+def worked_solution(numbers: tuple[int, ...], target: int, operators: str) -> str | None:
+    """The search and its answer in the compact style, or None if positive whole steps cannot reach the target."""
+    for steps, expression in _search(tuple((n, str(n), 3) for n in numbers), target, operators):
+        return f"{' '.join(steps)}</reasoning><answer>{expression}</answer>"
+    return None

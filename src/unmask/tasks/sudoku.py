@@ -1,0 +1,160 @@
+"""4×4 Sudoku with one solution. Score: cell accuracy over the empty cells, pooled over puzzles; and puzzles solved whole.
+
+Puzzles come from reasoning-gym. There are only 288 solved grids: the 29 (a tenth) with the smallest hash are held out from
+every other split and form the split ``heldout``; among the rest a puzzle's own hash fixes its split.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from itertools import permutations
+from pathlib import Path
+from typing import Any, ClassVar
+
+import reasoning_gym
+
+from unmask.spec import UserError
+from unmask.tasks import answers
+from unmask.tasks.base import Grade, Problem, Reward, Task, bucket, split_of
+
+INSTRUCTION = """\
+Solve the 4x4 Sudoku below. It is written row by row as 16 digits, and 0 is an empty cell. Each row, each column and each \
+2x2 box must hold the digits 1 to 4 exactly once.
+Think between <reasoning> and </reasoning>, then write the 16 digits of the solved grid between <answer> and </answer>.
+
+{question}"""
+
+
+@dataclass(frozen=True)
+class Sudoku(Task):
+    name: ClassVar[str] = "sudoku"
+    score_name: ClassVar[str] = "cell accuracy"
+    splits: ClassVar[tuple[str, ...]] = ("train", "validation", "test", "heldout")
+
+    min_empty: int = 6
+    max_empty: int = 11
+    """Bounds on the empty cells; a puzzle keeps more clues where fewer would leave two solutions."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min_empty <= self.max_empty <= 12:
+            raise UserError(
+                f"min_empty={self.min_empty}, max_empty={self.max_empty} of task sudoku: give 1 <= min <= max <= 12"
+            )
+
+    def generate(self, split: str, limit: int | None, seed: int) -> list[Problem]:
+        if limit is None:
+            raise UserError("task sudoku generates puzzles without end: give a limit")
+        source = reasoning_gym.create_dataset(
+            "mini_sudoku", size=2**31, seed=seed, min_empty=self.min_empty, max_empty=self.max_empty
+        )
+        found: dict[str, Problem] = {}
+        misses = index = 0
+        while len(found) < limit:
+            metadata = source[index]["metadata"]
+            index += 1
+            puzzle, solution = _flat(metadata["puzzle"]), _flat(metadata["solution"])
+            problem = self.problem(puzzle, solution)
+            home = "heldout" if solution in heldout_grids() else split_of(problem.id)
+            if home != split or problem.id in found:
+                misses += 1
+                if misses > 50_000 + 100 * limit:
+                    raise UserError(f"only {len(found)} different {split} puzzles found for {self.config()}: ask for fewer")
+                continue
+            found[problem.id] = problem
+        return list(found.values())
+
+    def problem(self, puzzle: str, solution: str) -> Problem:
+        truth = {"puzzle": puzzle, "solution": solution}
+        if self.style == "compact":
+            return Problem(f"sudoku {puzzle}", f"solve {_labelled(puzzle)}", truth, worked_solution(puzzle, solution))
+        return Problem(f"sudoku {puzzle}", f"Solve the following Sudoku puzzle: {puzzle}", truth)
+
+    def load(self, path: str) -> Iterator[Problem]:
+        with Path(path).open(newline="") as file:
+            for number, row in enumerate(csv.DictReader(file), 2):
+                puzzle, solution = row.get("Puzzle") or "", row.get("Solution") or ""
+                if not re.fullmatch("[0-4]{16}", puzzle) or not re.fullmatch("[1-4]{16}", solution):
+                    raise UserError(f"{path}:{number} is not a row Puzzle,Solution of 16 digits each")
+                yield self.problem(puzzle, solution)
+
+    def instruction(self, problem: Problem) -> str:
+        return problem.question if self.style == "compact" else INSTRUCTION.format(question=problem.question)
+
+    def extract(self, completion: str) -> str:
+        """16 characters, ``0`` where the answer is too short.
+
+        Default: the digits 1-4 (or 0) of the last answer tags, else of an answer left open, else the last run of 16.
+        """
+        if self.extraction == "published":
+            found = re.search(r"<answer>(.*?)(?:</answer>|<\|eot_id\|>|<\|endoftext\|>|$)", completion, re.DOTALL)
+            after = re.search(r"</answer>(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|$)", completion, re.DOTALL)
+            run = re.search(r"\b\d{16}\b", completion)
+            text = found[1] if found else after[1] if after else run[0] if run else ""
+            return re.sub(r"\s", "", text).ljust(16, "0")[:16]
+        text = answers.cut_at_end(completion)
+        tag = answers.tagged(text)
+        if tag is None and "<answer>" in text:
+            tag = text.rsplit("<answer>", 1)[1]
+        if tag is None:
+            runs = re.findall(r"(?<!\d)[0-9]{16}(?!\d)", text)
+            tag = runs[-1] if runs else ""
+        return "".join(re.findall("[0-9]", tag)).ljust(16, "0")[:16]
+
+    def grade(self, problem: Problem, completion: str) -> Grade:
+        answer = self.extract(completion)
+        puzzle, solution = problem.truth["puzzle"], problem.truth["solution"]
+        empty = [i for i, c in enumerate(puzzle) if c == "0"]
+        right = sum(answer[i] == solution[i] for i in empty)
+        return Grade(answer == solution, float(right), float(len(empty)), answer)
+
+    def rewards(self) -> dict[str, tuple[Reward, float]]:
+        return {"sudoku": (self.reward, 1.0)}
+
+    def reward(self, prompts: list[str], completions: list[str], problem: list[Problem], **_: Any) -> list[float | None]:
+        """The fraction of the empty cells that are right."""
+        grades = [self.grade(p, c) for p, c in zip(problem, completions, strict=True)]
+        return [g.points / g.possible for g in grades]
+
+    def completion_truth(self, row: dict[str, Any]) -> Problem:
+        puzzle = re.search("[0-4]{16}", row["question"])
+        if puzzle is None:
+            raise UserError(f"no puzzle of 16 digits in the question {row['question']!r}")
+        return self.problem(puzzle[0], row["ground_truth"])
+
+
+def _flat(board: list[list[int]]) -> str:
+    return "".join(str(cell) for row in board for cell in row)
+
+
+def _labelled(grid: str) -> str:
+    """``a2.31 b…``: rows carry labels, so that a cell can be addressed wherever it stands in the text."""
+    return " ".join("abcd"[r] + grid[4 * r : 4 * r + 4].replace("0", ".") for r in range(4))
+
+
+def worked_solution(puzzle: str, solution: str) -> str:
+    """The compact solution: each gap as ``a2=4`` in reading order, then the whole grid with row labels."""
+    gaps = [f"{'abcd'[i // 4]}{i % 4 + 1}={solution[i]}" for i in range(16) if puzzle[i] == "0"]
+    return f"{' '.join(gaps)}</reasoning><answer>{_labelled(solution)}</answer>"
+
+
+def solved_grids() -> list[str]:
+    """All 288 solved 4×4 grids, as strings of 16 digits."""
+    rows = ["".join(p) for p in permutations("1234")]
+    grids = []
+    for a in rows:
+        for b in (r for r in rows if not set(r[:2]) & set(a[:2])):
+            for c in (r for r in rows if all(r[i] not in (a[i], b[i]) for i in range(4))):
+                for d in (r for r in rows if all(r[i] not in (a[i], b[i], c[i]) for i in range(4))):
+                    if not set(c[:2]) & set(d[:2]):
+                        grids.append(a + b + c + d)
+    return grids
+
+
+@cache
+def heldout_grids() -> frozenset[str]:
+    """The 29 grids (a tenth of 288) that no other split may use."""
+    return frozenset(sorted(solved_grids(), key=lambda g: (bucket(g, 2**32), g))[:29])
