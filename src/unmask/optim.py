@@ -18,7 +18,8 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(
         self, named_parameters: Iterable[tuple[str, nn.Parameter]], lr: float, weight_decay: float, embedding: set[int]
     ) -> None:
-        matrices, rest = [], []
+        matrices: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for _, p in named_parameters:
             if p.requires_grad:
                 (matrices if p.ndim == 2 and id(p) not in embedding else rest).append(p)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from unmask.config import save_config
@@ -27,7 +27,6 @@ from unmask.noise import corrupt, diffusion_loss, sample_times
 from unmask.optim import MuonAdamW
 from unmask.spec import UserError
 from unmask.tasks import make_task
-from unmask.tasks.base import PREFILL
 
 EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -44,8 +43,8 @@ class SFTConfig:
     """Start from this model; or give ``new_model``."""
     new_model: dict[str, Any] | None = None
     """Start from random weights: LLaDAConfig fields (``d_model``, ``n_layers``, …)."""
-    problems: int = 20_000
-    """Training problems a task."""
+    problems: list[int] = field(default_factory=lambda: [20_000])
+    """Training problems: one number for every task, or one for each. A smaller set is repeated to give equal shares."""
     validation_problems: int = 128
     """Validation problems a task."""
     canvas: list[int] = field(default_factory=lambda: [128])
@@ -86,7 +85,11 @@ class SFTConfig:
             raise UserError(f"attention is {self.attention!r}: give sdpa or eager")
         if not self.tasks or not self.canvas:
             raise UserError("tasks and canvas each need at least one entry")
-        for name in ("problems", "validation_problems", "steps", "batch_size", "log_every", "eval_every", "save_every"):
+        if len(self.problems) not in (1, len(self.tasks)) or min(self.problems) < 1:
+            raise UserError(
+                f"problems is {self.problems}: give one number, or one for each of the {len(self.tasks)} tasks"
+            )
+        for name in ("validation_problems", "steps", "batch_size", "log_every", "eval_every", "save_every"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give 1 or more")
         if min(self.canvas) < 1:
@@ -99,15 +102,15 @@ class SFTConfig:
 class Examples(Dataset[dict[str, list[int]]]):
     """Tokenised prompts and responses of tasks, tasks interleaved so that any stretch holds equal shares."""
 
-    def __init__(self, lm: MaskedLM, specs: list[str], split: str, count: int, seed: int) -> None:
-        self.rows: list[dict[str, list[int]]] = []
+    def __init__(self, lm: MaskedLM, specs: list[str], split: str, counts: list[int], seed: int) -> None:
         end = lm.eos_id if lm.eot_id is None else lm.eot_id
         per_task = []
-        for spec in specs:
-            problems = make_task(spec, {}).problems(split, count, seed)
+        for spec, count in zip(specs, counts, strict=True):
+            task = make_task(spec, lm.model.config.task_defaults)
+            problems = task.problems(split, count, seed)
             if problems[0].response is None:
                 raise UserError(f"task {spec} has no worked responses to learn: use its compact style")
-            prompts = [lm.chat(p.question, PREFILL) for p in problems]
+            prompts = [lm.chat(task.instruction(p), task.prefill) for p in problems]
             encode = lm.tokenizer
             per_task.append(
                 [
@@ -119,8 +122,7 @@ class Examples(Dataset[dict[str, list[int]]]):
                     )
                 ]
             )
-        for group in zip(*per_task, strict=True):
-            self.rows.extend(group)
+        self.rows = [rows[i % len(rows)] for i in range(max(counts)) for rows in per_task]
         self.prompt_width = max(len(r["prompt"]) for r in self.rows)
 
     def __len__(self) -> int:
@@ -162,7 +164,7 @@ class DiffusionTrainer(Trainer):
         if self.config.optimizer == "adamw":
             return super().create_optimizer(model)
         if self.optimizer is None:
-            net: PreTrainedModel = self.model if model is None else model
+            net = self.lm.model if model is None else model
             outside = {id(net.get_input_embeddings().weight), id(net.get_output_embeddings().weight)}
             self.optimizer = MuonAdamW(
                 net.named_parameters(), self.args.learning_rate, self.config.weight_decay, outside
@@ -205,7 +207,7 @@ class DiffusionTrainer(Trainer):
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Validation loss (nats a token, 1/t-weighted) at each of EVAL_TIMES on the longest canvas, and their mean."""
-        model = self._wrap_model(self.model, training=False)
+        model = self._wrap_model(self.lm.model, training=False)
         model.eval()
         sums = torch.zeros(len(EVAL_TIMES))
         batches = 0
@@ -239,8 +241,10 @@ def train(config: SFTConfig, resume: bool = True) -> Path:
     else:
         lm = load(str(config.model))
     lm.model.config._attn_implementation = config.attention
-    training = Examples(lm, config.tasks, "train", config.problems, config.seed)
-    validation = Examples(lm, config.tasks, "validation", config.validation_problems, 0)
+    per_task = len(config.tasks)
+    counts = config.problems if len(config.problems) == per_task else config.problems * per_task
+    training = Examples(lm, config.tasks, "train", counts, config.seed)
+    validation = Examples(lm, config.tasks, "validation", [config.validation_problems] * per_task, 0)
     longest = max(len(r["response"]) for r in training.rows)
     if longest > max(config.canvas):
         raise UserError(f"the longest response has {longest} tokens: raise canvas {config.canvas} to hold it")

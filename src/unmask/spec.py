@@ -41,9 +41,8 @@ def split_spec(spec: str) -> tuple[str, dict[str, str]]:
 def convert(value: Any, hint: Any, where: str) -> Any:
     """A value (often text) as the type that a dataclass field declares; UserError names the field otherwise."""
     arms = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if value is None or (isinstance(value, str) and value.lower() == "none"):
-        if type(None) in arms:
-            return None
+    if (value is None or str(value).lower() == "none") and type(None) in arms:
+        return None
     for arm in (a for a in arms if a is not type(None)):
         if typing.get_origin(arm) is list and isinstance(value, list):
             return [convert(v, typing.get_args(arm)[0], where) for v in value]

@@ -8,7 +8,7 @@ positions only. Left out: alibi, attention biases, layer norms other than RMSNor
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -90,8 +90,7 @@ class LLaDAConfig(PretrainedConfig):
         self.mask_token_id = mask_token_id
         self.init_std = init_std
         self.task_defaults = task_defaults or {}
-        kwargs.pop("tie_word_embeddings", None)
-        super().__init__(tie_word_embeddings=False, **kwargs)
+        super().__init__(**{**kwargs, "tie_word_embeddings": False})
         if d_model % n_heads or n_heads % self.n_kv_heads:
             raise ValueError(
                 f"LLaDA config has d_model={d_model}, n_heads={n_heads}, n_kv_heads={self.n_kv_heads}; "
@@ -223,7 +222,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
         visible = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
         x = self.transformer["wte"](input_ids)
         cos, sin = rotary_table(position_ids, self.config.d_model // self.config.n_heads, self.config.rope_theta)
-        for block in self.transformer["blocks"]:
+        for block in cast(nn.ModuleList, self.transformer["blocks"]):
             x = block(x, cos, sin, visible)
         return BaseModelOutput(last_hidden_state=self.transformer["ln_f"](x))
 
@@ -250,7 +249,7 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of any batch of hidden states. (..., d) -> (..., vocabulary)."""
-        return F.linear(hidden, self.get_output_embeddings().weight)
+        return F.linear(hidden, cast(Tensor, self.get_output_embeddings().weight))
 
     def forward(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
@@ -43,16 +44,19 @@ def load(name: str, dtype: str = "float32", device: str = "cpu") -> MaskedLM:
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"{name} holds no .safetensors weights: convert the checkpoint to safetensors first")
     try:
-        model, report = FAMILIES[family].from_pretrained(
+        loaded: Any = FAMILIES[family].from_pretrained(
             folder, dtype=DTYPES[dtype], output_loading_info=True, local_files_only=True
         )
+        model, report = loaded
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"cannot load {name}: {str(error).strip().splitlines()[0]}") from None
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
             keys = sorted(str(k) for k in report[problem])
-            raise UserError(f"{name} is refused: {problem.replace('_', ' ')} {', '.join(keys[:4])} ({len(keys)} in all)")
+            raise UserError(
+                f"{name} is refused: {problem.replace('_', ' ')} {', '.join(keys[:4])} ({len(keys)} in all)"
+            )
     lm = MaskedLM.wrap(model.to(device).eval(), tokenizer, name)
     lm.self_test()
     return lm

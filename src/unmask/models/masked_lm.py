@@ -11,7 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unmask.spec import UserError
 
-END_OF_TURN = ("<|eot_id|>", "<|im_end|>")  # LLaDA, Dream: ends the text where the tokenizer's EOS only fills the canvas
+END_OF_TURN = (
+    "<|eot_id|>",
+    "<|im_end|>",
+)  # LLaDA, Dream: ends the text where the tokenizer's EOS only fills the canvas
 
 
 @dataclass
@@ -113,7 +116,7 @@ class MaskedLM:
     def text(self, tokens: Tensor) -> list[str]:
         """Each row's text up to its first end token. tokens (B, L) int64."""
         lengths = self.lengths(tokens).tolist()
-        return [self.tokenizer.decode(row[:n]) for row, n in zip(tokens.tolist(), lengths, strict=True)]
+        return [str(self.tokenizer.decode(row[:n])) for row, n in zip(tokens.tolist(), lengths, strict=True)]
 
     def lengths(self, tokens: Tensor) -> Tensor:
         """Number of tokens before the first end token, (B,) int64; L where there is none. tokens (B, L)."""
@@ -134,7 +137,7 @@ class MaskedLM:
             UserError: one sentence, if padding shows, a side is not seen, something is not finite, or the mask id lies
                 outside the vocabulary.
         """
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        vocabulary = len(self.model.get_input_embeddings().weight)  # type: ignore[arg-type]
         if not 0 <= self.mask_id < vocabulary:
             raise UserError(
                 f"{self.name} is refused: its mask id {self.mask_id} lies outside its vocabulary of {vocabulary}"
@@ -175,7 +178,9 @@ class MaskedLM:
             )
         for side in ("left", "right"):
             if found[side] == 0.0:
-                raise UserError(f"{self.name} is refused: it does not see tokens to the {side}, so it is not bidirectional")
+                raise UserError(
+                    f"{self.name} is refused: it does not see tokens to the {side}, so it is not bidirectional"
+                )
         return found
 
     def info(self) -> dict[str, Any]:

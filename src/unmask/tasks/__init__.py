@@ -8,6 +8,7 @@ from typing import Any
 from unmask.spec import build, split_spec, unknown
 from unmask.tasks.base import Grade, Problem, Task
 from unmask.tasks.countdown import Countdown
+from unmask.tasks.reasoning_gym import ReasoningGym
 from unmask.tasks.sudoku import Sudoku
 
 __all__ = ["TASKS", "Grade", "Problem", "Task", "make_task"]
@@ -25,7 +26,11 @@ def make_task(spec: str, defaults: Mapping[str, Mapping[str, Any]]) -> Task:
     Raises:
         UserError: for an unknown task or parameter, or a value out of range.
     """
+    head, _, dataset = spec.partition(":")
+    if head.strip() == "reasoning_gym":
+        dataset, _, options = dataset.partition(",")
+        return ReasoningGym(dataset=dataset.strip(), options=tuple(split_spec(f"{dataset}:{options}")[1].items()))
     name, parameters = split_spec(spec)
     if name not in TASKS:
-        raise unknown("task", name, TASKS)
+        raise unknown("task", name, [*TASKS, "reasoning_gym:NAME"])
     return build(TASKS[name], {**defaults.get(name, {}), **parameters}, f"task {name!r}")

@@ -13,8 +13,6 @@ from unmask.spec import UserError
 Split = Literal["train", "validation", "test", "heldout"]
 Reward = Callable[..., "list[float | None]"]
 
-PREFILL = "<reasoning>"  # the assistant's turn starts with this, as in the paper's evaluation
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -64,9 +62,17 @@ class Task(ABC):
         if self.data is not None:
             if split != "test":
                 raise UserError(f"data={self.data} holds test problems: split {split!r} is only generated")
-            found = list(self.load(self.data))
+            try:
+                found = list(self.load(self.data))
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"cannot read the data file {self.data}: {error}") from None
             return found if limit is None else found[:limit]
         return self.generate(split, limit, seed)
+
+    @property
+    def prefill(self) -> str:
+        """What the assistant's turn starts with: ``<reasoning>`` for large models, as in the paper's evaluation."""
+        return "<reasoning>" if self.style == "paper" else ""
 
     @abstractmethod
     def generate(self, split: str, limit: int | None, seed: int) -> list[Problem]:
@@ -103,6 +109,11 @@ class Task(ABC):
 def bucket(key: str, buckets: int = 100) -> int:
     """A stable hash of a problem's identity to 0 … buckets-1."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % buckets
+
+
+def stream_seed(seed: int) -> int:
+    """reasoning-gym draws problem i from ``seed + i``, so neighbouring seeds would give nearly the same problems."""
+    return seed << 40
 
 
 def split_of(key: str) -> str:

@@ -19,7 +19,7 @@ import reasoning_gym
 
 from unmask.spec import UserError
 from unmask.tasks import answers
-from unmask.tasks.base import Grade, Problem, Reward, Task, split_of
+from unmask.tasks.base import Grade, Problem, Reward, Task, split_of, stream_seed
 
 INSTRUCTION = """\
 Reach the target with the numbers given. Use every number exactly once and only the operations {operators}.
@@ -53,7 +53,7 @@ class Countdown(Task):
         source = reasoning_gym.create_dataset(
             "countdown",
             size=2**31,
-            seed=seed,
+            seed=stream_seed(seed),
             min_numbers=self.numbers,
             max_numbers=self.numbers,
             min_value=1,
@@ -98,7 +98,9 @@ class Countdown(Task):
                 row = json.loads(line)
                 yield self.problem(tuple(int(n) for n in row["input"].split(",")), int(row["output"]))
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise UserError(f'{path}:{number} is not a line like {{"input": "30,100,93", "output": "23"}}') from None
+                raise UserError(
+                    f'{path}:{number} is not a line like {{"input": "30,100,93", "output": "23"}}'
+                ) from None
 
     def instruction(self, problem: Problem) -> str:
         if self.style == "compact":
@@ -106,9 +108,13 @@ class Countdown(Task):
         return INSTRUCTION.format(operators=", ".join(self.operators), question=problem.question)
 
     def extract(self, completion: str) -> str:
-        text = completion if self.extraction == "published" else answers.cut_at_end(completion)
+        """The expression: of the last box, else of the answer tags, else the whole text; LaTeX operators made plain.
+
+        The released evaluation means to read the tags too but never reaches that branch, so ``published`` has none.
+        """
+        text = answers.cut_at_end(completion)
         boxes = answers.boxed(text)
-        tag = answers.tagged(text)
+        tag = None if self.extraction == "published" else answers.tagged(text)
         return answers.to_expression(boxes[-1] if boxes else tag if tag is not None else text)
 
     def grade(self, problem: Problem, completion: str) -> Grade:
@@ -124,7 +130,9 @@ class Countdown(Task):
     def rewards(self) -> dict[str, tuple[Reward, float]]:
         return {"countdown": (self.reward, 1.0)}
 
-    def reward(self, prompts: list[str], completions: list[str], problem: list[Problem], **_: Any) -> list[float | None]:
+    def reward(
+        self, prompts: list[str], completions: list[str], problem: list[Problem], **_: Any
+    ) -> list[float | None]:
         """1.0 for a right expression, 0.1 for one that uses the given numbers but misses the target, else 0."""
         values: list[float | None] = []
         for completion, p in zip(completions, problem, strict=True):
@@ -204,5 +212,5 @@ def _search(terms: tuple[Term, ...], target: int, operators: str) -> Iterator[tu
 def worked_solution(numbers: tuple[int, ...], target: int, operators: str) -> str | None:
     """The search and its answer in the compact style, or None if positive whole steps cannot reach the target."""
     for steps, expression in _search(tuple((n, str(n), 3) for n in numbers), target, operators):
-        return f"{' '.join(steps)}</reasoning><answer>{expression}</answer>"
+        return f"<reasoning>{' '.join(steps)}</reasoning><answer>{expression}</answer>"
     return None

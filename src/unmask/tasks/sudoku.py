@@ -19,7 +19,7 @@ import reasoning_gym
 
 from unmask.spec import UserError
 from unmask.tasks import answers
-from unmask.tasks.base import Grade, Problem, Reward, Task, bucket, split_of
+from unmask.tasks.base import Grade, Problem, Reward, Task, bucket, split_of, stream_seed
 
 INSTRUCTION = """\
 Solve the 4x4 Sudoku below. It is written row by row as 16 digits, and 0 is an empty cell. Each row, each column and each \
@@ -27,6 +27,16 @@ Solve the 4x4 Sudoku below. It is written row by row as 16 digits, and 0 is an e
 Think between <reasoning> and </reasoning>, then write the 16 digits of the solved grid between <answer> and </answer>.
 
 {question}"""
+
+# Where the released evaluation looks, in its order: a fenced grid, the answer up to its end, after it, before it, anywhere.
+_END = r"<\|eot_id\|>|<\|endoftext\|>"
+_PUBLISHED = (
+    r"<answer>.*?```\s*([\d\s]+)```",
+    rf"<answer>(.*?)(?:{_END}|</answer>)",
+    rf"</answer>\s*(.*?)(?:{_END}|$)",
+    r"(\d{16})\s*</answer>",
+    r"\b(\d{16})\b",
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +59,7 @@ class Sudoku(Task):
         if limit is None:
             raise UserError("task sudoku generates puzzles without end: give a limit")
         source = reasoning_gym.create_dataset(
-            "mini_sudoku", size=2**31, seed=seed, min_empty=self.min_empty, max_empty=self.max_empty
+            "mini_sudoku", size=2**31, seed=stream_seed(seed), min_empty=self.min_empty, max_empty=self.max_empty
         )
         found: dict[str, Problem] = {}
         misses = index = 0
@@ -62,7 +72,9 @@ class Sudoku(Task):
             if home != split or problem.id in found:
                 misses += 1
                 if misses > 50_000 + 100 * limit:
-                    raise UserError(f"only {len(found)} different {split} puzzles found for {self.config()}: ask for fewer")
+                    raise UserError(
+                        f"only {len(found)} different {split} puzzles found for {self.config()}: ask for fewer"
+                    )
                 continue
             found[problem.id] = problem
         return list(found.values())
@@ -90,11 +102,11 @@ class Sudoku(Task):
         Default: the digits 1-4 (or 0) of the last answer tags, else of an answer left open, else the last run of 16.
         """
         if self.extraction == "published":
-            found = re.search(r"<answer>(.*?)(?:</answer>|<\|eot_id\|>|<\|endoftext\|>|$)", completion, re.DOTALL)
-            after = re.search(r"</answer>(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|$)", completion, re.DOTALL)
-            run = re.search(r"\b\d{16}\b", completion)
-            text = found[1] if found else after[1] if after else run[0] if run else ""
-            return re.sub(r"\s", "", text).ljust(16, "0")[:16]
+            for pattern in _PUBLISHED:
+                found = re.search(pattern, completion, re.DOTALL)
+                if found and found[1].strip():
+                    return re.sub(r"\s", "", found[1]).ljust(16, "0")[:16]
+            return "0" * 16
         text = answers.cut_at_end(completion)
         tag = answers.tagged(text)
         if tag is None and "<answer>" in text:
@@ -114,7 +126,9 @@ class Sudoku(Task):
     def rewards(self) -> dict[str, tuple[Reward, float]]:
         return {"sudoku": (self.reward, 1.0)}
 
-    def reward(self, prompts: list[str], completions: list[str], problem: list[Problem], **_: Any) -> list[float | None]:
+    def reward(
+        self, prompts: list[str], completions: list[str], problem: list[Problem], **_: Any
+    ) -> list[float | None]:
         """The fraction of the empty cells that are right."""
         grades = [self.grade(p, c) for p, c in zip(problem, completions, strict=True)]
         return [g.points / g.possible for g in grades]
@@ -138,7 +152,7 @@ def _labelled(grid: str) -> str:
 def worked_solution(puzzle: str, solution: str) -> str:
     """The compact solution: each gap as ``a2=4`` in reading order, then the whole grid with row labels."""
     gaps = [f"{'abcd'[i // 4]}{i % 4 + 1}={solution[i]}" for i in range(16) if puzzle[i] == "0"]
-    return f"{' '.join(gaps)}</reasoning><answer>{_labelled(solution)}</answer>"
+    return f"<reasoning>{' '.join(gaps)}</reasoning><answer>{_labelled(solution)}</answer>"
 
 
 def solved_grids() -> list[str]:

@@ -1,0 +1,248 @@
+"""The command line: a table of commands. A user's mistake is one sentence on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from unmask.spec import UserError
+
+if TYPE_CHECKING:
+    from unmask.tasks import Grade, Task
+
+# Heavy imports stand inside the commands, so that --help and a typo answer at once.
+
+
+@dataclass
+class GenerateArguments:
+    """Decode one prompt and watch the canvas fill (plain text when the output is not a terminal)."""
+
+    prompt: Annotated[str, tyro.conf.Positional]
+    """The user's turn."""
+    model: str = "tiny"
+    """A shipped model's name or the path of a checkpoint folder."""
+    decoder: str = "semi-ar"
+    """Decoder spec, e.g. ``eoser-ass:blocks=4,temperature=0.7``, or a YAML file."""
+    max_new_tokens: int = 128
+    """Canvas length in tokens."""
+    prefill: str = ""
+    """Text that the assistant's turn starts with."""
+    seed: int = 0
+    delay: float = 0.0
+    """Seconds to wait after each step, for watching."""
+    dtype: str = "float32"
+    device: str = "cpu"
+
+
+def generate(arguments: list[str]) -> None:
+    a = tyro.cli(GenerateArguments, args=arguments, prog="unmask generate")
+    import torch
+    from rich.console import Console
+
+    from unmask.decoding import decode, make_decoder
+    from unmask.decoding.stream import LiveCanvas
+    from unmask.models.load import load
+
+    decoder = make_decoder(a.decoder, max_new_tokens=a.max_new_tokens)
+    lm = load(a.model, a.dtype, a.device)
+    console = Console()
+    ids, mask = lm.encode([lm.chat(a.prompt, a.prefill)], decoder.max_new_tokens)
+    streamer = LiveCanvas(lm, console, f"{lm.name} · {decoder.name}", a.delay) if console.is_terminal else None
+    trajectory = decode(lm, ids, mask, decoder, torch.Generator().manual_seed(a.seed), streamer=streamer)
+    print(lm.text(trajectory.tokens)[0])
+
+
+def evaluate(arguments: list[str]) -> None:
+    from unmask.evaluation.evaluate import EvalConfig
+
+    _run_evaluation(tyro.cli(EvalConfig, args=arguments, prog="unmask eval"))
+
+
+def _run_evaluation(config: object) -> None:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    from unmask.evaluation import report
+    from unmask.evaluation.evaluate import EvalConfig, evaluate
+
+    assert isinstance(config, EvalConfig)
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        lines: dict[str, int] = {}
+
+        def progress(label: str, done: int, total: int) -> None:
+            if label not in lines:
+                lines[label] = bar.add_task(label, total=total)  # type: ignore[assignment]
+            bar.update(lines[label], completed=done)  # type: ignore[arg-type]
+
+        summary = evaluate(config, progress)
+    output = Path(config.output)
+    figures = report.write_figures(summary, output)
+    (output / "table.md").write_text(report.markdown_table(summary))
+    console = Console(width=None if sys.stdout.isatty() else 132)
+    console.print(report.rich_table(summary))
+    console.print(f"records  {output / 'records'}\nsummary  {output / 'summary.json'}", highlight=False, soft_wrap=True)
+    for figure in (f for f in figures if f.suffix == ".png"):
+        console.print(f"figure   {figure}", highlight=False, soft_wrap=True)
+
+
+@dataclass
+class SFTArguments:
+    """Supervised training with the masked diffusion loss. Any key of the config may follow as a flag: ``--steps 2``."""
+
+    config: Annotated[str, tyro.conf.Positional]
+    """YAML file of SFTConfig fields."""
+
+
+def sft(arguments: list[str]) -> None:
+    if not arguments or arguments[0].startswith("-"):
+        tyro.cli(SFTArguments, args=arguments, prog="unmask sft")
+    from unmask.config import read_config
+    from unmask.sft import SFTConfig, train
+
+    final = train(read_config(SFTConfig, arguments[0], arguments[1:]))
+    print(f"checkpoint  {final}")
+
+
+@dataclass
+class GradeArguments:
+    """Grade completions made elsewhere: JSON lines with question, completion and ground_truth."""
+
+    file: Annotated[str, tyro.conf.Positional]
+    task: str
+    """Task spec, e.g. ``countdown`` or ``sudoku:extraction=published``."""
+    extraction: str | None = None
+    """``default``, or ``published`` for the rules of the released evaluation; by default both are shown."""
+
+
+def grade_file(task: Task, path: str) -> list[Grade]:
+    """Grades of a completions file, in its order. Raises UserError naming the first line that is not a completion."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    grades = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            problem, completion = task.completion_truth(row), str(row["completion"])
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}:{number} lacks question, completion or ground_truth in JSON ({error!r})") from None
+        grades.append(task.grade(problem, completion))
+    if not grades:
+        raise UserError(f"{path} holds no completions")
+    return grades
+
+
+def grade(arguments: list[str]) -> None:
+    a = tyro.cli(GradeArguments, args=arguments, prog="unmask grade")
+    from unmask.evaluation.report import percent
+    from unmask.evaluation.statistics import pooled_bootstrap, wilson
+    from unmask.tasks import make_task
+
+    readings = [a.extraction] if a.extraction else ["default", "published"]
+    for reading in readings:
+        task = make_task(f"{a.task}{',' if ':' in a.task else ':'}extraction={reading}", {})
+        grades = grade_file(task, a.file)
+        solved = sum(g.solved for g in grades)
+        points, possible = [g.points for g in grades], [g.possible for g in grades]
+        print(f"{a.task}, {reading} extraction")
+        print(
+            f"  solved         {percent(solved / len(grades), wilson(solved, len(grades)))} % ({solved} of {len(grades)})"
+        )
+        print(f"  {task.score_name:<14} {percent(sum(points) / sum(possible), pooled_bootstrap(points, possible))} %")
+
+
+@dataclass
+class DemoArguments:
+    """The shipped model under seven decoders: a live canvas, then a table and a figure."""
+
+    limit: int = 64
+    """Problems a task."""
+    output: str = "runs/demo"
+
+
+DEMO_DECODERS = ["full", "semi-ar", "eoser", "ass", "eoser-ass", "hybrid"]
+
+
+def demo(arguments: list[str]) -> None:
+    a = tyro.cli(DemoArguments, args=arguments, prog="unmask demo")
+    from unmask.evaluation.evaluate import EvalConfig
+    from unmask.models.load import load
+    from unmask.tasks import make_task
+
+    lm = load("tiny")
+    for name, decoder in (("sudoku", "full"), ("countdown", "semi-ar"), ("countdown", "eoser-ass")):
+        task = make_task(name, lm.model.config.task_defaults)
+        problem = task.problems("test", 1)[0]
+        print(f"\n$ unmask generate {problem.question!r} --decoder {decoder}")
+        generate(
+            [task.instruction(problem), "--decoder", decoder, "--delay", "0.05" if decoder != "eoser-ass" else "0.5"]
+        )
+    print()
+    config = EvalConfig(decoder=DEMO_DECODERS, limit=a.limit, output=a.output)
+    _run_evaluation(replace(config))
+
+
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "generate": (generate, "decode one prompt and watch the canvas fill"),
+    "eval": (evaluate, "score a model on tasks under decoders: records, table, figure"),
+    "sft": (sft, "train on worked responses with the masked diffusion loss"),
+    "grade": (grade, "grade completions made elsewhere"),
+    "demo": (demo, "the shipped model under each decoder"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items())
+    return f"usage: unmask COMMAND …    (unmask COMMAND --help for its options)\n\n{rows}\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage(), end="")
+        return 0
+    if arguments[0] == "--version":
+        from unmask import __version__
+
+        print(__version__)
+        return 0
+    try:
+        if arguments[0] not in COMMANDS:
+            from unmask.spec import unknown
+
+            raise unknown("command", arguments[0], COMMANDS)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        COMMANDS[arguments[0]][0](arguments[1:])
+    except UserError as error:
+        print(f"unmask: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nunmask: interrupted; what is written stays, and the same command goes on from there", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,143 @@
+"""Decoder: everything that decides how a canvas is filled, as one frozen record with a name."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from unmask.decoding.confidence import CONFIDENCES
+from unmask.decoding.plan import Plan, ascending, uniform
+from unmask.spec import UserError, build, split_spec, unknown
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A decoding configuration. Equal decoders decode equally; ``config()`` travels with every result.
+
+    Raises:
+        UserError: on construction, for any value out of range or a plan that cannot be made.
+    """
+
+    name: str = "full"
+    max_new_tokens: int = 128
+    """Canvas length L."""
+    schedule: Literal["uniform", "ascending"] = "uniform"
+    steps: int | None = None
+    """Steps of a uniform schedule; default L/2 (L with a threshold). An ascending one has floor(log2 L)."""
+    block_length: int | None = None
+    """Blocks of this many tokens, left to right."""
+    blocks: int = 1
+    """Ascending only: the paper's block form (the largest commits peeled off to the right)."""
+    confidence: str = "low-confidence"
+    eos: Literal["keep", "reject", "suppress"] = "keep"
+    """``reject``: EOSER. ``suppress``: end tokens only once nothing else is left."""
+    gamma_min: float = 0.4
+    """EOSER's factor at the start; it grows to 1."""
+    eos_tokens: Literal["eos", "eos+eot"] = "eos"
+    """Which end tokens ``reject`` and ``suppress`` mean: the canvas-filling EOS, or the end-of-turn token too."""
+    temperature: float = 0.0
+    cfg_scale: float = 0.0
+    """Classifier-free guidance w: logits = u + (w + 1)(c - u), u with the prompt masked. Doubles the passes."""
+    threshold: float | None = None
+    """Also commit every open candidate whose score reaches this."""
+
+    def __post_init__(self) -> None:
+        if self.confidence not in CONFIDENCES:
+            raise unknown("confidence", self.confidence, CONFIDENCES)
+        if self.schedule == "ascending" and self.steps is not None:
+            raise UserError(
+                f"steps={self.steps} has no meaning in an ascending schedule, which has floor(log2 L): drop it"
+            )
+        if self.schedule == "uniform" and self.blocks != 1:
+            raise UserError(f"blocks={self.blocks} belongs to the ascending schedule: use block_length here")
+        checks = {
+            "gamma_min": 0 <= self.gamma_min <= 1,
+            "temperature": 0 <= self.temperature < float("inf"),
+            "cfg_scale": 0 <= self.cfg_scale < float("inf"),
+            "threshold": self.threshold is None or 0 < self.threshold <= 1,
+        }
+        ranges = {
+            "gamma_min": "0 to 1",
+            "temperature": "0 or more",
+            "cfg_scale": "0 or more",
+            "threshold": "above 0 up to 1",
+        }
+        for field, fine in checks.items():
+            if not fine:
+                raise UserError(f"{field} of decoder {self.name!r} is {getattr(self, field)}: give {ranges[field]}")
+        if self.max_new_tokens >= 2**15:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}: give less than {2**15}")
+        _ = self.plan  # refuse an impossible plan at once
+
+    @cached_property
+    def plan(self) -> Plan:
+        if self.schedule == "ascending":
+            return ascending(self.max_new_tokens, self.blocks, self.block_length)
+        if self.steps is not None:
+            return uniform(self.max_new_tokens, self.steps, self.block_length)
+        default = self.max_new_tokens if self.threshold is not None else max(1, self.max_new_tokens // 2)
+        if self.block_length and not self.max_new_tokens % self.block_length and self.threshold is None:
+            default = self.max_new_tokens // self.block_length * max(1, self.block_length // 2)
+        return uniform(self.max_new_tokens, default, self.block_length)
+
+    def gamma(self, progress: float) -> float:
+        """EOSER's factor at a clock reading in [0, 1]."""
+        return self.gamma_min + (1 - self.gamma_min) * progress
+
+    @property
+    def passes_per_step(self) -> int:
+        return 2 if self.cfg_scale > 0 else 1
+
+    def config(self) -> dict[str, Any]:
+        """All fields, as JSON values."""
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> Decoder:
+        return dataclasses.replace(self, **changes)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "full-random": {"confidence": "random"},
+    "semi-ar": {"block_length": 32},
+    "semi-ar-random": {"block_length": 32, "confidence": "random"},
+    "eoser": {"eos": "reject", "gamma_min": 0.4},
+    "ass": {"schedule": "ascending"},
+    "eoser-ass": {"schedule": "ascending", "eos": "reject", "gamma_min": 0.01},
+    "hard-eos": {"eos": "suppress"},
+    "threshold": {"block_length": 32, "threshold": 0.9},
+    "hybrid": {"schedule": "ascending", "block_length": 32},
+}
+
+
+def make_decoder(spec: str, **defaults: Any) -> Decoder:
+    """A decoder from a preset with parameters (``eoser-ass:blocks=4,gamma_min=0.1``) or a YAML file of Decoder fields.
+
+    Args:
+        spec: preset spec, or the path of a .yaml file that may name a ``preset`` beside its fields.
+        defaults: fields that hold unless the spec sets them, e.g. ``max_new_tokens=256``.
+
+    Raises:
+        UserError: for an unknown preset or parameter, or a value out of range.
+    """
+    name, parameters = split_spec(spec)
+    values: dict[str, Any] = dict(parameters)
+    label = spec.strip()
+    if name.endswith((".yaml", ".yml")):
+        try:
+            read = yaml.safe_load(Path(name).read_text())
+        except (OSError, yaml.YAMLError) as error:
+            raise UserError(f"cannot read the decoder file {name}: {error}") from None
+        if not isinstance(read, dict):
+            raise UserError(f"the decoder file {name} is not a table of settings: write lines of key: value")
+        name = read.pop("preset", "full")
+        label = read.pop("name", Path(label).stem)
+        values = {**read, **parameters}
+    if name not in PRESETS:
+        raise unknown("decoder", name, PRESETS)
+    return build(Decoder, {**defaults, **PRESETS[name], **values, "name": label}, f"decoder {name!r}")

@@ -1,0 +1,1 @@
+"""Evaluation: grids of decoders and tasks, their records, statistics and figures."""

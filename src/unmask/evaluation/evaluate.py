@@ -1,0 +1,244 @@
+"""Evaluate a model: every task under every decoder, one JSON line a problem, resumable at any point.
+
+A run folder holds ``config.json`` (the full resolved configuration with versions and commit), ``records/TASK--DECODER.jsonl``,
+``summary.json`` and the figures. Records are appended batch by batch; a killed run goes on where it stopped and gives the same
+records, because every problem has its own random seed and greedy decoding does not depend on the batch.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unmask import __version__
+from unmask.decoding import Decoder, decode, make_decoder
+from unmask.evaluation.statistics import pooled_bootstrap, wilson
+from unmask.models.load import load
+from unmask.models.masked_lm import MaskedLM
+from unmask.spec import UserError
+from unmask.tasks import Problem, Task, make_task
+
+Record = dict[str, Any]
+
+
+@dataclass
+class EvalConfig:
+    """What to evaluate."""
+
+    model: str = "tiny"
+    """A shipped model's name or the path of a checkpoint folder."""
+    task: list[str] = field(default_factory=lambda: ["sudoku", "countdown"])
+    """Task specs, e.g. ``sudoku countdown:numbers=4``."""
+    decoder: list[str] = field(default_factory=lambda: ["full", "semi-ar", "eoser", "ass", "eoser-ass", "hybrid"])
+    """Decoder specs, e.g. ``full eoser-ass:blocks=4``, or YAML files."""
+    limit: int | None = 256
+    """Problems a task (``None``: a whole data file)."""
+    split: str = "test"
+    """``train``, ``validation``, ``test``; Sudoku also ``heldout`` (grids no training puzzle came from)."""
+    max_new_tokens: int = 128
+    """Canvas length in tokens, unless a decoder sets its own."""
+    batch_size: int = 32
+    seed: int = 0
+    """Seed of the problems and of any sampling."""
+    dtype: str = "float32"
+    """``float32`` or ``bfloat16``."""
+    device: str = "cpu"
+    output: str = "runs/eval"
+    """Run folder. A second call with the same settings goes on or just prints the result."""
+    diagnostics: bool = False
+    """Also measure EOS confidence and the EOS share of commits over the steps, and draw them."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise UserError(f"batch_size is {self.batch_size}: give 1 or more")
+        if not self.task or not self.decoder:
+            raise UserError("give at least one task and one decoder")
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit, hardware: what a number needs beside it."""
+    packages = ("torch", "transformers", "reasoning-gym", "tokenizers", "numpy")
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # installed from a package, not a checkout
+    return {
+        "unmask": __version__,
+        "commit": commit,
+        "python": platform.python_version(),
+        **{p: importlib.metadata.version(p) for p in packages},
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    os.replace(partial, path)
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.+=-]+", "_", text).strip("_")
+
+
+def read_records(path: Path) -> list[Record]:
+    """The whole lines of a records file, by index; a last line cut off by a crash is removed from the file."""
+    if not path.exists():
+        return []
+    raw = path.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1]
+    if len(whole) < len(raw):
+        path.write_bytes(whole)
+    return sorted((json.loads(line) for line in whole.splitlines()), key=lambda r: int(r["index"]))
+
+
+def run_batch(
+    lm: MaskedLM, task: Task, decoder: Decoder, problems: list[tuple[int, Problem]], seed: int
+) -> list[Record]:
+    """Decode and grade one batch of (index, problem)."""
+    start = time.perf_counter()
+    prompts = [lm.chat(task.instruction(p), task.prefill) for _, p in problems]
+    ids, mask = lm.encode(prompts, decoder.max_new_tokens)
+    seeds = torch.tensor([seed * 2**32 + index for index, _ in problems], device=ids.device)
+    trajectory = decode(lm, ids, mask, decoder, seeds=seeds)
+    texts = lm.text(trajectory.tokens)
+    lengths, nfe = lm.lengths(trajectory.tokens).tolist(), trajectory.nfe.tolist()
+    seconds = (time.perf_counter() - start) / len(problems)
+    records = []
+    for row, (index, problem) in enumerate(problems):
+        grade = task.grade(problem, texts[row])
+        records.append(
+            {
+                "index": index,
+                "id": problem.id,
+                "prompt": prompts[row],
+                "completion": texts[row],
+                **asdict(grade),
+                "nfe": nfe[row],
+                "length": lengths[row],
+                "seconds": round(seconds, 6),
+            }
+        )
+    return records
+
+
+def summarise(records: list[Record], decoder: Decoder) -> dict[str, Any]:
+    """One cell of the table: shares with 95 % intervals, passes, lengths, time."""
+    n = len(records)
+    solved = sum(r["solved"] for r in records)
+    points, possible = [r["points"] for r in records], [r["possible"] for r in records]
+    nfe = sum(r["nfe"] for r in records) / n
+    return {
+        "problems": n,
+        "solved": solved / n,
+        "solved_interval": wilson(solved, n),
+        "score": sum(points) / sum(possible),
+        "score_interval": pooled_bootstrap(points, possible),
+        "nfe": nfe,
+        "tokens_per_forward": decoder.max_new_tokens / nfe,
+        "length": sum(r["length"] for r in records) / n,
+        "seconds": sum(r["seconds"] for r in records),
+    }
+
+
+def evaluate(config: EvalConfig, progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
+    """Run or resume an evaluation and write its folder.
+
+    Args:
+        progress: called with (cell label, problems done, problems in all) after every batch.
+
+    Returns:
+        The summary: ``config``, ``environment`` and one entry a (task, decoder) in ``cells``.
+
+    Raises:
+        UserError: for anything wrong in the request, and where ``output`` holds an evaluation with other settings.
+    """
+    lm = load(config.model, config.dtype, config.device)
+    tasks = {spec: make_task(spec, getattr(lm.model.config, "task_defaults", {}) or {}) for spec in config.task}
+    decoders = {spec: make_decoder(spec, max_new_tokens=config.max_new_tokens) for spec in config.decoder}
+    output = Path(config.output)
+    resolved = {
+        "model": lm.info(),
+        **{k: v for k, v in asdict(config).items() if k not in ("output", "model", "task", "decoder", "diagnostics")},
+        "tasks": {spec: task.config() for spec, task in tasks.items()},
+        "decoders": {spec: d.config() for spec, d in decoders.items()},
+    }
+    try:
+        (output / "records").mkdir(parents=True, exist_ok=True)
+        _claim(output / "config.json", resolved)
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror}; give another --output") from None
+    cells = []
+    for task_spec, task in tasks.items():
+        problems = list(enumerate(task.problems(config.split, config.limit, config.seed)))
+        by_length = sorted(problems, key=lambda ip: len(task.instruction(ip[1])))  # batches waste little on padding
+        for decoder_spec, decoder in decoders.items():
+            label = f"{task_spec} · {decoder_spec}"
+            path = output / "records" / f"{slug(task_spec)}--{slug(decoder_spec)}.jsonl"
+            done = {r["index"] for r in read_records(path)}
+            todo = [ip for ip in by_length if ip[0] not in done]
+            if progress:
+                progress(label, len(done), len(problems))
+            with path.open("a") as file:
+                for start in range(0, len(todo), config.batch_size):
+                    records = run_batch(lm, task, decoder, todo[start : start + config.batch_size], config.seed)
+                    file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+                    file.flush()
+                    if progress:
+                        progress(label, len(done) + start + len(records), len(problems))
+            cell = {"task": task_spec, "decoder": decoder_spec, "score_name": task.score_name}
+            cells.append({**cell, **summarise(read_records(path), decoder)})
+    summary = {"config": resolved, "environment": environment(), "cells": cells}
+    if config.diagnostics:
+        from unmask.evaluation.diagnostics import eos_curves  # only here: it decodes again
+
+        summary["diagnostics"] = [
+            {"task": t, "decoder": d, **eos_curves(lm, task, decoder, config)}
+            for t, task in tasks.items()
+            for d, decoder in decoders.items()
+        ]
+    write_json(output / "summary.json", summary)
+    return summary
+
+
+def _claim(path: Path, resolved: dict[str, Any]) -> None:
+    """Make the folder this evaluation's, or refuse if it already belongs to one with other settings."""
+    now = json.loads(json.dumps(resolved))
+    if not path.exists():
+        write_json(path, now)
+        return
+    before = json.loads(path.read_text())
+    changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+    # More tasks or decoders may join a folder; what is there already must be unchanged.
+    for key in ("tasks", "decoders"):
+        shared = set(before.get(key, {})) & set(now[key])
+        if key in changed and all(before[key][s] == now[key][s] for s in shared):
+            changed.remove(key)
+            now[key] = {**before[key], **now[key]}
+    if changed:
+        raise UserError(f"{path.parent} holds an evaluation with other {', '.join(changed)}: give another --output")
+    write_json(path, now)

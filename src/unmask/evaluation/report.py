@@ -1,0 +1,134 @@
+"""Tables and figures of an evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from rich.table import Table
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+# Okabe-Ito, safe for colour-blind readers; each colour also has its own marker.
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999"]
+MARKERS = "osD^vPX*"
+
+
+def percent(share: float, interval: tuple[float, float] | list[float] | None = None) -> str:
+    text = f"{100 * share:.1f}"
+    return text if interval is None else f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+HEADINGS = ["task", "decoder", "NFE", "solved % [95 %]", "score % [95 %]", "tokens/forward", "length", "seconds"]
+
+
+def table_rows(summary: dict[str, Any]) -> list[list[str]]:
+    return [
+        [
+            cell["task"],
+            cell["decoder"],
+            f"{cell['nfe']:.1f}".removesuffix(".0"),
+            percent(cell["solved"], cell["solved_interval"]),
+            percent(cell["score"], cell["score_interval"]),
+            f"{cell['tokens_per_forward']:.1f}",
+            f"{cell['length']:.1f}",
+            f"{cell['seconds']:.1f}",
+        ]
+        for cell in summary["cells"]
+    ]
+
+
+def rich_table(summary: dict[str, Any]) -> Table:
+    config = summary["config"]
+    table = Table(
+        title=f"{config['model']['name']}, {config['split']} split, {summary['cells'][0]['problems']} problems a task"
+    )
+    for i, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="left" if i < 2 else "right")
+    previous = None
+    for row in table_rows(summary):
+        if previous not in (None, row[0]):
+            table.add_section()
+        previous = row[0]
+        table.add_row(*row)
+    return table
+
+
+def markdown_table(summary: dict[str, Any]) -> str:
+    rows = [HEADINGS, ["---", "---", *["---:"] * (len(HEADINGS) - 2)], *table_rows(summary)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def accuracy_figure(summary: dict[str, Any]) -> Figure:
+    """Problems solved against forward passes, one panel a task, with 95 % intervals."""
+    tasks = list(dict.fromkeys(c["task"] for c in summary["cells"]))
+    decoders = list(dict.fromkeys(c["decoder"] for c in summary["cells"]))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 4.2), squeeze=False, sharey=True)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for cell in (c for c in summary["cells"] if c["task"] == task):
+            i = decoders.index(cell["decoder"])
+            low, high = cell["solved_interval"]
+            axis.errorbar(
+                cell["nfe"],
+                100 * cell["solved"],
+                yerr=[[100 * (cell["solved"] - low)], [100 * (high - cell["solved"])]],
+                fmt=MARKERS[i % len(MARKERS)],
+                color=COLOURS[i % len(COLOURS)],
+                capsize=3,
+                markersize=7,
+                label=cell["decoder"],
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("forward passes a problem (NFE, log scale)")
+        axis.set_title(f"{task} ({next(c['problems'] for c in summary['cells'] if c['task'] == task)} problems)")
+        axis.grid(alpha=0.3)
+        axis.set_ylim(bottom=0)
+        axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    axes[0][0].set_ylabel("problems solved (%)")
+    axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    figure.tight_layout()
+    return figure
+
+
+def diagnostics_figure(summary: dict[str, Any]) -> Figure:
+    """EOS over the steps of each decoder: candidate confidence, share of EOS among commits."""
+    curves = summary["diagnostics"]
+    figure, axes = plt.subplots(len(curves), 2, figsize=(10, 2.6 * len(curves)), squeeze=False)
+    for (left, right), curve in zip(axes, curves, strict=True):
+        steps = range(1, len(curve["eos_share"]) + 1)
+        for key, colour, style, label in (
+            ("eos_confidence", COLOURS[3], "-", "EOS candidates"),
+            ("other_confidence", COLOURS[0], "--", "other candidates"),
+        ):
+            values = [float("nan") if v is None else v for v in curve[key]]
+            left.plot(steps, values, style, color=colour, label=label)
+        right.bar(steps, curve["eos_share"], color=COLOURS[3])
+        left.set_ylabel("mean confidence")
+        right.set_ylabel("end-token share\nof commits")
+        for axis in (left, right):
+            axis.set_ylim(0, 1.03)
+            axis.set_title(f"{curve['task']} · {curve['decoder']}", fontsize=9)
+            axis.grid(alpha=0.3)
+    for axis in axes[-1]:
+        axis.set_xlabel("step")
+    axes[0][0].legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def write_figures(summary: dict[str, Any], output: Path) -> list[Path]:
+    """accuracy.{png,svg}, and diagnostics.{png,svg} where measured."""
+    figures = {"accuracy": accuracy_figure(summary)}
+    if "diagnostics" in summary:
+        figures["diagnostics"] = diagnostics_figure(summary)
+    written = []
+    for name, figure in figures.items():
+        for kind in ("png", "svg"):
+            path = output / f"{name}.{kind}"
+            figure.savefig(path, dpi=150)
+            written.append(path)
+        plt.close(figure)
+    return written

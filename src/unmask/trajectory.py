@@ -1,0 +1,81 @@
+"""Trajectory: the whole history of a decode in three tensors.
+
+A committed token never changes, so the canvas before any step follows from what was committed and when:
+``state(s) = where(step < s, tokens, MASK)``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unmask.spec import UserError
+
+_TENSORS = ("prompt", "prompt_mask", "tokens", "step", "logprob")
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A batch of decoded canvases.
+
+    Attributes:
+        prompt: (B, P) int64, left-padded. prompt_mask: (B, P) bool, False = padding.
+        tokens: (B, L) int64, the finished canvas. step: (B, L) int16, the step that committed each token.
+        logprob: (B, L) float32, log-probability (nats, temperature 1, CFG applied, no EOSER factor) of each token in the
+            state that committed it.
+        mask_id: the mask token. decoder: the Decoder's config.
+    """
+
+    prompt: Tensor
+    prompt_mask: Tensor
+    tokens: Tensor
+    step: Tensor
+    logprob: Tensor
+    mask_id: int
+    decoder: dict[str, Any]
+
+    @property
+    def steps(self) -> int:
+        """Steps taken by the row that took most."""
+        return int(self.step.max()) + 1
+
+    @property
+    def nfe(self) -> Tensor:
+        """Forward passes of each row, (B,) int64; guidance counts twice."""
+        passes = 2 if self.decoder["cfg_scale"] > 0 else 1
+        return (self.step.amax(1).long() + 1) * passes
+
+    def state(self, s: int) -> Tensor:
+        """The canvas before step ``s``, (B, L) int64; ``state(0)`` is all mask, ``state(steps)`` is ``tokens``."""
+        return torch.where(self.step < s, self.tokens, self.mask_id)
+
+    def committed(self, s: int) -> Tensor:
+        """Where step ``s`` committed, (B, L) bool. Over all steps these partition the canvas."""
+        return self.step == s
+
+    def save(self, path: str | Path) -> None:
+        """Write as safetensors, whole or not at all."""
+        path = Path(path)
+        partial = path.with_name(path.name + ".partial")
+        meta = {"mask_id": str(self.mask_id), "decoder": json.dumps(self.decoder)}
+        save_file({k: getattr(self, k).cpu().contiguous() for k in _TENSORS}, partial, metadata=meta)
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trajectory:
+        """Read what ``save`` wrote. Raises UserError where the file is missing or is no trajectory."""
+        try:
+            with safe_open(path, "pt") as file:
+                meta = file.metadata() or {}
+                tensors = {k: file.get_tensor(k) for k in _TENSORS}
+            return cls(**tensors, mask_id=int(meta["mask_id"]), decoder=json.loads(meta["decoder"]))
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise UserError(f"{path} is not a saved trajectory: {error}") from None

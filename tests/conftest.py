@@ -1,0 +1,58 @@
+"""Toy models: small, random, float32, on the CPU. Larger initial weights than usual make their confidences differ."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from unmask.models.load import load
+from unmask.models.masked_lm import MaskedLM
+from unmask.models.scratch import new_model
+
+SHAPE = {
+    "d_model": 32,
+    "n_layers": 2,
+    "n_heads": 4,
+    "n_kv_heads": 2,
+    "mlp_hidden_size": 64,
+    "rope_theta": 10000.0,
+    "max_sequence_length": 1024,
+    "init_std": 0.5,
+}
+PROMPTS = [
+    "make 5 from 1 2 2",
+    "solve a1... b.4.. c..3. d...2",
+    "x",
+    "a longer prompt, so that the padding of the others is long as well",
+]
+
+
+def toy(**shape: object) -> MaskedLM:
+    model, tokenizer = new_model({**SHAPE, **shape}, seed=1)
+    return MaskedLM.wrap(model.eval(), tokenizer, "toy")
+
+
+@pytest.fixture(scope="session")
+def toy_lm() -> MaskedLM:
+    return toy()
+
+
+@pytest.fixture(scope="session")
+def tiny_lm() -> MaskedLM:
+    return load("tiny")
+
+
+@pytest.fixture(scope="session")
+def toy_folder(tmp_path_factory: pytest.TempPathFactory, toy_lm: MaskedLM) -> str:
+    folder = tmp_path_factory.mktemp("toy")
+    toy_lm.model.save_pretrained(folder)
+    toy_lm.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def no_global_randomness() -> object:
+    """No code under test may draw from or reseed torch's global generator."""
+    before = torch.get_rng_state()
+    yield
+    assert torch.equal(before, torch.get_rng_state())

@@ -1,0 +1,302 @@
+"""The loop: batch = single, replay = record, plans obeyed, sampling exact, EOS rules by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.stats import chi2
+from torch import Tensor
+
+from conftest import PROMPTS
+from unmask import PRESETS, MaskedLM, Trajectory, UserError, decode, make_decoder, make_task, replay
+from unmask.decoding.confidence import CONFIDENCES, reject_eos, suppress_eos
+from unmask.decoding.decode import guided_logits
+from unmask.decoding.sampling import candidates, sample, token_logprob, uniform_noise
+
+SEEDS = torch.tensor([11, 12, 13, 14])
+SPECS = [*PRESETS, "full:confidence=margin", "full:confidence=entropy", "eoser:eos_tokens=eos+eot", "ass:blocks=3"]
+
+
+@pytest.mark.parametrize("preset", list(PRESETS))
+def test_batch_equals_single(tiny_lm: MaskedLM, preset: str) -> None:
+    """16 prompts of different lengths, greedy: token for token and step for step what each gives alone."""
+    sudoku, countdown = (make_task(n, tiny_lm.model.config.task_defaults) for n in ("sudoku", "countdown"))
+    questions = [p.question for t in (sudoku, countdown) for p in t.problems("test", 7)] + ["hi", "1 + 1"]
+    prompts = [tiny_lm.chat(q) for q in questions]
+    decoder = make_decoder(preset, max_new_tokens=64)
+    ids, mask = tiny_lm.encode(prompts)
+    assert len(set(mask.sum(1).tolist())) >= 4
+    seeds = torch.arange(16)
+    batch = decode(tiny_lm, ids, mask, decoder, seeds=seeds)
+    for i, prompt in enumerate(prompts):
+        one = decode(tiny_lm, *tiny_lm.encode([prompt]), decoder, seeds=seeds[i : i + 1])
+        assert torch.equal(one.tokens[0], batch.tokens[i]), (preset, prompt)
+        assert torch.equal(one.step[0], batch.step[i])
+        assert torch.allclose(one.logprob[0], batch.logprob[i], atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("extra", ["", "temperature=1", "cfg_scale=0.7"])
+def test_replay_equals_record(toy_lm: MaskedLM, spec: str, extra: str) -> None:
+    decoder = make_decoder(f"{spec}{',' if ':' in spec else ':'}{extra}", max_new_tokens=64)
+    ids, mask = toy_lm.encode(PROMPTS)
+    trajectory = decode(toy_lm, ids, mask, decoder, seeds=SEEDS)
+    assert (replay(toy_lm, trajectory) - trajectory.logprob).abs().max() < 1e-5
+    assert torch.equal(trajectory.prompt, ids)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_plan_is_obeyed(toy_lm: MaskedLM, spec: str) -> None:
+    decoder = make_decoder(spec, max_new_tokens=64, temperature=1.0)
+    ids, mask = toy_lm.encode(PROMPTS)
+    trajectory = decode(toy_lm, ids, mask, decoder, torch.Generator().manual_seed(0))
+    plan = decoder.plan
+    place = torch.arange(64)
+    assert (trajectory.tokens != toy_lm.mask_id).all()
+    total = torch.zeros(4, 64, dtype=torch.long)
+    for s in range(trajectory.steps):
+        committed = trajectory.committed(s)
+        total += committed
+        if decoder.threshold is None:
+            assert (committed.sum(1) == plan.commits[s]).all()
+            assert (place.expand(4, -1)[committed] < plan.horizon[s]).all()
+        state = trajectory.state(s)
+        assert torch.equal(state == toy_lm.mask_id, trajectory.step >= s)
+    assert (total == 1).all()  # the commits partition the canvas
+    assert torch.equal(trajectory.state(trajectory.steps), trajectory.tokens)
+    if decoder.threshold is None:
+        assert trajectory.nfe.tolist() == [plan.steps] * 4
+
+
+def test_threshold_commits_the_quota_and_all_that_pass(toy_lm: MaskedLM) -> None:
+    """Against a plain per-row restatement."""
+    decoder = make_decoder("threshold:threshold=0.3,block_length=16", max_new_tokens=32)
+    for prompt in PROMPTS:
+        ids, mask = toy_lm.encode([prompt])
+        found = decode(toy_lm, ids, mask, decoder)
+        canvas, steps = torch.full((32,), toy_lm.mask_id), torch.full((32,), -1)
+        s = 0
+        while (steps < 0).any():
+            block = (
+                int((steps >= 0).sum()) // 16
+            )  # one token a step at least: the plan opens the next block when one is full
+            open_ = [i for i in range(16 * block, 16 * block + 16) if steps[i] < 0]
+            x = torch.cat([ids[0], canvas])[None]
+            p = toy_lm.logits(x, None, torch.tensor([[i + ids.shape[1] for i in open_]]))[0].softmax(-1)
+            best, token = p.max(-1)
+            chosen = {int(best.argmax())} | {i for i, v in enumerate(best.tolist()) if v >= 0.3}
+            for i in chosen:
+                canvas[open_[i]], steps[open_[i]] = token[i], s
+            s += 1
+        assert torch.equal(found.tokens[0], canvas)
+        assert torch.equal(found.step[0].long(), steps)
+    assert found.steps < 32  # it does save passes
+
+
+def chi_square(draws: Tensor, p: Tensor) -> float:
+    """p-value of the draws' counts under probabilities p, cells of expected count below 5 pooled."""
+    observed, expected = torch.bincount(draws, minlength=len(p)).double(), p.double() * len(draws)
+    small = expected < 5
+    o = torch.cat([observed[~small], observed[small].sum()[None]])
+    e = torch.cat([expected[~small], expected[small].sum()[None]])
+    keep = e > 0
+    return float(chi2.sf(((o - e)[keep] ** 2 / e[keep]).sum(), int(keep.sum()) - 1))
+
+
+def test_sampling_matches_softmax_and_bfloat16_would_not() -> None:
+    """A flat tail under one likely token: where the reference's bfloat16 noise picks the top token every time."""
+    p = torch.cat([torch.tensor([0.5]), torch.full((20_000,), 0.5 / 20_000)])
+    logits, n = p.log(), 60_000
+    groups = torch.cat([torch.tensor([0]), 1 + torch.arange(20_000) // 400])  # the tail in 50 cells
+    q = torch.zeros(51).index_add_(0, groups, p)
+    noise = uniform_noise(torch.arange(n), 0, torch.zeros(n, 1, dtype=torch.long), 0)[:, 0]
+    ours = torch.cat([sample(logits.expand(1000, -1), 1.0, chunk) for chunk in noise.split(1000)])
+    assert chi_square(groups[ours], q) > 1e-3
+    generator = torch.Generator().manual_seed(0)
+    gumbel = []
+    for _ in range(100):
+        uniform = torch.rand(20, len(p), generator=generator).to(torch.bfloat16)
+        gumbel.append((logits.to(torch.bfloat16) - (-uniform.log()).log()).argmax(-1))
+    assert chi_square(groups[torch.cat(gumbel)], q) < 1e-9
+
+
+def test_one_step_decode_samples_the_softmax(toy_lm: MaskedLM) -> None:
+    """The whole loop at T=1: one canvas token, 20,000 rows, frequencies against the model's own probabilities."""
+    ids, mask = toy_lm.encode(PROMPTS[:1])
+    canvas = torch.cat([ids, torch.tensor([[toy_lm.mask_id]])], 1)
+    p = toy_lm.logits(canvas, None, torch.tensor([[ids.shape[1]]]))[0, 0].softmax(-1)
+    decoder = make_decoder("full:steps=1,temperature=1", max_new_tokens=1)
+    generator = torch.Generator().manual_seed(5)
+    rows = [decode(toy_lm, ids.repeat(2000, 1), mask.repeat(2000, 1), decoder, generator) for _ in range(10)]
+    draws = torch.cat([r.tokens[:, 0] for r in rows])
+    assert chi_square(draws, p) > 1e-3
+    assert (draws != toy_lm.mask_id).all()
+
+
+def test_temperature_flattens(toy_lm: MaskedLM) -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -torch.inf])
+    noise = uniform_noise(torch.arange(40_000), 3, torch.zeros(40_000, 1, dtype=torch.long), 1)[:, 0]
+    for temperature in (0.5, 2.0):
+        draws = sample(logits.expand(40_000, -1), temperature, noise)
+        assert chi_square(draws, (logits / temperature).softmax(-1)) > 1e-3
+
+
+def test_noise_depends_on_the_row_alone() -> None:
+    positions = torch.arange(6)[None].expand(3, -1)
+    seeds = torch.tensor([5, 6, 2**61])
+    whole = uniform_noise(seeds, 7, positions, 0)
+    assert torch.equal(whole[1:2, 2:4], uniform_noise(seeds[1:2], 7, positions[1:2, 2:4], 0))
+    assert not torch.equal(whole, uniform_noise(seeds, 8, positions, 0))
+    assert not torch.equal(whole, uniform_noise(seeds, 7, positions, 1))
+    many = uniform_noise(torch.arange(2000), 0, torch.arange(50).expand(2000, -1), 0).flatten()
+    assert abs(float(many.mean()) - 0.5) < 0.005 and float(many.min()) >= 0 and float(many.max()) < 1
+    assert abs(float(torch.corrcoef(torch.stack([many[:-1], many[1:]]))[0, 1])) < 0.01
+
+
+def test_logprob_is_exact_near_one() -> None:
+    logits = torch.tensor([[0.0, 25.0, 1.0], [0.0, 26.0, 1.0]])
+    found = token_logprob(logits, torch.tensor([1, 1])).double()
+    expected = logits.double().log_softmax(-1)[:, 1]
+    assert torch.allclose(found, expected, rtol=1e-5, atol=0)  # -5.2e-11 and -1.9e-11, where float32 softmax says 0
+    random = torch.randn(50, 9, generator=torch.Generator().manual_seed(0))
+    tokens = random.argmin(-1)
+    expected = random.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    assert torch.allclose(token_logprob(random, tokens), expected, atol=1e-6)
+
+
+def test_confidences_by_hand() -> None:
+    p = torch.tensor([[[0.5, 0.3, 0.2], [1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]]])
+    found = candidates(p.log(), 0.0, None)
+    noise = torch.tensor([[0.1, 0.2, 0.3]], dtype=torch.float64)
+    h = -(0.5 * torch.tensor(0.5).log() + 0.3 * torch.tensor(0.3).log() + 0.2 * torch.tensor(0.2).log())
+    expected = {
+        "low-confidence": [0.5, 1.0, 1 / 3],
+        "random": [0.1, 0.2, 0.3],
+        "margin": [0.2, 1.0, 0.0],
+        "entropy": [1 - float(h) / float(torch.tensor(3.0).log()), 1.0, 0.0],
+    }
+    for name, confidence in CONFIDENCES.items():
+        assert torch.allclose(confidence(found, noise)[0], torch.tensor(expected[name], dtype=torch.float64), atol=1e-6)
+
+
+def test_eos_rules_by_hand() -> None:
+    scores = torch.tensor([[0.9, 0.5, 0.0, 0.7]], dtype=torch.float64)
+    tokens, ends = torch.tensor([[3, 1, 2, 3]]), torch.tensor([3])
+    assert torch.allclose(reject_eos(scores, tokens, ends, 0.4), torch.tensor([[0.36, 0.5, 0.0, 0.28]]).double())
+    hard = suppress_eos(scores, tokens, ends)
+    assert hard[0, 0] == hard[0, 3] == 0 and (hard[0, 1:3] > 0).all()
+    linear, published = make_decoder("eoser"), make_decoder("eoser-ass")
+    assert [linear.gamma(p) for p in (0, 1)] == [0.4, 1.0]
+    assert linear.gamma(linear.plan.progress[1]) == pytest.approx(0.4 + 0.6 / 63)
+    # Step 3 of L=128 under ASS: 15 of 128 tokens are committed once it is done.
+    assert published.gamma(published.plan.progress[3]) == pytest.approx(0.01 + 0.99 * 15 / 128)
+
+
+def test_hard_suppression_commits_ends_last(toy_lm: MaskedLM) -> None:
+    """While any open candidate is not EOS, EOS is not committed."""
+    decoder = make_decoder("hard-eos:eos_tokens=eos", max_new_tokens=32)
+    biased = {toy_lm.eos_id: 3.0}
+    weight = toy_lm.model.get_output_embeddings().weight
+    with torch.no_grad():
+        before = weight[toy_lm.eos_id].clone()
+        weight[toy_lm.eos_id] *= biased[toy_lm.eos_id]
+    try:
+        ids, mask = toy_lm.encode(PROMPTS)
+        plain = decode(toy_lm, ids, mask, make_decoder("full", max_new_tokens=32))
+        hard = decode(toy_lm, ids, mask, decoder)
+        positions = torch.arange(32).expand(4, -1) + ids.shape[1]
+        for s in range(hard.steps):
+            x = torch.cat([ids, hard.state(s)], 1)
+            full_mask = torch.cat([mask, mask.new_ones(4, 32)], 1)
+            best = toy_lm.logits(x, full_mask, positions).argmax(-1)
+            open_ = hard.state(s) == toy_lm.mask_id
+            others = (open_ & (best != toy_lm.eos_id)).sum(1)
+            ended = (hard.committed(s) & (hard.tokens == toy_lm.eos_id)).sum(1)
+            assert (ended == (2 - others).clamp(min=0)).all()  # two commits a step
+    finally:
+        with torch.no_grad():
+            weight[toy_lm.eos_id] = before
+    assert (plain.tokens == toy_lm.eos_id).any()
+
+
+def test_guidance_by_hand(toy_lm: MaskedLM) -> None:
+    ids, mask = toy_lm.encode(PROMPTS[:2])
+    width = ids.shape[1]
+    x = torch.cat([ids, torch.full((2, 4), toy_lm.mask_id)], 1)
+    m = torch.cat([mask, mask.new_ones(2, 4)], 1)
+    at = torch.arange(width, width + 4).expand(2, -1)
+    bare = x.clone()
+    bare[:, :width] = toy_lm.mask_id
+    c, u = toy_lm.logits(x, m, at), toy_lm.logits(bare, m, at)
+    keep = torch.arange(c.shape[-1]) != toy_lm.mask_id
+    expected = (u + 2.5 * (c - u))[..., keep]
+    assert torch.allclose(guided_logits(toy_lm, x, m, at, width, 1.5)[..., keep], expected, atol=1e-4)
+    trajectory = decode(toy_lm, ids, mask, make_decoder("ass:cfg_scale=1.5", max_new_tokens=16))
+    assert trajectory.nfe.tolist() == [8, 8]
+
+
+def test_trajectory_round_trip(toy_lm: MaskedLM, tmp_path: Path) -> None:
+    ids, mask = toy_lm.encode(PROMPTS)
+    trajectory = decode(toy_lm, ids, mask, make_decoder("eoser-ass", max_new_tokens=32))
+    assert trajectory.step.dtype == torch.int16 and trajectory.logprob.dtype == torch.float32
+    trajectory.save(tmp_path / "t.safetensors")
+    again = Trajectory.load(tmp_path / "t.safetensors")
+    for name in ("prompt", "prompt_mask", "tokens", "step", "logprob"):
+        assert torch.equal(getattr(again, name), getattr(trajectory, name))
+    assert (again.decoder, again.mask_id) == (trajectory.decoder, trajectory.mask_id)
+    (tmp_path / "t.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="not a saved trajectory"):
+        Trajectory.load(tmp_path / "t.safetensors")
+
+
+def test_randomness_is_asked_for(toy_lm: MaskedLM) -> None:
+    ids, mask = toy_lm.encode(PROMPTS)
+    for spec in ("full-random", "full:temperature=1"):
+        with pytest.raises(UserError, match=r"pass a torch\.Generator"):
+            decode(toy_lm, ids, mask, make_decoder(spec, max_new_tokens=16))
+    a, b = (
+        decode(
+            toy_lm, ids, mask, make_decoder("full:temperature=1", max_new_tokens=16), torch.Generator().manual_seed(s)
+        )
+        for s in (1, 1)
+    )
+    assert torch.equal(a.tokens, b.tokens)
+
+
+def test_decoder_files_and_specs(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("preset: eoser-ass\nblocks: 4\ngamma_min: 0.1\n")
+    from_file, from_spec = make_decoder(str(file)), make_decoder("eoser-ass:blocks=4,gamma_min=0.1")
+    assert from_file.name == "mine"
+    assert from_file.replace(name="") == from_spec.replace(name="")
+    assert make_decoder(f"{file}:blocks=2").blocks == 2
+    assert make_decoder("full", max_new_tokens=40).plan.steps == 20
+    assert make_decoder("semi-ar:block_length=8", max_new_tokens=40).plan.steps == 20
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("eosr", "did you mean 'eoser'"),
+        ("full:step=3", "did you mean 'steps'"),
+        ("full:steps=x", "steps of decoder 'full' is 'x'"),
+        ("full:steps=2.5", "give int"),
+        ("full:steps=200", "give 1 to 128"),
+        ("semi-ar:block_length=30", "does not divide"),
+        ("ass:steps=5", "drop it"),
+        ("full:blocks=2", "ascending schedule"),
+        ("full:temperature=-1", "give 0 or more"),
+        ("full:temperature=nan", "give 0 or more"),
+        ("eoser:gamma_min=1.5", "give 0 to 1"),
+        ("threshold:threshold=0", "above 0 up to 1"),
+        ("full:confidence=low", "did you mean 'low-confidence'"),
+        ("full:eos=no", "choose from keep, reject, suppress"),
+        ("full:steps=2,steps=3", "given twice"),
+        ("no/such.yaml", "cannot read the decoder file"),
+    ],
+)
+def test_wrong_decoder_specs_name_the_fix(spec: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_decoder(spec)

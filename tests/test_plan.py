@@ -1,0 +1,107 @@
+"""Plans against method.md's numbers, and their invariants on any request."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from math import floor, log2
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unmask import Plan, UserError, ascending, uniform
+
+LENGTHS = [16, 31, 100, 128, 200, 256, 300]
+
+
+def check(plan: Plan, length: int) -> None:
+    done = list(accumulate(plan.commits))
+    assert min(plan.commits) >= 1
+    assert done[-1] == plan.length == length
+    assert all(h >= d for h, d in zip(plan.horizon, done, strict=True))
+    assert list(plan.horizon) == sorted(plan.horizon)
+    assert plan.horizon[-1] == length
+    assert list(plan.progress) == sorted(plan.progress)
+    assert 0 <= plan.progress[0] <= plan.progress[-1] <= 1
+
+
+def test_ascending_as_published() -> None:
+    assert ascending(128).commits == (1, 2, 4, 8, 16, 32, 65)
+    assert ascending(256).commits == (1, 2, 4, 8, 16, 32, 64, 129)
+    assert ascending(128).horizon == (128,) * 7
+    four = ascending(128, blocks=4)
+    assert four.commits == (1, 2, 4, 8, 16, 32, 65)
+    assert four.horizon == (15, 15, 15, 15, 31, 63, 128)  # blocks of 15, 16, 32, 65 with 4, 1, 1, 1 steps
+    assert ascending(128).progress == tuple((2 ** (s + 1) - 1) / 128 for s in range(7))
+
+
+def test_hybrid_as_announced() -> None:
+    plan = ascending(128, block_length=32)
+    assert plan.steps == 20
+    assert plan.commits == (1, 2, 4, 8, 17) * 4
+    assert plan.horizon == (32,) * 5 + (64,) * 5 + (96,) * 5 + (128,) * 5
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_ascending_formula_for_every_block_count(length: int) -> None:
+    steps = floor(log2(length))
+    commits = [2**s for s in range(steps - 1)]
+    commits.append(length - sum(commits))
+    done = list(accumulate(commits))
+    for blocks in range(1, steps + 1):
+        plan = ascending(length, blocks)
+        assert list(plan.commits) == commits
+        assert list(plan.horizon) == [done[max(s, steps - blocks)] for s in range(steps)]
+        assert list(plan.progress) == [(2 ** (s + 1) - 1) / 2**steps for s in range(steps)]
+        check(plan, length)
+    for blocks in (0, steps + 1):
+        with pytest.raises(UserError, match=f"1 to {steps}"):
+            ascending(length, blocks)
+
+
+def test_uniform_by_hand() -> None:
+    assert uniform(10, 4).commits == (3, 3, 2, 2)  # the remainder goes to the first steps
+    assert uniform(128, 64).commits == (2,) * 64
+    assert uniform(128, 64).progress[1] == 1 / 63
+    plan = uniform(128, 64, 32)
+    assert plan.horizon[15] == 32 and plan.horizon[16] == 64
+    assert uniform(12, 4, 6).commits == (3, 3, 3, 3)
+
+
+@given(st.integers(1, 600), st.data())
+def test_uniform_invariants(length: int, data: st.DataObject) -> None:
+    block = data.draw(st.sampled_from([d for d in range(1, length + 1) if length % d == 0]))
+    steps = length // block * data.draw(st.integers(1, block))
+    plan = uniform(length, steps, block)
+    check(plan, length)
+    assert plan.steps == steps
+    assert max(plan.commits) - min(plan.commits) <= 1
+    for done, horizon in zip(plan.done, plan.horizon, strict=True):
+        assert horizon - done < block  # never a step ahead of its block
+
+
+@given(st.integers(1, 600), st.data())
+def test_ascending_invariants(length: int, data: st.DataObject) -> None:
+    steps = max(1, floor(log2(length)))
+    check(ascending(length, data.draw(st.integers(1, steps))), length)
+    block = data.draw(st.sampled_from([d for d in range(1, length + 1) if length % d == 0]))
+    hybrid = ascending(length, block_length=block)
+    check(hybrid, length)
+    assert hybrid.steps == length // block * max(1, floor(log2(block)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: uniform(0, 1), "length is 0"),
+        (lambda: uniform(8, 9), "give 1 to 8"),
+        (lambda: uniform(8, 0), "give 1 to 8"),
+        (lambda: uniform(12, 6, 5), "give one of 1, 2, 3, 4, 6, 12"),
+        (lambda: uniform(8, 3, 4), "give one of 2, 4, 6, 8"),
+        (lambda: ascending(12, block_length=7), "give one of 1, 2, 3, 4, 6, 12"),
+        (lambda: ascending(16, blocks=2, block_length=8), "exclude each other"),
+    ],
+)
+def test_impossible_plans_name_the_choices(make: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make()  # type: ignore[operator]

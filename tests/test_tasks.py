@@ -1,0 +1,212 @@
+"""Problems, splits, graders and rewards."""
+
+from __future__ import annotations
+
+import json
+import time
+from fractions import Fraction
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unmask import UserError, make_task
+from unmask.tasks.answers import arithmetic, boxed
+from unmask.tasks.countdown import Countdown, worked_solution
+from unmask.tasks.sudoku import heldout_grids, solved_grids
+
+COMPACT = {
+    "countdown": {"style": "compact", "max_value": 15, "max_target": 99, "operators": "+-*"},
+    "sudoku": {"style": "compact", "min_empty": 4},
+}
+
+
+@pytest.mark.parametrize("spec", ["countdown", "countdown:numbers=4", "sudoku", "reasoning_gym:leg_counting"])
+def test_problems_are_seeded_and_splits_disjoint(spec: str) -> None:
+    task = make_task(spec, COMPACT)
+    splits = {s: task.problems(s, 40, seed=3) for s in task.splits}
+    assert splits["train"] == task.problems("train", 40, seed=3)
+    assert splits["train"] != task.problems("train", 40, seed=4)
+    assert splits["test"][:10] == task.problems("test", 10, seed=3)
+    other_seed = {p.question for p in task.problems("train", 200, seed=99)}
+    for split in ("validation", "test"):
+        assert not {p.question for p in splits[split]} & {p.question for p in splits["train"]}
+        assert not {p.question for p in splits[split]} & other_seed
+
+
+@pytest.mark.parametrize("spec", ["countdown", "countdown:numbers=4,operators=+-*/", "sudoku"])
+def test_worked_responses_are_right(spec: str) -> None:
+    task = make_task(spec, COMPACT)
+    for problem in task.problems("train", 100):
+        grade = task.grade(problem, problem.response or "")
+        assert grade.solved and grade.points == grade.possible
+
+
+def test_countdown_number_order_does_not_leak() -> None:
+    """The same numbers in another order are the same problem, so they stay in one split."""
+    task = make_task("countdown", COMPACT)
+    test = {p.id for p in task.problems("test", 100)}
+    assert not test & {p.id for p in task.problems("train", 2000)}
+
+
+def test_sudoku_grids() -> None:
+    grids = solved_grids()
+    assert len(grids) == len(set(grids)) == 288
+    assert len(heldout_grids()) == 29
+    task = make_task("sudoku", COMPACT)
+    for split in ("train", "validation", "test"):
+        assert not {p.truth["solution"] for p in task.problems(split, 60)} & heldout_grids()
+    assert {p.truth["solution"] for p in task.problems("heldout", 60)} <= heldout_grids()
+
+
+def test_sudoku_puzzles_have_one_solution() -> None:
+    for problem in make_task("sudoku:max_empty=12", {}).problems("test", 60):
+        puzzle, solution = problem.truth["puzzle"], problem.truth["solution"]
+        fits = [g for g in solved_grids() if all(p in ("0", c) for p, c in zip(puzzle, g, strict=True))]
+        assert fits == [solution]
+
+
+def test_sudoku_grade_by_hand() -> None:
+    task = make_task("sudoku", {})
+    problem = task.problem("0102200002100320", "3142243142131324")  # type: ignore[attr-defined]
+    half = "<answer>3142 2431 4444 4444</answer>"
+    grade = task.grade(problem, half)
+    # Empty cells: 0, 2, 5, 6, 7, 8, 11, 12, 15 = 9. Right of them: 0, 2, 5, 6, 7, 8 (4), 15 (4) = 7.
+    assert (grade.points, grade.possible, grade.solved) == (7.0, 9.0, False)
+    assert task.rewards()["sudoku"][0]([], [half], problem=[problem]) == [7 / 9]
+    assert task.grade(problem, "no answer at all").points == 0
+    assert task.grade(problem, "<answer>a3142 b2431 c4213 d1324").solved  # left open, with labels
+
+
+def test_worked_solution_by_hand() -> None:
+    # Pairs in order: 3+8=11 (11, 5 reach 55, 16, 6: not 29), 8-3=5 (10, 25), 3*8=24 (24+5=29).
+    expected = "<reasoning>3+8=11 8-3=5 3*8=24 5+24=29</reasoning><answer>5+3*8</answer>"
+    assert worked_solution((3, 8, 5), 29, "+-*") == expected
+    assert worked_solution((1, 1, 1), 50, "+-*") is None
+
+
+def brute_force(numbers: tuple[int, ...], target: int) -> bool:
+    """Whether + - * over positive results reach the target, by plain recursion."""
+    if len(numbers) == 1:
+        return numbers[0] == target
+    for order in permutations(numbers):
+        a, b, *rest = order
+        for value in (a + b, a - b, a * b):
+            if value > 0 and brute_force((value, *rest), target):
+                return True
+    return False
+
+
+@given(st.tuples(*[st.integers(1, 15)] * 3), st.integers(1, 99))
+def test_search_finds_an_answer_exactly_when_there_is_one(numbers: tuple[int, ...], target: int) -> None:
+    response = worked_solution(numbers, target, "+-*")
+    assert (response is not None) == brute_force(numbers, target)
+    if response is not None:
+        task = Countdown(style="compact")
+        assert task.grade(task.problem(numbers, target), response).solved
+        for step in response.split("<reasoning>")[1].split("</reasoning>")[0].split():
+            left, right = step.split("=")
+            value = arithmetic(left)
+            assert value is not None and value[0] == int(right)
+
+
+HOSTILE = [
+    "9**9**9",
+    "(" * 10**6,
+    "(" * 90 + "1" + ")" * 90,
+    "٣+٨*٥",
+    "1²+3",
+    "__import__('os').system('true')",
+    "8*3+5" + "+0" * 10**5,
+    "8//0+3+5",
+    "8/0+3*5",
+    "1e9+8+3+5",
+    "8" * 5000,
+    "\\boxed{" * 10**5,
+    "<answer>" * 10**5,
+    "8*3+5=" * 10**5 + "29",
+    "",
+    "\x00",
+    "0x8*3+5",
+    "8_0*3+5",
+    "lambda: 29",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=lambda t: t[:12].encode("unicode_escape").decode())
+def test_hostile_countdown_answers_are_wrong_and_fast(text: str) -> None:
+    task = make_task("countdown", {})
+    problem = task.problem((8, 3, 5), 29)  # type: ignore[attr-defined]
+    for completion in (f"<answer>{text}</answer>", text):
+        start = time.perf_counter()
+        graded = task.grade(problem, completion)
+        elapsed = time.perf_counter() - start
+        assert elapsed < 0.01
+        assert not graded.solved or text.startswith("8*3+5=")
+
+
+def test_arithmetic_is_exact() -> None:
+    assert arithmetic("1/3*3") == (Fraction(1), [1, 3, 3])
+    assert arithmetic("(07 - 2) * -3") == (Fraction(-15), [7, 2, 3])
+    assert arithmetic("1/0") is None
+    assert boxed("\\boxed{a{b}c} x \\boxed {2}") == ["a{b}c", "2"]
+
+
+def test_countdown_rewards_by_hand() -> None:
+    task = make_task("countdown", {})
+    problem = task.problem((8, 3, 5), 29)  # type: ignore[attr-defined]
+    completions = [
+        "<answer>8*3+5</answer>",  # right
+        "\\boxed{8 \\times 3 + 5 = 29}",  # right, in LaTeX
+        "<answer>8+3+5</answer>",  # the given numbers, wrong value
+        "<answer>8*3+4</answer>",  # another number
+        "<answer>29</answer>",
+    ]
+    assert task.rewards()["countdown"][0]([], completions, problem=[problem] * 5) == [1.0, 1.0, 0.1, 0.0, 0.0]
+
+
+def test_reasoning_gym_uses_its_own_verifier() -> None:
+    task = make_task("reasoning_gym:leg_counting,max_animals=4", {})
+    problem = task.problems("test", 1)[0]
+    from unmask.tasks.reasoning_gym import _source
+
+    source = _source("leg_counting", (("max_animals", "4"),), 0)
+    answer = source[problem.truth["index"]]["answer"]
+    assert task.grade(problem, f"<answer>{answer}</answer>").solved
+    assert not task.grade(problem, "<answer>-1</answer>").solved
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("sudko", "did you mean 'sudoku'"),
+        ("countdown:number=3", "did you mean 'numbers'"),
+        ("countdown:numbers=x", "numbers of task 'countdown' is 'x'"),
+        ("countdown:numbers=9", "give 2 to 6"),
+        ("countdown:numbers", "name:key=value"),
+        ("countdown:style=short", "choose from compact, paper"),
+        ("sudoku:min_empty=9,max_empty=3", "1 <= min <= max"),
+        ("reasoning_gym:leg_countin", "did you mean 'leg_counting'"),
+        ("reasoning_gym:countdown", "use task 'countdown'"),
+        ("reasoning_gym:leg_counting,max_animal=3", "did you mean 'max_animals'"),
+    ],
+)
+def test_wrong_task_specs_name_the_fix(spec: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_task(spec, {})
+
+
+def test_data_files(tmp_path: Path) -> None:
+    countdown = tmp_path / "c.jsonl"
+    countdown.write_text('{"input": "30,100,93", "output": "23"}\n')
+    assert make_task(f"countdown:data={countdown}", {}).problems("test", None)[0].truth["numbers"] == [30, 100, 93]
+    sudoku = tmp_path / "s.csv"
+    sudoku.write_text("Puzzle,Solution\n3102200002100320,3142243142131324\n")
+    assert make_task(f"sudoku:data={sudoku}", {}).problems("test", None)[0].truth["solution"] == "3142243142131324"
+    countdown.write_text(json.dumps({"input": "1,2", "output": "x"}))
+    with pytest.raises(UserError, match=r"c\.jsonl:1 is not a line like"):
+        make_task(f"countdown:data={countdown}", {}).problems("test", None)
+    with pytest.raises(UserError, match="cannot read"):
+        make_task(f"sudoku:data={tmp_path}/none.csv", {}).problems("test", None)
