@@ -50,9 +50,9 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory, toy_lm: MaskedLM) -> st
     return str(folder)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def no_global_randomness() -> object:
-    """No code under test may draw from or reseed torch's global generator."""
+    """The code under test may neither draw from nor reseed torch's global generator."""
     before = torch.get_rng_state()
     yield
     assert torch.equal(before, torch.get_rng_state())

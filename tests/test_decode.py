@@ -15,6 +15,8 @@ from unmask.decoding.confidence import CONFIDENCES, reject_eos, suppress_eos
 from unmask.decoding.decode import guided_logits
 from unmask.decoding.sampling import candidates, sample, token_logprob, uniform_noise
 
+pytestmark = pytest.mark.usefixtures("no_global_randomness")
+
 SEEDS = torch.tensor([11, 12, 13, 14])
 SPECS = [*PRESETS, "full:confidence=margin", "full:confidence=entropy", "eoser:eos_tokens=eos+eot", "ass:blocks=3"]
 

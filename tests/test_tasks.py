@@ -125,6 +125,7 @@ HOSTILE = [
     "1e9+8+3+5",
     "8" * 5000,
     "\\boxed{" * 10**5,
+    "\\boxed{" * 10**5 + "}" * 10**5,
     "<answer>" * 10**5,
     "8*3+5=" * 10**5 + "29",
     "",
@@ -140,10 +141,12 @@ def test_hostile_countdown_answers_are_wrong_and_fast(text: str) -> None:
     task = make_task("countdown", {})
     problem = task.problem((8, 3, 5), 29)  # type: ignore[attr-defined]
     for completion in (f"<answer>{text}</answer>", text):
-        start = time.perf_counter()
-        graded = task.grade(problem, completion)
-        elapsed = time.perf_counter() - start
-        assert elapsed < 0.01
+        times = []
+        for _ in range(3):
+            start = time.process_time()
+            graded = task.grade(problem, completion)
+            times.append(time.process_time() - start)
+        assert min(times) < 0.01
         assert not graded.solved or text.startswith("8*3+5=")
 
 

@@ -248,6 +248,8 @@ def train(config: SFTConfig, resume: bool = True) -> Path:
     longest = max(len(r["response"]) for r in training.rows)
     if longest > max(config.canvas):
         raise UserError(f"the longest response has {longest} tokens: raise canvas {config.canvas} to hold it")
+    if len(training) < config.batch_size:
+        raise UserError(f"{len(training)} training examples do not fill a batch of {config.batch_size}: raise problems")
     prompt_width = max(training.prompt_width, validation.prompt_width)
     if prompt_width + max(config.canvas) > lm.max_length:
         raise UserError(
@@ -274,7 +276,7 @@ def train(config: SFTConfig, resume: bool = True) -> Path:
             weight_decay=config.weight_decay,
             max_grad_norm=config.max_grad_norm,
             lr_scheduler_type="warmup_stable_decay",
-            lr_scheduler_kwargs={
+            lr_scheduler_kwargs={  # constant, then linear to zero
                 "num_decay_steps": max(1, round(config.decay_share * config.steps)),
                 "decay_type": "linear",
             },

@@ -155,9 +155,9 @@ def summarise(records: list[Record], decoder: Decoder) -> dict[str, Any]:
     return {
         "problems": n,
         "solved": solved / n,
-        "solved_interval": wilson(solved, n),
+        "solved_interval": list(wilson(solved, n)),
         "score": sum(points) / sum(possible),
-        "score_interval": pooled_bootstrap(points, possible),
+        "score_interval": list(pooled_bootstrap(points, possible)),
         "nfe": nfe,
         "tokens_per_forward": decoder.max_new_tokens / nfe,
         "length": sum(r["length"] for r in records) / n,

@@ -6,34 +6,35 @@ import ast
 import re
 from fractions import Fraction
 
-_TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_BRACES = re.compile(r"\\boxed\s*\{|\{|\}")
 _LATEX_OPERATORS = {"\\div": "/", "\\times": "*", "\\cdot": "*", "\u00d7": "*", "\u00f7": "/", "\u2212": "-"}
 _END_TOKENS = re.compile(r"<\|eot_id\|>|<\|endoftext\|>|<\|im_end\|>")
+MAX_COMPLETION = 20_000  # characters read; no canvas is longer
 MAX_EXPRESSION = 200  # characters; longer text is no answer to a Countdown problem
 
 
-def boxed(text: str, last: bool = True) -> list[str]:
-    """Contents of every ``\\boxed{…}``, braces balanced, in order. An unclosed box is not one."""
-    found = []
-    for match in re.finditer(r"\\boxed\s*\{", text):
-        depth, start = 1, match.end()
-        for i in range(start, min(len(text), start + 10_000)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                found.append(text[start:i])
-                break
-    return found
+def boxed(text: str) -> list[str]:
+    """Contents of every closed ``\\boxed{…}``, braces balanced, in the order of their opening. One pass."""
+    spans: list[tuple[int, int]] = []
+    opened: list[int | None] = []  # where the content of a box starts; None for a plain brace
+    for match in _BRACES.finditer(text):
+        if match[0] != "}":
+            opened.append(None if match[0] == "{" else match.end())
+        elif opened and (start := opened.pop()) is not None:
+            spans.append((start, match.start()))
+    return [text[a:b] for a, b in sorted(spans)]
 
 
 def tagged(text: str) -> str | None:
     """The text of the last ``<answer>…</answer>``, or None."""
-    found = _TAGS.findall(text)
-    return found[-1] if found else None
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    return text[start + len("<answer>") : end] if start >= 0 else None
 
 
 def cut_at_end(text: str) -> str:
-    """The text before its first end-of-turn or end-of-text token, if such tokens are still spelled out in it."""
-    return _END_TOKENS.split(text, maxsplit=1)[0]
+    """The text before its first end-of-turn or end-of-text token, if such tokens are spelled out in it; bounded."""
+    return _END_TOKENS.split(text[:MAX_COMPLETION], maxsplit=1)[0]
 
 
 def to_expression(text: str) -> str:

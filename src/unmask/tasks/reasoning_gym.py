@@ -34,7 +34,9 @@ def executes_text(name: str) -> bool:
 
 @cache
 def _source(name: str, options: tuple[tuple[str, str], ...], seed: int) -> Any:
-    config = build(DATASETS[name][1], {**dict(options), "seed": stream_seed(seed), "size": 2**31}, f"task 'reasoning_gym:{name}'")
+    config = build(
+        DATASETS[name][1], {**dict(options), "seed": stream_seed(seed), "size": 2**31}, f"task 'reasoning_gym:{name}'"
+    )
     try:
         return reasoning_gym.create_dataset(name, **vars(config))
     except AssertionError as error:

@@ -1,0 +1,144 @@
+"""The command line as a stranger meets it: right calls print results, wrong ones one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from unmask.cli import COMMANDS, main
+
+
+def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], *said: str) -> None:
+    assert main(arguments) == 2
+    out = capsys.readouterr()
+    assert out.err.startswith("unmask: ") and out.err.count("\n") == 1, out.err
+    assert "Traceback" not in out.err
+    for text in said:
+        assert text in out.err
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in COMMANDS)
+    assert main(["--version"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["evall"], ["did you mean 'eval'"]),
+        (["generate", ""], ["prompt is empty"]),
+        (["generate", "a <|mdm_mask|> b"], ["mask token"]),
+        (["generate", "x" * 3000], ["3002 tokens", "shorten the prompt"]),
+        (["generate", "x", "--decoder", "fulll"], ["did you mean 'full'"]),
+        (["generate", "x", "--decoder", "ass:gama_min=1"], ["did you mean 'gamma_min'"]),
+        (["generate", "x", "--model", "no/such"], ["unknown model 'no/such'", "path"]),
+        (["generate", "x", "--max-new-tokens", "0"], ["length is 0"]),
+        (["generate", "x", "--device", "nowhere"], ["nowhere"]),
+        (["eval", "--task", "sudokku"], ["did you mean 'sudoku'"]),
+        (["eval", "--limit", "0"], ["give 1 or more"]),
+        (["eval", "--split", "tset"], ["choose from"]),
+        (["eval", "--output", "/proc/nothing", "--limit", "1"], ["cannot write to /proc/nothing"]),
+        (["eval", "--dtype", "float8"], ["unknown dtype"]),
+        (["sft", "no.yaml"], ["cannot read the config no.yaml"]),
+        (["grade", "no.jsonl", "--task", "countdown"], ["cannot read no.jsonl"]),
+    ],
+)
+def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], said: list[str]) -> None:
+    if arguments[0] == "eval" and "--output" not in arguments:
+        arguments = [*arguments, "--output", str(tmp_path / "out")]
+    fails(capsys, arguments, *said)
+
+
+def test_unknown_flag_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["eval", "--taks", "sudoku"])
+    assert error.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_generate_prints_plain_text_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "make 29 from 3 8 5", "--decoder", "semi-ar", "--max-new-tokens", "64"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("<reasoning>") and "\x1b" not in text
+
+
+def test_generate_in_a_terminal_draws_the_canvas(tiny_lm: object) -> None:
+    import io
+
+    import torch
+    from rich.console import Console
+
+    from unmask import MaskedLM, decode, make_decoder
+    from unmask.decoding.stream import MASK, LiveCanvas
+
+    assert isinstance(tiny_lm, MaskedLM)
+    screen = io.StringIO()
+    canvas = LiveCanvas(tiny_lm, Console(file=screen, force_terminal=True, width=80), "title")
+    ids, mask = tiny_lm.encode([tiny_lm.chat("make 29 from 3 8 5")])
+    decode(tiny_lm, ids, mask, make_decoder("ass", max_new_tokens=32), streamer=canvas)
+    shown = screen.getvalue()
+    assert "title" in shown and "step 5" in shown and "32/32" in shown
+    assert MASK not in shown.split("32/32")[-1]
+    _ = torch
+
+
+def test_the_streamer_of_transformers_works(tiny_lm: object, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers.generation.streamers import TextDiffusionStreamer
+
+    from unmask import MaskedLM, decode, make_decoder
+
+    assert isinstance(tiny_lm, MaskedLM)
+    ids, mask = tiny_lm.encode([tiny_lm.chat("make 29 from 3 8 5")])
+    streamer = TextDiffusionStreamer(tiny_lm.tokenizer, skip_prompt=True)
+    found = decode(tiny_lm, ids, mask, make_decoder("ass", max_new_tokens=32), streamer=streamer)
+    assert tiny_lm.tokenizer.decode(found.tokens[0, :8].tolist()) in capsys.readouterr().out
+
+
+def test_grade(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows = [
+        {"question": "q", "completion": "\\boxed{8*3+5}", "ground_truth": [[8, 3, 5], 29]},
+        {"question": "q", "completion": "<answer>8*3+5</answer>", "ground_truth": [[8, 3, 5], 29]},
+        {"question": "q", "completion": "no", "ground_truth": [[8, 3, 5], 29]},
+    ]
+    file = tmp_path / "c.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert main(["grade", str(file), "--task", "countdown"]) == 0
+    default, published = capsys.readouterr().out.split("countdown, published")
+    assert "2 of 3" in default and "1 of 3" in published
+    file.write_text('{"question": "q"}\n')
+    fails(capsys, ["grade", str(file), "--task", "countdown"], ":1 lacks")
+    file.write_text("")
+    fails(capsys, ["grade", str(file), "--task", "countdown"], "holds no completions")
+    fails(capsys, ["grade", str(file), "--task", "countdwn"], "did you mean 'countdown'")
+
+
+def test_ctrl_c_keeps_the_records_and_a_second_call_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "unmask", "eval", "--task", "countdown", "--decoder", "full", "--limit", "40"]
+    command += ["--batch-size", "2", "--max-new-tokens", "64", "--output", str(tmp_path)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    file = tmp_path / "records" / "countdown--full.jsonl"
+    deadline = time.time() + 120
+    while (not file.exists() or file.read_text().count("\n") < 4) and time.time() < deadline:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in err and "Traceback" not in err
+    before = file.read_text().splitlines()
+    assert 4 <= len(before) < 40 and not (tmp_path / "summary.json").exists()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    after = file.read_text().splitlines()
+    assert after[: len(before)] == before and len(after) == 40
+    assert json.loads((tmp_path / "summary.json").read_text())["cells"][0]["problems"] == 40

@@ -1,0 +1,82 @@
+"""What the documents show is run: README snippets, names, links."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import unmask
+from unmask.cli import COMMANDS, main
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda c: c.splitlines()[0])
+def test_readme_python_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})  # noqa: S102  (our own document)
+
+
+def shell_lines() -> list[str]:
+    lines = [
+        line.split("  #")[0].strip() for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()
+    ]
+    return [line for line in lines if line.startswith("unmask ")]
+
+
+SMALL = {"eval": ["--limit", "2", "--max-new-tokens", "32"], "demo": ["--limit", "2"]}
+
+
+@pytest.mark.parametrize("line", shell_lines())
+def test_readme_commands_run(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every unmask command of the README, evaluations on two problems; training only reads its config."""
+    arguments = shlex.split(line)[1:]
+    if arguments[0] == "sft":
+        assert (ROOT / arguments[1]).exists()  # test_training runs every config
+        return
+    if arguments[0] == "grade":
+        (tmp_path / arguments[1]).write_text('{"question": "q", "completion": "1", "ground_truth": [[1, 1], 2]}\n')
+    monkeypatch.chdir(tmp_path)
+    for flag in ("--limit", "--max-new-tokens"):
+        if flag in arguments and arguments[0] in SMALL:
+            at = arguments.index(flag)
+            del arguments[at : at + 2]
+    arguments += SMALL.get(arguments[0], [])
+    assert main(arguments) == 0, capsys.readouterr().err
+
+
+def test_readme_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make ([a-z ]+)", "\n".join(blocks("bash")), re.MULTILINE):
+        for word in target.split():
+            assert re.search(rf"^{word}:", makefile, re.MULTILINE)
+
+
+def test_exported_names_are_sorted_and_exist() -> None:
+    assert unmask.__all__ == sorted(unmask.__all__)
+    assert all(hasattr(unmask, name) for name in unmask.__all__)
+
+
+def test_links_and_named_files_exist() -> None:
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
+            if not target.startswith("http"):
+                assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_architecture_names_every_module() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for module in (ROOT / "src" / "unmask").rglob("*.py"):
+        if module.name not in ("__init__.py", "__main__.py"):
+            assert module.name in text, f"docs/architecture.md does not mention {module.name}"
+    assert all(name in (README + text) for name in COMMANDS)

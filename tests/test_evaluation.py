@@ -1,0 +1,118 @@
+"""Evaluation: resumed = uninterrupted, records independent of the batch, intervals by hand, what a folder refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conftest import toy
+from unmask import UserError
+from unmask.evaluation import report
+from unmask.evaluation.evaluate import EvalConfig, evaluate, read_records
+from unmask.evaluation.statistics import pooled_bootstrap, wilson
+
+TASKS = {"sudoku": {"style": "compact"}, "countdown": {"style": "compact", "max_value": 9}}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    lm = toy(task_defaults=TASKS)
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def config(model: str, output: Path, **changes: object) -> EvalConfig:
+    values = {
+        "model": model,
+        "decoder": ["ass", "eoser-ass:temperature=1", "full-random:steps=4"],
+        "limit": 10,
+        "max_new_tokens": 32,
+        "batch_size": 4,
+        "output": str(output),
+    }
+    return EvalConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def records(output: Path) -> dict[str, list[dict[str, object]]]:
+    found = {p.name: read_records(p) for p in sorted((output / "records").iterdir())}
+    return {k: [{f: v for f, v in r.items() if f != "seconds"} for r in rows] for k, rows in found.items()}
+
+
+def test_records_do_not_depend_on_the_batch(model: str, tmp_path: Path) -> None:
+    evaluate(config(model, tmp_path / "a"))
+    evaluate(config(model, tmp_path / "b", batch_size=7))
+    a, b = records(tmp_path / "a"), records(tmp_path / "b")
+    assert len(a) == 6 and a == b
+    assert [r["index"] for r in next(iter(a.values()))] == list(range(10))
+
+
+class Stop(Exception):
+    pass
+
+
+def test_killed_and_resumed_equals_uninterrupted(model: str, tmp_path: Path) -> None:
+    whole = evaluate(config(model, tmp_path / "whole"))
+    seen: set[tuple[str, int]] = set()
+
+    def stop(label: str, done: int, total: int) -> None:
+        if done and (label, done) not in seen:  # killed after every batch
+            seen.add((label, done))
+            raise Stop
+
+    for _ in range(40):
+        try:
+            part = evaluate(config(model, tmp_path / "part"), stop)
+            break
+        except Stop:
+            # A crash in the middle of writing a line.
+            last = sorted((tmp_path / "part" / "records").iterdir())[-1]
+            with last.open("a") as file:
+                file.write('{"index": 3, "id": "cut o')
+    assert len(seen) == 6 * 3
+    assert records(tmp_path / "whole") == records(tmp_path / "part")
+    assert whole["config"] == part["config"]
+    for a, b in zip(whole["cells"], part["cells"], strict=True):
+        assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
+
+
+def test_a_folder_belongs_to_one_evaluation(model: str, tmp_path: Path) -> None:
+    evaluate(config(model, tmp_path, decoder=["ass"]))
+    before = records(tmp_path)
+    with pytest.raises(UserError, match=r"other limit.*give another --output"):
+        evaluate(config(model, tmp_path, limit=5))
+    with pytest.raises(UserError, match=r"other max_new_tokens|other decoders"):
+        evaluate(config(model, tmp_path, decoder=["ass"], max_new_tokens=16))
+    grown = evaluate(config(model, tmp_path, decoder=["ass", "hybrid:block_length=8"]))  # another decoder may join
+    assert len(grown["cells"]) == 4
+    assert {k: v for k, v in records(tmp_path).items() if k in before} == before
+
+
+def test_summary_holds_what_a_number_needs(model: str, tmp_path: Path) -> None:
+    summary = evaluate(config(model, tmp_path, decoder=["ass", "eoser"], diagnostics=True))
+    assert summary == json.loads((tmp_path / "summary.json").read_text())
+    assert {"torch", "transformers", "commit", "processor", "threads"} <= set(summary["environment"])
+    assert summary["config"]["tasks"]["countdown"]["max_value"] == 9
+    assert summary["config"]["decoders"]["eoser"]["gamma_min"] == 0.4
+    cell = summary["cells"][0]
+    rows = records(tmp_path)["sudoku--ass.jsonl"]
+    assert cell["solved"] == sum(bool(r["solved"]) for r in rows) / 10
+    assert cell["nfe"] == 5 and cell["tokens_per_forward"] == 32 / 5
+    curve = summary["diagnostics"][0]
+    assert len(curve["eos_share"]) == 5 and curve["problems"] == 10
+    figures = report.write_figures(summary, tmp_path)
+    assert {f.name for f in figures} == {"accuracy.png", "accuracy.svg", "diagnostics.png", "diagnostics.svg"}
+    assert report.markdown_table(summary).count("\n") == 6
+
+
+def test_intervals_by_hand() -> None:
+    # p = 0.5, n = 100, z = 1.96: centre (0.5 + 0.0192) / 1.0384 = 0.5, half = 0.0962.
+    low, high = wilson(50, 100)
+    assert (low, high) == (pytest.approx(0.4038, abs=1e-4), pytest.approx(0.5962, abs=1e-4))
+    assert wilson(0, 10)[0] == 0 and wilson(10, 10)[1] == pytest.approx(1)
+    low, high = pooled_bootstrap([1.0, 0.0] * 200, [1.0, 1.0] * 200)
+    assert low == pytest.approx(0.45, abs=0.02) and high == pytest.approx(0.55, abs=0.02)
+    assert pooled_bootstrap([3.0, 3.0], [4.0, 4.0]) == (0.75, 0.75)
