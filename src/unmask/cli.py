@@ -184,7 +184,8 @@ class DemoArguments:
     output: str = "runs/demo"
 
 
-DEMO_DECODERS = ["full", "semi-ar", "eoser", "ass", "eoser-ass", "hybrid"]
+# At L/2 passes, then at the logarithmic budget.
+DEMO_DECODERS = ["full", "semi-ar", "eoser", "full:steps=7", "ass", "eoser-ass", "hybrid"]
 
 
 def demo(arguments: list[str]) -> None:
