@@ -128,7 +128,7 @@ def test_one_step_decode_samples_the_softmax(toy_lm: MaskedLM) -> None:
     """The whole loop at T=1: one canvas token, 20,000 rows, frequencies against the model's own probabilities."""
     ids, mask = toy_lm.encode(PROMPTS[:1])
     canvas = torch.cat([ids, torch.tensor([[toy_lm.mask_id]])], 1)
-    p = toy_lm.logits(canvas, None, torch.tensor([[ids.shape[1]]]))[0, 0].softmax(-1)
+    p = toy_lm.logits(canvas, None, torch.tensor([[ids.shape[1]]]))[0, 0].detach().softmax(-1)
     decoder = make_decoder("full:steps=1,temperature=1", max_new_tokens=1)
     generator = torch.Generator().manual_seed(5)
     rows = [decode(toy_lm, ids.repeat(2000, 1), mask.repeat(2000, 1), decoder, generator) for _ in range(10)]
@@ -293,7 +293,7 @@ def test_decoder_files_and_specs(tmp_path: Path) -> None:
         ("full:temperature=nan", "give 0 or more"),
         ("eoser:gamma_min=1.5", "give 0 to 1"),
         ("threshold:threshold=0", "above 0 up to 1"),
-        ("full:confidence=low", "did you mean 'low-confidence'"),
+        ("full:confidence=low-confidnce", "did you mean 'low-confidence'"),
         ("full:eos=no", "choose from keep, reject, suppress"),
         ("full:steps=2,steps=3", "given twice"),
         ("no/such.yaml", "cannot read the decoder file"),
