@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo test lint format tiny clean
+.PHONY: install demo test lint format tiny results clean
 
 install: $(READY)
 
@@ -33,6 +33,15 @@ format: $(READY)
 # Train the shipped model from nothing (hours on two cores).
 tiny: $(READY)
 	$(BIN)/unmask sft configs/tiny/sft.yaml
+
+# The tables and figures of docs/results.md (about a quarter of an hour on two cores).
+results: $(READY)
+	$(BIN)/unmask eval --model tiny --limit 256 --batch-size 64 --output runs/results --decoder \
+		full semi-ar eoser hard-eos threshold hybrid full:steps=7 ass eoser-ass
+	$(BIN)/unmask eval --model tiny --limit 256 --batch-size 64 --output runs/heldout --split heldout --task sudoku \
+		--decoder semi-ar full eoser-ass
+	$(BIN)/unmask eval --model tiny --limit 64 --batch-size 64 --output runs/diagnostics --diagnostics \
+		--decoder full semi-ar eoser eoser-ass
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -14,6 +14,8 @@ import pytest
 
 from unmask.cli import COMMANDS, main
 
+ROOT = Path(__file__).parent.parent
+
 
 def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], *said: str) -> None:
     assert main(arguments) == 2
@@ -43,8 +45,15 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "x", "--model", "no/such"], ["unknown model 'no/such'", "path"]),
         (["generate", "x", "--max-new-tokens", "0"], ["length is 0"]),
         (["generate", "x", "--device", "nowhere"], ["nowhere"]),
+        (["generate", "x", "--seed", "-1"], ["seed is -1"]),
         (["eval", "--task", "sudokku"], ["did you mean 'sudoku'"]),
         (["eval", "--limit", "0"], ["give 1 or more"]),
+        (["eval", "--batch-size", "0"], ["batch_size is 0"]),
+        (["eval", "--seed", "99999999999"], ["seed is 99999999999"]),
+        (["eval", "--max-new-tokens", "4000", "--decoder", "ass"], ["at most 2048 together"]),
+        (["eval", "--task", "countdown:data=/dev/null"], ["holds no problems"]),
+        (["eval", "--task", "countdown:max_value=2"], ["give at least 5"]),
+        (["sft", "configs/tiny/sft.yaml", "--steps", "0"], ["steps is 0"]),
         (["eval", "--split", "tset"], ["choose from"]),
         (["eval", "--output", "/proc/nothing", "--limit", "1"], ["cannot write to /proc/nothing"]),
         (["eval", "--dtype", "float8"], ["unknown dtype"]),
@@ -53,6 +62,8 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], said: list[str]) -> None:
+    if arguments[0] == "sft" and "--steps" in arguments:
+        arguments = ["sft", str(ROOT / arguments[1]), *arguments[2:]]
     if arguments[0] == "eval" and "--output" not in arguments:
         arguments = [*arguments, "--output", str(tmp_path / "out")]
     fails(capsys, arguments, *said)
@@ -74,7 +85,6 @@ def test_generate_prints_plain_text_without_a_terminal(capsys: pytest.CaptureFix
 def test_generate_in_a_terminal_draws_the_canvas(tiny_lm: object) -> None:
     import io
 
-    import torch
     from rich.console import Console
 
     from unmask import MaskedLM, decode, make_decoder
@@ -88,7 +98,6 @@ def test_generate_in_a_terminal_draws_the_canvas(tiny_lm: object) -> None:
     shown = screen.getvalue()
     assert "title" in shown and "step 5" in shown and "32/32" in shown
     assert MASK not in shown.split("32/32")[-1]
-    _ = torch
 
 
 def test_the_streamer_of_transformers_works(tiny_lm: object, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,6 +125,9 @@ def test_grade(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert "2 of 3" in default and "1 of 3" in published
     file.write_text('{"question": "q"}\n')
     fails(capsys, ["grade", str(file), "--task", "countdown"], ":1 lacks")
+    file.write_text(json.dumps({**rows[0], "ground_truth": [[8, 3, 5], "29"]}))
+    fails(capsys, ["grade", str(file), "--task", "countdown"], "is not [[numbers], target]")
+    fails(capsys, ["grade", str(file), "--task", "countdown", "--extraction", "x"], "choose from default, published")
     file.write_text("")
     fails(capsys, ["grade", str(file), "--task", "countdown"], "holds no completions")
     fails(capsys, ["grade", str(file), "--task", "countdwn"], "did you mean 'countdown'")

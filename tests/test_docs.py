@@ -25,6 +25,10 @@ def test_readme_python_runs(code: str, tmp_path: Path, monkeypatch: pytest.Monke
     exec(compile(code, "README.md", "exec"), {})  # noqa: S102  (our own document)
 
 
+def test_there_are_snippets() -> None:
+    assert len(blocks("python")) >= 1 and len(shell_lines()) >= 4
+
+
 def shell_lines() -> list[str]:
     lines = [
         line.split("  #")[0].strip() for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()

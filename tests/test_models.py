@@ -264,7 +264,6 @@ def test_broken_checkpoints_are_refused_by_name(toy_folder: str, tmp_path: Path)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match="not finite"):
         load(str(folder))
-    folder = broken("mask")
     lm = toy()
     lm.mask_id = 100_000
     with pytest.raises(UserError, match="outside its vocabulary"):
@@ -272,6 +271,19 @@ def test_broken_checkpoints_are_refused_by_name(toy_folder: str, tmp_path: Path)
     folder = broken("pickle")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"no \.safetensors"):
+        load(str(folder))
+    folder = broken("truncated")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="cannot load"):
+        load(str(folder))
+    folder = broken("tokenizer")
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        load(str(folder))
+    folder = broken("list")
+    (folder / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match="unknown model family"):
         load(str(folder))
     folder = broken("family")
     config(folder, model_type="gpt2")

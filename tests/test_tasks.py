@@ -168,6 +168,8 @@ def test_countdown_rewards_by_hand() -> None:
         "<answer>29</answer>",
     ]
     assert task.rewards()["countdown"][0]([], completions, problem=[problem] * 5) == [1.0, 1.0, 0.1, 0.0, 0.0]
+    assert task.grade(problem, "<answer>29 = 8*3+5</answer>").solved
+    assert not make_task("countdown:operators=+-", {}).grade(problem, completions[0]).solved  # an operator not allowed
 
 
 def test_reasoning_gym_uses_its_own_verifier() -> None:

@@ -109,14 +109,16 @@ def test_trainer_loss_equals_restatement(tmp_path: Path, eos_in_loss: bool) -> N
     draws = torch.rand(4, rows.prompt_width + 128, generator=generator)
     total, tokens = 0.0, 0
     for i in range(4):
+        hidden = [j for j in range(rows.prompt_width, rows.prompt_width + 128) if draws[i, j] < t[i]]
         last = rows.prompt_width + (128 if eos_in_loss else len(rows[i]["response"]))
-        masked = [j for j in range(rows.prompt_width, last) if draws[i, j] < t[i]]
+        masked = [j for j in hidden if j < last]
         tokens += last - rows.prompt_width
         noisy = batch["ids"][i].clone()
-        noisy[masked] = lm.mask_id
+        noisy[hidden] = lm.mask_id
         logits = lm.model(noisy[None], batch["visible"][i][None]).logits[0]
-        total += float(F.cross_entropy(logits[masked], batch["ids"][i, masked], reduction="sum")) / float(t[i])
-    assert float(found) == pytest.approx(total / tokens, rel=1e-4)
+        loss = F.cross_entropy(logits[masked], batch["ids"][i, masked], reduction="sum").detach()
+        total += float(loss) / float(t[i])
+    assert float(found.detach()) == pytest.approx(total / tokens, rel=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -131,9 +133,25 @@ def test_resume_equals_uninterrupted(tmp_path: Path, optimizer: str) -> None:
     assert load(str(tmp_path / "part" / "final")).model.config.task_defaults == TASKS
 
 
+def test_a_run_folder_belongs_to_one_run(tmp_path: Path) -> None:
+    train(config(tmp_path))
+    with pytest.raises(UserError, match="run with other canvas, steps, seed"):
+        train(config(tmp_path, seed=1, steps=9, canvas=[128]))
+    cut = tmp_path / "checkpoint-9"  # a checkpoint cut off while it was written is passed over
+    shutil.copytree(tmp_path / "checkpoint-6", cut)
+    (cut / "trainer_state.json").unlink()
+    assert (train(config(tmp_path)) / "model.safetensors").exists()
+    with pytest.raises(UserError, match="cannot write"):
+        train(config(Path("/proc/nothing")))
+    with pytest.raises(UserError, match="did you mean 'n_layers'"):
+        train(config(tmp_path / "b", new_model={"n_layer": 2}))
+
+
 def test_training_learns(tmp_path: Path) -> None:
     """Forty steps on one problem a task bring the loss down by more than half."""
-    c = config(tmp_path, problems=[1], batch_size=2, steps=40, learning_rate=5e-3, warmup_steps=5, eval_every=40, save_every=40)
+    c = config(
+        tmp_path, problems=[1], batch_size=2, steps=40, learning_rate=5e-3, warmup_steps=5, eval_every=40, save_every=40
+    )
     train(c)
     state = yaml.safe_load((tmp_path / "checkpoint-40" / "trainer_state.json").read_text())
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
@@ -143,7 +161,7 @@ def test_training_learns(tmp_path: Path) -> None:
 def test_muon_updates_matrices_only_and_restores_its_state() -> None:
     lm = toy()
     outside = {id(lm.model.get_input_embeddings().weight), id(lm.model.get_output_embeddings().weight)}
-    optimizer = MuonAdamW(lm.model.named_parameters(), 1e-2, 0.0, outside)
+    optimizer = MuonAdamW(lm.model.parameters(), 1e-2, 0.0, outside)
     muon, adamw = optimizer.parts
     assert all(p.ndim == 2 and id(p) not in outside for g in muon.param_groups for p in g["params"])
     count = sum(len(g["params"]) for part in optimizer.parts for g in part.param_groups)
@@ -156,7 +174,7 @@ def test_muon_updates_matrices_only_and_restores_its_state() -> None:
         optimizer.zero_grad()
         scheduler.step()
     assert muon.param_groups[0]["lr"] == adamw.param_groups[0]["lr"] == pytest.approx(1e-2 / 3)
-    other = MuonAdamW(lm.model.named_parameters(), 1e-2, 0.0, outside)
+    other = MuonAdamW(lm.model.parameters(), 1e-2, 0.0, outside)
     other.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0] is other.parts[0].param_groups[0]
     assert other.param_groups[0]["lr"] == muon.param_groups[0]["lr"]

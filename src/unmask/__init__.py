@@ -1,13 +1,18 @@
 """unmask — decode, post-train and evaluate masked diffusion language models."""
 
-from importlib.metadata import PackageNotFoundError, version
+from __future__ import annotations
 
-from unmask.decoding import PRESETS, Decoder, Plan, ascending, decode, make_decoder, replay, uniform
-from unmask.models.load import load
-from unmask.models.masked_lm import MaskedLM
-from unmask.spec import UserError
-from unmask.tasks import Grade, Problem, Task, make_task
-from unmask.trajectory import Trajectory
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unmask.decoding import PRESETS, Decoder, Plan, ascending, decode, make_decoder, replay, uniform
+    from unmask.models.load import load
+    from unmask.models.masked_lm import MaskedLM
+    from unmask.spec import UserError
+    from unmask.tasks import Grade, Problem, Task, make_task
+    from unmask.trajectory import Trajectory
 
 try:
     __version__ = version("unmask")
@@ -33,3 +38,20 @@ __all__ = [
     "replay",
     "uniform",
 ]
+
+# Names are imported when first used, so that `unmask --help` does not wait for torch.
+_HOMES = {
+    "unmask.decoding": ("PRESETS", "Decoder", "Plan", "ascending", "decode", "make_decoder", "replay", "uniform"),
+    "unmask.models.load": ("load",),
+    "unmask.models.masked_lm": ("MaskedLM",),
+    "unmask.spec": ("UserError",),
+    "unmask.tasks": ("Grade", "Problem", "Task", "make_task"),
+    "unmask.trajectory": ("Trajectory",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module 'unmask' has no attribute {name!r}")

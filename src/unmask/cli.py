@@ -8,13 +8,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from unmask.spec import UserError
+from unmask.spec import UserError, convert, unknown
 
 if TYPE_CHECKING:
+    from unmask.evaluation.evaluate import EvalConfig
     from unmask.tasks import Grade, Task
 
 # Heavy imports stand inside the commands, so that --help and a typo answer at once.
@@ -50,12 +51,18 @@ def generate(arguments: list[str]) -> None:
     from unmask.decoding.stream import LiveCanvas
     from unmask.models.load import load
 
+    if not 0 <= a.seed < 2**63 or not 0 <= a.delay < 60:
+        raise UserError(f"seed is {a.seed}, delay is {a.delay}: give a seed of 0 or more and a delay below 60 seconds")
     decoder = make_decoder(a.decoder, max_new_tokens=a.max_new_tokens)
     lm = load(a.model, a.dtype, a.device)
     console = Console()
     ids, mask = lm.encode([lm.chat(a.prompt, a.prefill)], decoder.max_new_tokens)
     streamer = LiveCanvas(lm, console, f"{lm.name} · {decoder.name}", a.delay) if console.is_terminal else None
-    trajectory = decode(lm, ids, mask, decoder, torch.Generator().manual_seed(a.seed), streamer=streamer)
+    try:
+        trajectory = decode(lm, ids, mask, decoder, torch.Generator().manual_seed(a.seed), streamer=streamer)
+    finally:  # on Ctrl-C too the cursor comes back
+        if streamer is not None:
+            streamer.end()
     print(lm.text(trajectory.tokens)[0])
 
 
@@ -65,21 +72,21 @@ def evaluate(arguments: list[str]) -> None:
     _run_evaluation(tyro.cli(EvalConfig, args=arguments, prog="unmask eval"))
 
 
-def _run_evaluation(config: object) -> None:
+def _run_evaluation(config: EvalConfig) -> None:
     from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
         Progress,
+        TaskID,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
 
     from unmask.evaluation import report
-    from unmask.evaluation.evaluate import EvalConfig, evaluate
+    from unmask.evaluation.evaluate import evaluate
 
-    assert isinstance(config, EvalConfig)
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(),
@@ -87,15 +94,20 @@ def _run_evaluation(config: object) -> None:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        lines: dict[str, int] = {}
+    bar = Progress(*columns, console=Console(stderr=True))
+    lines: dict[str, TaskID] = {}
 
-        def progress(label: str, done: int, total: int) -> None:
-            if label not in lines:
-                lines[label] = bar.add_task(label, total=total)  # type: ignore[assignment]
-            bar.update(lines[label], completed=done)  # type: ignore[arg-type]
+    def progress(label: str, done: int, total: int) -> None:
+        bar.start()  # only now: a mistake in the request leaves nothing but its sentence
+        if label not in lines:
+            lines[label] = bar.add_task(label, total=total)
+        bar.update(lines[label], completed=done)
 
+    try:
         summary = evaluate(config, progress)
+    finally:
+        if lines:
+            bar.stop()
     output = Path(config.output)
     figures = report.write_figures(summary, output)
     (output / "table.md").write_text(report.markdown_table(summary))
@@ -130,7 +142,7 @@ class GradeArguments:
 
     file: Annotated[str, tyro.conf.Positional]
     task: str
-    """Task spec, e.g. ``countdown`` or ``sudoku:extraction=published``."""
+    """Task spec, e.g. ``countdown`` or ``sudoku``."""
     extraction: str | None = None
     """``default``, or ``published`` for the rules of the released evaluation; by default both are shown."""
 
@@ -138,21 +150,19 @@ class GradeArguments:
 def grade_file(task: Task, path: str) -> list[Grade]:
     """Grades of a completions file, in its order. Raises UserError naming the first line that is not a completion."""
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
+    if lines == [""]:
+        raise UserError(f"{path} holds no completions")
     grades = []
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             problem, completion = task.completion_truth(row), str(row["completion"])
-        except UserError:
-            raise
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}:{number} lacks question, completion or ground_truth in JSON ({error!r})") from None
+            raise UserError(f"{path}:{number} lacks a right question, completion or ground_truth ({error!r})") from None
         grades.append(task.grade(problem, completion))
-    if not grades:
-        raise UserError(f"{path} holds no completions")
     return grades
 
 
@@ -162,9 +172,9 @@ def grade(arguments: list[str]) -> None:
     from unmask.evaluation.statistics import pooled_bootstrap, wilson
     from unmask.tasks import make_task
 
-    readings = [a.extraction] if a.extraction else ["default", "published"]
-    for reading in readings:
-        task = make_task(f"{a.task}{',' if ':' in a.task else ':'}extraction={reading}", {})
+    asked = make_task(a.task, {})
+    for reading in [a.extraction] if a.extraction else ["default", "published"]:
+        task = replace(asked, extraction=convert(reading, Literal["default", "published"], "extraction"))
         grades = grade_file(task, a.file)
         solved = sum(g.solved for g in grades)
         points, possible = [g.points for g in grades], [g.possible for g in grades]
@@ -204,7 +214,7 @@ def demo(arguments: list[str]) -> None:
         )
     print()
     config = EvalConfig(decoder=DEMO_DECODERS, limit=a.limit, output=a.output)
-    _run_evaluation(replace(config))
+    _run_evaluation(config)
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
@@ -235,8 +245,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         if arguments[0] not in COMMANDS:
-            from unmask.spec import unknown
-
             raise unknown("command", arguments[0], COMMANDS)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         COMMANDS[arguments[0]][0](arguments[1:])
@@ -244,6 +252,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"unmask: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nunmask: interrupted; what is written stays, and the same command goes on from there", file=sys.stderr)
+        resumes = arguments[0] in ("eval", "sft", "demo")
+        advice = "; what is written stays, and the same command goes on from there" if resumes else ""
+        print(f"\nunmask: interrupted{advice}", file=sys.stderr)
         return 130
     return 0

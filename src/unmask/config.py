@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,8 +24,8 @@ def read_config(cls: type[T], path: str | Path, arguments: list[str] | None = No
     """
     try:
         values = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise UserError(f"cannot read the config {path}: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the config {path}: {error}") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
@@ -45,5 +46,7 @@ def read_config(cls: type[T], path: str | Path, arguments: list[str] | None = No
 
 
 def save_config(config: Any, path: Path) -> None:
-    """Write the resolved configuration beside a run's results."""
-    path.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    """Write the resolved configuration beside a run's results, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    os.replace(partial, path)

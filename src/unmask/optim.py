@@ -10,17 +10,15 @@ from torch import nn
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """torch's Muon on 2-D weights (embedding and head excepted) and AdamW on the rest, at one learning rate.
+    """torch's Muon on 2-D weights and AdamW on the rest (and on the parameters whose ``id`` is in ``embedding``).
 
     Muon's update is scaled to AdamW's root-mean-square, so one rate and one schedule serve both.
     """
 
-    def __init__(
-        self, named_parameters: Iterable[tuple[str, nn.Parameter]], lr: float, weight_decay: float, embedding: set[int]
-    ) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, embedding: set[int]) -> None:
         matrices: list[nn.Parameter] = []
         rest: list[nn.Parameter] = []
-        for _, p in named_parameters:
+        for p in parameters:
             if p.requires_grad:
                 (matrices if p.ndim == 2 and id(p) not in embedding else rest).append(p)
         self.parts: tuple[torch.optim.Optimizer, ...] = (

@@ -9,17 +9,16 @@ run continues exactly as the uninterrupted one would have.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
-from unmask.config import save_config
+from unmask.config import read_config, save_config
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.scratch import new_model
@@ -94,6 +93,13 @@ class SFTConfig:
                 raise UserError(f"{name} is {getattr(self, name)}: give 1 or more")
         if min(self.canvas) < 1:
             raise UserError(f"canvas is {self.canvas}: give lengths of 1 or more")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"{name} is {getattr(self, name)}: give a positive number")
+        if self.warmup_steps < 0 or not 0 <= self.weight_decay < 1:
+            raise UserError(
+                f"warmup_steps={self.warmup_steps}, weight_decay={self.weight_decay}: give 0 or more, and below 1"
+            )
         for name in ("prompt_masking", "decay_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give a share between 0 and 1")
@@ -108,7 +114,7 @@ class Examples(Dataset[dict[str, list[int]]]):
         for spec, count in zip(specs, counts, strict=True):
             task = make_task(spec, lm.model.config.task_defaults)
             problems = task.problems(split, count, seed)
-            if problems[0].response is None:
+            if not problems or problems[0].response is None:
                 raise UserError(f"task {spec} has no worked responses to learn: use its compact style")
             prompts = [lm.chat(task.instruction(p), task.prefill) for p in problems]
             encode = lm.tokenizer
@@ -166,9 +172,7 @@ class DiffusionTrainer(Trainer):
         if self.optimizer is None:
             net = self.lm.model if model is None else model
             outside = {id(net.get_input_embeddings().weight), id(net.get_output_embeddings().weight)}
-            self.optimizer = MuonAdamW(
-                net.named_parameters(), self.args.learning_rate, self.config.weight_decay, outside
-            )
+            self.optimizer = MuonAdamW(net.parameters(), self.args.learning_rate, self.config.weight_decay, outside)
         return self.optimizer
 
     def compute_loss(
@@ -194,15 +198,20 @@ class DiffusionTrainer(Trainer):
         width = self.prompt_width + canvas
         ids, visible, lengths = inputs["ids"][:, :width], inputs["visible"][:, :width], inputs["lengths"]
         place = torch.arange(width, device=ids.device)[None] - self.prompt_width  # 0 is the first canvas token
-        response = (place >= 0).expand_as(ids)
-        if not self.config.eos_in_loss:
-            response = response & (place < lengths[:, None])
         with_prompt = torch.rand(len(ids), generator=generator) < prompt_masking
-        maskable = (response | with_prompt.to(ids.device)[:, None]) & visible & (lengths <= canvas)[:, None]
+        maskable = ((place >= 0) | with_prompt.to(ids.device)[:, None]) & visible & (lengths <= canvas)[:, None]
         noisy, masked = corrupt(ids, t, maskable, self.lm.mask_id, generator)
+        # Without eos_in_loss the filling is still masked like the rest: seen, it would give the response's length away.
+        learned = maskable if self.config.eos_in_loss else maskable & (place < lengths[:, None])
+        masked = masked & learned
         logits = model(input_ids=noisy, attention_mask=visible, positions=masked).logits
         rows = masked.nonzero()[:, 0]
-        return diffusion_loss(logits, ids[masked], t.to(ids.device)[rows], int(maskable.sum().clamp(min=1)))
+        return diffusion_loss(logits, ids[masked], t.to(ids.device)[rows], int(learned.sum().clamp(min=1)))
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[dict[str, Tensor]]:
+        """Every validation example once, the last batch short (training drops it)."""
+        examples: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        return DataLoader(examples, self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
@@ -210,7 +219,7 @@ class DiffusionTrainer(Trainer):
         model = self._wrap_model(self.lm.model, training=False)
         model.eval()
         sums = torch.zeros(len(EVAL_TIMES))
-        batches = 0
+        examples = 0
         for number, batch in enumerate(self.get_eval_dataloader(eval_dataset)):
             batch = self._prepare_inputs(batch)
             for i, time in enumerate(EVAL_TIMES):
@@ -218,10 +227,10 @@ class DiffusionTrainer(Trainer):
                 generator = torch.Generator().manual_seed(number * 10 + i)
                 with self.compute_loss_context_manager():
                     loss = self.loss_at(model, batch, t, max(self.config.canvas), 0.0, generator)
-                sums[i] += loss.float().cpu()
-            batches += 1
+                sums[i] += loss.float().cpu() * len(batch["ids"])
+            examples += len(batch["ids"])
         model.train()
-        means = (sums / max(batches, 1)).tolist()
+        means = (sums / examples).tolist()
         metrics = {f"{metric_key_prefix}_loss_t{t}": m for t, m in zip(EVAL_TIMES, means, strict=True)}
         metrics[f"{metric_key_prefix}_loss"] = sum(means) / len(means)
         self.log(metrics)
@@ -229,13 +238,39 @@ class DiffusionTrainer(Trainer):
         return metrics
 
 
-def train(config: SFTConfig, resume: bool = True) -> Path:
+_MAY_CHANGE = ("output", "log_every", "eval_every", "save_every", "report_to")
+
+
+def _claim(output: Path, config: SFTConfig) -> Path | None:
+    """Make the run folder this run's; returns its newest whole checkpoint, if any.
+
+    Raises:
+        UserError: if the folder cannot be written, or holds checkpoints of a run with other settings.
+    """
+    # The Trainer writes trainer_state.json last, so a checkpoint without it was cut off.
+    whole = [p for p in output.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    newest = max(whole, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
+    if newest is not None and (output / "config.yaml").is_file():
+        before, now = asdict(read_config(SFTConfig, output / "config.yaml")), asdict(config)
+        changed = [k for k in now if before[k] != now[k] and k not in _MAY_CHANGE]
+        if changed:
+            raise UserError(f"{output} holds a run with other {', '.join(changed)}: give another --output or remove it")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        save_config(config, output / "config.yaml")
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror}; give another --output") from None
+    return newest
+
+
+def train(config: SFTConfig) -> Path:
     """Run (or, if ``output`` holds a checkpoint, go on with) a supervised run; returns the final checkpoint's folder.
 
     Raises:
         UserError: for an unknown model or task, or responses longer than every canvas.
     """
     output = Path(config.output)
+    checkpoint = _claim(output, config)
     if config.new_model is not None:
         lm = MaskedLM.wrap(*new_model(config.new_model, config.seed), name="new model")
     else:
@@ -255,8 +290,6 @@ def train(config: SFTConfig, resume: bool = True) -> Path:
         raise UserError(
             f"prompts of {prompt_width} tokens and a canvas of {max(config.canvas)} exceed the model's {lm.max_length}"
         )
-    output.mkdir(parents=True, exist_ok=True)
-    save_config(config, output / "config.yaml")
     if config.compile:
         lm.model.model.compile(dynamic=False)
     cpu = not torch.cuda.is_available()
@@ -296,7 +329,7 @@ def train(config: SFTConfig, resume: bool = True) -> Path:
             data_seed=config.seed,
         ),
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(output)) if resume else None)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     final, partial = output / "final", output / "final.partial"
     if trainer.is_world_process_zero():
         shutil.rmtree(partial, ignore_errors=True)

@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """A mistake in what the user asked for. The message is one sentence that names the value and the fix."""
 
 
 def unknown(kind: str, value: str, choices: Iterable[str]) -> UserError:
     """The error for a name that is not one of the choices, with the nearest one suggested."""
-    choices = sorted(choices)
+    choices = sorted(map(str, choices))
     near = difflib.get_close_matches(str(value), choices, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     return UserError(f"unknown {kind} {value!r}: {hint}choose from {', '.join(choices)}")
@@ -60,7 +60,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         elif arm in (int, float) and not isinstance(value, bool):
             try:
                 number = arm(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 continue
             if arm is float or not isinstance(value, float) or number == value:
                 return number

@@ -14,27 +14,29 @@ from torch import Tensor
 
 from unmask.decoding.sampling import Candidates
 
-Confidence = Callable[[Candidates, Tensor], Tensor]
-"""(candidates, uniform noise (B, K)) -> scores (B, K) float64 in [0, 1]."""
+Confidence = Callable[[Candidates, "Tensor | None"], Tensor]
+"""(candidates, uniform noise (B, K) for ``random``, else None) -> scores (B, K) float64 in [0, 1]."""
 
 
-def low_confidence(c: Candidates, noise: Tensor) -> Tensor:
+def low_confidence(c: Candidates, noise: Tensor | None) -> Tensor:
     """Probability of the candidate at temperature 1 (``low-confidence remasking`` in LLaDA's words)."""
     return c.logprob.double().exp()
 
 
-def random(c: Candidates, noise: Tensor) -> Tensor:
+def random(c: Candidates, noise: Tensor | None) -> Tensor:
     """Uniform noise: positions in random order."""
+    if noise is None:
+        raise ValueError("random confidence needs noise")
     return noise
 
 
-def margin(c: Candidates, noise: Tensor) -> Tensor:
+def margin(c: Candidates, noise: Tensor | None) -> Tensor:
     """Difference between the two largest probabilities."""
     top = c.logits.topk(2, dim=-1)
     return (top.values.double() - c.logits.logsumexp(-1, keepdim=True).double()).exp().diff(dim=-1)[..., 0].neg()
 
 
-def entropy(c: Candidates, noise: Tensor) -> Tensor:
+def entropy(c: Candidates, noise: Tensor | None) -> Tensor:
     """1 - H / log V: one for a certain position, zero for a uniform one."""
     logp = c.logits.log_softmax(-1)
     h = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
@@ -55,6 +57,8 @@ def reject_eos(scores: Tensor, tokens: Tensor, end_ids: Tensor, gamma: Tensor | 
 
 
 def suppress_eos(scores: Tensor, tokens: Tensor, end_ids: Tensor) -> Tensor:
-    """The hard control: end candidates score 0, so they are committed only once no other candidate is left."""
-    tiny = torch.finfo(scores.dtype).tiny
-    return torch.where(torch.isin(tokens, end_ids), 0.0, scores.clamp(min=tiny))
+    """The hard control: an end candidate is committed only once no other candidate is left.
+
+    End candidates score next to nothing, below every other one, but keep their order among themselves (float64 has the range).
+    """
+    return torch.where(torch.isin(tokens, end_ids), scores * 1e-100, scores.clamp(min=1e-99))

@@ -79,7 +79,8 @@ def decode(
     if seeds is None and random:
         if generator is None:
             raise UserError(f"decoder {decoder.name!r} draws random numbers: pass a torch.Generator")
-        seeds = torch.randint(2**62, (batch,), generator=generator, device=generator.device).to(device)
+        seeds = torch.randint(2**62, (batch,), generator=generator, device=generator.device)
+    seeds = None if seeds is None else seeds.to(device)
 
     ids = torch.cat([prompt, torch.full((batch, length), lm.mask_id, device=device)], dim=1)
     attention_mask = None
@@ -119,7 +120,9 @@ def decode(
         logits = guided_logits(lm, ids, attention_mask, positions + width, width, decoder.cfg_scale)
         noise = uniform_noise(seeds, s, positions, TOKEN) if seeds is not None and decoder.temperature > 0 else None
         found = candidates(logits, decoder.temperature, noise)
-        order = uniform_noise(seeds, s, positions, ORDER) if seeds is not None else torch.zeros_like(found.logprob)
+        order = (
+            uniform_noise(seeds, s, positions, ORDER) if seeds is not None and decoder.confidence == "random" else None
+        )
         score = confidence(found, order)
         if decoder.eos == "reject":
             score = reject_eos(score, found.tokens, end_ids, gamma)

@@ -89,10 +89,6 @@ class Decoder:
         """EOSER's factor at a clock reading in [0, 1]."""
         return self.gamma_min + (1 - self.gamma_min) * progress
 
-    @property
-    def passes_per_step(self) -> int:
-        return 2 if self.cfg_scale > 0 else 1
-
     def config(self) -> dict[str, Any]:
         """All fields, as JSON values."""
         return dataclasses.asdict(self)
@@ -131,13 +127,15 @@ def make_decoder(spec: str, **defaults: Any) -> Decoder:
     if name.endswith((".yaml", ".yml")):
         try:
             read = yaml.safe_load(Path(name).read_text())
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UserError(f"cannot read the decoder file {name}: {error}") from None
         if not isinstance(read, dict):
             raise UserError(f"the decoder file {name} is not a table of settings: write lines of key: value")
+        label = str(read.pop("name", Path(name).stem)) + label.removeprefix(name)
         name = read.pop("preset", "full")
-        label = read.pop("name", Path(label).stem)
         values = {**read, **parameters}
-    if name not in PRESETS:
-        raise unknown("decoder", name, PRESETS)
+    if not isinstance(name, str) or name not in PRESETS:
+        raise unknown("decoder", str(name), PRESETS)
+    if "name" in parameters:
+        raise UserError(f"a decoder on the command line is named by its spec: drop name={parameters['name']}")
     return build(Decoder, {**defaults, **PRESETS[name], **values, "name": label}, f"decoder {name!r}")

@@ -54,16 +54,20 @@ def token_logprob(logits: Tensor, tokens: Tensor) -> Tensor:
 
 
 def sample(logits: Tensor, temperature: float, noise: Tensor) -> Tensor:
-    """Tokens from softmax(logits / temperature) by inverse CDF; exact in float32, one uniform a position.
+    """Tokens from softmax(logits / temperature) by inverse CDF: float32 weights, float64 sums, one uniform a position.
 
     (The reference draws V Gumbel numbers in bfloat16 and so over-samples the top token.)
     logits (..., V), noise (...) in [0, 1) -> (...) int64. A token of logit -inf is never drawn.
     """
     scaled = logits.float() / temperature
-    cdf = (scaled - scaled.amax(-1, keepdim=True)).exp().cumsum(-1)
+    weight = (scaled - scaled.amax(-1, keepdim=True)).exp()
+    cdf = weight.cumsum(-1, dtype=torch.float64)
     total = cdf[..., -1]
-    target = torch.minimum((noise * total.double()).float(), torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, target[..., None], right=True)[..., 0]
+    target = torch.minimum(noise * total, torch.nextafter(total, torch.zeros_like(total)))
+    token = torch.searchsorted(cdf, target[..., None], right=True)
+    # A parallel sum need not be monotone; should it point at an impossible token, the most likely one stands in.
+    possible = weight.gather(-1, token) > 0
+    return torch.where(possible, token, weight.argmax(-1, keepdim=True))[..., 0]
 
 
 def candidates(logits: Tensor, temperature: float, noise: Tensor | None) -> Candidates:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from unmask.decoding import Decoder, decode
 from unmask.decoding.decode import guided_logits
 from unmask.models.masked_lm import MaskedLM
 from unmask.tasks import Task
+from unmask.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from unmask.evaluation.evaluate import EvalConfig
@@ -23,7 +26,7 @@ def eos_curves(lm: MaskedLM, task: Task, decoder: Decoder, config: EvalConfig) -
 
     Returns lists with one entry a step:
         ``eos_confidence``, ``other_confidence``: mean probability of the candidates of all still masked positions, for
-            candidates that are EOS and for the others (None where there is none).
+            candidates that are end tokens and for the others (None where there is none).
         ``eos_share``: share of end tokens among what the step committed.
         ``length``: mean number of tokens before the first end token if the text ended at the leftmost end token committed
             so far (L where none is).
@@ -31,23 +34,36 @@ def eos_curves(lm: MaskedLM, task: Task, decoder: Decoder, config: EvalConfig) -
     problems = task.problems(config.split, min(PROBLEMS, config.limit or PROBLEMS), config.seed)
     ids, mask = lm.encode([lm.chat(task.instruction(p), task.prefill) for p in problems], decoder.max_new_tokens)
     seeds = torch.arange(len(problems), device=ids.device) + config.seed * 2**32
-    trajectory = decode(lm, ids, mask, decoder, seeds=seeds)
-    batch, length = trajectory.tokens.shape
-    width = ids.shape[1]
-    visible = torch.cat([mask, mask.new_ones(batch, length)], dim=1)
-    every = torch.arange(length, device=ids.device)[None].expand(batch, -1) + width
-    ends = torch.tensor(lm.end_ids, device=ids.device)
-    curves: dict[str, list[float | None]] = {
-        k: [] for k in ("eos_confidence", "other_confidence", "eos_share", "length")
+    steps = decoder.plan.steps
+    # Sums over batches: [confidence, count] of end and other candidates, [end tokens, all] of commits, [lengths, rows].
+    sums = torch.zeros(steps, 4, 2, dtype=torch.float64)
+    for start in range(0, len(problems), config.batch_size):
+        rows = slice(start, start + config.batch_size)
+        trajectory = decode(lm, ids[rows], mask[rows], decoder, seeds=seeds[rows])
+        sums += _batch_sums(lm, trajectory, decoder, steps)
+    share = sums[..., 0] / sums[..., 1]
+    curves = {
+        key: [None if math.isnan(v) else v for v in share[:, i].tolist()]
+        for i, key in enumerate(("eos_confidence", "other_confidence", "eos_share", "length"))
     }
+    return {"problems": len(problems), **curves}
+
+
+def _batch_sums(lm: MaskedLM, trajectory: Trajectory, decoder: Decoder, steps: int) -> Tensor:
+    batch, length = trajectory.tokens.shape
+    width = trajectory.prompt.shape[1]
+    visible = torch.cat([trajectory.prompt_mask, trajectory.prompt_mask.new_ones(batch, length)], dim=1)
+    every = torch.arange(length, device=visible.device)[None].expand(batch, -1) + width
+    ends = torch.tensor(lm.end_ids, device=visible.device)
+    sums = torch.zeros(steps, 4, 2, dtype=torch.float64)
     for s in range(trajectory.steps):
         state = trajectory.state(s)
-        logits = guided_logits(lm, torch.cat([ids, state], 1), visible, every, width, decoder.cfg_scale)
+        logits = guided_logits(lm, torch.cat([trajectory.prompt, state], 1), visible, every, width, decoder.cfg_scale)
         confidence, candidate = logits.softmax(-1).max(-1)
-        masked, is_eos = state == lm.mask_id, candidate == lm.eos_id
-        for key, which in (("eos_confidence", masked & is_eos), ("other_confidence", masked & ~is_eos)):
-            curves[key].append(float(confidence[which].mean()) if which.any() else None)
-        committed = trajectory.committed(s)
-        curves["eos_share"].append(float(torch.isin(trajectory.tokens[committed], ends).float().mean()))
-        curves["length"].append(float(lm.lengths(trajectory.state(s + 1)).float().mean()))
-    return {"problems": len(problems), "nfe": float(trajectory.nfe.float().mean()), **curves}
+        masked, is_end = state == lm.mask_id, torch.isin(candidate, ends)
+        committed = trajectory.tokens[trajectory.committed(s)]
+        for i, which in enumerate((masked & is_end, masked & ~is_end)):
+            sums[s, i] = torch.tensor([float(confidence[which].sum()), float(which.sum())])
+        sums[s, 2] = torch.tensor([float(torch.isin(committed, ends).sum()), float(len(committed))])
+        sums[s, 3] = torch.tensor([float(lm.lengths(trajectory.state(s + 1)).sum()), float(batch)])
+    return sums

@@ -7,6 +7,7 @@ records, because every problem has its own random seed and greedy decoding does 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -62,6 +63,8 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise UserError(f"batch_size is {self.batch_size}: give 1 or more")
+        if not 0 <= self.seed < 2**30:
+            raise UserError(f"seed is {self.seed}: give 0 to {2**30 - 1}")
         if not self.task or not self.decoder:
             raise UserError("give at least one task and one decoder")
 
@@ -70,9 +73,10 @@ def environment() -> dict[str, Any]:
     """Versions, commit, hardware: what a number needs beside it."""
     packages = ("torch", "transformers", "reasoning-gym", "tokenizers", "numpy")
     try:
-        commit = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        git = ["git", "-C", str(Path(__file__).parent)]
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)
+        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None  # installed from a package, not a checkout
     return {
@@ -82,6 +86,7 @@ def environment() -> dict[str, Any]:
         **{p: importlib.metadata.version(p) for p in packages},
         "processor": _processor(),
         "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 
@@ -102,7 +107,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.+=-]+", "_", text).strip("_")
+    """A file name for a spec; a hash keeps apart what the replacement of characters would confuse."""
+    plain = re.sub(r"[^A-Za-z0-9.+=-]+", "_", text).strip("_")
+    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def read_records(path: Path) -> list[Record]:
@@ -187,19 +194,31 @@ def evaluate(config: EvalConfig, progress: Callable[[str, int, int], None] | Non
         "tasks": {spec: task.config() for spec, task in tasks.items()},
         "decoders": {spec: d.config() for spec, d in decoders.items()},
     }
+    # All that can be wrong with the request is found before the folder is claimed.
+    sets = {
+        spec: list(enumerate(task.problems(config.split, config.limit, config.seed))) for spec, task in tasks.items()
+    }
+    canvas = max(d.max_new_tokens for d in decoders.values())
+    for spec, task in tasks.items():
+        lm.encode([lm.chat(task.instruction(p), task.prefill) for _, p in sets[spec]], canvas)
     try:
         (output / "records").mkdir(parents=True, exist_ok=True)
         _claim(output / "config.json", resolved)
     except OSError as error:
         raise UserError(f"cannot write to {output}: {error.strerror}; give another --output") from None
+    except json.JSONDecodeError:
+        raise UserError(f"{output / 'config.json'} is damaged: remove it or give another --output") from None
     cells = []
     for task_spec, task in tasks.items():
-        problems = list(enumerate(task.problems(config.split, config.limit, config.seed)))
+        problems = sets[task_spec]
         by_length = sorted(problems, key=lambda ip: len(task.instruction(ip[1])))  # batches waste little on padding
         for decoder_spec, decoder in decoders.items():
             label = f"{task_spec} · {decoder_spec}"
             path = output / "records" / f"{slug(task_spec)}--{slug(decoder_spec)}.jsonl"
-            done = {r["index"] for r in read_records(path)}
+            found = read_records(path)
+            if any(r["index"] >= len(problems) or r["id"] != problems[r["index"]][1].id for r in found):
+                raise UserError(f"{path} holds records of other problems: give another --output")
+            done = {r["index"] for r in found}
             todo = [ip for ip in by_length if ip[0] not in done]
             if progress:
                 progress(label, len(done), len(problems))

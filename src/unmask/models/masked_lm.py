@@ -25,6 +25,7 @@ class MaskedLM:
         model: the backbone, whose forward takes ``positions`` (see ``LLaDAModelLM.forward``).
         mask_id, eos_id, pad_id: int token ids. eot_id: the end-of-turn id, where the tokenizer has one beside EOS.
         max_length: the longest prompt + canvas that the checkpoint was made for, in tokens.
+        weights: a fingerprint of the weight files, so that a record can name them.
     """
 
     model: PreTrainedModel
@@ -35,9 +36,12 @@ class MaskedLM:
     pad_id: int
     eot_id: int | None
     max_length: int
+    weights: str
 
     @classmethod
-    def wrap(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> MaskedLM:
+    def wrap(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, weights: str = "unsaved"
+    ) -> MaskedLM:
         """Read the ids from the tokenizer, then the config. Raises UserError where mask or EOS cannot be found."""
         config = model.config
         mask_id = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else config.mask_token_id
@@ -49,7 +53,15 @@ class MaskedLM:
         vocabulary = tokenizer.get_vocab()
         eot = [vocabulary[t] for t in END_OF_TURN if t in vocabulary and vocabulary[t] != eos_id]
         return cls(
-            model, tokenizer, name, mask_id, eos_id, pad_id, eot[0] if eot else None, config.max_position_embeddings
+            model=model,
+            tokenizer=tokenizer,
+            name=name,
+            mask_id=mask_id,
+            eos_id=eos_id,
+            pad_id=pad_id,
+            eot_id=eot[0] if eot else None,
+            max_length=config.max_position_embeddings,
+            weights=weights,
         )
 
     @property
@@ -194,4 +206,5 @@ class MaskedLM:
             "eos_id": self.eos_id,
             "eot_id": self.eot_id,
             "max_length": self.max_length,
+            "weights": self.weights,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import string
 from typing import Any
 
@@ -10,6 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerFast
 
 from unmask.models.llada import LLaDAConfig, LLaDAModelLM
+from unmask.spec import UserError, unknown
 
 MASK, EOS, EOT, UNK = "<|mdm_mask|>", "<|endoftext|>", "<|eot_id|>", "<|unk|>"
 CONTROL = (EOS, EOT, MASK, UNK, "<|user|>", "<|assistant|>")
@@ -38,16 +40,26 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def new_model(shape: dict[str, Any], seed: int) -> tuple[LLaDAModelLM, PreTrainedTokenizerFast]:
-    """A randomly initialised model (float32) and its tokenizer; ``shape`` holds LLaDAConfig fields."""
+    """A randomly initialised model (float32) and its tokenizer; ``shape`` holds LLaDAConfig fields.
+
+    Raises:
+        UserError: for an unknown field or an impossible shape.
+    """
     tokenizer = character_tokenizer()
-    config = LLaDAConfig(
-        **shape,
-        vocab_size=len(tokenizer),
-        mask_token_id=tokenizer.mask_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        architectures=["LLaDAModelLM"],
-    )
+    ids = {
+        "vocab_size": len(tokenizer),
+        "mask_token_id": tokenizer.mask_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    fields = set(inspect.signature(LLaDAConfig.__init__).parameters) - {"self", "kwargs", "embedding_size", *ids}
+    for key in shape:
+        if key not in fields:
+            raise unknown("key of new_model", key, fields)
+    try:
+        config = LLaDAConfig(**shape, **ids, architectures=["LLaDAModelLM"])
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise UserError(f"new_model is no LLaDA shape: {error}") from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LLaDAModelLM(config)

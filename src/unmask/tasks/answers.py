@@ -37,11 +37,11 @@ def cut_at_end(text: str) -> str:
     return _END_TOKENS.split(text[:MAX_COMPLETION], maxsplit=1)[0]
 
 
-def to_expression(text: str) -> str:
-    """LaTeX and typographic operators to Python's, a leading or trailing ``= number`` side dropped."""
+def plain_operators(text: str) -> str:
+    """LaTeX and typographic operators as Python's."""
     for latex, operator in _LATEX_OPERATORS.items():
         text = text.replace(latex, operator)
-    return text.split("=", 1)[0].strip() if "=" in text else text.strip()
+    return text
 
 
 def arithmetic(expression: str) -> tuple[Fraction, list[int]] | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 from unmask.spec import UserError
@@ -53,7 +54,7 @@ class Task(ABC):
         """The first ``limit`` problems of a split (``None``: all, where the split is finite).
 
         Raises:
-            UserError: for an unknown split, a negative limit, or more problems than there are.
+            UserError: for an unknown split, a limit below 1, or an empty or unreadable data file.
         """
         if split not in self.splits:
             raise UserError(f"task {self.name} has no split {split!r}: choose from {', '.join(self.splits)}")
@@ -64,8 +65,10 @@ class Task(ABC):
                 raise UserError(f"data={self.data} holds test problems: split {split!r} is only generated")
             try:
                 found = list(self.load(self.data))
-            except (OSError, UnicodeDecodeError) as error:
+            except (OSError, UnicodeDecodeError, csv.Error) as error:
                 raise UserError(f"cannot read the data file {self.data}: {error}") from None
+            if not found:
+                raise UserError(f"the data file {self.data} holds no problems")
             return found if limit is None else found[:limit]
         return self.generate(split, limit, seed)
 
@@ -101,9 +104,6 @@ class Task(ABC):
     def config(self) -> dict[str, Any]:
         """Name and all parameters, for a record."""
         return {"name": self.name, **asdict(self)}
-
-    def parameters(self) -> list[str]:
-        return [f.name for f in fields(self)]
 
 
 def bucket(key: str, buckets: int = 100) -> int:

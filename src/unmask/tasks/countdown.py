@@ -8,8 +8,10 @@ from which the target can be reached, so its length cannot be known before the p
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache
 from itertools import combinations
 from pathlib import Path
@@ -44,8 +46,11 @@ class Countdown(Task):
             raise UserError(f"numbers of task countdown is {self.numbers}: give 2 to 6")
         if not self.operators or set(self.operators) - set("+-*/"):
             raise UserError(f"operators of task countdown is {self.operators!r}: give some of + - * /")
-        if self.max_value < 1 or self.max_target < 1:
-            raise UserError("max_value and max_target of task countdown must be 1 or more")
+        if self.max_value < 5 or self.max_target < 10:
+            raise UserError(
+                f"max_value={self.max_value}, max_target={self.max_target} of task countdown leave too few problems: "
+                "give at least 5 and 10"
+            )
 
     def generate(self, split: str, limit: int | None, seed: int) -> list[Problem]:
         if limit is None:
@@ -65,8 +70,13 @@ class Countdown(Task):
         found: dict[str, Problem] = {}
         misses = index = 0
         while len(found) < limit:
-            problem = self.problem(*_numbers_and_target(source[index]["metadata"]))
             index += 1
+            try:
+                metadata = source[index - 1]["metadata"]
+            except ValueError:  # reasoning-gym found no target in range for this index
+                misses += 1
+                continue
+            problem = self.problem(tuple(metadata["numbers"]), metadata["target"])
             # For training, the same numbers in another order are another problem (of the same split).
             key = problem.question if split == "train" else problem.id
             if split_of(problem.id) != split or key in found or self.hopeless(problem):
@@ -115,17 +125,24 @@ class Countdown(Task):
         text = answers.cut_at_end(completion)
         boxes = answers.boxed(text)
         tag = None if self.extraction == "published" else answers.tagged(text)
-        return answers.to_expression(boxes[-1] if boxes else tag if tag is not None else text)
+        found = answers.plain_operators(boxes[-1] if boxes else tag if tag is not None else text)
+        sides = [side.strip() for side in found.split("=")]  # of "expression = number" the expression
+        if self.extraction == "published":
+            return sides[0]
+        return next((side for side in sides if re.search(r"[\d)]\s*[-+*/]", side)), sides[0])
 
     def grade(self, problem: Problem, completion: str) -> Grade:
         expression = self.extract(completion)
-        result = answers.arithmetic(expression)
-        solved = (
-            result is not None
-            and sorted(result[1]) == sorted(problem.truth["numbers"])
-            and abs(result[0] - problem.truth["target"]) < 1e-5
-        )
+        value = self.value(problem, expression)
+        solved = value is not None and abs(value - problem.truth["target"]) < 1e-5
         return Grade(solved, float(solved), 1.0, expression[: answers.MAX_EXPRESSION])
+
+    def value(self, problem: Problem, expression: str) -> Fraction | None:
+        """The value of an expression that uses just the given numbers and the task's operators, else None."""
+        result = answers.arithmetic(expression)
+        if result is None or set(expression) & (set("+-*/") - set(self.operators)):
+            return None
+        return result[0] if sorted(result[1]) == sorted(problem.truth["numbers"]) else None
 
     def rewards(self) -> dict[str, tuple[Reward, float]]:
         return {"countdown": (self.reward, 1.0)}
@@ -136,18 +153,15 @@ class Countdown(Task):
         """1.0 for a right expression, 0.1 for one that uses the given numbers but misses the target, else 0."""
         values: list[float | None] = []
         for completion, p in zip(completions, problem, strict=True):
-            result = answers.arithmetic(self.extract(completion))
-            well_formed = result is not None and sorted(result[1]) == sorted(p.truth["numbers"])
+            well_formed = self.value(p, self.extract(completion)) is not None
             values.append(1.0 if self.grade(p, completion).solved else 0.1 if well_formed else 0.0)
         return values
 
     def completion_truth(self, row: dict[str, Any]) -> Problem:
         numbers, target = row["ground_truth"]
+        if not all(type(n) is int for n in [*numbers, target]):
+            raise ValueError(f"ground_truth {row['ground_truth']!r} is not [[numbers], target] in integers")
         return self.problem(tuple(numbers), target)
-
-
-def _numbers_and_target(metadata: dict[str, Any]) -> tuple[tuple[int, ...], int]:
-    return tuple(metadata["numbers"]), metadata["target"]
 
 
 Term = tuple[int, str, int]  # value, expression, precedence of its top operator (1: + -, 2: * /, 3: a number)

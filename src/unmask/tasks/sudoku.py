@@ -31,11 +31,11 @@ Think between <reasoning> and </reasoning>, then write the 16 digits of the solv
 # Where the released evaluation looks, in its order: a fenced grid, the answer up to its end, after it, before it, anywhere.
 _END = r"<\|eot_id\|>|<\|endoftext\|>"
 _PUBLISHED = (
-    r"<answer>.*?```\s*([\d\s]+)```",
-    rf"<answer>(.*?)(?:{_END}|</answer>)",
-    rf"</answer>\s*(.*?)(?:{_END}|$)",
-    r"(\d{16})\s*</answer>",
-    r"\b(\d{16})\b",
+    ("<answer>", r"\A<answer>.*?```([\d\s]+)```"),
+    ("<answer>", rf"\A<answer>(.*?)(?:{_END}|</answer>)"),
+    ("</answer>", rf"\A</answer>(.*?)(?:{_END}|$)"),
+    ("", r"(\d{16})\s*</answer>"),
+    ("", r"\b(\d{16})\b"),
 )
 
 
@@ -89,7 +89,7 @@ class Sudoku(Task):
         with Path(path).open(newline="") as file:
             for number, row in enumerate(csv.DictReader(file), 2):
                 puzzle, solution = row.get("Puzzle") or "", row.get("Solution") or ""
-                if not re.fullmatch("[0-4]{16}", puzzle) or not re.fullmatch("[1-4]{16}", solution):
+                if not re.fullmatch("(?=.*0)[0-4]{16}", puzzle) or not re.fullmatch("[1-4]{16}", solution):
                     raise UserError(f"{path}:{number} is not a row Puzzle,Solution of 16 digits each")
                 yield self.problem(puzzle, solution)
 
@@ -102,8 +102,12 @@ class Sudoku(Task):
         Default: the digits 1-4 (or 0) of the last answer tags, else of an answer left open, else the last run of 16.
         """
         if self.extraction == "published":
-            for pattern in _PUBLISHED:
-                found = re.search(pattern, completion[: answers.MAX_COMPLETION], re.DOTALL)
+            published = completion[: answers.MAX_COMPLETION]
+            for start, pattern in _PUBLISHED:
+                if start not in published:
+                    continue
+                # From the first tag on only, so that hostile text costs linear time.
+                found = re.search(pattern, published[published.find(start) :], re.DOTALL)
                 if found and found[1].strip():
                     return re.sub(r"\s", "", found[1]).ljust(16, "0")[:16]
             return "0" * 16
@@ -135,8 +139,10 @@ class Sudoku(Task):
 
     def completion_truth(self, row: dict[str, Any]) -> Problem:
         puzzle = re.search("[0-4]{16}", row["question"])
-        if puzzle is None:
-            raise UserError(f"no puzzle of 16 digits in the question {row['question']!r}")
+        if puzzle is None or "0" not in puzzle[0]:
+            raise ValueError(f"no puzzle of 16 digits with gaps in the question {row['question']!r}")
+        if not re.fullmatch("[1-4]{16}", row["ground_truth"]):
+            raise ValueError(f"ground_truth {row['ground_truth']!r} is not a grid of 16 digits")
         return self.problem(puzzle[0], row["ground_truth"])
 
 
