@@ -80,6 +80,22 @@ def test_sudoku_grade_by_hand() -> None:
     assert task.grade(problem, "<answer>a3142 b2431 c4213 d1324").solved  # left open, with labels
 
 
+@pytest.mark.parametrize(
+    ("completion", "published"),
+    [
+        ("<answer>\n3142 2431\n4213 1324\n</answer>", "3142243142131324"),
+        ("<answer>grid: ```3142243142131324```</answer>", "3142243142131324"),
+        ("<answer>31422431<|eot_id|>", "3142243100000000"),  # cut off: padded with 0
+        ("<answer></answer> 3142243142131324<|eot_id|>", "3142243142131324"),  # what follows an empty answer
+        ("so 3142243142131324 is the grid", "3142243142131324"),
+        ("<answer>a3142 b2431 c4213 d1324</answer>", "a3142b2431c4213d"),  # labels are kept, unlike by default
+        ("nothing", "0" * 16),
+    ],
+)
+def test_published_sudoku_extraction(completion: str, published: str) -> None:
+    assert make_task("sudoku:extraction=published", {}).extract(completion) == published  # type: ignore[attr-defined]
+
+
 def test_worked_solution_by_hand() -> None:
     # Pairs in order: 3+8=11 (11, 5 reach 55, 16, 6: not 29), 8-3=5 (10, 25), 3*8=24 (24+5=29).
     expected = "<reasoning>3+8=11 8-3=5 3*8=24 5+24=29</reasoning><answer>5+3*8</answer>"
