@@ -203,7 +203,7 @@ def test_one_step_decode_samples_the_softmax(toy_lm: MaskedLM) -> None:
 
 
 def test_temperature_flattens(toy_lm: MaskedLM) -> None:
-    logits = torch.tensor([2.0, 1.0, 0.0, -torch.inf])
+    logits = 100 + torch.tensor([2.0, 1.1, 0.2, -torch.inf])  # a shift that bfloat16 could not resolve
     noise = uniform_noise(torch.arange(40_000), 3, torch.zeros(40_000, 1, dtype=torch.long), 1)[:, 0]
     for temperature in (0.5, 2.0):
         draws = sample(logits.expand(40_000, -1), temperature, noise)
