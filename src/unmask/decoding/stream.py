@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from itertools import groupby
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
@@ -18,17 +19,19 @@ MASK, END = "·", "∎"
 
 def canvas_text(lm: MaskedLM, canvas: list[int], before: list[int] | None) -> Text:
     """The canvas as styled text: masks dim, end tokens as ∎, what the last step committed highlighted."""
-    text = Text()
-    for i, token in enumerate(canvas):
-        if token == lm.mask_id:
-            text.append(MASK, style="dim")
-            continue
-        style = "bold black on green" if before is not None and before[i] == lm.mask_id else ""
-        if token in lm.end_ids:
-            text.append(END, style=style or "dim blue")
-        else:
-            text.append(str(lm.tokenizer.decode([token])), style=style)
-    return text
+
+    def style(i: int) -> str:
+        if canvas[i] == lm.mask_id:
+            return "dim"
+        if before is not None and before[i] == lm.mask_id:
+            return "bold black on green"
+        return "dim blue" if canvas[i] in lm.end_ids else ""
+
+    def shown(token: int) -> str:
+        return MASK if token == lm.mask_id else END if token in lm.end_ids else str(lm.tokenizer.decode([token]))
+
+    runs = groupby(range(len(canvas)), style)
+    return Text.assemble(*[("".join(shown(canvas[i]) for i in run), name) for name, run in runs])
 
 
 class LiveCanvas:
@@ -36,7 +39,7 @@ class LiveCanvas:
 
     def __init__(self, lm: MaskedLM, console: Console, title: str, delay: float = 0.0) -> None:
         self.lm, self.title, self.delay = lm, title, delay
-        self.live = Live(console=console, refresh_per_second=30, transient=False)
+        self.live = Live(console=console, auto_refresh=False)
         self.before: list[int] | None = None
         self.step = 0
         self.started = False
@@ -45,9 +48,8 @@ class LiveCanvas:
         masks = sum(t == self.lm.mask_id for t in canvas)
         subtitle = f"step {self.step} · {len(canvas) - masks}/{len(canvas)} tokens committed"
         body = canvas_text(self.lm, canvas, self.before)
-        self.live.update(
-            Group(Panel(body, title=self.title, subtitle=subtitle, width=min(80, self.live.console.width)))
-        )
+        width = min(80, self.live.console.width)
+        self.live.update(Panel(body, title=self.title, subtitle=subtitle, width=width), refresh=True)
 
     def put(self, value: Tensor) -> None:
         if not self.started:  # the prompt
