@@ -137,7 +137,12 @@ def test_ctrl_c_keeps_the_records_and_a_second_call_goes_on(tmp_path: Path) -> N
     command = [sys.executable, "-m", "unmask", "eval", "--task", "countdown", "--decoder", "full", "--limit", "40"]
     command += ["--batch-size", "2", "--max-new-tokens", "64", "--output", str(tmp_path)]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
     )
     file = tmp_path / "records" / "countdown--full.jsonl"
     deadline = time.time() + 120
