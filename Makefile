@@ -38,8 +38,8 @@ tiny: $(READY)
 results: $(READY)
 	$(BIN)/unmask eval --limit 256 --batch-size 64 --output runs/results --decoder \
 		full semi-ar eoser full:steps=7 ass eoser-ass hybrid
-	$(BIN)/unmask eval --limit 64 --batch-size 64 --output runs/heldout --split heldout --task sudoku \
-		--decoder semi-ar eoser-ass
+	$(BIN)/unmask eval --limit 256 --batch-size 64 --output runs/heldout --split heldout --task sudoku \
+		--decoder full:steps=7 ass eoser-ass
 	$(BIN)/unmask eval --limit 16 --batch-size 16 --output runs/diagnostics --diagnostics --task countdown \
 		--decoder full semi-ar eoser
 
