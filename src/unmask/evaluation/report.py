@@ -82,7 +82,7 @@ def accuracy_figure(summary: dict[str, Any]) -> Figure:
                 label=cell["decoder"],
             )
         axis.set_xscale("log", base=2)
-        axis.set_xlabel("forward passes a problem (NFE, log scale; equal ones set slightly apart)")
+        axis.set_xlabel("NFE, log scale (equal ones set slightly apart)")
         axis.set_title(f"{task} ({next(c['problems'] for c in summary['cells'] if c['task'] == task)} problems)")
         axis.grid(alpha=0.3)
         axis.set_ylim(bottom=0)
