@@ -137,6 +137,24 @@ def sft(arguments: list[str]) -> None:
 
 
 @dataclass
+class RLArguments:
+    """Reinforcement learning (GRPO) on any decoder's trajectories. Any key of the config may follow as a flag: ``--steps 2``."""
+
+    config: Annotated[str, tyro.conf.Positional]
+    """YAML file of RLConfig fields."""
+
+
+def rl(arguments: list[str]) -> None:
+    if not arguments or arguments[0].startswith("-"):
+        tyro.cli(RLArguments, args=arguments, prog="unmask rl")
+    from unmask.config import read_config
+    from unmask.rl.run import RLConfig, train
+
+    final = train(read_config(RLConfig, arguments[0], arguments[1:]))
+    print(f"checkpoint  {final}")
+
+
+@dataclass
 class GradeArguments:
     """Grade completions made elsewhere: JSON lines with question, completion and ground_truth."""
 
@@ -221,6 +239,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "generate": (generate, "decode one prompt and watch the canvas fill"),
     "eval": (evaluate, "score a model on tasks under decoders: records, table, figure"),
     "sft": (sft, "train on worked responses with the masked diffusion loss"),
+    "rl": (rl, "train on rewards with GRPO along the decoder's trajectories"),
     "grade": (grade, "grade completions made elsewhere"),
     "demo": (demo, "the shipped model under each decoder"),
 }
@@ -252,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"unmask: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        resumes = arguments[0] in ("eval", "sft", "demo")
+        resumes = arguments[0] in ("eval", "sft", "rl", "demo")
         advice = "; what is written stays, and the same command goes on from there" if resumes else ""
         print(f"\nunmask: interrupted{advice}", file=sys.stderr)
         return 130

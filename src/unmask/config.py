@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import typing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
+from unmask.files import whole
 from unmask.spec import UserError, convert, unknown
 
 T = TypeVar("T")
@@ -47,6 +47,5 @@ def read_config(cls: type[T], path: str | Path, arguments: list[str] | None = No
 
 def save_config(config: Any, path: Path) -> None:
     """Write the resolved configuration beside a run's results, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
-    os.replace(partial, path)
+    with whole(path) as partial:
+        partial.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))

@@ -8,8 +8,7 @@ run continues exactly as the uninterrupted one would have.
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
-from unmask.config import read_config, save_config
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.scratch import new_model
 from unmask.noise import corrupt, diffusion_loss, sample_times
 from unmask.optim import MuonAdamW
+from unmask.runs import claim, export
 from unmask.spec import UserError
 from unmask.tasks import make_task
 
@@ -241,28 +240,6 @@ class DiffusionTrainer(Trainer):
 _MAY_CHANGE = ("output", "log_every", "eval_every", "save_every", "report_to")
 
 
-def _claim(output: Path, config: SFTConfig) -> Path | None:
-    """Make the run folder this run's; returns its newest whole checkpoint, if any.
-
-    Raises:
-        UserError: if the folder cannot be written, or holds checkpoints of a run with other settings.
-    """
-    # The Trainer writes trainer_state.json last, so a checkpoint without it was cut off.
-    whole = [p for p in output.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    newest = max(whole, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
-    if newest is not None and (output / "config.yaml").is_file():
-        before, now = asdict(read_config(SFTConfig, output / "config.yaml")), asdict(config)
-        changed = [k for k in now if before[k] != now[k] and k not in _MAY_CHANGE]
-        if changed:
-            raise UserError(f"{output} holds a run with other {', '.join(changed)}: give another --output or remove it")
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        save_config(config, output / "config.yaml")
-    except OSError as error:
-        raise UserError(f"cannot write to {output}: {error.strerror}; give another --output") from None
-    return newest
-
-
 def train(config: SFTConfig) -> Path:
     """Run (or, if ``output`` holds a checkpoint, go on with) a supervised run; returns the final checkpoint's folder.
 
@@ -270,7 +247,7 @@ def train(config: SFTConfig) -> Path:
         UserError: for an unknown model or task, or responses longer than every canvas.
     """
     output = Path(config.output)
-    checkpoint = _claim(output, config)
+    checkpoint = claim(output, config, _MAY_CHANGE)
     if config.new_model is not None:
         lm = MaskedLM.wrap(*new_model(config.new_model, config.seed), name="new model")
     else:
@@ -330,11 +307,7 @@ def train(config: SFTConfig) -> Path:
         ),
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    final, partial = output / "final", output / "final.partial"
+    final = output / "final"
     if trainer.is_world_process_zero():
-        shutil.rmtree(partial, ignore_errors=True)
-        lm.model.save_pretrained(partial)
-        lm.tokenizer.save_pretrained(partial)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        export(lm, final)
     return final

@@ -7,8 +7,8 @@ A committed token never changes, so the canvas before any step follows from what
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from unmask.files import whole
 from unmask.spec import UserError
 
 _TENSORS = ("prompt", "prompt_mask", "tokens", "step", "logprob")
@@ -61,13 +62,26 @@ class Trajectory:
         """Where step ``s`` committed, (B, L) bool. Over all steps these partition the canvas."""
         return self.step == s
 
+    @property
+    def visible(self) -> Tensor:
+        """Which of prompt and canvas are not padding, (B, P+L) bool."""
+        return torch.cat([self.prompt_mask, torch.ones_like(self.tokens, dtype=torch.bool)], dim=1)
+
+    def to(self, device: torch.device | str) -> Trajectory:
+        """The same on another device."""
+        return replace(self, **{k: getattr(self, k).to(device) for k in _TENSORS})
+
+    @staticmethod
+    def cat(parts: Sequence[Trajectory]) -> Trajectory:
+        """Rows of equally wide parts below each other."""
+        joined = {k: torch.cat([getattr(p, k) for p in parts]) for k in _TENSORS}
+        return replace(parts[0], **joined)
+
     def save(self, path: str | Path) -> None:
         """Write as safetensors, whole or not at all."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
         meta = {"mask_id": str(self.mask_id), "decoder": json.dumps(self.decoder)}
-        save_file({k: getattr(self, k).cpu().contiguous() for k in _TENSORS}, partial, metadata=meta)
-        os.replace(partial, path)
+        with whole(Path(path)) as partial:
+            save_file({k: getattr(self, k).cpu().contiguous() for k in _TENSORS}, partial, metadata=meta)
 
     @classmethod
     def load(cls, path: str | Path) -> Trajectory:

@@ -28,7 +28,8 @@ def guided_logits(
 ) -> Tensor:
     """Logits under classifier-free guidance: u + (w + 1)(c - u), u from the row with its prompt masked.
 
-    ids (B, T), of which the first ``prompt`` columns are the prompt; positions (B, K). Returns (B, K, V) float32.
+    ids (B, T), of which the first ``prompt`` columns are the prompt; positions (B, K) or a bool mask (B, T). Returns
+    float32 logits (B, K, V), or (N, V) for a mask.
     """
     if w == 0:
         return lm.logits(ids, attention_mask, positions)
@@ -151,11 +152,10 @@ def decode(
 def replay(lm: MaskedLM, trajectory: Trajectory) -> Tensor:
     """Log-probabilities of all committed tokens, recomputed on ``state(s)``. (B, L) float32; equals ``logprob``."""
     width, length = trajectory.prompt.shape[1], trajectory.tokens.shape[1]
-    mask = torch.cat([trajectory.prompt_mask, trajectory.prompt_mask.new_ones(len(trajectory.tokens), length)], dim=1)
     every = torch.arange(length, device=trajectory.tokens.device)[None].expand_as(trajectory.tokens) + width
     out = torch.zeros_like(trajectory.logprob)
     for s in range(trajectory.steps):
         ids = torch.cat([trajectory.prompt, trajectory.state(s)], dim=1)
-        logits = guided_logits(lm, ids, mask, every, width, trajectory.decoder["cfg_scale"])
+        logits = guided_logits(lm, ids, trajectory.visible, every, width, trajectory.decoder["cfg_scale"])
         out = torch.where(trajectory.committed(s), token_logprob(logits, trajectory.tokens), out)
     return out

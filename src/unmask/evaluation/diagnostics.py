@@ -52,7 +52,7 @@ def eos_curves(lm: MaskedLM, task: Task, decoder: Decoder, config: EvalConfig) -
 def _batch_sums(lm: MaskedLM, trajectory: Trajectory, decoder: Decoder, steps: int) -> Tensor:
     batch, length = trajectory.tokens.shape
     width = trajectory.prompt.shape[1]
-    visible = torch.cat([trajectory.prompt_mask, trajectory.prompt_mask.new_ones(batch, length)], dim=1)
+    visible = trajectory.visible
     every = torch.arange(length, device=visible.device)[None].expand(batch, -1) + width
     ends = torch.tensor(lm.end_ids, device=visible.device)
     sums = torch.zeros(steps, 4, 2, dtype=torch.float64)

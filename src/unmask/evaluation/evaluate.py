@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import subprocess
@@ -25,6 +24,7 @@ import torch
 from unmask import __version__
 from unmask.decoding import Decoder, decode, make_decoder
 from unmask.evaluation.statistics import pooled_bootstrap, wilson
+from unmask.files import read_lines, write_json
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
 from unmask.spec import UserError
@@ -99,13 +99,6 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    os.replace(partial, path)
-
-
 def slug(text: str) -> str:
     """A file name for a spec; a hash keeps apart what the replacement of characters would confuse."""
     plain = re.sub(r"[^A-Za-z0-9.+=-]+", "_", text).strip("_")
@@ -113,14 +106,8 @@ def slug(text: str) -> str:
 
 
 def read_records(path: Path) -> list[Record]:
-    """The whole lines of a records file, by index; a last line cut off by a crash is removed from the file."""
-    if not path.exists():
-        return []
-    raw = path.read_bytes()
-    whole = raw[: raw.rfind(b"\n") + 1]
-    if len(whole) < len(raw):
-        path.write_bytes(whole)
-    return sorted((json.loads(line) for line in whole.splitlines()), key=lambda r: int(r["index"]))
+    """A records file by index."""
+    return sorted(read_lines(path), key=lambda r: int(r["index"]))
 
 
 def run_batch(

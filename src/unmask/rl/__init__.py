@@ -1,0 +1,1 @@
+"""Reinforcement learning with group-relative policy optimisation, along recorded trajectories or around them."""

@@ -1,0 +1,30 @@
+"""Group-relative advantages (GRPO, arXiv 2402.03300, section 4.1; without the division: Dr. GRPO, arXiv 2503.20783)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Scale = Literal["group", "none"]
+EPSILON = 1e-4  # beside the standard deviation, as in TRL
+
+
+def group_advantages(rewards: Tensor, num_generations: int, scale: Scale) -> Tensor:
+    """Each reward minus its group's mean, for ``scale="group"`` divided by the group's standard deviation.
+
+    A group whose rewards are all equal gets exactly 0 and so drops out of the loss.
+
+    Args:
+        rewards: (B,) float, groups of ``num_generations`` in a row; their number must divide B.
+
+    Returns:
+        (B,) of the same dtype.
+    """
+    groups = rewards.view(-1, num_generations)
+    centred = groups - groups.mean(1, keepdim=True)
+    centred = torch.where((groups == groups[:, :1]).all(1, keepdim=True), 0.0, centred)  # no rounding of equal rewards
+    if scale == "group":
+        centred = centred / (groups.std(1, keepdim=True) + EPSILON)
+    return centred.view(-1)

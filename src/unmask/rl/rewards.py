@@ -1,0 +1,118 @@
+"""Reward functions in TRL's signature, called strictly: whatever a faulty one does ends in one sentence."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unmask.spec import UserError
+from unmask.tasks.base import Reward, Task
+
+Row = dict[str, Any]
+
+
+def reward_name(function: Reward) -> str:
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def load_reward(spec: str) -> Reward:
+    """The function named ``package.module:function``; modules of the working folder are found too."""
+    module, colon, name = spec.partition(":")
+    if not colon or not module or not name:
+        raise UserError(f"reward {spec!r} names no function: write package.module:function")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"reward {spec!r} cannot be imported: {error}") from None
+    if not callable(found):
+        raise UserError(f"reward {spec!r} is not a function but {type(found).__name__}")
+    return found
+
+
+def task_rewards(tasks: Sequence[Task]) -> list[tuple[Reward, float]]:
+    """The reward functions of tasks with their weights; each returns None for rows of other tasks."""
+
+    def only(task: Task, function: Reward) -> Reward:
+        def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
+            mine = [i for i, t in enumerate(columns["task"]) if t == task]
+            values: list[float | None] = [None] * len(prompts)
+            if mine:
+                part = {k: [v[i] for i in mine] for k, v in columns.items()}
+                found = function([prompts[i] for i in mine], [completions[i] for i in mine], **part)
+                for i, value in zip(mine, found, strict=True):
+                    values[i] = value
+            return values
+
+        return reward
+
+    pairs = []
+    for task in dict.fromkeys(tasks):
+        for name, (function, weight) in task.rewards().items():
+            wrapped = only(task, function)
+            wrapped.__name__ = name  # type: ignore[attr-defined]
+            pairs.append((wrapped, weight))
+    return pairs
+
+
+def score(functions: Sequence[Reward], rows: list[Row], completions: list[str]) -> Tensor:
+    """Every function's reward for every completion.
+
+    Args:
+        rows: one a completion; ``prompt`` and any further columns, which the functions get as lists by name.
+
+    Returns:
+        (B, functions) float32; NaN where a function returned None (it does not judge this row).
+
+    Raises:
+        UserError: where a function raises, returns the wrong number of values or something that is no finite number, or
+            where every function returned None for a row.
+    """
+    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
+    prompts = [row["prompt"] for row in rows]
+    table = torch.full((len(rows), len(functions)), torch.nan)
+    for j, function in enumerate(functions):
+        table[:, j] = torch.tensor(_call(function, prompts, completions, columns))
+    silent = table.isnan().all(1).nonzero()
+    if len(silent):
+        names = ", ".join(map(reward_name, functions))
+        raise UserError(
+            f"every reward function ({names}) returned None for the prompt {prompts[int(silent[0])][:60]!r}: "
+            "one of them must judge it"
+        )
+    return table
+
+
+def _call(
+    function: Callable[..., Any], prompts: list[str], completions: list[str], columns: dict[str, Any]
+) -> list[float]:
+    name = reward_name(function)
+    try:
+        values = list(function(prompts=prompts, completions=completions, **columns))
+    except Exception as error:  # noqa: BLE001  (a user's function may raise anything)
+        raise UserError(f"reward function {name} raised {type(error).__name__}: {error}; repair it") from error
+    if len(values) != len(completions):
+        raise UserError(
+            f"reward function {name} returned {len(values)} values for {len(completions)} completions: return one each"
+        )
+    out = []
+    for value, completion in zip(values, completions, strict=True):
+        try:
+            number = math.nan if value is None else float(value)
+        except (TypeError, ValueError):
+            number = math.inf
+        if value is not None and not math.isfinite(number):
+            raise UserError(
+                f"reward function {name} returned {value!r} for the completion {completion[:60]!r}: "
+                "return a finite number, or None to leave the row to the other functions"
+            )
+        out.append(number)
+    return out

@@ -1,0 +1,93 @@
+"""Rollouts: prompts in, a rewarded and scored batch of trajectories out, kept for all inner iterations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from unmask.decoding import Decoder, decode
+from unmask.models.masked_lm import MaskedLM
+from unmask.trajectory import Trajectory
+
+
+@dataclass
+class Rollout:
+    """One batch of sampled trajectories.
+
+    Attributes:
+        trajectory: B rows, groups side by side. advantages: (B,) float32.
+        seeds: (B,) int64, the source of what the objective's views draw.
+        old, reference: (iterations, B, L) float32 log-probabilities under the sampling and the reference policy in the
+            objective's views (one iteration where all share the views); None where not needed.
+    """
+
+    trajectory: Trajectory
+    advantages: Tensor
+    seeds: Tensor
+    old: Tensor | None = None
+    reference: Tensor | None = None
+
+    def save(self, folder: Path, rank: int) -> None:
+        self.trajectory.save(folder / f"trajectory-{rank}.safetensors")
+        tensors = {k: getattr(self, k) for k in ("advantages", "seeds", "old", "reference")}
+        present = {k: v.cpu().contiguous() for k, v in tensors.items() if v is not None}
+        save_file(present, folder / f"rollout-{rank}.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path, rank: int, device: torch.device) -> Rollout:
+        trajectory = Trajectory.load(folder / f"trajectory-{rank}.safetensors").to(device)
+        return cls(trajectory, **load_file(folder / f"rollout-{rank}.safetensors", device=str(device)))
+
+
+class RolloutSampler(Sampler[list[int]]):
+    """This rank's prompts for every update: shuffled epochs, cut evenly over the ranks, repeated for each inner iteration."""
+
+    def __init__(
+        self, size: int, prompts: int, iterations: int, updates: int, seed: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self.size, self.prompts, self.iterations, self.updates = size, prompts, iterations, updates
+        self.seed, self.rank, self.world = seed, rank, world
+
+    def __len__(self) -> int:
+        return self.updates
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, torch.empty(0)
+        for update in range(self.updates):
+            start = (update // self.iterations * self.world + self.rank) * self.prompts
+            batch = []
+            for k in range(start, start + self.prompts):
+                if k // self.size != epoch:
+                    epoch = k // self.size
+                    order = torch.randperm(self.size, generator=_generator(self.seed, epoch))
+                batch.append(int(order[k % self.size]))
+            yield batch
+
+
+def _generator(seed: int, number: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
+
+
+def row_seeds(seed: int, rollout: int, first_row: int, rows: int) -> tuple[Tensor, Tensor]:
+    """Seeds of decoding and of the objective's views, (rows,) int64 each; a row's depend on its place in the global batch."""
+    base = ((seed * 1_000_003 + rollout) << 24) + 2 * (first_row + torch.arange(rows))
+    return base, base + 1
+
+
+def sample_trajectory(
+    lm: MaskedLM, prompts: list[str], decoder: Decoder, seeds: Tensor, rows_per_forward: int
+) -> Trajectory:
+    """Decode all prompts (of any lengths), at most ``rows_per_forward`` rows at a time."""
+    ids, mask = lm.encode(prompts, decoder.max_new_tokens)
+    seeds = seeds.to(ids.device)
+    parts = [
+        decode(lm, ids[i : i + rows_per_forward], mask[i : i + rows_per_forward], decoder, seeds=seeds[i : i + rows_per_forward])
+        for i in range(0, len(prompts), rows_per_forward)
+    ]
+    return Trajectory.cat(parts)

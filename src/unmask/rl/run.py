@@ -1,0 +1,247 @@
+"""``unmask rl``: one run from a configuration file to a plain checkpoint, resumable at any point."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+from unmask.files import read_lines, whole
+from unmask.models.load import load
+from unmask.models.masked_lm import MaskedLM
+from unmask.rl.config import GRPOSettings, TrajectoryGRPOConfig
+from unmask.rl.rewards import Row, load_reward, task_rewards
+from unmask.rl.trainer import TrajectoryGRPOTrainer
+from unmask.runs import claim, export
+from unmask.spec import UserError
+from unmask.tasks import Task, make_task
+
+
+@dataclass
+class LoRA:
+    """A low-rank adapter on every matrix of every block (arXiv 2106.09685)."""
+
+    r: int = 16
+    alpha: int = 32
+    target: str = r".*\.blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"
+    """Regular expression over module names."""
+
+
+@dataclass(kw_only=True)
+class RLConfig(GRPOSettings):
+    """One reinforcement-learning run."""
+
+    output: str
+    """The run folder: config.yaml, metrics.jsonl, completions.jsonl, checkpoints, TensorBoard files, ``final``."""
+    tasks: list[str]
+    """Task specs whose problems are the prompts, in equal shares, e.g. ``sudoku countdown``."""
+    model: str = "tiny"
+    """A shipped model's name or the path of a checkpoint folder."""
+    reward: list[str] = field(default_factory=list)
+    """Reward functions ``package.module:function`` instead of the tasks' own."""
+    lora: dict[str, Any] | None = None
+    """Train an adapter: ``{r: 16, alpha: 32}``; ``none`` trains all weights."""
+    problems: int = 5000
+    """Training problems a task."""
+    validation_problems: int = 64
+    """Validation problems a task."""
+    steps: int = 100
+    """Updates."""
+    batch_size: int = 64
+    """Completions of one update on each process; ``num_generations`` must divide it."""
+    learning_rate: float = 3e-6
+    warmup_steps: int = 0
+    lr_scheduler: str = "constant_with_warmup"
+    """A schedule of transformers: ``constant_with_warmup``, ``linear``, ``cosine``, …"""
+    adam_beta2: float = 0.99
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.2
+    bf16: bool = True
+    """Autocast sampling and updates to bfloat16 (weights and log-softmax stay float32)."""
+    gradient_checkpointing: bool = False
+    attention: str = "sdpa"
+    """``sdpa`` or ``eager`` (faster backward on CPUs)."""
+    seed: int = 0
+    eval_every: int = 20
+    """Updates between validations; one more is made before the first update."""
+    save_every: int = 20
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+
+    def __post_init__(self) -> None:
+        self.check()
+        if not self.tasks:
+            raise UserError("tasks needs at least one entry")
+        if self.attention not in ("sdpa", "eager"):
+            raise UserError(f"attention is {self.attention!r}: give sdpa or eager")
+        if not 0 <= self.seed < 2**30:
+            raise UserError(f"seed is {self.seed}: give 0 to {2**30 - 1}")
+        for name in ("problems", "validation_problems", "steps", "batch_size", "eval_every", "save_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: give 1 or more")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise UserError(f"{name} is {getattr(self, name)}: give a positive number")
+
+
+_MAY_CHANGE = ("output", "eval_every", "save_every", "report_to", "log_completions", "rows_per_forward")
+_TIMES = ("seconds_rollout", "seconds_update")
+
+
+def prompt_rows(lm: MaskedLM, tasks: list[Task], split: str, count: int, seed: int) -> list[Row]:
+    """``count`` problems of every task as rows of ``prompt``, ``problem`` and ``task``, tasks taken in turn."""
+    columns = [
+        [{"prompt": lm.chat(t.instruction(p), t.prefill), "problem": p, "task": t} for p in t.problems(split, count, seed)]
+        for t in tasks
+    ]
+    return [row for rows in zip(*columns, strict=True) for row in rows]
+
+
+class RunLog(TrainerCallback):
+    """metrics.jsonl, times.jsonl and completions.jsonl of a run folder; a resumed run first drops what came after its start.
+
+    Times stand in a file of their own: everything else is the same, to the bit, in a resumed run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.trainer: TrajectoryGRPOTrainer | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        for name in ("metrics", "times", "completions"):
+            path = self.folder / f"{name}.jsonl"
+            # The validation before the first update belongs to step 0 of a fresh start only.
+            kept = [e for e in read_lines(path) if e["step"] <= state.global_step] if state.global_step else []
+            with whole(path) as partial:
+                partial.write_text("".join(json.dumps(e) + "\n" for e in kept))
+
+    def _append(self, name: str, entry: dict[str, Any]) -> None:
+        with (self.folder / f"{name}.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or "train_runtime" in logs:
+            return
+        times = {k: round(v, 3) for k, v in logs.items() if k in _TIMES}
+        metrics = {k: v for k, v in logs.items() if k not in (*_TIMES, "epoch")}
+        self._append("metrics", {"step": state.global_step, **metrics})
+        if times:
+            self._append("times", {"step": state.global_step, **times})
+        if self.trainer is not None and "reward" in logs and args.log_completions:
+            for completion in self.trainer.completions:
+                self._append("completions", {"step": state.global_step, **completion})
+
+
+class Bar(TrainerCallback):
+    """A progress bar with reward, KL, length and passes."""
+
+    def __init__(self) -> None:
+        text = TextColumn("[dim]{task.fields[shown]}")
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), text)
+        self.progress = Progress(*columns)
+        self.shown: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.progress.start()
+            self.line = self.progress.add_task("", total=state.max_steps, completed=state.global_step, shown="")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            short = {"reward": "{:.3f}", "kl": "{:.4f}", "length": "{:.1f}", "nfe": "{:.0f}", "replay_gap": "{:.1e}"}
+            self.shown.update({k: f.format(logs[k]) for k, f in short.items() if k in logs})
+            self.shown.update(
+                {k.removeprefix("eval_"): f"{v:.1%}" for k, v in logs.items() if k.startswith("eval_") and "solved" in k}
+            )
+            shown = "  ".join(f"{k} {v}" for k, v in self.shown.items())
+            self.progress.update(self.line, completed=state.global_step, shown=shown)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.stop()
+
+
+def make_trainer(config: RLConfig, callbacks: list[TrainerCallback]) -> TrajectoryGRPOTrainer:
+    """The trainer of a run. Raises UserError for anything wrong in the request."""
+    cpu = not torch.cuda.is_available()
+    settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(GRPOSettings)}
+    args = TrajectoryGRPOConfig(
+        **settings,
+        output_dir=config.output,
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        lr_scheduler_type=config.lr_scheduler,
+        adam_beta2=config.adam_beta2,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        bf16=config.bf16,
+        activation_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        use_cpu=cpu,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=config.eval_every,
+        eval_on_start=True,
+        save_steps=config.save_every,
+        save_total_limit=2,
+        report_to=config.report_to or "none",
+        disable_tqdm=True,
+        seed=config.seed,
+        data_seed=config.seed,
+    )
+    lm = load(config.model)
+    lm.model.config._attn_implementation = config.attention
+    tasks = [make_task(spec, getattr(lm.model.config, "task_defaults", None) or {}) for spec in config.tasks]
+    train_rows = prompt_rows(lm, tasks, "train", config.problems, config.seed + 1)
+    validation = prompt_rows(lm, tasks, "validation", config.validation_problems, 0)
+    if config.reward:
+        functions = [load_reward(spec) for spec in config.reward]
+    else:
+        functions, weights = map(list, zip(*task_rewards(tasks), strict=True))
+        args.reward_weights = args.reward_weights or weights
+    adapter = None
+    if config.lora is not None:
+        from peft import LoraConfig
+
+        from unmask.spec import build
+
+        lora = build(LoRA, config.lora, "lora")
+        adapter = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target)
+    return TrajectoryGRPOTrainer(
+        lm, functions, args, train_rows, validation, peft_config=adapter, callbacks=callbacks
+    )
+
+
+def train(config: RLConfig) -> Path:
+    """Run (or, if ``output`` holds a checkpoint, go on with) a run; returns the folder of the final plain checkpoint.
+
+    Raises:
+        UserError: for anything wrong in the request, and for what goes wrong in rewards or the loss.
+    """
+    log, bar = RunLog(Path(config.output)), Bar()
+    trainer = make_trainer(config, [log, bar])
+    log.trainer = trainer
+    for unwanted in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(unwanted)
+    checkpoint = claim(Path(config.output), config, _MAY_CHANGE)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        bar.progress.stop()
+    final = Path(config.output) / "final"
+    if trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if config.lora is not None:
+            model = model.merge_and_unload()
+        export(dataclasses.replace(trainer.lm, model=model), final)
+    trainer.accelerator.wait_for_everyone()
+    return final

@@ -1,0 +1,418 @@
+"""TrajectoryGRPOTrainer: rollouts with any decoder, one clipped surrogate over an objective's views, one backward a view."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+
+from unmask.decoding.decode import guided_logits
+from unmask.decoding.sampling import token_logprob
+from unmask.models.load import load
+from unmask.models.masked_lm import MaskedLM
+from unmask.rl.advantages import group_advantages
+from unmask.rl.config import TrajectoryGRPOConfig
+from unmask.rl.objectives import OBJECTIVES, View, clipped_surrogate, k3, sample_views, token_weights
+from unmask.rl.rewards import Row, reward_name, score
+from unmask.rl.rollout import Rollout, RolloutSampler, row_seeds, sample_trajectory
+from unmask.spec import UserError
+from unmask.tasks.base import Reward
+from unmask.trajectory import Trajectory
+
+# What an update sums over its scored tokens.
+SUMS = ("tokens", "replay_gap", "kl", "clip_fraction", "entropy", "ratio")
+
+
+class TrajectoryGRPOTrainer(Trainer):
+    """GRPO for masked diffusion language models; objective and decoder are chosen independently of each other.
+
+    Args:
+        model: a MaskedLM, a name or path that ``load`` takes, or a PreTrainedModel with ``processing_class``.
+        reward_funcs: functions ``f(prompts, completions, **columns) -> list[float | None]`` (TRL's signature).
+        args: a TrajectoryGRPOConfig.
+        train_dataset, eval_dataset: sequences of rows with ``prompt`` (text, or messages for the chat template); other
+            columns go to the reward functions. Rows with ``problem`` and ``task`` are also graded in validation.
+        processing_class: the tokenizer, where ``model`` is a PreTrainedModel.
+        peft_config: train this adapter instead of all weights; the reference policy is the model without it.
+        callbacks: further TrainerCallbacks.
+
+    Raises:
+        UserError: for a data set without rows or prompts, no reward function, a wrong number of weights, or dropout in the
+            adapter (the policy that is optimised must be the one that sampled).
+    """
+
+    args: TrajectoryGRPOConfig
+
+    def __init__(
+        self,
+        model: MaskedLM | PreTrainedModel | str,
+        reward_funcs: Reward | Sequence[Reward],
+        args: TrajectoryGRPOConfig,
+        train_dataset: Sequence[Row],
+        eval_dataset: Sequence[Row] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
+        weights = args.reward_weights or [1.0] * len(self.reward_funcs)
+        if not self.reward_funcs:
+            raise UserError("no reward function: give at least one")
+        if len(weights) != len(self.reward_funcs):
+            names = ", ".join(map(reward_name, self.reward_funcs))
+            raise UserError(f"{len(weights)} reward_weights for the reward functions {names}: give one each")
+        self.reward_weights = torch.tensor(weights)
+        self.lm = _masked_lm(model, processing_class)
+        self.decoder = args.rollout_decoder()
+        self.objective = OBJECTIVES[args.objective]
+        train_dataset = _prompt_rows(self.lm, train_dataset, "train")
+        if eval_dataset is not None:
+            eval_dataset = _prompt_rows(self.lm, eval_dataset, "validation")
+        if peft_config is not None:
+            from peft import get_peft_model
+
+            if getattr(peft_config, "lora_dropout", 0):
+                raise UserError(
+                    f"lora_dropout is {peft_config.lora_dropout}: set it to 0, or the policy that is optimised is not the one "
+                    "that sampled"
+                )
+            self.lm = replace(self.lm, model=get_peft_model(self.lm.model, peft_config))
+        # Trainer's own validation wants data sets of tensors; rows of text and problems go through ours.
+        super().__init__(
+            model=self.lm.model,
+            args=args,
+            data_collator=list,  # type: ignore[arg-type]
+            train_dataset=train_dataset,  # type: ignore[arg-type]
+            eval_dataset=eval_dataset,  # type: ignore[arg-type]
+            processing_class=self.lm.tokenizer,
+            callbacks=callbacks,
+        )
+        self.reference_model: nn.Module | None = None
+        if args.beta > 0 and peft_config is None:
+            self.reference_model = copy.deepcopy(self.lm.model).eval().requires_grad_(False)
+        self.rollout: Rollout | None = None
+        self._extra: dict[str, float] = {}  # joins the next log line
+        self.completions: list[dict[str, Any]] = []  # of the newest rollout's first group
+
+    # ---- data ------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[list[Row]]:
+        """One batch of prompts an update. Every rank cuts its own share, so the loader is not prepared by accelerate."""
+        args = self.args
+        sampler = RolloutSampler(
+            len(self.train_dataset),  # type: ignore[arg-type]
+            args.per_device_train_batch_size // args.num_generations,
+            args.num_iterations,
+            args.max_steps,
+            args.seed,
+            args.process_index,
+            args.world_size,
+        )
+        return DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
+
+    # ---- one update ------------------------------------------------------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Sample (at the first inner iteration), then accumulate the gradient of one update. Returns the loss."""
+        iteration = self.state.global_step % self.args.num_iterations
+        start = time.perf_counter()
+        if iteration == 0:
+            self.rollout = self.sample(inputs)
+        assert self.rollout is not None
+        sampled = time.perf_counter()
+        loss = self.update(model, self.rollout, iteration)
+        self._extra["seconds_rollout"] = sampled - start
+        self._extra["seconds_update"] = time.perf_counter() - sampled
+        return loss
+
+    @contextmanager
+    def inference(self) -> Iterator[MaskedLM]:
+        """The policy for sampling and scoring: eval mode, no gradient, no wrapper of the training engine."""
+        model = self.accelerator.unwrap_model(self.model_wrapped) if not self.is_fsdp_enabled else self.model_wrapped
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                yield replace(self.lm, model=model)
+        finally:
+            model.train(training)
+
+    def sample(self, rows: list[Row]) -> Rollout:
+        """Expand prompts to groups, decode, reward, and score under the old and the reference policy where needed."""
+        args = self.args
+        rows = [row for row in rows for _ in range(args.num_generations)]
+        number = self.state.global_step // args.num_iterations
+        seeds, view_seeds = row_seeds(args.seed, number, args.process_index * len(rows), len(rows))
+        with self.inference() as policy:
+            trajectory = sample_trajectory(
+                policy, [row["prompt"] for row in rows], self.decoder, seeds, args.rows_per_forward
+            )
+        texts = self.lm.text(trajectory.tokens)
+        table = score(self.reward_funcs, rows, texts)
+        rewards = (table * self.reward_weights).nansum(1)
+        advantages = group_advantages(rewards, args.num_generations, args.scale_rewards)
+        self._record_rollout(rows, texts, trajectory, table, rewards, advantages)
+        device = trajectory.tokens.device
+        rollout = Rollout(trajectory, advantages.to(device), view_seeds.to(device))
+        if self.objective.recorded:
+            rollout.old = trajectory.logprob[None]
+        elif args.num_iterations > 1:
+            with self.inference() as policy:
+                rollout.old = self._score_views(policy, rollout)
+        if args.beta > 0:
+            with self.inference() as policy, self._reference(policy) as reference:
+                rollout.reference = self._score_views(reference, rollout)
+        return rollout
+
+    @contextmanager
+    def _reference(self, policy: MaskedLM) -> Iterator[MaskedLM]:
+        if self.reference_model is not None:
+            yield replace(policy, model=self.reference_model)
+        else:
+            with policy.model.disable_adapter():
+                yield policy
+
+    def _views(self, rollout: Rollout, iteration: int) -> list[View]:
+        """The objective's views, without what the loss leaves out."""
+        trajectory = rollout.trajectory
+        views = list(self.objective.views(trajectory, rollout.seeds, iteration))
+        if self.args.mask_after_eos:
+            length = trajectory.tokens.shape[1]
+            inside = torch.arange(length, device=trajectory.tokens.device) <= self.lm.lengths(trajectory.tokens)[:, None]
+            views = [View(v.ids, v.scored & inside) for v in views]
+        return views
+
+    def _score_views(self, policy: MaskedLM, rollout: Rollout) -> Tensor:
+        """Log-probabilities of the recorded tokens in all views, (iterations, B, L)."""
+        iterations = range(self.args.num_iterations if self.objective.fresh else 1)
+        out = torch.zeros(len(iterations), *rollout.trajectory.tokens.shape, device=rollout.trajectory.tokens.device)
+        everyone = torch.ones(len(rollout.advantages), dtype=torch.bool, device=out.device)
+        for i in iterations:
+            views = self._views(rollout, i)
+            for view, rows in self._jobs(views, everyone):
+                logprob, _ = self._forward(policy, rollout.trajectory, views[view], rows)
+                where = torch.zeros_like(out[i], dtype=torch.bool)
+                where[rows] = views[view].scored[rows]
+                out[i][where] = logprob
+        return out
+
+    def _jobs(self, views: list[View], active: Tensor) -> list[tuple[int, Tensor]]:
+        """(view, rows) pairs, each one forward pass; on every rank the same number, so that collectives meet."""
+        jobs = []
+        for number, view in enumerate(views):
+            rows = (active & view.scored.any(1)).nonzero()[:, 0]
+            jobs += [(number, part) for part in rows.split(self.args.rows_per_forward) if len(part)]
+        count = torch.tensor([len(jobs)], device=self.accelerator.device)
+        most = int(self.accelerator.gather(count).max()) if self.args.world_size > 1 else len(jobs)
+        idle = (0, torch.zeros(1, dtype=torch.int64, device=active.device))
+        return jobs + [idle] * (max(most, 1) - len(jobs))
+
+    def _forward(self, policy: MaskedLM, trajectory: Trajectory, view: View, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (N,) of the scored tokens of some rows, in row-major order, and their logits (N, V)."""
+        width = trajectory.prompt.shape[1]
+        visible = trajectory.visible[rows]
+        scored = view.scored[rows]
+        positions = torch.cat([torch.zeros_like(trajectory.prompt_mask[rows]), scored], 1)
+        mask = None if bool(visible.all()) else visible
+        cfg = trajectory.decoder["cfg_scale"]
+        logits = guided_logits(policy, view.ids[rows], mask, positions, width, cfg)
+        return token_logprob(logits, trajectory.tokens[rows][scored]), logits
+
+    def update(self, model: nn.Module, rollout: Rollout, iteration: int) -> Tensor:
+        """Accumulate the gradient of one inner iteration, one backward a forward pass; returns this rank's loss."""
+        args, trajectory = self.args, rollout.trajectory
+        policy = replace(self.lm, model=model)
+        views = self._views(rollout, iteration)
+        if args.steps_per_update is not None:
+            generator = torch.Generator().manual_seed((args.seed * 1_000_003 + self.state.global_step) % 2**63)
+            views = sample_views(views, trajectory.logprob, args.steps_per_update, args.step_sampling, generator)
+        weights = token_weights([v.scored for v in views], args.normalisation)
+        stored = iteration if self.objective.fresh else 0
+        active = rollout.advantages != 0
+        jobs = self._jobs(views, active)
+        total = torch.zeros((), device=trajectory.tokens.device)
+        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=total.device)
+        for number, (view, rows) in enumerate(jobs):
+            last = number == len(jobs) - 1
+            self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed reads it in backward
+            with nullcontext() if last else self.accelerator.no_sync(model), self.compute_loss_context_manager():
+                new, logits = self._forward(policy, trajectory, views[view], rows)
+                scored = views[view].scored[rows]
+                where = scored.nonzero()[:, 0]
+                advantages = rollout.advantages[rows][where]
+                weight = weights[view][rows][scored] * (advantages != 0) / len(active)
+                old = new.detach() if rollout.old is None else rollout.old[stored][rows][scored]
+                loss = (weight * clipped_surrogate(new, old, advantages, args.epsilon)).sum()
+                kl = torch.zeros_like(new)
+                if rollout.reference is not None:
+                    kl = k3(new, rollout.reference[stored][rows][scored])
+                    loss = loss + args.beta * (weight * kl).sum()
+                self.accelerator.backward(loss)
+            total += loss.detach()
+            with torch.no_grad():
+                counts = (advantages != 0).double()
+                ratio = (new - old).exp().double()
+                clipped = torch.where(advantages > 0, ratio > 1 + args.epsilon, ratio < 1 - args.epsilon)
+                logprobs = logits.log_softmax(-1)
+                entropy = -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(-1)
+                recorded = trajectory.logprob[rows][scored]
+                values = (counts, (new - recorded).abs(), kl, clipped, entropy, ratio)
+                sums += torch.stack([(counts * v.double()).sum() if i else counts.sum() for i, v in enumerate(values)])
+        self._record_update(total, sums, iteration)
+        return total
+
+    # ---- what is told ----------------------------------------------------------------------------------------------
+
+    def _mean(self, values: Sequence[float] | Tensor) -> list[float]:
+        """The mean of each value over the ranks."""
+        tensor = torch.as_tensor(values, dtype=torch.float64, device=self.accelerator.device)
+        if self.args.world_size > 1:
+            tensor = self.accelerator.reduce(tensor, "mean")
+        return tensor.tolist()
+
+    def _record_rollout(
+        self,
+        rows: list[Row],
+        texts: list[str],
+        trajectory: Trajectory,
+        table: Tensor,
+        rewards: Tensor,
+        advantages: Tensor,
+    ) -> None:
+        groups = rewards.view(-1, self.args.num_generations)
+        judged = ~table.isnan()
+        lengths = self.lm.lengths(trajectory.tokens).double()
+        parts = torch.stack([table.nan_to_num().sum(0), judged.sum(0).float()], 1).flatten()
+        values = [
+            rewards.mean(),
+            groups.std(1).mean(),
+            (groups == groups[:, :1]).all(1).double().mean(),
+            lengths.mean(),
+            (lengths == trajectory.tokens.shape[1]).double().mean(),
+            trajectory.nfe.double().mean(),
+            *parts,
+        ]
+        names = ("reward", "reward_std", "groups_without_variance", "length", "without_end", "nfe")
+        means = self._mean([float(v) for v in values])
+        self._extra.update(zip(names, means, strict=False))
+        for j, function in enumerate(self.reward_funcs):
+            total, count = means[len(names) + 2 * j :][:2]
+            if count:
+                self._extra[f"reward_{reward_name(function)}"] = total / count
+        self.completions = [
+            {"prompt": row["prompt"], "completion": text, "reward": float(r), "advantage": float(a)}
+            for row, text, r, a in zip(rows, texts, rewards, advantages, strict=True)
+        ][: self.args.num_generations]
+
+    def _record_update(self, loss: Tensor, sums: Tensor, iteration: int) -> None:
+        finite, *means = self._mean([float(loss.isfinite()), *sums.tolist()])
+        if finite < 1:
+            raise UserError("the loss is not finite: lower learning_rate or check the checkpoint's weights")
+        found = dict(zip(SUMS, means, strict=True))
+        tokens = found.pop("tokens")
+        if not tokens:  # no group had variance
+            return
+        found = {k: v / tokens for k, v in found.items()}
+        gap = found.pop("replay_gap")
+        if iteration == 0:
+            self._extra["replay_gap"] = gap
+            exact = self.objective.recorded and not (self.args.bf16 or self.args.fp16)
+            if exact and gap > self.args.max_replay_gap:
+                raise UserError(
+                    f"the update does not see the policy that sampled: recorded and recomputed log-probabilities differ by "
+                    f"{gap:.2g} nats a token (at most {self.args.max_replay_gap:g}); switch dropout off, or raise max_replay_gap"
+                )
+        if self.args.beta == 0:
+            del found["kl"]
+        self._extra.update(found)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what rollout and update found to Trainer's line."""
+        if "loss" in logs:
+            logs.update(self._extra)
+            self._extra = {}
+        super().log(logs, start_time)
+
+    # ---- validation ------------------------------------------------------------------------------------------------
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Greedy decoding of the validation rows under the run's decoder: mean reward, and accuracy for rows of tasks."""
+        rows: list[Row] = list(self.eval_dataset if eval_dataset is None else eval_dataset)  # type: ignore[arg-type]
+        share = list(range(self.args.process_index, len(rows), self.args.world_size))
+        mine = [rows[i] for i in share] or rows[:1]
+        decoder = self.decoder.replace(temperature=0.0)
+        seeds, _ = row_seeds(self.args.seed, 0, 0, len(rows))
+        with self.inference() as policy:
+            trajectory = sample_trajectory(
+                policy, [r["prompt"] for r in mine], decoder, seeds[share or [0]], self.args.rows_per_forward
+            )
+        texts = self.lm.text(trajectory.tokens)
+        rewards = (score(self.reward_funcs, mine, texts) * self.reward_weights).nansum(1)
+        names = list(dict.fromkeys(row["task"].name for row in rows if "task" in row))
+        sums = torch.zeros(len(names) + 1, 4, dtype=torch.float64)  # count, solved or reward, points, possible
+        for row, text, reward in zip(mine[: len(share)], texts, rewards.tolist(), strict=False):
+            sums[-1] += torch.tensor([1.0, reward, 0.0, 0.0])
+            if "task" in row:
+                grade = row["task"].grade(row["problem"], text)
+                sums[names.index(row["task"].name)] += torch.tensor([1.0, grade.solved, grade.points, grade.possible])
+        count, solved, points, possible = torch.tensor(self._mean(sums.flatten())).view(-1, 4).T.tolist()
+        metrics = {f"{metric_key_prefix}_reward": solved[-1] / count[-1]}
+        for i, name in enumerate(names):
+            metrics[f"{metric_key_prefix}_{name}_solved"] = solved[i] / count[i]
+            metrics[f"{metric_key_prefix}_{name}_score"] = points[i] / possible[i]
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    # ---- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Between inner iterations the rollout belongs to the checkpoint. (trainer_state.json is written last.)"""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.rollout is not None and self.state.global_step % self.args.num_iterations:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.rollout.save(folder, self.args.process_index)
+        super()._save_checkpoint(model, trial)
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        if resume_from_checkpoint:
+            folder = Path(resume_from_checkpoint)
+            if int(folder.name.removeprefix("checkpoint-")) % self.args.num_iterations:
+                self.rollout = Rollout.load(folder, self.args.process_index, self.lm.device)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+
+def _masked_lm(model: MaskedLM | PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None) -> MaskedLM:
+    if isinstance(model, MaskedLM):
+        return model
+    if isinstance(model, str):
+        return load(model)
+    if tokenizer is None:
+        raise UserError("a PreTrainedModel needs its tokenizer: pass processing_class")
+    return MaskedLM.wrap(model, tokenizer, model.config.name_or_path or "model")
+
+
+def _prompt_rows(lm: MaskedLM, rows: Sequence[Row], split: str) -> list[Row]:
+    """Rows whose ``prompt`` is text; messages go through the chat template."""
+    if not len(rows):
+        raise UserError(f"the {split} data set is empty: give at least one row")
+    found = []
+    for row in rows:
+        prompt = row.get("prompt")
+        if isinstance(prompt, list):
+            prompt = lm.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        if not isinstance(prompt, str):
+            raise UserError(f"a row of the {split} data set has the prompt {prompt!r}: give text or a list of messages")
+        found.append({**row, "prompt": prompt})
+    return found

@@ -1,0 +1,49 @@
+"""Run folders: whose they are, where a run goes on, and the plain checkpoint at its end."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from unmask.config import read_config, save_config
+from unmask.models.masked_lm import MaskedLM
+from unmask.spec import UserError
+
+
+def claim(output: Path, config: Any, may_change: Collection[str]) -> Path | None:
+    """Make the run folder this run's; returns its newest whole checkpoint, if any.
+
+    Args:
+        config: the run's dataclass; saved as ``config.yaml``. may_change: fields that a resumed run may have different.
+
+    Raises:
+        UserError: if the folder cannot be written, or holds checkpoints of a run with other settings.
+    """
+    # The Trainer writes trainer_state.json last, so a checkpoint without it was cut off.
+    complete = [p for p in output.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
+    newest = max(complete, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
+    if newest is not None and (output / "config.yaml").is_file():
+        before, now = asdict(read_config(type(config), output / "config.yaml")), asdict(config)
+        changed = [k for k in now if before[k] != now[k] and k not in may_change]
+        if changed:
+            raise UserError(f"{output} holds a run with other {', '.join(changed)}: give another --output or remove it")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        save_config(config, output / "config.yaml")
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror}; give another --output") from None
+    return newest
+
+
+def export(lm: MaskedLM, folder: Path) -> Path:
+    """Weights and tokenizer as a plain checkpoint that ``load`` takes, whole or not at all."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    lm.model.save_pretrained(partial)
+    lm.tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    return folder

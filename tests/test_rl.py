@@ -1,0 +1,407 @@
+"""Reinforcement learning: objectives against plain restatements, ratio one where sampled, faulty rewards, one process = two."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import PROMPTS, toy
+from unmask import PRESETS, UserError
+from unmask.rl.advantages import group_advantages
+from unmask.rl.config import TrajectoryGRPOConfig
+from unmask.rl.objectives import OBJECTIVES, k3, sample_views, token_weights
+from unmask.rl.rewards import load_reward, score
+from unmask.rl.rollout import RolloutSampler
+from unmask.rl.trainer import TrajectoryGRPOTrainer
+
+ROWS = [{"prompt": p} for p in PROMPTS]
+
+
+def digits(prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
+    """Varies between random completions."""
+    return [sum(c in "aeiou0123456789" for c in text) / 10 for text in completions]
+
+
+def trainer(folder: Path, lm: Any = None, rewards: Any = digits, rows: Any = ROWS, **settings: Any) -> TrajectoryGRPOTrainer:
+    values = {
+        "max_completion_length": 16,
+        "num_generations": 4,
+        "per_device_train_batch_size": 16,
+        "max_steps": 4,
+        "use_cpu": True,
+        "report_to": "none",
+        "max_grad_norm": 1.0,
+    }
+    adapter = settings.pop("peft_config", None)
+    args = TrajectoryGRPOConfig(output_dir=str(folder), **{**values, **settings})
+    return TrajectoryGRPOTrainer(lm or toy(), rewards, args, rows, peft_config=adapter)
+
+
+def disturb(model: torch.nn.Module, size: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(size * torch.randn(p.shape, generator=generator))
+
+
+# ---- advantages and weights --------------------------------------------------------------------------------------------
+
+
+def test_advantages_by_hand() -> None:
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 0.3, 0.3, 0.3, 0.3])
+    centred = group_advantages(rewards, 4, "none")
+    assert torch.allclose(centred[:4], torch.tensor([0.5, -0.5, -0.5, 0.5])) and (centred[4:] == 0).all()
+    std = (4 * 0.25 / 3) ** 0.5  # Bessel's correction, as in TRL
+    scaled = group_advantages(rewards, 4, "group")
+    assert torch.allclose(scaled[:4], centred[:4] / (std + 1e-4)) and (scaled[4:] == 0).all()
+
+
+@pytest.mark.parametrize("normalisation", ["step", "token"])
+def test_weights_by_hand(normalisation: str) -> None:
+    a = torch.tensor([[True, False, False, False], [True, True, False, False]])
+    b = torch.tensor([[False, True, True, True], [False, False, False, False]])
+    first, second = token_weights([a, b], normalisation)  # type: ignore[arg-type]
+    expected = {
+        "step": ([[1 / 2, 0, 0, 0], [1 / 2, 1 / 2, 0, 0]], [[0, 1 / 6, 1 / 6, 1 / 6], [0, 0, 0, 0]]),
+        "token": ([[1 / 4, 0, 0, 0], [1 / 2, 1 / 2, 0, 0]], [[0, 1 / 4, 1 / 4, 1 / 4], [0, 0, 0, 0]]),
+    }[normalisation]
+    assert torch.allclose(first, torch.tensor(expected[0])) and torch.allclose(second, torch.tensor(expected[1]))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("decoder", PRESETS)
+def test_views_score_every_token_once(tmp_path: Path, objective: str, decoder: str) -> None:
+    t = trainer(tmp_path, objective=objective, decoder=decoder, max_completion_length=64, num_iterations=2)
+    t.rollout = t.sample(ROWS)
+    trajectory = t.rollout.trajectory
+    for iteration in range(2):
+        views = t._views(t.rollout, iteration)
+        assert (torch.stack([v.scored for v in views]).sum(0) == 1).all()
+        for view in views:
+            canvas = view.ids[:, trajectory.prompt.shape[1] :]
+            assert (canvas[view.scored] == trajectory.mask_id).all()  # what is scored is hidden
+            seen = canvas != trajectory.mask_id
+            assert torch.equal(canvas[seen], trajectory.tokens[seen])
+            prompt = view.ids[:, : trajectory.prompt.shape[1]]
+            changed = prompt != trajectory.prompt
+            assert (prompt[changed] == trajectory.mask_id).all() and not (changed & ~trajectory.prompt_mask).any()
+            assert bool(changed.any()) == (objective == "diffu")
+    if OBJECTIVES[objective].fresh:
+        first, second = (t._views(t.rollout, i)[0].ids for i in range(2))
+        assert not torch.equal(first, second)
+
+
+# ---- the loss, by hand ---------------------------------------------------------------------------------------------------
+
+
+def restated_loss(t: TrajectoryGRPOTrainer, old_model: Any, reference: Any, iteration: int) -> torch.Tensor:
+    """The clipped objective in loops and float64: rows, views, tokens; every forward on one row without padding."""
+    assert t.rollout is not None
+    args, lm, trajectory = t.args, t.lm, t.rollout.trajectory
+    total = torch.zeros((), dtype=torch.float64)
+    rewards = torch.tensor(digits([], lm.text(trajectory.tokens)), dtype=torch.float64)  # type: ignore[arg-type]
+
+    def logprobs(model: Any, prompt: list[int], canvas: list[int]) -> torch.Tensor:
+        logits = model(input_ids=torch.tensor([prompt + canvas])).logits[0].double()
+        logits[:, lm.mask_id] = -torch.inf
+        return logits.log_softmax(-1)[len(prompt) :]
+
+    views = t._views(t.rollout, iteration)
+    for b in range(len(rewards)):
+        group = rewards[b // args.num_generations * args.num_generations :][: args.num_generations]
+        advantage = rewards[b] - group.mean()
+        if args.scale_rewards == "group":
+            advantage = advantage / (group.std() + 1e-4)
+        if (group == group[0]).all():
+            continue
+        padding = int((~trajectory.prompt_mask[b]).sum())
+        tokens, step = trajectory.tokens[b].tolist(), trajectory.step[b].tolist()
+        end = next((i for i, token in enumerate(tokens) if token in lm.end_ids), len(tokens))
+        per_view: list[list[torch.Tensor]] = []
+        if args.objective == "cj":
+            states = [
+                ([x if step[i] < s else lm.mask_id for i, x in enumerate(tokens)], [i for i in range(len(tokens)) if step[i] == s])
+                for s in range(max(step) + 1)
+            ]
+            prompts = [trajectory.prompt[b, padding:].tolist()] * len(states)
+        elif args.objective == "one-step":
+            states = [([lm.mask_id] * len(tokens), list(range(len(tokens))))]
+            prompts = [trajectory.prompt[b, padding:].tolist()]
+        else:  # the random views are checked by test_views_score_every_token_once
+            width = trajectory.prompt.shape[1]
+            states = [(v.ids[b, width:].tolist(), [i for i in range(len(tokens)) if v.ids[b, width + i] == lm.mask_id]) for v in views]
+            prompts = [v.ids[b, padding:width].tolist() for v in views]
+        for prompt, (canvas, scored) in zip(prompts, states, strict=True):
+            if args.mask_after_eos:
+                scored = [i for i in scored if i <= end]
+            new = logprobs(lm.model, prompt, canvas)
+            with torch.no_grad():
+                old = logprobs(old_model, prompt, canvas)
+                ref = logprobs(reference, prompt, canvas)
+            losses = []
+            for i in scored:
+                ratio = (new[i, tokens[i]] - old[i, tokens[i]]).exp()
+                clipped = ratio.clamp(1 - args.epsilon, 1 + args.epsilon)
+                d = ref[i, tokens[i]] - new[i, tokens[i]]
+                losses.append(-torch.minimum(ratio * advantage, clipped * advantage) + args.beta * (d.exp() - d - 1))
+            if losses:
+                per_view.append(losses)
+        if args.normalisation == "step":
+            row = torch.stack([torch.stack(losses).mean() for losses in per_view]).mean()
+        else:
+            row = torch.stack([x for losses in per_view for x in losses]).mean()
+        total = total + row / len(rewards)
+    return total
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(
+    ("normalisation", "scale", "after_eos", "beta"),
+    [("step", "group", False, 0.0), ("token", "none", True, 0.3), ("step", "none", True, 0.3)],
+)
+def test_loss_and_gradient_equal_a_plain_restatement(
+    tmp_path: Path, objective: str, normalisation: str, scale: str, after_eos: bool, beta: float
+) -> None:
+    """Off policy (the weights have moved since the rollout), so that ratio, clipping and KL all count."""
+    t = trainer(
+        tmp_path,
+        objective=objective,
+        decoder="eoser-ass",
+        normalisation=normalisation,
+        scale_rewards=scale,
+        mask_after_eos=after_eos,
+        beta=beta,
+        num_iterations=2,
+        epsilon=0.1,
+        rows_per_forward=3,  # uneven chunks
+    )
+    reference = toy().model
+    old = toy().model
+    disturb(old, 0.003)
+    t.lm.model.load_state_dict(old.state_dict())
+    t.rollout = t.sample(ROWS)
+    disturb(t.lm.model, 0.003)
+    t.model.train()
+    found = t.update(t.model, t.rollout, 1)
+    gradients = [p.grad.clone() for p in t.lm.model.parameters()]
+    t.lm.model.zero_grad()
+    expected = restated_loss(t, old, reference, 1)
+    expected.backward()
+    assert 0 < t._extra["clip_fraction"] < 1
+    assert float(found) == pytest.approx(float(expected.detach()), rel=1e-4, abs=1e-6)
+    for mine, p in zip(gradients, t.lm.model.parameters(), strict=True):
+        assert torch.allclose(mine, p.grad, rtol=1e-3, atol=1e-4 * float(p.grad.abs().max()) + 1e-7)
+
+
+def test_row_batches_change_nothing(tmp_path: Path) -> None:
+    gradients = []
+    for rows in (1, 5, 64):
+        t = trainer(tmp_path, decoder="semi-ar:block_length=8", rows_per_forward=rows)
+        t.rollout = t.sample(ROWS)
+        t.update(t.model, t.rollout, 0)
+        gradients.append(torch.cat([p.grad.flatten() for p in t.lm.model.parameters()]))
+    for other in gradients[1:]:
+        assert torch.allclose(gradients[0], other, atol=1e-6)
+
+
+# ---- the paper's claim: optimise what was sampled ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decoder", PRESETS)
+def test_ratio_is_one_on_the_sampled_states(tmp_path: Path, decoder: str) -> None:
+    """cj, mixed-length prompts, float32: recorded and recomputed log-probabilities agree for every preset."""
+    t = trainer(tmp_path, decoder=decoder, max_completion_length=64, rows_per_forward=6)
+    t.rollout = t.sample(ROWS)
+    t.model.train()
+    t.update(t.model, t.rollout, 0)
+    assert abs(t._extra["ratio"] - 1) < 1e-4 and t._extra["replay_gap"] < 1e-4
+    with t.inference() as policy:
+        again = t._score_views(policy, t.rollout)[0]
+    assert float(((again - t.rollout.trajectory.logprob).exp() - 1).abs().max()) < 1e-4
+
+
+def test_other_objectives_score_another_policy(tmp_path: Path) -> None:
+    """What one-step and diffu optimise is not what was sampled; on the first state alone they agree."""
+    gaps = {}
+    for objective in ("cj", "one-step", "diffu", "coupled"):
+        t = trainer(tmp_path, objective=objective)
+        t.rollout = t.sample(ROWS)
+        t.update(t.model, t.rollout, 0)
+        gaps[objective] = t._extra["replay_gap"]
+        assert abs(t._extra["ratio"] - 1) < 1e-6  # old and new policy are the same
+        if objective == "one-step":
+            with t.inference() as policy:
+                found = t._score_views(policy, t.rollout)[0]
+            first = t.rollout.trajectory.committed(0)
+            assert torch.allclose(found[first], t.rollout.trajectory.logprob[first], atol=1e-4)
+    assert gaps["cj"] < 1e-4 < 0.1 < min(gaps["one-step"], gaps["diffu"], gaps["coupled"])
+
+
+def test_guidance_belongs_to_the_policy(tmp_path: Path) -> None:
+    t = trainer(tmp_path, decoder="eoser-ass:cfg_scale=0.5")
+    t.rollout = t.sample(ROWS)
+    t.update(t.model, t.rollout, 0)
+    assert t._extra["replay_gap"] < 1e-4
+
+
+def test_a_policy_that_did_not_sample_is_refused(tmp_path: Path) -> None:
+    t = trainer(tmp_path)
+    t.rollout = t.sample(ROWS)
+    disturb(t.lm.model, 0.05)
+    with pytest.raises(UserError, match="raise max_replay_gap"):
+        t.update(t.model, t.rollout, 0)
+
+
+def test_sampled_steps(tmp_path: Path) -> None:
+    t = trainer(tmp_path, decoder="full")
+    t.rollout = t.sample(ROWS)
+    views = t._views(t.rollout, 0)
+    generator = torch.Generator().manual_seed(0)
+    logprob = torch.where(views[3].scored, -5.0, torch.where(views[1].scored, -5.0, -1e-9))
+    for _ in range(20):
+        uniform = sample_views(views, logprob, 2, "uniform", generator)
+        assert len(uniform) == 2 and {id(v) for v in uniform} <= {id(v) for v in views}
+        certain = sample_views(views, logprob, 2, "entropy", generator)
+        assert {id(v) for v in certain} == {id(views[1]), id(views[3])}
+    short = trainer(tmp_path, decoder="full", steps_per_update=2)
+    short.rollout = short.sample(ROWS)
+    short.update(short.model, short.rollout, 0)
+    assert any(p.grad.abs().sum() > 0 for p in short.lm.model.parameters())
+
+
+def test_k3_is_zero_on_equal_policies_and_positive_elsewhere() -> None:
+    new = torch.tensor([-1.0, -2.0, -0.1])
+    assert (k3(new, new) == 0).all() and (k3(new, new + torch.tensor([0.5, -0.5, 1.0])) > 0).all()
+
+
+def test_lora_reference_is_the_model_without_its_adapter(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    from unmask.rl.run import LoRA
+
+    lm = toy()
+    before = {k: v.clone() for k, v in lm.model.state_dict().items()}
+    t = trainer(tmp_path, lm, beta=0.1, peft_config=LoraConfig(r=4, target_modules=LoRA.target))
+    trainable = [n for n, p in t.model.named_parameters() if p.requires_grad]
+    assert len(trainable) == 2 * 2 * 7 and all("lora" in n for n in trainable)  # 2 layers, 7 matrices, A and B
+    t.rollout = t.sample(ROWS)
+    assert t.rollout.reference is not None
+    assert torch.allclose(t.rollout.reference[0], t.rollout.trajectory.logprob, atol=1e-4)  # B starts at zero
+    disturb(t.model, 0.02)
+    again = t.sample(ROWS)
+    assert again.reference is not None and not torch.allclose(again.reference[0], again.trajectory.logprob, atol=1e-2)
+    plain = toy()
+    plain_trainer = trainer(tmp_path, plain)
+    with plain_trainer.inference() as policy:
+        assert torch.allclose(plain_trainer._score_views(policy, again)[0], again.reference[0], atol=1e-4)
+    base = {k: v for k, v in t.model.get_base_model().state_dict().items() if "lora" not in k}
+    assert all(torch.equal(v, before[k.replace(".base_layer", "")]) for k, v in base.items())
+
+
+# ---- data ----------------------------------------------------------------------------------------------------------------
+
+
+def test_sampler_repeats_for_inner_iterations_and_cuts_over_ranks() -> None:
+    one = list(RolloutSampler(10, 4, 2, 12, seed=3))
+    assert len(one) == 12 and all(one[2 * r] == one[2 * r + 1] for r in range(6))
+    flat = list(itertools.chain.from_iterable(one[::2]))
+    assert sorted(flat[:10]) == sorted(flat[10:20]) == list(range(10)) and flat[:10] != flat[10:20]
+    ranks = [list(RolloutSampler(10, 2, 2, 12, 3, rank, 2)) for rank in range(2)]
+    assert [a + b for a, b in zip(*ranks, strict=True)] == one
+
+
+def test_more_prompts_than_rows_repeat_over_epochs() -> None:
+    assert [sorted(b) for b in RolloutSampler(2, 4, 1, 2, seed=0)] == [[0, 0, 1, 1]] * 2
+
+
+# ---- rewards -------------------------------------------------------------------------------------------------------------
+
+
+def raises(prompts: Any, completions: Any, **_: Any) -> Any:
+    raise ZeroDivisionError("division by zero")
+
+
+def constant(value: Any) -> Any:
+    def reward(prompts: Any, completions: Any, **_: Any) -> Any:
+        return [value] * len(completions)
+
+    return reward
+
+
+def short(prompts: Any, completions: Any, **_: Any) -> Any:
+    return [1.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (raises, "reward function raises raised ZeroDivisionError: division by zero"),
+        (constant(float("nan")), "returned nan for the completion 'one': return a finite number"),
+        (constant(float("inf")), "returned inf"),
+        (constant("good"), "returned 'good'"),
+        (short, "returned 1 values for 2 completions"),
+        (constant(None), "every reward function .* returned None for the prompt 'a'"),
+    ],
+)
+def test_faulty_rewards_name_the_fix(function: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        score([function], [{"prompt": "a"}, {"prompt": "b"}], ["one", "two"])
+
+
+def test_rewards_get_columns_and_may_abstain() -> None:
+    def half(prompts: list[str], completions: list[str], kind: list[str], **_: Any) -> list[float | None]:
+        return [1.0 if k == "x" else None for k in kind]
+
+    table = score([half, constant(2)], [{"prompt": "a", "kind": "x"}, {"prompt": "b", "kind": "y"}], ["1", "2"])
+    assert table[0].tolist() == [1, 2] and table[1, 0].isnan() and table[1, 1] == 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [("nothing", "write package.module:function"), ("no.such:thing", "cannot be imported"), ("math:pi", "not a function")],
+)
+def test_reward_specs(spec: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_reward(spec)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_generations": 3}, "num_generations=3 does not divide the batch of 16"),
+        ({"temperature": 0.0}, "temperature is 0"),
+        ({"decoder": "full:temperature=0"}, "temperature is 0"),
+        ({"num_generations": 1}, "num_generations is 1"),
+        ({"objective": "one_step"}, "unknown objective 'one_step': did you mean 'one-step'"),
+        ({"decoder": "eosr"}, "did you mean 'eoser'"),
+        ({"objective": "one-step", "steps_per_update": 2}, "needs objective cj"),
+        ({"steps_per_update": 0}, "steps_per_update is 0"),
+        ({"gradient_accumulation_steps": 2}, "raise per_device_train_batch_size"),
+        ({"max_steps": -1}, "max_steps is -1"),
+        ({"epsilon": 0.0}, "positive epsilon"),
+        ({"rows": []}, "the train data set is empty"),
+        ({"rows": [{"text": "x"}]}, "prompt None"),
+        ({"rewards": []}, "no reward function"),
+        ({"reward_weights": [1.0, 2.0]}, "2 reward_weights for the reward functions digits"),
+    ],
+)
+def test_wrong_settings_name_the_fix(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path, **settings)
+
+
+def test_dropout_in_the_adapter_is_refused(tmp_path: Path) -> None:
+    from peft import LoraConfig
+
+    with pytest.raises(UserError, match=r"lora_dropout is 0\.05"):
+        trainer(tmp_path, peft_config=LoraConfig(r=2, lora_dropout=0.05, target_modules=["q_proj"]))
+
+
+def test_messages_go_through_the_chat_template(tmp_path: Path) -> None:
+    t = trainer(tmp_path, rows=[{"prompt": [{"role": "user", "content": "make 5"}]}])
+    assert t.train_dataset[0]["prompt"] == "<|user|>make 5<|assistant|>"
