@@ -26,7 +26,9 @@ def digits(prompts: list[str], completions: list[str], **_: Any) -> list[float |
     return [sum(c in "aeiou0123456789" for c in text) / 10 for text in completions]
 
 
-def trainer(folder: Path, lm: Any = None, rewards: Any = digits, rows: Any = ROWS, **settings: Any) -> TrajectoryGRPOTrainer:
+def trainer(
+    folder: Path, lm: Any = None, rewards: Any = digits, rows: Any = ROWS, **settings: Any
+) -> TrajectoryGRPOTrainer:
     values = {
         "max_completion_length": 16,
         "num_generations": 4,
@@ -125,7 +127,10 @@ def restated_loss(t: TrajectoryGRPOTrainer, old_model: Any, reference: Any, iter
         per_view: list[list[torch.Tensor]] = []
         if args.objective == "cj":
             states = [
-                ([x if step[i] < s else lm.mask_id for i, x in enumerate(tokens)], [i for i in range(len(tokens)) if step[i] == s])
+                (
+                    [x if step[i] < s else lm.mask_id for i, x in enumerate(tokens)],
+                    [i for i in range(len(tokens)) if step[i] == s],
+                )
                 for s in range(max(step) + 1)
             ]
             prompts = [trajectory.prompt[b, padding:].tolist()] * len(states)
@@ -134,7 +139,10 @@ def restated_loss(t: TrajectoryGRPOTrainer, old_model: Any, reference: Any, iter
             prompts = [trajectory.prompt[b, padding:].tolist()]
         else:  # the random views are checked by test_views_score_every_token_once
             width = trajectory.prompt.shape[1]
-            states = [(v.ids[b, width:].tolist(), [i for i in range(len(tokens)) if v.ids[b, width + i] == lm.mask_id]) for v in views]
+            states = [
+                (v.ids[b, width:].tolist(), [i for i in range(len(tokens)) if v.ids[b, width + i] == lm.mask_id])
+                for v in views
+            ]
             prompts = [v.ids[b, padding:width].tolist() for v in views]
         for prompt, (canvas, scored) in zip(prompts, states, strict=True):
             if args.mask_after_eos:
@@ -253,7 +261,7 @@ def test_a_policy_that_did_not_sample_is_refused(tmp_path: Path) -> None:
     t = trainer(tmp_path)
     t.rollout = t.sample(ROWS)
     disturb(t.lm.model, 0.05)
-    with pytest.raises(UserError, match="raise max_replay_gap"):
+    with pytest.raises(UserError, match="does not see the policy that sampled"):
         t.update(t.model, t.rollout, 0)
 
 
@@ -363,7 +371,11 @@ def test_rewards_get_columns_and_may_abstain() -> None:
 
 @pytest.mark.parametrize(
     ("spec", "message"),
-    [("nothing", "write package.module:function"), ("no.such:thing", "cannot be imported"), ("math:pi", "not a function")],
+    [
+        ("nothing", "write package.module:function"),
+        ("no.such:thing", "cannot be imported"),
+        ("math:pi", "not a function"),
+    ],
 )
 def test_reward_specs(spec: str, message: str) -> None:
     with pytest.raises(UserError, match=message):

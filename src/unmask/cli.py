@@ -138,7 +138,7 @@ def sft(arguments: list[str]) -> None:
 
 @dataclass
 class RLArguments:
-    """Reinforcement learning (GRPO) on any decoder's trajectories. Any key of the config may follow as a flag: ``--steps 2``."""
+    """Reinforcement learning (GRPO) with any decoder. Any key of the config may follow as a flag: ``--steps 2``."""
 
     config: Annotated[str, tyro.conf.Positional]
     """YAML file of RLConfig fields."""
@@ -152,6 +152,81 @@ def rl(arguments: list[str]) -> None:
 
     final = train(read_config(RLConfig, arguments[0], arguments[1:]))
     print(f"checkpoint  {final}")
+
+
+@dataclass
+class ReportArguments:
+    """Curves of reinforcement-learning runs: reward, validation accuracy, length, replay gap over the updates."""
+
+    runs: Annotated[list[str], tyro.conf.Positional]
+    """Run folders; those that differ in nothing but the seed share one line with a band."""
+    output: str | None = None
+    """Where the figure goes; by default the first run's folder."""
+
+
+def report_runs(arguments: list[str]) -> None:
+    a = tyro.cli(ReportArguments, args=arguments, prog="unmask report")
+    if not a.runs:
+        raise UserError("no run given: name at least one run folder")
+    from unmask.rl.report import report
+
+    folders = [Path(run) for run in a.runs]
+    table, figures = report(folders, Path(a.output or a.runs[0]))
+    print(table)
+    for figure in figures:
+        print(f"figure  {figure}")
+
+
+@dataclass
+class ExportArguments:
+    """Merge a checkpoint's adapter into its base model and write a plain checkpoint that every command takes."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional]
+    """A checkpoint-N folder of a run."""
+    output: Annotated[str, tyro.conf.Positional]
+    """The folder to write; it must not exist."""
+
+
+def export_checkpoint(arguments: list[str]) -> None:
+    a = tyro.cli(ExportArguments, args=arguments, prog="unmask export")
+    from unmask.models.load import load
+    from unmask.runs import export
+
+    output = Path(a.output)
+    if output.exists():
+        raise UserError(f"{output} exists: give a new folder")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        print(f"checkpoint  {export(load(a.checkpoint), output)}")
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror}; give another folder") from None
+
+
+def bench(arguments: list[str]) -> None:
+    if arguments[:1] != ["rl"]:
+        raise UserError(f"bench {' '.join(arguments[:1])!r} is unknown: write unmask bench rl (--help for its options)")
+    from rich.console import Console
+    from rich.table import Table
+
+    from unmask.bench import BenchRL, bench_rl
+
+    config = tyro.cli(BenchRL, args=arguments[1:], prog="unmask bench rl")
+    error = Console(stderr=True)
+    with error.status("") as status:
+        result = bench_rl(config, status.update)
+    table = Table(
+        title=f"one update, {config.rows} rows of {config.prompt} + {config.length} tokens, V = {config.vocabulary}"
+    )
+    for heading in ("way", "S", "seconds (range)", "peak GiB", "before GiB"):
+        table.add_column(heading, justify="left" if heading == "way" else "right")
+    for cell in result["cells"]:
+        low, high = cell["seconds_range"]
+        seconds = f"{cell['seconds']:.2f} ({low:.2f}-{high:.2f})"
+        table.add_row(cell["way"], str(cell["steps"]), seconds, f"{cell['peak_gib']:.2f}", f"{cell['before_gib']:.2f}")
+    for cell in result["not_run"]:
+        table.add_row(cell["way"], str(cell["steps"]), "not run", f"> {cell['needs_gib']:.0f}", "")
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    print(f"result  {config.output}")
 
 
 @dataclass
@@ -240,6 +315,9 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "eval": (evaluate, "score a model on tasks under decoders: records, table, figure"),
     "sft": (sft, "train on worked responses with the masked diffusion loss"),
     "rl": (rl, "train on rewards with GRPO along the decoder's trajectories"),
+    "report": (report_runs, "curves of reinforcement-learning runs"),
+    "export": (export_checkpoint, "merge a checkpoint's adapter into a plain checkpoint"),
+    "bench": (bench, "time and peak memory of an update, beside the plain way"),
     "grade": (grade, "grade completions made elsewhere"),
     "demo": (demo, "the shipped model under each decoder"),
 }

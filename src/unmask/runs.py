@@ -13,11 +13,12 @@ from unmask.models.masked_lm import MaskedLM
 from unmask.spec import UserError
 
 
-def claim(output: Path, config: Any, may_change: Collection[str]) -> Path | None:
+def claim(output: Path, config: Any, may_change: Collection[str], write: bool = True) -> Path | None:
     """Make the run folder this run's; returns its newest whole checkpoint, if any.
 
     Args:
         config: the run's dataclass; saved as ``config.yaml``. may_change: fields that a resumed run may have different.
+        write: whether this process writes (only one of several may).
 
     Raises:
         UserError: if the folder cannot be written, or holds checkpoints of a run with other settings.
@@ -31,8 +32,9 @@ def claim(output: Path, config: Any, may_change: Collection[str]) -> Path | None
         if changed:
             raise UserError(f"{output} holds a run with other {', '.join(changed)}: give another --output or remove it")
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        save_config(config, output / "config.yaml")
+        if write:
+            output.mkdir(parents=True, exist_ok=True)
+            save_config(config, output / "config.yaml")
     except OSError as error:
         raise UserError(f"cannot write to {output}: {error.strerror}; give another --output") from None
     return newest

@@ -69,12 +69,13 @@ class Trajectory:
 
     def to(self, device: torch.device | str) -> Trajectory:
         """The same on another device."""
-        return replace(self, **{k: getattr(self, k).to(device) for k in _TENSORS})
+        moved: dict[str, Any] = {k: getattr(self, k).to(device) for k in _TENSORS}
+        return replace(self, **moved)
 
     @staticmethod
     def cat(parts: Sequence[Trajectory]) -> Trajectory:
         """Rows of equally wide parts below each other."""
-        joined = {k: torch.cat([getattr(p, k) for p in parts]) for k in _TENSORS}
+        joined: dict[str, Any] = {k: torch.cat([getattr(p, k) for p in parts]) for k in _TENSORS}
         return replace(parts[0], **joined)
 
     def save(self, path: str | Path) -> None:

@@ -119,16 +119,18 @@ def diagnostics_figure(summary: dict[str, Any]) -> Figure:
     return figure
 
 
+def save_figure(figure: Figure, stem: Path) -> list[Path]:
+    """``stem``.png and .svg; the figure is closed."""
+    written = [stem.with_suffix(kind) for kind in (".png", ".svg")]
+    for path in written:
+        figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return written
+
+
 def write_figures(summary: dict[str, Any], output: Path) -> list[Path]:
     """accuracy.{png,svg}, and diagnostics.{png,svg} where measured."""
-    figures = {"accuracy": accuracy_figure(summary)}
+    written = save_figure(accuracy_figure(summary), output / "accuracy")
     if "diagnostics" in summary:
-        figures["diagnostics"] = diagnostics_figure(summary)
-    written = []
-    for name, figure in figures.items():
-        for kind in ("png", "svg"):
-            path = output / f"{name}.{kind}"
-            figure.savefig(path, dpi=150)
-            written.append(path)
-        plt.close(figure)
+        written += save_figure(diagnostics_figure(summary), output / "diagnostics")
     return written

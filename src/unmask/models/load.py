@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from unmask.models.llada import LLaDAModelLM
@@ -25,7 +26,8 @@ def load(name: str, dtype: str = "float32", device: str = "cpu") -> MaskedLM:
     """Load a shipped model by name or any LLaDA-format checkpoint folder, in eval mode, self-tested.
 
     Args:
-        name: ``"tiny"``, or the path of a folder with config.json, safetensors and a tokenizer.
+        name: ``"tiny"``, or the path of a folder with config.json, safetensors and a tokenizer, or of a peft adapter, which
+            is merged into the base model that it names.
         dtype: ``"float32"`` or ``"bfloat16"``. device: a torch device.
 
     Raises:
@@ -34,6 +36,8 @@ def load(name: str, dtype: str = "float32", device: str = "cpu") -> MaskedLM:
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     folder = SHIPPED.get(name, Path(name))
+    if (folder / "adapter_config.json").is_file():
+        return _load_adapter(folder, dtype, device)
     if not (folder / "config.json").is_file():
         if folder.exists():
             raise UserError(f"{name} holds no config.json: give the folder of a saved checkpoint")
@@ -70,6 +74,36 @@ def load(name: str, dtype: str = "float32", device: str = "cpu") -> MaskedLM:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {device!r} cannot be used: {_first_line(error)}") from None
     lm = MaskedLM.wrap(model, tokenizer, name, fingerprint(weights))
+    lm.self_test()
+    return lm
+
+
+def as_masked_lm(model: MaskedLM | PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None = None) -> MaskedLM:
+    """What trainers accept: a MaskedLM, a name or path, or a backbone with its tokenizer. Raises UserError."""
+    if isinstance(model, MaskedLM):
+        return model
+    if isinstance(model, str):
+        return load(model)
+    if tokenizer is None:
+        raise UserError("a PreTrainedModel needs its tokenizer: pass processing_class")
+    return MaskedLM.wrap(model, tokenizer, model.config.name_or_path or "model")
+
+
+def _load_adapter(folder: Path, dtype: str, device: str) -> MaskedLM:
+    """The base model that an adapter names, with the adapter merged into its weights."""
+    from peft import PeftModel
+
+    base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if not base:
+        raise UserError(
+            f"the adapter {folder} names no base model: set base_model_name_or_path in its adapter_config.json"
+        )
+    lm = load(base, dtype, device)
+    try:
+        merged = PeftModel.from_pretrained(lm.model, folder, local_files_only=True).merge_and_unload()
+    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(f"cannot load the adapter {folder}: {_first_line(error)}") from None
+    lm = replace(lm, model=merged.eval(), name=str(folder), weights=fingerprint(sorted(folder.glob("*.safetensors"))))
     lm.self_test()
     return lm
 

@@ -96,8 +96,8 @@ class MaskedLM:
         text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return str(text) + prefill
 
-    def encode(self, prompts: list[str], canvas: int = 0) -> tuple[Tensor, Tensor]:
-        """Prompts of any lengths as one left-padded batch.
+    def encode(self, prompts: list[str], canvas: int = 0, width: int = 0) -> tuple[Tensor, Tensor]:
+        """Prompts of any lengths as one left-padded batch, at least ``width`` tokens wide.
 
         Returns:
             ids (B, P) int64 and the padding mask (B, P) bool (False = padding), on the model's device.
@@ -117,7 +117,7 @@ class MaskedLM:
                     f"the prompt has {len(row)} tokens and the canvas {canvas}, but {self.name} takes at most "
                     f"{self.max_length} together: shorten the prompt or lower --max-new-tokens"
                 )
-        width = max(map(len, rows))
+        width = max(width, *map(len, rows))
         ids = torch.full((len(rows), width), self.pad_id)
         mask = torch.zeros(len(rows), width, dtype=torch.bool)
         for i, row in enumerate(rows):

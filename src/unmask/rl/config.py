@@ -45,6 +45,8 @@ class GRPOSettings:
     """How these steps are chosen."""
     rows_per_forward: int = 32
     """Rows of one forward pass, in sampling and in the update: bounds memory, changes no result."""
+    compile: bool = False
+    """torch.compile the model; prompts are then padded to one width for the whole run."""
     max_replay_gap: float = 1e-3
     """Largest |recorded - recomputed| log-probability (mean, nats a token) that a float32 ``cj`` update accepts."""
     log_completions: bool = True
@@ -61,9 +63,13 @@ class GRPOSettings:
         if self.steps_per_update is not None and self.steps_per_update < 1:
             raise UserError(f"steps_per_update is {self.steps_per_update}: give 1 or more, or none for all steps")
         if self.steps_per_update is not None and self.objective != "cj":
-            raise UserError(f"steps_per_update samples steps of a trajectory: it needs objective cj, not {self.objective}")
+            raise UserError(
+                f"steps_per_update samples steps of a trajectory: it needs objective cj, not {self.objective}"
+            )
         if not 0 < self.epsilon < float("inf") or not 0 <= self.beta < float("inf"):
-            raise UserError(f"epsilon={self.epsilon}, beta={self.beta}: give a positive epsilon and a beta of 0 or more")
+            raise UserError(
+                f"epsilon={self.epsilon}, beta={self.beta}: give a positive epsilon and a beta of 0 or more"
+            )
         if not self.max_replay_gap > 0:
             raise UserError(f"max_replay_gap is {self.max_replay_gap}: give a positive number")
         if self.rollout_decoder().temperature == 0:

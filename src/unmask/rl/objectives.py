@@ -60,7 +60,8 @@ def _one_step(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator
 
 def _diffu(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[View]:
     """diffu-GRPO (d1): one jump, with a fresh 15 % of the prompt masked in every inner iteration."""
-    place = torch.arange(trajectory.prompt.shape[1], device=seeds.device).expand_as(trajectory.prompt)
+    width = trajectory.prompt.shape[1]  # counted from the end, so that padding does not matter
+    place = (torch.arange(width, device=seeds.device) - width).expand_as(trajectory.prompt)
     hidden = (uniform_noise(seeds, iteration, place, 0) < PROMPT_MASKING) & trajectory.prompt_mask
     prompt = trajectory.prompt.masked_fill(hidden, trajectory.mask_id)
     yield View(torch.cat([prompt, trajectory.state(0)], 1), trajectory.step >= 0)

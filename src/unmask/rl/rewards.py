@@ -97,7 +97,7 @@ def _call(
     name = reward_name(function)
     try:
         values = list(function(prompts=prompts, completions=completions, **columns))
-    except Exception as error:  # noqa: BLE001  (a user's function may raise anything)
+    except Exception as error:  # a user's function may raise anything
         raise UserError(f"reward function {name} raised {type(error).__name__}: {error}; repair it") from error
     if len(values) != len(completions):
         raise UserError(

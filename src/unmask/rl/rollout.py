@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,8 @@ from torch.utils.data import Sampler
 
 from unmask.decoding import Decoder, decode
 from unmask.models.masked_lm import MaskedLM
+from unmask.rl.rewards import Row
+from unmask.spec import UserError
 from unmask.trajectory import Trajectory
 
 
@@ -81,13 +83,25 @@ def row_seeds(seed: int, rollout: int, first_row: int, rows: int) -> tuple[Tenso
 
 
 def sample_trajectory(
-    lm: MaskedLM, prompts: list[str], decoder: Decoder, seeds: Tensor, rows_per_forward: int
+    lm: MaskedLM, prompts: list[str], decoder: Decoder, seeds: Tensor, rows_per_forward: int, width: int = 0
 ) -> Trajectory:
-    """Decode all prompts (of any lengths), at most ``rows_per_forward`` rows at a time."""
-    ids, mask = lm.encode(prompts, decoder.max_new_tokens)
+    """Decode prompts of any lengths (padded to ``width`` at least), at most ``rows_per_forward`` rows at a time."""
+    ids, mask = lm.encode(prompts, decoder.max_new_tokens, width)
     seeds = seeds.to(ids.device)
-    parts = [
-        decode(lm, ids[i : i + rows_per_forward], mask[i : i + rows_per_forward], decoder, seeds=seeds[i : i + rows_per_forward])
-        for i in range(0, len(prompts), rows_per_forward)
-    ]
-    return Trajectory.cat(parts)
+    chunks = zip(*(x.split(rows_per_forward) for x in (ids, mask, seeds)), strict=True)
+    return Trajectory.cat([decode(lm, i, m, decoder, seeds=s) for i, m, s in chunks])
+
+
+def prompt_rows(lm: MaskedLM, rows: Sequence[Row], split: str) -> list[Row]:
+    """Rows whose ``prompt`` is text; messages go through the chat template."""
+    if not len(rows):
+        raise UserError(f"the {split} data set is empty: give at least one row")
+    found = []
+    for row in rows:
+        prompt = row.get("prompt")
+        if isinstance(prompt, list):
+            prompt = lm.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+        if not isinstance(prompt, str):
+            raise UserError(f"a row of the {split} data set has the prompt {prompt!r}: give text or a list of messages")
+        found.append({**row, "prompt": prompt})
+    return found

@@ -93,10 +93,13 @@ _MAY_CHANGE = ("output", "eval_every", "save_every", "report_to", "log_completio
 _TIMES = ("seconds_rollout", "seconds_update")
 
 
-def prompt_rows(lm: MaskedLM, tasks: list[Task], split: str, count: int, seed: int) -> list[Row]:
+def problem_rows(lm: MaskedLM, tasks: list[Task], split: str, count: int, seed: int) -> list[Row]:
     """``count`` problems of every task as rows of ``prompt``, ``problem`` and ``task``, tasks taken in turn."""
     columns = [
-        [{"prompt": lm.chat(t.instruction(p), t.prefill), "problem": p, "task": t} for p in t.problems(split, count, seed)]
+        [
+            {"prompt": lm.chat(t.instruction(p), t.prefill), "problem": p, "task": t}
+            for p in t.problems(split, count, seed)
+        ]
         for t in tasks
     ]
     return [row for rows in zip(*columns, strict=True) for row in rows]
@@ -158,10 +161,16 @@ class Bar(TrainerCallback):
             short = {"reward": "{:.3f}", "kl": "{:.4f}", "length": "{:.1f}", "nfe": "{:.0f}", "replay_gap": "{:.1e}"}
             self.shown.update({k: f.format(logs[k]) for k, f in short.items() if k in logs})
             self.shown.update(
-                {k.removeprefix("eval_"): f"{v:.1%}" for k, v in logs.items() if k.startswith("eval_") and "solved" in k}
+                {
+                    k.removeprefix("eval_"): f"{v:.1%}"
+                    for k, v in logs.items()
+                    if k.startswith("eval_") and "solved" in k
+                }
             )
             shown = "  ".join(f"{k} {v}" for k, v in self.shown.items())
             self.progress.update(self.line, completed=state.global_step, shown=shown)
+            if not self.progress.console.is_terminal and "eval_reward" in logs:  # a log file gets a line a validation
+                print(f"update {state.global_step}/{state.max_steps}  {shown}", flush=True)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.stop()
@@ -190,7 +199,7 @@ def make_trainer(config: RLConfig, callbacks: list[TrainerCallback]) -> Trajecto
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=config.eval_every,
-        eval_on_start=True,
+        ddp_find_unused_parameters=False,
         save_steps=config.save_every,
         save_total_limit=2,
         report_to=config.report_to or "none",
@@ -201,8 +210,8 @@ def make_trainer(config: RLConfig, callbacks: list[TrainerCallback]) -> Trajecto
     lm = load(config.model)
     lm.model.config._attn_implementation = config.attention
     tasks = [make_task(spec, getattr(lm.model.config, "task_defaults", None) or {}) for spec in config.tasks]
-    train_rows = prompt_rows(lm, tasks, "train", config.problems, config.seed + 1)
-    validation = prompt_rows(lm, tasks, "validation", config.validation_problems, 0)
+    train_rows = problem_rows(lm, tasks, "train", config.problems, config.seed + 1)
+    validation = problem_rows(lm, tasks, "validation", config.validation_problems, 0)
     if config.reward:
         functions = [load_reward(spec) for spec in config.reward]
     else:
@@ -216,9 +225,7 @@ def make_trainer(config: RLConfig, callbacks: list[TrainerCallback]) -> Trajecto
 
         lora = build(LoRA, config.lora, "lora")
         adapter = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target)
-    return TrajectoryGRPOTrainer(
-        lm, functions, args, train_rows, validation, peft_config=adapter, callbacks=callbacks
-    )
+    return TrajectoryGRPOTrainer(lm, functions, args, train_rows, validation, peft_config=adapter, callbacks=callbacks)
 
 
 def train(config: RLConfig) -> Path:
@@ -232,7 +239,8 @@ def train(config: RLConfig) -> Path:
     log.trainer = trainer
     for unwanted in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(unwanted)
-    checkpoint = claim(Path(config.output), config, _MAY_CHANGE)
+    checkpoint = claim(Path(config.output), config, _MAY_CHANGE, trainer.is_world_process_zero())
+    trainer.args.eval_on_start = checkpoint is None  # a resumed run has that line already
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:

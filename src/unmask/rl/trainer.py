@@ -17,19 +17,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 
 from unmask.decoding.decode import guided_logits
 from unmask.decoding.sampling import token_logprob
-from unmask.models.load import load
+from unmask.models.load import as_masked_lm
 from unmask.models.masked_lm import MaskedLM
 from unmask.rl.advantages import group_advantages
 from unmask.rl.config import TrajectoryGRPOConfig
-from unmask.rl.objectives import OBJECTIVES, View, clipped_surrogate, k3, sample_views, token_weights
+from unmask.rl.metrics import ROLLOUT, UPDATE, rollout_values, update_sums, validation_sums
+from unmask.rl.objectives import OBJECTIVES, Objective, View, clipped_surrogate, k3, sample_views, token_weights
 from unmask.rl.rewards import Row, reward_name, score
-from unmask.rl.rollout import Rollout, RolloutSampler, row_seeds, sample_trajectory
+from unmask.rl.rollout import Rollout, RolloutSampler, prompt_rows, row_seeds, sample_trajectory
 from unmask.spec import UserError
 from unmask.tasks.base import Reward
 from unmask.trajectory import Trajectory
-
-# What an update sums over its scored tokens.
-SUMS = ("tokens", "replay_gap", "kl", "clip_fraction", "entropy", "ratio")
 
 
 class TrajectoryGRPOTrainer(Trainer):
@@ -71,12 +69,17 @@ class TrajectoryGRPOTrainer(Trainer):
             names = ", ".join(map(reward_name, self.reward_funcs))
             raise UserError(f"{len(weights)} reward_weights for the reward functions {names}: give one each")
         self.reward_weights = torch.tensor(weights)
-        self.lm = _masked_lm(model, processing_class)
+        self.lm = as_masked_lm(model, processing_class)
         self.decoder = args.rollout_decoder()
-        self.objective = OBJECTIVES[args.objective]
-        train_dataset = _prompt_rows(self.lm, train_dataset, "train")
+        self.objective: Objective = OBJECTIVES[args.objective]
+        train_dataset = prompt_rows(self.lm, train_dataset, "train")
         if eval_dataset is not None:
-            eval_dataset = _prompt_rows(self.lm, eval_dataset, "validation")
+            eval_dataset = prompt_rows(self.lm, eval_dataset, "validation")
+        self.prompt_width = 0
+        if args.compile:
+            rows = [*train_dataset, *(eval_dataset or [])]
+            self.prompt_width = self.lm.encode([row["prompt"] for row in rows])[0].shape[1]
+            self.lm.model.base_model.compile()
         if peft_config is not None:
             from peft import get_peft_model
 
@@ -85,7 +88,12 @@ class TrajectoryGRPOTrainer(Trainer):
                     f"lora_dropout is {peft_config.lora_dropout}: set it to 0, or the policy that is optimised is not the one "
                     "that sampled"
                 )
-            self.lm = replace(self.lm, model=get_peft_model(self.lm.model, peft_config))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(args.seed)  # the adapter's first weights
+                adapted = get_peft_model(self.lm.model, peft_config)
+            for adapter in adapted.peft_config.values():  # so that the adapter alone can be loaded
+                adapter.base_model_name_or_path = self.lm.name
+            self.lm = replace(self.lm, model=adapted)
         # Trainer's own validation wants data sets of tensors; rows of text and problems go through ours.
         super().__init__(
             model=self.lm.model,
@@ -96,7 +104,7 @@ class TrajectoryGRPOTrainer(Trainer):
             processing_class=self.lm.tokenizer,
             callbacks=callbacks,
         )
-        self.reference_model: nn.Module | None = None
+        self.reference_model: Any = None
         if args.beta > 0 and peft_config is None:
             self.reference_model = copy.deepcopy(self.lm.model).eval().requires_grad_(False)
         self.rollout: Rollout | None = None
@@ -121,7 +129,7 @@ class TrajectoryGRPOTrainer(Trainer):
 
     # ---- one update ------------------------------------------------------------------------------------------------
 
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Sample (at the first inner iteration), then accumulate the gradient of one update. Returns the loss."""
         iteration = self.state.global_step % self.args.num_iterations
         start = time.perf_counter()
@@ -137,7 +145,9 @@ class TrajectoryGRPOTrainer(Trainer):
     @contextmanager
     def inference(self) -> Iterator[MaskedLM]:
         """The policy for sampling and scoring: eval mode, no gradient, no wrapper of the training engine."""
-        model = self.accelerator.unwrap_model(self.model_wrapped) if not self.is_fsdp_enabled else self.model_wrapped
+        model: Any = self.model_wrapped
+        if not self.is_fsdp_enabled:
+            model = self.accelerator.unwrap_model(model)
         training = model.training
         model.eval()
         try:
@@ -154,7 +164,7 @@ class TrajectoryGRPOTrainer(Trainer):
         seeds, view_seeds = row_seeds(args.seed, number, args.process_index * len(rows), len(rows))
         with self.inference() as policy:
             trajectory = sample_trajectory(
-                policy, [row["prompt"] for row in rows], self.decoder, seeds, args.rows_per_forward
+                policy, [row["prompt"] for row in rows], self.decoder, seeds, args.rows_per_forward, self.prompt_width
             )
         texts = self.lm.text(trajectory.tokens)
         table = score(self.reward_funcs, rows, texts)
@@ -178,7 +188,8 @@ class TrajectoryGRPOTrainer(Trainer):
         if self.reference_model is not None:
             yield replace(policy, model=self.reference_model)
         else:
-            with policy.model.disable_adapter():
+            model: Any = policy.model
+            with model.disable_adapter():
                 yield policy
 
     def _views(self, rollout: Rollout, iteration: int) -> list[View]:
@@ -187,7 +198,9 @@ class TrajectoryGRPOTrainer(Trainer):
         views = list(self.objective.views(trajectory, rollout.seeds, iteration))
         if self.args.mask_after_eos:
             length = trajectory.tokens.shape[1]
-            inside = torch.arange(length, device=trajectory.tokens.device) <= self.lm.lengths(trajectory.tokens)[:, None]
+            inside = (
+                torch.arange(length, device=trajectory.tokens.device) <= self.lm.lengths(trajectory.tokens)[:, None]
+            )
             views = [View(v.ids, v.scored & inside) for v in views]
         return views
 
@@ -227,7 +240,7 @@ class TrajectoryGRPOTrainer(Trainer):
         logits = guided_logits(policy, view.ids[rows], mask, positions, width, cfg)
         return token_logprob(logits, trajectory.tokens[rows][scored]), logits
 
-    def update(self, model: nn.Module, rollout: Rollout, iteration: int) -> Tensor:
+    def update(self, model: Any, rollout: Rollout, iteration: int) -> Tensor:
         """Accumulate the gradient of one inner iteration, one backward a forward pass; returns this rank's loss."""
         args, trajectory = self.args, rollout.trajectory
         policy = replace(self.lm, model=model)
@@ -240,7 +253,7 @@ class TrajectoryGRPOTrainer(Trainer):
         active = rollout.advantages != 0
         jobs = self._jobs(views, active)
         total = torch.zeros((), device=trajectory.tokens.device)
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=total.device)
+        sums = torch.zeros(len(UPDATE), dtype=torch.float64, device=total.device)
         for number, (view, rows) in enumerate(jobs):
             last = number == len(jobs) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed reads it in backward
@@ -258,15 +271,8 @@ class TrajectoryGRPOTrainer(Trainer):
                     loss = loss + args.beta * (weight * kl).sum()
                 self.accelerator.backward(loss)
             total += loss.detach()
-            with torch.no_grad():
-                counts = (advantages != 0).double()
-                ratio = (new - old).exp().double()
-                clipped = torch.where(advantages > 0, ratio > 1 + args.epsilon, ratio < 1 - args.epsilon)
-                logprobs = logits.log_softmax(-1)
-                entropy = -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(-1)
-                recorded = trajectory.logprob[rows][scored]
-                values = (counts, (new - recorded).abs(), kl, clipped, entropy, ratio)
-                sums += torch.stack([(counts * v.double()).sum() if i else counts.sum() for i, v in enumerate(values)])
+            recorded = trajectory.logprob[rows][scored]
+            sums += update_sums(new, old, recorded, kl, logits, advantages, args.epsilon)
         self._record_update(total, sums, iteration)
         return total
 
@@ -288,24 +294,12 @@ class TrajectoryGRPOTrainer(Trainer):
         rewards: Tensor,
         advantages: Tensor,
     ) -> None:
-        groups = rewards.view(-1, self.args.num_generations)
-        judged = ~table.isnan()
-        lengths = self.lm.lengths(trajectory.tokens).double()
-        parts = torch.stack([table.nan_to_num().sum(0), judged.sum(0).float()], 1).flatten()
-        values = [
-            rewards.mean(),
-            groups.std(1).mean(),
-            (groups == groups[:, :1]).all(1).double().mean(),
-            lengths.mean(),
-            (lengths == trajectory.tokens.shape[1]).double().mean(),
-            trajectory.nfe.double().mean(),
-            *parts,
-        ]
-        names = ("reward", "reward_std", "groups_without_variance", "length", "without_end", "nfe")
-        means = self._mean([float(v) for v in values])
-        self._extra.update(zip(names, means, strict=False))
-        for j, function in enumerate(self.reward_funcs):
-            total, count = means[len(names) + 2 * j :][:2]
+        values = rollout_values(self.lm, trajectory, rewards, self.args.num_generations)
+        judged = torch.stack([table.nan_to_num().sum(0), (~table.isnan()).sum(0).float()])
+        means = self._mean([*values, *judged.flatten().tolist()])
+        self._extra.update(zip(ROLLOUT, means, strict=False))
+        totals, counts = torch.tensor(means[len(ROLLOUT) :]).view(2, -1).tolist()
+        for function, total, count in zip(self.reward_funcs, totals, counts, strict=True):
             if count:
                 self._extra[f"reward_{reward_name(function)}"] = total / count
         self.completions = [
@@ -317,7 +311,7 @@ class TrajectoryGRPOTrainer(Trainer):
         finite, *means = self._mean([float(loss.isfinite()), *sums.tolist()])
         if finite < 1:
             raise UserError("the loss is not finite: lower learning_rate or check the checkpoint's weights")
-        found = dict(zip(SUMS, means, strict=True))
+        found = dict(zip(UPDATE, means, strict=True))
         tokens = found.pop("tokens")
         if not tokens:  # no group had variance
             return
@@ -328,8 +322,8 @@ class TrajectoryGRPOTrainer(Trainer):
             exact = self.objective.recorded and not (self.args.bf16 or self.args.fp16)
             if exact and gap > self.args.max_replay_gap:
                 raise UserError(
-                    f"the update does not see the policy that sampled: recorded and recomputed log-probabilities differ by "
-                    f"{gap:.2g} nats a token (at most {self.args.max_replay_gap:g}); switch dropout off, or raise max_replay_gap"
+                    f"the update does not see the policy that sampled: recorded and recomputed log-probabilities differ "
+                    f"by {gap:.2g} nats a token (at most {self.args.max_replay_gap:g}); switch dropout off or raise it"
                 )
         if self.args.beta == 0:
             del found["kl"]
@@ -355,17 +349,17 @@ class TrajectoryGRPOTrainer(Trainer):
         seeds, _ = row_seeds(self.args.seed, 0, 0, len(rows))
         with self.inference() as policy:
             trajectory = sample_trajectory(
-                policy, [r["prompt"] for r in mine], decoder, seeds[share or [0]], self.args.rows_per_forward
+                policy,
+                [r["prompt"] for r in mine],
+                decoder,
+                seeds[share or [0]],
+                self.args.rows_per_forward,
+                self.prompt_width,
             )
         texts = self.lm.text(trajectory.tokens)
         rewards = (score(self.reward_funcs, mine, texts) * self.reward_weights).nansum(1)
         names = list(dict.fromkeys(row["task"].name for row in rows if "task" in row))
-        sums = torch.zeros(len(names) + 1, 4, dtype=torch.float64)  # count, solved or reward, points, possible
-        for row, text, reward in zip(mine[: len(share)], texts, rewards.tolist(), strict=False):
-            sums[-1] += torch.tensor([1.0, reward, 0.0, 0.0])
-            if "task" in row:
-                grade = row["task"].grade(row["problem"], text)
-                sums[names.index(row["task"].name)] += torch.tensor([1.0, grade.solved, grade.points, grade.possible])
+        sums = validation_sums(mine[: len(share)], texts[: len(share)], rewards.tolist()[: len(share)], names)
         count, solved, points, possible = torch.tensor(self._mean(sums.flatten())).view(-1, 4).T.tolist()
         metrics = {f"{metric_key_prefix}_reward": solved[-1] / count[-1]}
         for i, name in enumerate(names):
@@ -385,34 +379,9 @@ class TrajectoryGRPOTrainer(Trainer):
             self.rollout.save(folder, self.args.process_index)
         super()._save_checkpoint(model, trial)
 
-    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: Any = None) -> Any:
         if resume_from_checkpoint:
             folder = Path(resume_from_checkpoint)
             if int(folder.name.removeprefix("checkpoint-")) % self.args.num_iterations:
                 self.rollout = Rollout.load(folder, self.args.process_index, self.lm.device)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-
-def _masked_lm(model: MaskedLM | PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None) -> MaskedLM:
-    if isinstance(model, MaskedLM):
-        return model
-    if isinstance(model, str):
-        return load(model)
-    if tokenizer is None:
-        raise UserError("a PreTrainedModel needs its tokenizer: pass processing_class")
-    return MaskedLM.wrap(model, tokenizer, model.config.name_or_path or "model")
-
-
-def _prompt_rows(lm: MaskedLM, rows: Sequence[Row], split: str) -> list[Row]:
-    """Rows whose ``prompt`` is text; messages go through the chat template."""
-    if not len(rows):
-        raise UserError(f"the {split} data set is empty: give at least one row")
-    found = []
-    for row in rows:
-        prompt = row.get("prompt")
-        if isinstance(prompt, list):
-            prompt = lm.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        if not isinstance(prompt, str):
-            raise UserError(f"a row of the {split} data set has the prompt {prompt!r}: give text or a list of messages")
-        found.append({**row, "prompt": prompt})
-    return found
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)

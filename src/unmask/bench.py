@@ -1,0 +1,271 @@
+"""``unmask bench``: time and peak memory of one update, each cell in a process of its own.
+
+Cells alternate, so that a slow moment of the machine meets all of them; figures are medians with their range, and ratios are
+taken within one run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unmask.decoding import make_decoder
+from unmask.decoding.plan import uniform
+from unmask.evaluation.evaluate import environment
+from unmask.files import write_json
+from unmask.models.llada import LLaDAConfig, LLaDAModelLM
+from unmask.models.masked_lm import MaskedLM
+from unmask.models.scratch import character_tokenizer
+from unmask.rl.config import TrajectoryGRPOConfig
+from unmask.rl.rollout import Rollout
+from unmask.rl.trainer import TrajectoryGRPOTrainer
+from unmask.spec import UserError
+from unmask.trajectory import Trajectory
+
+GIB = 2**30
+
+
+@dataclass
+class BenchRL:
+    """Time and peak memory of one ``cj`` update over S steps, beside the plain way and the other objectives.
+
+    The model is a stand-in: LLaDA's vocabulary, random weights. *plain*: S forwards with logits of the whole sequence, all
+    graphs alive until one backward. *bare*: forward and backward of the same rows, the head at the scored positions, a plain
+    sum as loss.
+    """
+
+    steps: tuple[int, ...] = (8, 16, 32, 64)
+    """Numbers of decoding steps S."""
+    rows: int = 2
+    """Completions in the update."""
+    rows_per_forward: int = 2
+    prompt: int = 64
+    """Prompt length in tokens."""
+    length: int = 128
+    """Canvas length in tokens."""
+    vocabulary: int = 126_464
+    d_model: int = 256
+    n_layers: int = 4
+    n_heads: int = 4
+    mlp_hidden_size: int = 768
+    lora: int = 0
+    """Rank of an adapter; 0 trains all weights."""
+    bf16: bool = False
+    """Autocast to bfloat16."""
+    gradient_checkpointing: bool = False
+    device: str = "cpu"
+    repeats: int = 3
+    memory_limit: float = 0.6
+    """Cells that would need more than this share of the free memory (the plain way at many steps) are not run."""
+    output: str = "runs/bench-rl.json"
+
+    def __post_init__(self) -> None:
+        small = {
+            k: v
+            for k, v in asdict(self).items()
+            if isinstance(v, int) and not isinstance(v, bool) and k != "lora" and v < 1
+        }
+        if small or not self.steps or self.lora < 0:
+            raise UserError(f"{', '.join(small) or 'steps or lora'} is out of range: give 1 or more")
+        for s in self.steps:
+            if not 1 <= s <= self.length:
+                raise UserError(f"steps {s} does not fit a canvas of {self.length}: give 1 to {self.length}")
+        if self.d_model % self.n_heads:
+            raise UserError(f"n_heads={self.n_heads} does not divide d_model={self.d_model}: change one of them")
+
+
+def cells(config: BenchRL) -> list[tuple[str, int]]:
+    """(way, steps) of everything to measure."""
+    ways = [(way, s) for way in ("cj", "bare", "plain") for s in config.steps]
+    return [*ways, ("one-step", 1), ("diffu", 1)]
+
+
+def plain_bytes(config: BenchRL, steps: int) -> float:
+    """What the plain way keeps for its backward, at least: float32 logits and their log-softmax of every step."""
+    return 2 * 4.0 * steps * config.rows * (config.prompt + config.length) * config.vocabulary
+
+
+def bench_rl(config: BenchRL, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Measure every cell ``repeats`` times, in turn, each time in a fresh process; writes and returns the result."""
+    output = Path(config.output)
+    free = torch.cuda.mem_get_info()[0] if config.device != "cpu" else _free_memory()
+    found: dict[tuple[str, int], list[dict[str, float]]] = {}
+    skipped = []
+    for repeat in range(config.repeats):
+        for way, steps in cells(config):
+            if way == "plain" and plain_bytes(config, steps) > config.memory_limit * free:
+                if repeat == 0:
+                    skipped.append({"way": way, "steps": steps, "needs_gib": plain_bytes(config, steps) / GIB})
+                continue
+            progress(f"{way}, S = {steps}, repeat {repeat + 1} of {config.repeats}")
+            found.setdefault((way, steps), []).append(_measure_apart(config, way, steps))
+    table = []
+    for (way, steps), runs in found.items():
+        seconds = [r["seconds"] for r in runs]
+        table.append(
+            {
+                "way": way,
+                "steps": steps,
+                "seconds": statistics.median(seconds),
+                "seconds_range": [min(seconds), max(seconds)],
+                "peak_gib": statistics.median(r["peak"] for r in runs) / GIB,
+                "before_gib": statistics.median(r["before"] for r in runs) / GIB,
+            }
+        )
+    result = {"config": asdict(config), "environment": environment(), "cells": table, "not_run": skipped}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, result)
+    return result
+
+
+def _free_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _measure_apart(config: BenchRL, way: str, steps: int) -> dict[str, float]:
+    request = json.dumps({**asdict(config), "way": way, "at": steps})
+    run = subprocess.run([sys.executable, "-m", "unmask.bench", request], capture_output=True, text=True)
+    if run.returncode:
+        raise UserError(
+            f"{way} at S = {steps} failed ({run.stderr.strip().splitlines()[-1:]}): lower rows or vocabulary"
+        )
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def stand_in(config: BenchRL) -> MaskedLM:
+    """A LLaDA of the asked shape with random weights; its character tokenizer covers the first ids of the vocabulary."""
+    tokenizer = character_tokenizer()
+    shape = {k: getattr(config, k) for k in ("d_model", "n_layers", "n_heads", "mlp_hidden_size")}
+    torch.manual_seed(0)
+    model: Any = LLaDAModelLM(LLaDAConfig(vocab_size=config.vocabulary, mask_token_id=tokenizer.mask_token_id, **shape))
+    return MaskedLM.wrap(model.to(config.device), tokenizer, "stand-in")
+
+
+def random_rollout(config: BenchRL, lm: MaskedLM, steps: int) -> Rollout:
+    """A trajectory of random tokens committed by a uniform plan in random order; advantages alternate in sign."""
+    generator = torch.Generator().manual_seed(1)
+    rows, length = config.rows, config.length
+    low = len(lm.tokenizer)  # plain text ids: no end token, no mask
+    prompt = torch.randint(low, config.vocabulary, (rows, config.prompt), generator=generator)
+    tokens = torch.randint(low, config.vocabulary, (rows, length), generator=generator)
+    plan = torch.tensor([s for s, n in enumerate(uniform(length, steps).commits) for _ in range(n)], dtype=torch.int16)
+    step = torch.stack([plan[torch.randperm(length, generator=generator)] for _ in range(rows)])
+    decoder = make_decoder("full", max_new_tokens=length, steps=steps)
+    logprob = torch.full((rows, length), -11.0)
+    trajectory = Trajectory(
+        prompt, torch.ones_like(prompt, dtype=torch.bool), tokens, step, logprob, lm.mask_id, decoder.config()
+    )
+    advantages = torch.tensor([1.0, -1.0]).repeat(rows)[:rows]
+    return Rollout(
+        trajectory.to(config.device),
+        advantages.to(config.device),
+        torch.arange(rows, device=config.device),
+        logprob[None].to(config.device),
+    )
+
+
+def measure(config: BenchRL, way: str, steps: int) -> dict[str, float]:
+    """Seconds and peak bytes of one update after a warm-up of one; in this process."""
+    lm = stand_in(config)
+    adapter = None
+    if config.lora:
+        from peft import LoraConfig
+
+        from unmask.rl.run import LoRA
+
+        adapter = LoraConfig(r=config.lora, lora_alpha=config.lora, target_modules=LoRA.target)
+    with tempfile.TemporaryDirectory() as folder:
+        args = TrajectoryGRPOConfig(
+            output_dir=folder,
+            objective=way if way in ("one-step", "diffu") else "cj",
+            max_completion_length=config.length,
+            num_generations=2,
+            per_device_train_batch_size=2,
+            rows_per_forward=config.rows_per_forward,
+            max_replay_gap=float("inf"),
+            bf16=config.bf16,
+            activation_checkpointing=config.gradient_checkpointing,
+            max_steps=1,
+            use_cpu=config.device == "cpu",
+            report_to="none",
+        )
+        trainer = TrajectoryGRPOTrainer(lm, _no_reward, args, [{"prompt": "x"}], peft_config=adapter)
+    model = trainer.accelerator.prepare(trainer.model)
+    model.train()
+    rollout = random_rollout(config, trainer.lm, steps)
+    update: Callable[[], Any] = {
+        "plain": lambda: plain_update(trainer.lm, model, rollout),
+        "bare": lambda: bare_update(trainer, model, rollout),
+    }.get(way, lambda: trainer.update(model, rollout, 0))
+    for p in model.parameters():  # gradients are there in every update but the first
+        if p.requires_grad:
+            p.grad = torch.zeros_like(p)
+    before = _peak(config.device)
+    update()
+    if config.device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    update()
+    if config.device != "cpu":
+        torch.cuda.synchronize()
+    return {"seconds": time.perf_counter() - start, "peak": _peak(config.device), "before": before}
+
+
+def _no_reward(prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
+    return [0.0] * len(completions)
+
+
+def _peak(device: str) -> float:
+    """Highest resident memory of this process so far, or allocated memory of the GPU, in bytes."""
+    if device != "cpu":
+        return float(torch.cuda.max_memory_allocated())
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def plain_update(lm: MaskedLM, model: Any, rollout: Rollout) -> None:
+    """The way of the released code: logits of all positions in every step, one backward over all steps at the end."""
+    trajectory = rollout.trajectory
+    width = trajectory.prompt.shape[1]
+    losses = []
+    for s in range(trajectory.steps):
+        ids = torch.cat([trajectory.prompt, trajectory.state(s)], 1)
+        with torch.no_grad():
+            old = _all_logprobs(model, ids, trajectory.tokens, width)
+        new = _all_logprobs(model, ids, trajectory.tokens, width)
+        ratio = (new - old).exp() * trajectory.committed(s)
+        losses.append(-(ratio.sum(1) / trajectory.committed(s).sum(1) * rollout.advantages).mean())
+    torch.stack(losses).mean().backward()
+
+
+def _all_logprobs(model: Any, ids: Tensor, tokens: Tensor, width: int) -> Tensor:
+    logprobs = model(input_ids=ids).logits.float().log_softmax(-1)
+    return logprobs[:, width:].gather(-1, tokens[..., None])[..., 0]
+
+
+def bare_update(trainer: TrajectoryGRPOTrainer, model: Any, rollout: Rollout) -> None:
+    """Forward and backward of the same rows, and nothing else."""
+    trajectory = rollout.trajectory
+    views = trainer._views(rollout, 0)
+    for number, rows in trainer._jobs(views, rollout.advantages != 0):
+        view = views[number]
+        positions = torch.cat([torch.zeros_like(trajectory.prompt_mask[rows]), view.scored[rows]], 1)
+        model(input_ids=view.ids[rows], positions=positions).logits.sum().backward()
+
+
+if __name__ == "__main__":
+    request = json.loads(sys.argv[1])
+    way, at = request.pop("way"), request.pop("at")
+    print(json.dumps(measure(BenchRL(**request), way, at)))

@@ -1,0 +1,63 @@
+"""What a run reports, as plain sums, so that ranks can be averaged before anything is divided."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from unmask.models.masked_lm import MaskedLM
+from unmask.rl.rewards import Row
+from unmask.trajectory import Trajectory
+
+ROLLOUT = ("reward", "reward_std", "groups_without_variance", "length", "without_end", "nfe")
+UPDATE = ("tokens", "replay_gap", "kl", "clip_fraction", "entropy", "ratio")
+
+
+def rollout_values(lm: MaskedLM, trajectory: Trajectory, rewards: Tensor, num_generations: int) -> list[float]:
+    """The values named in ROLLOUT, in their order.
+
+    Reward and its standard deviation in a group, the share of groups whose rewards are all equal, tokens before the first end
+    token, the share of rows without one, forward passes a row.
+    """
+    groups = rewards.view(-1, num_generations)
+    lengths = lm.lengths(trajectory.tokens).double()
+    values = (
+        rewards.mean(),
+        groups.std(1).mean(),
+        (groups == groups[:, :1]).all(1).double().mean(),
+        lengths.mean(),
+        (lengths == trajectory.tokens.shape[1]).double().mean(),
+        trajectory.nfe.double().mean(),
+    )
+    return [float(v) for v in values]
+
+
+@torch.no_grad()
+def update_sums(
+    new: Tensor, old: Tensor, recorded: Tensor, kl: Tensor, logits: Tensor, advantages: Tensor, epsilon: float
+) -> Tensor:
+    """Sums over one forward pass's N scored tokens of what UPDATE names, (6,) float64.
+
+    The count of tokens, |new - recorded| in nats, KL in nats, whether the clip is active, entropy in nats, the ratio; tokens
+    with advantage 0 are left out. All arguments (N,), but logits (N, V).
+    """
+    counted = (advantages != 0).double()
+    ratio = (new - old).exp().double()
+    clipped = torch.where(advantages > 0, ratio > 1 + epsilon, ratio < 1 - epsilon)
+    logprobs = logits.log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(-1)
+    values = (torch.ones_like(ratio), (new - recorded).abs(), kl, clipped, entropy, ratio)
+    return torch.stack([(counted * v.double()).sum() for v in values])
+
+
+def validation_sums(rows: Sequence[Row], texts: Sequence[str], rewards: Sequence[float], names: list[str]) -> Tensor:
+    """(tasks + 1, 4) float64: for each task of ``names`` rows, solved, points, possible; last rows, reward, 0, 0."""
+    sums = torch.zeros(len(names) + 1, 4, dtype=torch.float64)
+    for row, text, reward in zip(rows, texts, rewards, strict=True):
+        sums[-1] += torch.tensor([1.0, reward, 0.0, 0.0])
+        if "task" in row:
+            grade = row["task"].grade(row["problem"], text)
+            sums[names.index(row["task"].name)] += torch.tensor([1.0, grade.solved, grade.points, grade.possible])
+    return sums

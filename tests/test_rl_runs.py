@@ -1,0 +1,234 @@
+"""Whole runs of ``unmask rl``: folder, killed and resumed, several processes, report, export, every configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from unmask import UserError, load
+from unmask.cli import main
+from unmask.config import read_config
+from unmask.files import read_lines
+from unmask.rl.run import RLConfig, train
+
+ROOT = Path(__file__).parent.parent
+TASKS = ["sudoku:style=compact", "countdown:style=compact,max_value=6"]
+
+
+def config(output: Path, model: str, **changes: object) -> RLConfig:
+    values = {
+        "output": str(output),
+        "model": model,
+        "tasks": TASKS,
+        "problems": 6,
+        "validation_problems": 3,
+        "reward": ["rewards_for_tests:digits"],
+        "max_completion_length": 16,
+        "batch_size": 8,
+        "num_generations": 4,
+        "num_iterations": 2,
+        "steps": 5,
+        "learning_rate": 1e-3,
+        "beta": 0.01,
+        "eval_every": 3,
+        "save_every": 1,
+        "bf16": False,
+        "report_to": [],
+    }
+    return RLConfig(**{**values, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a module of reward functions, and the working folder of every process that a test starts."""
+    (tmp_path / "rewards_for_tests.py").write_text(
+        "import os\n\n\n"
+        "def digits(prompts, completions, **_):\n"
+        "    return [sum(c in 'aeiou0123456789' for c in text) / 10 for text in completions]\n\n\n"
+        "calls = 0\n\n\n"
+        "def dies(prompts, completions, **_):\n"
+        "    global calls\n"
+        "    calls += 1\n"
+        "    if os.environ.get('RANK') == '1' and calls == 3:\n"
+        "        os._exit(9)\n"
+        "    return digits(prompts, completions)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def write(path: Path, c: RLConfig) -> str:
+    path.write_text(yaml.safe_dump(dataclasses.asdict(c)))
+    return str(path)
+
+
+def start(arguments: list[str], folder: Path, processes: int = 1) -> subprocess.Popen[str]:
+    launcher = (
+        ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"] if processes > 1 else []
+    )
+    return subprocess.Popen(
+        [sys.executable, *launcher, "-m", "unmask", *arguments],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_a_run_leaves_what_it_promises(rewards: Path, toy_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    final = train(config(rewards / "run", toy_folder))
+    lines = read_lines(rewards / "run" / "metrics.jsonl")
+    assert [e["step"] for e in lines if "loss" in e] == [1, 2, 3, 4, 5]
+    assert [e["step"] for e in lines if "eval_reward" in e] == [0, 3, 5]  # before, on the way, at the end
+    sampled = [e for e in lines if "reward" in e]
+    assert [e["step"] for e in sampled] == [1, 3, 5]  # a rollout serves two updates
+    assert all(e["nfe"] == 4 and 0 <= e["replay_gap"] < 1e-4 for e in sampled)  # log2(16) passes
+    assert all({"kl", "clip_fraction", "entropy", "ratio", "grad_norm"} <= set(e) for e in lines if "loss" in e)
+    kl = [e["kl"] for e in lines if "kl" in e]
+    assert kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 0
+    completions = read_lines(rewards / "run" / "completions.jsonl")
+    assert len(completions) == 3 * 4 and {"prompt", "completion", "reward", "advantage", "step"} == set(completions[0])
+    before, after = load(toy_folder), load(str(final))
+    assert any(not torch.equal(a, b) for a, b in zip(before.model.parameters(), after.model.parameters(), strict=True))
+    assert main(["report", str(rewards / "run")]) == 0
+    assert "| countdown |" in capsys.readouterr().out
+    assert (rewards / "run" / "curves.png").stat().st_size > 10_000
+    again = time.time()
+    train(config(rewards / "run", toy_folder))  # a finished run is only finished again
+    assert time.time() - again < 60 and read_lines(rewards / "run" / "metrics.jsonl") == lines
+    with pytest.raises(UserError, match="run with other objective, beta"):
+        train(config(rewards / "run", toy_folder, beta=0.0, objective="diffu"))
+
+
+def test_an_adapter_is_trained_merged_and_exported(rewards: Path, toy_folder: str) -> None:
+    final = train(config(rewards / "run", toy_folder, lora={"r": 4}))
+    merged = load(str(final))
+    checkpoint = rewards / "run" / "checkpoint-5"
+    assert not (checkpoint / "model.safetensors").exists()  # the adapter alone
+    assert main(["export", str(checkpoint), str(rewards / "exported")]) == 0
+    exported = load(str(rewards / "exported"))
+    direct = load(str(checkpoint))
+    base = load(toy_folder)
+    moved = 0.0
+    for a, b, c, d in zip(*(lm.model.parameters() for lm in (merged, exported, direct, base)), strict=True):
+        assert torch.equal(b, c) and torch.allclose(a, b, atol=1e-6)
+        moved = max(moved, float((a - d).detach().abs().max()))
+    assert moved > 1e-5
+    assert main(["export", str(checkpoint), str(rewards / "exported")]) == 2  # never overwrites
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "lora"])
+def test_killed_and_resumed_equals_uninterrupted(rewards: Path, toy_folder: str, lora: dict[str, int] | None) -> None:
+    """kill -9 at three random moments, also between inner iterations; metrics and weights are the same to the bit."""
+    torch.set_num_threads(threads := torch.get_num_threads())
+    settings = {"lora": lora, "num_iterations": 3, "steps": 7, "objective": "diffu" if lora else "cj"}
+    whole = start(["rl", write(rewards / "whole.yaml", config(rewards / "whole", toy_folder, **settings))], rewards)
+    file = write(rewards / "part.yaml", config(rewards / "part", toy_folder, **settings))
+    assert whole.wait(120) == 0, whole.stdout and whole.stdout.read()
+    metrics = rewards / "part" / "metrics.jsonl"
+    random.seed(threads)
+    for stop_at in (1, 3, 5):
+        process = start(["rl", file], rewards)
+        deadline = time.time() + 120
+        while process.poll() is None and time.time() < deadline:
+            if any(e["step"] >= stop_at for e in read_lines(metrics)):
+                time.sleep(random.random() * 0.1)
+                break
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(60)
+    last = start(["rl", file], rewards)
+    assert last.wait(120) == 0, last.stdout and last.stdout.read()
+    for name in ("metrics.jsonl", "completions.jsonl"):
+        assert (rewards / "part" / name).read_bytes() == (rewards / "whole" / name).read_bytes()
+    a, b = weights(rewards / "whole" / "final"), weights(rewards / "part" / "final")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_resuming_between_inner_iterations_needs_the_rollout(rewards: Path, toy_folder: str) -> None:
+    train(config(rewards / "run", toy_folder, steps=3))
+    kept = {p.name: (p / "rollout-0.safetensors").exists() for p in (rewards / "run").glob("checkpoint-*")}
+    assert kept == {"checkpoint-2": False, "checkpoint-3": True}  # only where a rollout is still in use
+
+
+@pytest.mark.parametrize("objective", ["cj", "diffu"])
+def test_two_processes_equal_one(rewards: Path, toy_folder: str, objective: str) -> None:
+    """The same global batch on one process and on two (gloo): the same parameters after five updates."""
+    settings = {"objective": objective, "steps": 5, "save_every": 5}
+    one = config(rewards / "one", toy_folder, batch_size=16, **settings)
+    two = config(rewards / "two", toy_folder, batch_size=8, **settings)
+    process = start(["rl", write(rewards / "two.yaml", two)], rewards, processes=2)
+    train(one)
+    output, _ = process.communicate(timeout=180)
+    assert process.returncode == 0, output
+    a, b = weights(rewards / "one" / "final"), weights(rewards / "two" / "final")
+    assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-5
+    for x, y in zip(*(read_lines(rewards / n / "metrics.jsonl") for n in ("one", "two")), strict=True):
+        assert x.keys() == y.keys()
+        assert all(x[k] == pytest.approx(y[k], rel=1e-3, abs=1e-5) for k in x if k not in ("loss", "replay_gap"))
+
+
+def test_a_lost_rank_ends_the_run(rewards: Path, toy_folder: str) -> None:
+    c = config(rewards / "run", toy_folder, reward=["rewards_for_tests:dies"], steps=50, save_every=50)
+    process = start(["rl", write(rewards / "c.yaml", c)], rewards, processes=2)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode not in (0, None) and "exitcode" in output
+
+
+def test_mistakes_on_the_command_line(rewards: Path, toy_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write(rewards / "c.yaml", config(rewards / "run", toy_folder))
+    for flags, message in (
+        (["--num-generations", "3"], "does not divide the batch of 8"),
+        (["--temperature", "0"], "temperature is 0"),
+        (["--reward", "rewards_for_tests:nothing"], "cannot be imported"),
+        (["--tasks", "sudok"], "did you mean 'sudoku'"),
+        (["--attention", "flash"], "give sdpa or eager"),
+        (["--learning-rate", "-1"], "positive number"),
+    ):
+        assert main(["rl", file, *flags]) == 2
+        assert message in capsys.readouterr().err
+        assert not (rewards / "run").exists()
+    assert main(["report", str(rewards)]) == 2
+    assert "holds no reinforcement-learning run" in capsys.readouterr().err
+
+
+RL_CONFIGS = sorted(p for p in ROOT.glob("configs/**/*.yaml") if "objective:" in p.read_text())
+
+
+@pytest.mark.parametrize("file", RL_CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_every_rl_config_loads_and_runs(file: Path, tmp_path: Path, toy_folder: str) -> None:
+    """Two updates on a toy model."""
+    c = read_config(RLConfig, file)
+    small = dataclasses.replace(
+        c,
+        output=str(tmp_path / "run"),
+        model=toy_folder,
+        tasks=[f"{task}:style=compact" for task in c.tasks],
+        problems=4,
+        validation_problems=2,
+        max_completion_length=16,
+        batch_size=c.num_generations,
+        steps=2,
+        report_to=[],
+    )
+    assert (train(small) / "model.safetensors").exists()
+    json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
