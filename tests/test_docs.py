@@ -15,12 +15,15 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=lambda c: c.splitlines()[0])
-def test_readme_python_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+SNIPPETS = blocks("python") + blocks("python", (ROOT / "docs" / "rl.md").read_text())
+
+
+@pytest.mark.parametrize("code", SNIPPETS, ids=lambda c: c.splitlines()[0])
+def test_python_snippets_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})  # noqa: S102  (our own document)
 
@@ -45,8 +48,11 @@ def test_readme_commands_run(
 ) -> None:
     """Every unmask command of the README, evaluations on two problems; training only reads its config."""
     arguments = shlex.split(line)[1:]
-    if arguments[0] == "sft":
-        assert (ROOT / arguments[1]).exists()  # test_training runs every config
+    if arguments[0] in ("sft", "rl"):
+        assert (ROOT / arguments[1]).exists()  # test_training and test_rl_runs run every config
+        return
+    if arguments[0] == "report":
+        assert all(run.startswith("runs/") for run in arguments[1:])  # test_rl_runs reports a run
         return
     if arguments[0] == "grade":
         (tmp_path / arguments[1]).write_text('{"question": "q", "completion": "1", "ground_truth": [[1, 1], 2]}\n')

@@ -223,6 +223,7 @@ def test_every_rl_config_loads_and_runs(file: Path, tmp_path: Path, toy_folder: 
         output=str(tmp_path / "run"),
         model=toy_folder,
         tasks=[f"{task}:style=compact" for task in c.tasks],
+        compile=False,
         problems=4,
         validation_problems=2,
         max_completion_length=16,
@@ -232,3 +233,16 @@ def test_every_rl_config_loads_and_runs(file: Path, tmp_path: Path, toy_folder: 
     )
     assert (train(small) / "model.safetensors").exists()
     json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2"])
+def test_distributed_configs_load(name: str) -> None:
+    """accelerate reads them without complaint, and the layer that FSDP wraps exists."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    from unmask.models import llada
+
+    found = load_config_from_file(str(ROOT / "configs" / "distributed" / f"{name}.yaml"))
+    assert found.num_processes == 8 and found.mixed_precision == "no"
+    if name == "fsdp2":
+        assert hasattr(llada, found.fsdp_config["fsdp_transformer_layer_cls_to_wrap"])

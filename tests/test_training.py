@@ -182,7 +182,8 @@ def test_muon_updates_matrices_only_and_restores_its_state() -> None:
 
 def test_every_config_loads_and_runs(tmp_path: Path) -> None:
     """Each file in configs/, at toy size for two steps."""
-    files = sorted(Path(__file__).parent.parent.glob("configs/**/*.yaml"))
+    configs = Path(__file__).parent.parent.glob("configs/**/*.yaml")
+    files = sorted(f for f in configs if "new_model:" in f.read_text())  # test_rl_runs has the others
     assert files
     for number, file in enumerate(files):
         c = read_config(SFTConfig, file)

@@ -169,17 +169,12 @@ def random_rollout(config: BenchRL, lm: MaskedLM, steps: int) -> Rollout:
         prompt, torch.ones_like(prompt, dtype=torch.bool), tokens, step, logprob, lm.mask_id, decoder.config()
     )
     advantages = torch.tensor([1.0, -1.0]).repeat(rows)[:rows]
-    return Rollout(
-        trajectory.to(config.device),
-        advantages.to(config.device),
-        torch.arange(rows, device=config.device),
-        logprob[None].to(config.device),
-    )
+    # Without old log-probabilities the current ones serve, so that no token is clipped away.
+    return Rollout(trajectory.to(config.device), advantages.to(config.device), torch.arange(rows, device=config.device))
 
 
-def measure(config: BenchRL, way: str, steps: int) -> dict[str, float]:
-    """Seconds and peak bytes of one update after a warm-up of one; in this process."""
-    lm = stand_in(config)
+def bench_trainer(config: BenchRL, objective: str) -> TrajectoryGRPOTrainer:
+    """A trainer around the stand-in, ready for ``update``."""
     adapter = None
     if config.lora:
         from peft import LoraConfig
@@ -187,27 +182,32 @@ def measure(config: BenchRL, way: str, steps: int) -> dict[str, float]:
         from unmask.rl.run import LoRA
 
         adapter = LoraConfig(r=config.lora, lora_alpha=config.lora, target_modules=LoRA.target)
-    with tempfile.TemporaryDirectory() as folder:
-        args = TrajectoryGRPOConfig(
-            output_dir=folder,
-            objective=way if way in ("one-step", "diffu") else "cj",
-            max_completion_length=config.length,
-            num_generations=2,
-            per_device_train_batch_size=2,
-            rows_per_forward=config.rows_per_forward,
-            max_replay_gap=float("inf"),
-            bf16=config.bf16,
-            activation_checkpointing=config.gradient_checkpointing,
-            max_steps=1,
-            use_cpu=config.device == "cpu",
-            report_to="none",
-        )
-        trainer = TrajectoryGRPOTrainer(lm, _no_reward, args, [{"prompt": "x"}], peft_config=adapter)
+    args = TrajectoryGRPOConfig(
+        output_dir=tempfile.gettempdir(),
+        objective=objective,
+        max_completion_length=config.length,
+        num_generations=2,
+        per_device_train_batch_size=2,
+        rows_per_forward=config.rows_per_forward,
+        max_replay_gap=float("inf"),
+        bf16=config.bf16,
+        activation_checkpointing=config.gradient_checkpointing,
+        max_steps=1,
+        use_cpu=config.device == "cpu",
+        save_strategy="no",
+        report_to="none",
+    )
+    return TrajectoryGRPOTrainer(stand_in(config), _no_reward, args, [{"prompt": "x"}], peft_config=adapter)
+
+
+def measure(config: BenchRL, way: str, steps: int) -> dict[str, float]:
+    """Seconds and peak bytes of one update after a warm-up of one; in this process."""
+    trainer = bench_trainer(config, way if way in ("one-step", "diffu") else "cj")
     model = trainer.accelerator.prepare(trainer.model)
     model.train()
     rollout = random_rollout(config, trainer.lm, steps)
     update: Callable[[], Any] = {
-        "plain": lambda: plain_update(trainer.lm, model, rollout),
+        "plain": lambda: plain_update(model, rollout),
         "bare": lambda: bare_update(trainer, model, rollout),
     }.get(way, lambda: trainer.update(model, rollout, 0))
     for p in model.parameters():  # gradients are there in every update but the first
@@ -235,24 +235,25 @@ def _peak(device: str) -> float:
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
-def plain_update(lm: MaskedLM, model: Any, rollout: Rollout) -> None:
+def plain_update(model: Any, rollout: Rollout) -> None:
     """The way of the released code: logits of all positions in every step, one backward over all steps at the end."""
     trajectory = rollout.trajectory
-    width = trajectory.prompt.shape[1]
     losses = []
     for s in range(trajectory.steps):
         ids = torch.cat([trajectory.prompt, trajectory.state(s)], 1)
         with torch.no_grad():
-            old = _all_logprobs(model, ids, trajectory.tokens, width)
-        new = _all_logprobs(model, ids, trajectory.tokens, width)
+            old = _all_logprobs(model, ids, trajectory)
+        new = _all_logprobs(model, ids, trajectory)
         ratio = (new - old).exp() * trajectory.committed(s)
         losses.append(-(ratio.sum(1) / trajectory.committed(s).sum(1) * rollout.advantages).mean())
     torch.stack(losses).mean().backward()
 
 
-def _all_logprobs(model: Any, ids: Tensor, tokens: Tensor, width: int) -> Tensor:
-    logprobs = model(input_ids=ids).logits.float().log_softmax(-1)
-    return logprobs[:, width:].gather(-1, tokens[..., None])[..., 0]
+def _all_logprobs(model: Any, ids: Tensor, trajectory: Trajectory) -> Tensor:
+    logits = model(input_ids=ids).logits.float()
+    logits[..., trajectory.mask_id] = -torch.inf
+    canvas = logits.log_softmax(-1)[:, trajectory.prompt.shape[1] :]
+    return canvas.gather(-1, trajectory.tokens[..., None])[..., 0]
 
 
 def bare_update(trainer: TrajectoryGRPOTrainer, model: Any, rollout: Rollout) -> None:

@@ -151,7 +151,8 @@ def rl(arguments: list[str]) -> None:
     from unmask.rl.run import RLConfig, train
 
     final = train(read_config(RLConfig, arguments[0], arguments[1:]))
-    print(f"checkpoint  {final}")
+    if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
+        print(f"checkpoint  {final}")
 
 
 @dataclass

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from unmask.spec import UserError
-from unmask.tasks.base import Reward, Task
+from unmask.tasks.base import Problem, Reward, Task
 
 Row = dict[str, Any]
 
@@ -36,6 +36,13 @@ def load_reward(spec: str) -> Reward:
     if not callable(found):
         raise UserError(f"reward {spec!r} is not a function but {type(found).__name__}")
     return found
+
+
+def solved(
+    prompts: list[str], completions: list[str], problem: list[Problem], task: list[Task], **_: Any
+) -> list[float | None]:
+    """1 where the task's grader finds everything right, else 0."""
+    return [float(t.grade(p, c).solved) for t, p, c in zip(task, problem, completions, strict=True)]
 
 
 def task_rewards(tasks: Sequence[Task]) -> list[tuple[Reward, float]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 
@@ -232,12 +232,10 @@ class TrajectoryGRPOTrainer(Trainer):
     def _forward(self, policy: MaskedLM, trajectory: Trajectory, view: View, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities (N,) of the scored tokens of some rows, in row-major order, and their logits (N, V)."""
         width = trajectory.prompt.shape[1]
-        visible = trajectory.visible[rows]
         scored = view.scored[rows]
         positions = torch.cat([torch.zeros_like(trajectory.prompt_mask[rows]), scored], 1)
-        mask = None if bool(visible.all()) else visible
         cfg = trajectory.decoder["cfg_scale"]
-        logits = guided_logits(policy, view.ids[rows], mask, positions, width, cfg)
+        logits = guided_logits(policy, view.ids[rows], trajectory.visible[rows], positions, width, cfg)
         return token_logprob(logits, trajectory.tokens[rows][scored]), logits
 
     def update(self, model: Any, rollout: Rollout, iteration: int) -> Tensor:
