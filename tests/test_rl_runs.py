@@ -203,10 +203,20 @@ def test_mistakes_on_the_command_line(rewards: Path, toy_folder: str, capsys: py
         (["--tasks", "sudok"], "did you mean 'sudoku'"),
         (["--attention", "flash"], "give sdpa or eager"),
         (["--learning-rate", "-1"], "positive number"),
+        (["--lr-scheduler", "linea"], "did you mean 'linear'"),
+        (["--report-to", "nowhere"], "'nowhere', which is not installed"),
+        (["--model", "nothing"], "unknown model 'nothing'"),
+        (["--max-completion-length", "1020"], "shorten the prompt"),
+        (["--reward-weights", "1", "2"], "2 reward_weights for the reward functions digits"),
     ):
         assert main(["rl", file, *flags]) == 2
         assert message in capsys.readouterr().err
         assert not (rewards / "run").exists()
+    assert main(["rl", file, "--output", "/proc/nothing"]) == 2
+    assert "cannot write to /proc/nothing" in capsys.readouterr().err
+    for lora, message in (({"rank": 4}, "unknown parameter of lora 'rank'"), ({"target": "nothing"}, "does not fit")):
+        with pytest.raises(UserError, match=message):
+            train(config(rewards / "run", toy_folder, lora=lora))
     assert main(["report", str(rewards)]) == 2
     assert "holds no reinforcement-learning run" in capsys.readouterr().err
 

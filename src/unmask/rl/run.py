@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, SchedulerType, TrainerCallback
+from transformers.integrations import get_available_reporting_integrations
 
 from unmask.files import read_lines, whole
 from unmask.models.load import load
@@ -19,13 +20,16 @@ from unmask.rl.config import GRPOSettings, TrajectoryGRPOConfig
 from unmask.rl.rewards import Row, load_reward, task_rewards
 from unmask.rl.trainer import TrajectoryGRPOTrainer
 from unmask.runs import claim, export
-from unmask.spec import UserError
+from unmask.spec import UserError, build, unknown
 from unmask.tasks import Task, make_task
 
 
 @dataclass
 class LoRA:
-    """A low-rank adapter on every matrix of every block (arXiv 2106.09685)."""
+    """A low-rank adapter on every matrix of every block (arXiv 2106.09685).
+
+    (The released configuration names ``o_proj``, ``gate_proj`` and ``down_proj``, which no LLaDA checkpoint has.)
+    """
 
     r: int = 16
     alpha: int = 32
@@ -79,6 +83,12 @@ class RLConfig(GRPOSettings):
             raise UserError("tasks needs at least one entry")
         if self.attention not in ("sdpa", "eager"):
             raise UserError(f"attention is {self.attention!r}: give sdpa or eager")
+        schedules = [s.value for s in SchedulerType]
+        if self.lr_scheduler not in schedules:
+            raise unknown("lr_scheduler", self.lr_scheduler, schedules)
+        for name in self.report_to:
+            if name not in get_available_reporting_integrations():
+                raise UserError(f"report_to names {name!r}, which is not installed: pip install it or leave it out")
         if not 0 <= self.seed < 2**30:
             raise UserError(f"seed is {self.seed}: give 0 to {2**30 - 1}")
         for name in ("problems", "validation_problems", "steps", "batch_size", "eval_every", "save_every"):
@@ -221,8 +231,6 @@ def make_trainer(config: RLConfig, callbacks: list[TrainerCallback]) -> Trajecto
     if config.lora is not None:
         from peft import LoraConfig
 
-        from unmask.spec import build
-
         lora = build(LoRA, config.lora, "lora")
         adapter = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target)
     return TrajectoryGRPOTrainer(lm, functions, args, train_rows, validation, peft_config=adapter, callbacks=callbacks)
@@ -235,7 +243,10 @@ def train(config: RLConfig) -> Path:
         UserError: for anything wrong in the request, and for what goes wrong in rewards or the loss.
     """
     log, bar = RunLog(Path(config.output)), Bar()
-    trainer = make_trainer(config, [log, bar])
+    try:
+        trainer = make_trainer(config, [log, bar])
+    except OSError as error:  # the Trainer makes its folder
+        raise UserError(f"cannot write to {config.output}: {error.strerror}; give another --output") from None
     log.trainer = trainer
     for unwanted in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(unwanted)

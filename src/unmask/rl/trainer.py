@@ -75,10 +75,10 @@ class TrajectoryGRPOTrainer(Trainer):
         train_dataset = prompt_rows(self.lm, train_dataset, "train")
         if eval_dataset is not None:
             eval_dataset = prompt_rows(self.lm, eval_dataset, "validation")
-        self.prompt_width = 0
+        prompts = [row["prompt"] for row in (*train_dataset, *(eval_dataset or ()))]
+        widest = self.lm.encode(prompts, args.max_completion_length)[0].shape[1]  # refuses what does not fit
+        self.prompt_width = widest if args.compile else 0
         if args.compile:
-            rows = [*train_dataset, *(eval_dataset or [])]
-            self.prompt_width = self.lm.encode([row["prompt"] for row in rows])[0].shape[1]
             self.lm.model.base_model.compile()
         if peft_config is not None:
             from peft import get_peft_model
@@ -88,11 +88,15 @@ class TrajectoryGRPOTrainer(Trainer):
                     f"lora_dropout is {peft_config.lora_dropout}: set it to 0, or the policy that is optimised is not the one "
                     "that sampled"
                 )
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(args.seed)  # the adapter's first weights
-                adapted = get_peft_model(self.lm.model, peft_config)
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(args.seed)  # the adapter's first weights
+                    adapted = get_peft_model(self.lm.model, peft_config)
+            except ValueError as error:
+                raise UserError(f"the adapter does not fit the model: {str(error).splitlines()[0]}") from None
+            base = Path(self.lm.name)
             for adapter in adapted.peft_config.values():  # so that the adapter alone can be loaded
-                adapter.base_model_name_or_path = self.lm.name
+                adapter.base_model_name_or_path = str(base.resolve()) if base.exists() else self.lm.name
             self.lm = replace(self.lm, model=adapted)
         # Trainer's own validation wants data sets of tensors; rows of text and problems go through ours.
         super().__init__(
@@ -104,6 +108,10 @@ class TrajectoryGRPOTrainer(Trainer):
             processing_class=self.lm.tokenizer,
             callbacks=callbacks,
         )
+        if self.is_fsdp_enabled and self.decoder.threshold is not None:
+            raise UserError(
+                "a threshold decoder takes other numbers of steps on every rank, which FSDP cannot follow: use DDP"
+            )
         self.reference_model: Any = None
         if args.beta > 0 and peft_config is None:
             self.reference_model = copy.deepcopy(self.lm.model).eval().requires_grad_(False)
@@ -341,23 +349,25 @@ class TrajectoryGRPOTrainer(Trainer):
     ) -> dict[str, float]:
         """Greedy decoding of the validation rows under the run's decoder: mean reward, and accuracy for rows of tasks."""
         rows: list[Row] = list(self.eval_dataset if eval_dataset is None else eval_dataset)  # type: ignore[arg-type]
-        share = list(range(self.args.process_index, len(rows), self.args.world_size))
-        mine = [rows[i] for i in share] or rows[:1]
-        decoder = self.decoder.replace(temperature=0.0)
+        world = self.args.world_size
+        # As many rows on every rank, so that FSDP's collectives meet; what is beyond the end is decoded but not counted.
+        share = [i * world + self.args.process_index for i in range(-(-len(rows) // world))]
+        counted = sum(i < len(rows) for i in share)
+        mine = [rows[i % len(rows)] for i in share]
         seeds, _ = row_seeds(self.args.seed, 0, 0, len(rows))
         with self.inference() as policy:
             trajectory = sample_trajectory(
                 policy,
-                [r["prompt"] for r in mine],
-                decoder,
-                seeds[share or [0]],
+                [row["prompt"] for row in mine],
+                self.decoder.replace(temperature=0.0),
+                seeds[torch.tensor(share) % len(rows)],
                 self.args.rows_per_forward,
                 self.prompt_width,
             )
         texts = self.lm.text(trajectory.tokens)
-        rewards = (score(self.reward_funcs, mine, texts) * self.reward_weights).nansum(1)
+        rewards = (score(self.reward_funcs, mine, texts) * self.reward_weights).nansum(1).tolist()
         names = list(dict.fromkeys(row["task"].name for row in rows if "task" in row))
-        sums = validation_sums(mine[: len(share)], texts[: len(share)], rewards.tolist()[: len(share)], names)
+        sums = validation_sums(mine[:counted], texts[:counted], rewards[:counted], names)
         count, solved, points, possible = torch.tensor(self._mean(sums.flatten())).view(-1, 4).T.tolist()
         metrics = {f"{metric_key_prefix}_reward": solved[-1] / count[-1]}
         for i, name in enumerate(names):
