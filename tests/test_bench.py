@@ -11,6 +11,8 @@ import torch
 from unmask import UserError, bench
 from unmask.bench import BenchRL, bench_rl, bench_trainer, measure, plain_update, random_rollout
 from unmask.cli import main
+from unmask.rl.gap import BenchGap, bench_gap
+from unmask.rl.objectives import OBJECTIVES
 
 SMALL = {
     "steps": (2, 4),
@@ -56,4 +58,23 @@ def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
         BenchRL(steps=(200,))
     with pytest.raises(UserError, match="rows is out of range"):
         BenchRL(rows=0)
-    assert main(["bench", "decoding"]) == 2 and "write unmask bench rl" in capsys.readouterr().err
+    assert main(["bench", "decoding"]) == 2 and "choose from gap, rl" in capsys.readouterr().err
+    assert main(["bench"]) == 2
+
+
+def test_the_gap_is_rounding_for_cj_alone(toy_folder: str, tmp_path: Path) -> None:
+    config = BenchGap(
+        model=toy_folder,
+        task=["countdown:style=compact"],
+        decoder=["eoser-ass", "full"],
+        limit=6,
+        max_new_tokens=16,
+        rows_per_forward=4,
+        output=str(tmp_path / "gap.json"),
+    )
+    cells = bench_gap(config, lambda _: None)["cells"]
+    assert [(c["decoder"], c["objective"]) for c in cells] == [(d, o) for d in config.decoder for o in OBJECTIVES]
+    for cell in cells:
+        low, high = cell["gap_interval"]
+        assert low <= cell["gap"] <= high and cell["completions"] == 6
+        assert cell["gap"] < 1e-5 if cell["objective"] == "cj" else cell["gap"] > 0.05

@@ -1,0 +1,103 @@
+"""``unmask bench gap``: how far the policy that an objective optimises lies from the policy that sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unmask.decoding import make_decoder
+from unmask.decoding.decode import guided_logits
+from unmask.decoding.sampling import token_logprob
+from unmask.evaluation.evaluate import environment
+from unmask.evaluation.statistics import pooled_bootstrap
+from unmask.files import write_json
+from unmask.models.load import load
+from unmask.models.masked_lm import MaskedLM
+from unmask.rl.objectives import OBJECTIVES, Objective
+from unmask.rl.rollout import row_seeds, sample_trajectory
+from unmask.spec import UserError
+from unmask.tasks import make_task
+from unmask.trajectory import Trajectory
+
+
+@dataclass
+class BenchGap:
+    """Replay gap of every objective under several decoders: mean |recorded - recomputed| log-probability, nats a token."""
+
+    model: str = "tiny"
+    task: list[str] = field(default_factory=lambda: ["sudoku", "countdown"])
+    decoder: list[str] = field(default_factory=lambda: ["full", "semi-ar", "eoser", "eoser-ass"])
+    limit: int = 64
+    """Training problems a task, one completion each."""
+    temperature: float = 1.0
+    max_new_tokens: int = 128
+    rows_per_forward: int = 32
+    seed: int = 0
+    output: str = "runs/bench-gap.json"
+
+    def __post_init__(self) -> None:
+        if self.limit < 1 or self.rows_per_forward < 1 or not self.task or not self.decoder:
+            raise UserError("limit, rows_per_forward, task and decoder each need at least one")
+
+
+@torch.no_grad()
+def rescore(lm: MaskedLM, trajectory: Trajectory, objective: Objective, seeds: Tensor) -> Tensor:
+    """Log-probabilities of the recorded tokens in an objective's views, (B, L) float32."""
+    out = torch.zeros_like(trajectory.logprob)
+    hidden = torch.zeros_like(trajectory.prompt_mask)
+    for view in objective.views(trajectory, seeds, 0):
+        positions = torch.cat([hidden, view.scored], 1)
+        cfg = trajectory.decoder["cfg_scale"]
+        logits = guided_logits(lm, view.ids, trajectory.visible, positions, hidden.shape[1], cfg)
+        out[view.scored] = token_logprob(logits, trajectory.tokens[view.scored])
+    return out
+
+
+def bench_gap(config: BenchGap, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Sample with each decoder, score the same trajectories by each objective; writes and returns the result.
+
+    Every entry of ``cells`` has the mean over all tokens of the canvas (``gap``) and over those up to the first end token
+    (``text_gap``), each with a 95 % interval (bootstrap over completions).
+    """
+    lm = load(config.model)
+    cells = []
+    for spec in config.task:
+        task = make_task(spec, getattr(lm.model.config, "task_defaults", None) or {})
+        problems = task.problems("train", config.limit, config.seed + 1)
+        prompts = [lm.chat(task.instruction(p), task.prefill) for p in problems]
+        for decoder_spec in config.decoder:
+            progress(f"{spec} · {decoder_spec}")
+            decoder = make_decoder(decoder_spec, max_new_tokens=config.max_new_tokens, temperature=config.temperature)
+            seeds, view_seeds = row_seeds(config.seed, 0, 0, len(prompts))
+            trajectory = sample_trajectory(lm, prompts, decoder, seeds, config.rows_per_forward)
+            parts = zip(
+                trajectory.split(config.rows_per_forward), view_seeds.split(config.rows_per_forward), strict=True
+            )
+            found: dict[str, list[Tensor]] = {name: [] for name in OBJECTIVES}
+            for part, part_seeds in parts:
+                for name, objective in OBJECTIVES.items():
+                    found[name].append((rescore(lm, part, objective, part_seeds) - part.logprob).abs().double())
+            inside = torch.arange(config.max_new_tokens) <= lm.lengths(trajectory.tokens)[:, None]
+            for name, rows in found.items():
+                gaps = torch.cat(rows)
+                cell: dict[str, Any] = {
+                    "task": spec,
+                    "decoder": decoder_spec,
+                    "objective": name,
+                    "completions": len(gaps),
+                }
+                for key, counted in (("gap", torch.ones_like(inside)), ("text_gap", inside)):
+                    sums, tokens = (gaps * counted).sum(1).tolist(), counted.sum(1).double().tolist()
+                    cell[key] = sum(sums) / sum(tokens)
+                    cell[f"{key}_interval"] = list(pooled_bootstrap(sums, tokens))
+                cells.append(cell)
+    result = {"config": asdict(config), "environment": environment(), "cells": cells}
+    output = Path(config.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(output, result)
+    return result
