@@ -19,6 +19,7 @@ from unmask.rl.rollout import RolloutSampler
 from unmask.rl.trainer import TrajectoryGRPOTrainer
 
 ROWS = [{"prompt": p} for p in PROMPTS]
+EVERYONE = torch.ones(16, dtype=torch.bool)
 
 
 def digits(prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
@@ -229,7 +230,7 @@ def test_ratio_is_one_on_the_sampled_states(tmp_path: Path, decoder: str) -> Non
     t.update(t.model, t.rollout, 0)
     assert abs(t._extra["ratio"] - 1) < 1e-4 and t._extra["replay_gap"] < 1e-4
     with t.inference() as policy:
-        again = t._score_views(policy, t.rollout)[0]
+        again = t._score_views(policy, t.rollout, EVERYONE)[0]
     assert float(((again - t.rollout.trajectory.logprob).exp() - 1).abs().max()) < 1e-4
 
 
@@ -244,7 +245,7 @@ def test_other_objectives_score_another_policy(tmp_path: Path) -> None:
         assert abs(t._extra["ratio"] - 1) < 1e-6  # old and new policy are the same
         if objective == "one-step":
             with t.inference() as policy:
-                found = t._score_views(policy, t.rollout)[0]
+                found = t._score_views(policy, t.rollout, EVERYONE)[0]
             first = t.rollout.trajectory.committed(0)
             assert torch.allclose(found[first], t.rollout.trajectory.logprob[first], atol=1e-4)
     assert gaps["cj"] < 1e-4 < 0.1 < min(gaps["one-step"], gaps["diffu"], gaps["coupled"])
@@ -299,14 +300,17 @@ def test_lora_reference_is_the_model_without_its_adapter(tmp_path: Path) -> None
     assert len(trainable) == 2 * 2 * 7 and all("lora" in n for n in trainable)  # 2 layers, 7 matrices, A and B
     t.rollout = t.sample(ROWS)
     assert t.rollout.reference is not None
-    assert torch.allclose(t.rollout.reference[0], t.rollout.trajectory.logprob, atol=1e-4)  # B starts at zero
+    active = t.rollout.advantages != 0
+    recorded = t.rollout.trajectory.logprob
+    assert torch.allclose(t.rollout.reference[0][active], recorded[active], atol=1e-4)  # B starts at zero
     disturb(t.model, 0.02)
     again = t.sample(ROWS)
     assert again.reference is not None and not torch.allclose(again.reference[0], again.trajectory.logprob, atol=1e-2)
     plain = toy()
     plain_trainer = trainer(tmp_path, plain)
     with plain_trainer.inference() as policy:
-        assert torch.allclose(plain_trainer._score_views(policy, again)[0], again.reference[0], atol=1e-4)
+        found = plain_trainer._score_views(policy, again, again.advantages != 0)[0]
+        assert torch.allclose(found, again.reference[0], atol=1e-4)
     base = {k: v for k, v in t.model.get_base_model().state_dict().items() if "lora" not in k}
     assert all(torch.equal(v, before[k.replace(".base_layer", "")]) for k, v in base.items())
 

@@ -115,6 +115,8 @@ class TrajectoryGRPOTrainer(Trainer):
         self.reference_model: Any = None
         if args.beta > 0 and peft_config is None:
             self.reference_model = copy.deepcopy(self.lm.model).eval().requires_grad_(False)
+            if args.compile:
+                self.reference_model.base_model.compile()  # a copy is not compiled
         self.rollout: Rollout | None = None
         self._extra: dict[str, float] = {}  # joins the next log line
         self.completions: list[dict[str, Any]] = []  # of the newest rollout's first group
@@ -181,14 +183,15 @@ class TrajectoryGRPOTrainer(Trainer):
         self._record_rollout(rows, texts, trajectory, table, rewards, advantages)
         device = trajectory.tokens.device
         rollout = Rollout(trajectory, advantages.to(device), view_seeds.to(device))
+        active = rollout.advantages != 0
         if self.objective.recorded:
             rollout.old = trajectory.logprob[None]
         elif args.num_iterations > 1:
             with self.inference() as policy:
-                rollout.old = self._score_views(policy, rollout)
+                rollout.old = self._score_views(policy, rollout, active)
         if args.beta > 0:
             with self.inference() as policy, self._reference(policy) as reference:
-                rollout.reference = self._score_views(reference, rollout)
+                rollout.reference = self._score_views(reference, rollout, active)
         return rollout
 
     @contextmanager
@@ -212,14 +215,13 @@ class TrajectoryGRPOTrainer(Trainer):
             views = [View(v.ids, v.scored & inside) for v in views]
         return views
 
-    def _score_views(self, policy: MaskedLM, rollout: Rollout) -> Tensor:
-        """Log-probabilities of the recorded tokens in all views, (iterations, B, L)."""
+    def _score_views(self, policy: MaskedLM, rollout: Rollout, active: Tensor) -> Tensor:
+        """Log-probabilities of the recorded tokens in all views, (iterations, B, L); 0 in rows that are not ``active`` (B,)."""
         iterations = range(self.args.num_iterations if self.objective.fresh else 1)
         out = torch.zeros(len(iterations), *rollout.trajectory.tokens.shape, device=rollout.trajectory.tokens.device)
-        everyone = torch.ones(len(rollout.advantages), dtype=torch.bool, device=out.device)
         for i in iterations:
             views = self._views(rollout, i)
-            for view, rows in self._jobs(views, everyone):
+            for view, rows in self._jobs(views, active):
                 logprob, _ = self._forward(policy, rollout.trajectory, views[view], rows)
                 where = torch.zeros_like(out[i], dtype=torch.bool)
                 where[rows] = views[view].scored[rows]
