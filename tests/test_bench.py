@@ -45,7 +45,7 @@ def test_every_cell_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     result = bench_rl(BenchRL(**SMALL, output=str(tmp_path / "b.json")), lambda _: None)  # type: ignore[arg-type]
     ways = [(c["way"], c["steps"]) for c in result["cells"]]
     assert ways == [*((w, s) for w in ("cj", "bare", "plain") for s in (2, 4)), ("one-step", 1), ("diffu", 1)]
-    assert all(c["seconds"] > 0 and c["peak_gib"] >= c["before_gib"] > 0 for c in result["cells"])
+    assert all(c["seconds"] > 0 and c["peak_gib"] > 0 for c in result["cells"])
     assert json.loads((tmp_path / "b.json").read_text())["environment"]["torch"]
     huge = bench_rl(
         BenchRL(**{**SMALL, "repeats": 1}, memory_limit=1e-9, output=str(tmp_path / "c.json")), lambda _: None
@@ -58,6 +58,12 @@ def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
         BenchRL(steps=(200,))
     with pytest.raises(UserError, match="rows is out of range"):
         BenchRL(rows=0)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="there is no GPU here"):
+            BenchRL(device="cuda")
+    for command in ("rl", "gap"):
+        assert main(["bench", command, "--output", "/proc/nothing/x.json"]) == 2
+        assert "cannot write to" in capsys.readouterr().err
     assert main(["bench", "decoding"]) == 2 and "choose from gap, rl" in capsys.readouterr().err
     assert main(["bench"]) == 2
 

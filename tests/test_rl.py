@@ -13,9 +13,9 @@ from conftest import PROMPTS, toy
 from unmask import PRESETS, UserError
 from unmask.rl.advantages import group_advantages
 from unmask.rl.config import TrajectoryGRPOConfig
-from unmask.rl.objectives import OBJECTIVES, k3, sample_views, token_weights
+from unmask.rl.objectives import OBJECTIVES, View, k3, sample_views, token_weights
 from unmask.rl.rewards import load_reward, score
-from unmask.rl.rollout import RolloutSampler
+from unmask.rl.rollout import RolloutSampler, row_seeds
 from unmask.rl.trainer import TrajectoryGRPOTrainer
 
 ROWS = [{"prompt": p} for p in PROMPTS]
@@ -283,6 +283,84 @@ def test_sampled_steps(tmp_path: Path) -> None:
     assert any(p.grad.abs().sum() > 0 for p in short.lm.model.parameters())
 
 
+def test_steps_that_score_nothing_are_not_sampled() -> None:
+    ids = torch.zeros(2, 6, dtype=torch.int64)
+    empty, full = (View(ids, torch.full((2, 3), fill)) for fill in (False, True))
+    for how in ("uniform", "entropy"):
+        chosen = sample_views([empty, full, empty], torch.zeros(2, 3), 2, how, torch.Generator())  # type: ignore[arg-type]
+        assert len(chosen) == 1 and chosen[0] is full
+
+
+def test_passes_that_only_keep_ranks_together_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients = []
+    for idle in (0, 3):
+        t = trainer(tmp_path, objective="one-step", beta=0.1)
+        t.rollout = t.sample(ROWS)
+        jobs = t._jobs
+        assert t.rollout.active[0]  # row 0 stands in for nothing
+        monkeypatch.setattr(t, "_jobs", lambda views, rows: jobs(views, rows) + [(0, torch.tensor([0]), False)] * idle)  # noqa: B023
+        t.update(t.model, t.rollout, 0)
+        gradients.append(torch.cat([p.grad.flatten() for p in t.lm.model.parameters()]))
+    assert torch.equal(*gradients)
+
+
+def test_kl_counts_for_rows_at_their_groups_mean(tmp_path: Path) -> None:
+    """A row whose reward equals its group's mean has advantage 0 but stays in the loss."""
+    values = itertools.cycle([0.0, 0.5, 1.0, 0.5])
+
+    def cycled(prompts: Any, completions: Any, **_: Any) -> Any:
+        return [next(values) for _ in completions]
+
+    t = trainer(tmp_path, rewards=cycled, beta=0.1)
+    t.rollout = t.sample(ROWS)
+    assert t.rollout.active.all() and (t.rollout.advantages == 0).sum() == 8
+    disturb(t.lm.model, 0.01)
+    t.rollout.advantages = torch.zeros(16)
+    t.args.max_replay_gap = 10.0
+    loss = t.update(t.model, t.rollout, 0)
+    assert float(loss) > 0 and float(loss) == pytest.approx(0.1 * mean_kl(t), rel=1e-4)
+
+
+def mean_kl(t: TrajectoryGRPOTrainer) -> float:
+    """Every row's KL: mean over a step's tokens, then over steps; then over rows."""
+    assert t.rollout is not None and t.rollout.reference is not None
+    with t.inference() as policy:
+        new = t._score_views(policy, t.rollout, EVERYONE)[0].double()
+    values = k3(new, t.rollout.reference[0].double())
+    step = t.rollout.trajectory.step
+    return float(
+        torch.stack([torch.stack([values[b][step[b] == s].mean() for s in range(4)]).mean() for b in range(16)]).mean()
+    )
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_activation_checkpointing_recomputes_and_changes_nothing(tmp_path: Path, adapter: bool) -> None:
+    from peft import LoraConfig
+
+    from unmask.rl.run import LoRA
+
+    gradients, calls = [], [0]
+    for on in (False, True):
+        lm = toy()
+        inside = lm.model.model.transformer["blocks"][0].attn_norm
+        inside.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+        lora = LoraConfig(r=2, target_modules=LoRA.target) if adapter else None
+        t = trainer(tmp_path, lm, objective="one-step", peft_config=lora)
+        if on:
+            t.model.activation_checkpointing_enable({"use_reentrant": False})
+        t.rollout = t.sample(ROWS)
+        calls[0] = 0
+        t.update(t.model, t.rollout, 0)
+        assert calls[0] == (2 if on else 1)  # once more in the backward pass
+        gradients.append(torch.cat([p.grad.flatten() for p in t.model.parameters() if p.requires_grad]))
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+def test_the_largest_seed_is_a_seed() -> None:
+    seeds, views = row_seeds(2**30 - 1, 10_000, 2**20, 4)
+    assert len({*seeds.tolist(), *views.tolist()}) == 8
+
+
 def test_k3_is_zero_on_equal_policies_and_positive_elsewhere() -> None:
     new = torch.tensor([-1.0, -2.0, -0.1])
     assert (k3(new, new) == 0).all() and (k3(new, new + torch.tensor([0.5, -0.5, 1.0])) > 0).all()
@@ -300,7 +378,7 @@ def test_lora_reference_is_the_model_without_its_adapter(tmp_path: Path) -> None
     assert len(trainable) == 2 * 2 * 7 and all("lora" in n for n in trainable)  # 2 layers, 7 matrices, A and B
     t.rollout = t.sample(ROWS)
     assert t.rollout.reference is not None
-    active = t.rollout.advantages != 0
+    active = t.rollout.active
     recorded = t.rollout.trajectory.logprob
     assert torch.allclose(t.rollout.reference[0][active], recorded[active], atol=1e-4)  # B starts at zero
     disturb(t.model, 0.02)
@@ -309,7 +387,7 @@ def test_lora_reference_is_the_model_without_its_adapter(tmp_path: Path) -> None
     plain = toy()
     plain_trainer = trainer(tmp_path, plain)
     with plain_trainer.inference() as policy:
-        found = plain_trainer._score_views(policy, again, again.advantages != 0)[0]
+        found = plain_trainer._score_views(policy, again, again.active)[0]
         assert torch.allclose(found, again.reference[0], atol=1e-4)
     base = {k: v for k, v in t.model.get_base_model().state_dict().items() if "lora" not in k}
     assert all(torch.equal(v, before[k.replace(".base_layer", "")]) for k, v in base.items())
@@ -402,6 +480,8 @@ def test_reward_specs(spec: str, message: str) -> None:
         ({"epsilon": 0.0}, "positive epsilon"),
         ({"rows": []}, "the train data set is empty"),
         ({"rows": [{"text": "x"}]}, "prompt None"),
+        ({"rows": [{"prompt": "x"}, {"prompt": "y", "more": 1}]}, r"different columns \(\['more'\]\)"),
+        ({"rows": [{"prompt": "x" * 2000}]}, "shorten the prompt"),
         ({"rewards": []}, "no reward function"),
         ({"reward_weights": [1.0, 2.0]}, "2 reward_weights for the reward functions digits"),
     ],

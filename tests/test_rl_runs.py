@@ -57,6 +57,8 @@ def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "import os\n\n\n"
         "def digits(prompts, completions, **_):\n"
         "    return [sum(c in 'aeiou0123456789' for c in text) / 10 for text in completions]\n\n\n"
+        "def some(prompts, completions, **_):\n"
+        "    return [v * (len(p) % 2) for v, p in zip(digits(prompts, completions), prompts)]\n\n\n"
         "calls = 0\n\n\n"
         "def dies(prompts, completions, **_):\n"
         "    global calls\n"
@@ -139,19 +141,24 @@ def test_an_adapter_is_trained_merged_and_exported(rewards: Path, toy_folder: st
 @pytest.mark.parametrize("lora", [None, {"r": 4}], ids=["full", "lora"])
 def test_killed_and_resumed_equals_uninterrupted(rewards: Path, toy_folder: str, lora: dict[str, int] | None) -> None:
     """kill -9 at three random moments, also between inner iterations; metrics and weights are the same to the bit."""
-    torch.set_num_threads(threads := torch.get_num_threads())
-    settings = {"lora": lora, "num_iterations": 3, "steps": 7, "objective": "diffu" if lora else "cj"}
+    settings = {
+        "lora": lora,
+        "num_iterations": 3,
+        "steps": 7,
+        "objective": "diffu" if lora else "cj",
+        "bf16": bool(lora),
+    }
     whole = start(["rl", write(rewards / "whole.yaml", config(rewards / "whole", toy_folder, **settings))], rewards)
     file = write(rewards / "part.yaml", config(rewards / "part", toy_folder, **settings))
     assert whole.wait(120) == 0, whole.stdout and whole.stdout.read()
     metrics = rewards / "part" / "metrics.jsonl"
-    random.seed(threads)
+    moments = random.Random(0)
     for stop_at in (1, 3, 5):
         process = start(["rl", file], rewards)
         deadline = time.time() + 120
         while process.poll() is None and time.time() < deadline:
             if any(e["step"] >= stop_at for e in read_lines(metrics)):
-                time.sleep(random.random() * 0.1)
+                time.sleep(moments.random() * 0.1)
                 break
             time.sleep(0.01)
         os.killpg(process.pid, signal.SIGKILL)
@@ -172,8 +179,12 @@ def test_resuming_between_inner_iterations_needs_the_rollout(rewards: Path, toy_
 
 @pytest.mark.parametrize("objective", ["cj", "diffu"])
 def test_two_processes_equal_one(rewards: Path, toy_folder: str, objective: str) -> None:
-    """The same global batch on one process and on two (gloo): the same parameters after five updates."""
-    settings = {"objective": objective, "steps": 5, "save_every": 5}
+    """The same global batch on one process and on two (gloo): the same parameters after five updates.
+
+    Half the groups have no variance, so the ranks have different numbers of forward passes of their own.
+    """
+    settings = {"objective": objective, "steps": 5, "save_every": 5, "rows_per_forward": 2}
+    settings["reward"] = ["rewards_for_tests:some"]
     one = config(rewards / "one", toy_folder, batch_size=16, **settings)
     two = config(rewards / "two", toy_folder, batch_size=8, **settings)
     process = start(["rl", write(rewards / "two.yaml", two)], rewards, processes=2)
@@ -204,6 +215,8 @@ def test_mistakes_on_the_command_line(rewards: Path, toy_folder: str, capsys: py
         (["--attention", "flash"], "give sdpa or eager"),
         (["--learning-rate", "-1"], "positive number"),
         (["--lr-scheduler", "linea"], "did you mean 'linear'"),
+        (["--adam-beta2", "1.5"], "adam_beta2=1.5"),
+        (["--tasks", "sudoku", "sudoku:max_empty=4"], "names a task twice"),
         (["--report-to", "nowhere"], "'nowhere', which is not installed"),
         (["--model", "nothing"], "unknown model 'nothing'"),
         (["--max-completion-length", "1020"], "shorten the prompt"),
@@ -214,7 +227,11 @@ def test_mistakes_on_the_command_line(rewards: Path, toy_folder: str, capsys: py
         assert not (rewards / "run").exists()
     assert main(["rl", file, "--output", "/proc/nothing"]) == 2
     assert "cannot write to /proc/nothing" in capsys.readouterr().err
-    for lora, message in (({"rank": 4}, "unknown parameter of lora 'rank'"), ({"target": "nothing"}, "does not fit")):
+    for lora, message in (
+        ({"rank": 4}, "unknown parameter of lora 'rank'"),
+        ({"target": "nothing"}, "does not fit"),
+        ({"target": "("}, "does not fit"),
+    ):
         with pytest.raises(UserError, match=message):
             train(config(rewards / "run", toy_folder, lora=lora))
     assert main(["report", str(rewards)]) == 2

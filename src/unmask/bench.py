@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,8 +43,8 @@ class BenchRL:
     """Time and peak memory of one ``cj`` update over S steps, beside the plain way and the other objectives.
 
     The model is a stand-in: LLaDA's vocabulary, random weights. *plain*: S forwards with logits of the whole sequence, all
-    graphs alive until one backward. *bare*: forward and backward of the same rows, the head at the scored positions, a plain
-    sum as loss.
+    graphs alive until one backward, and S more without gradient for the old log-probabilities. *bare*: forward and backward of
+    the same rows, the head at the scored positions, a plain sum as loss.
     """
 
     steps: tuple[int, ...] = (8, 16, 32, 64)
@@ -66,7 +66,7 @@ class BenchRL:
     bf16: bool = False
     """Autocast to bfloat16."""
     gradient_checkpointing: bool = False
-    device: str = "cpu"
+    device: Literal["cpu", "cuda"] = "cpu"
     repeats: int = 3
     memory_limit: float = 0.6
     """Cells that would need more than this share of the free memory (the plain way at many steps) are not run."""
@@ -83,6 +83,8 @@ class BenchRL:
         for s in self.steps:
             if not 1 <= s <= self.length:
                 raise UserError(f"steps {s} does not fit a canvas of {self.length}: give 1 to {self.length}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("device is cuda, but there is no GPU here: give --device cpu")
         if self.d_model % self.n_heads:
             raise UserError(f"n_heads={self.n_heads} does not divide d_model={self.d_model}: change one of them")
 
@@ -101,6 +103,11 @@ def plain_bytes(config: BenchRL, steps: int) -> float:
 def bench_rl(config: BenchRL, progress: Callable[[str], None]) -> dict[str, Any]:
     """Measure every cell ``repeats`` times, in turn, each time in a fresh process; writes and returns the result."""
     output = Path(config.output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, {})  # an output that cannot be written is found before anything is measured
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror}; give another --output") from None
     free = torch.cuda.mem_get_info()[0] if config.device != "cpu" else _free_memory()
     found: dict[tuple[str, int], list[dict[str, float]]] = {}
     skipped = []
@@ -126,7 +133,6 @@ def bench_rl(config: BenchRL, progress: Callable[[str], None]) -> dict[str, Any]
             }
         )
     result = {"config": asdict(config), "environment": environment(), "cells": table, "not_run": skipped}
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, result)
     return result
 
@@ -170,7 +176,8 @@ def random_rollout(config: BenchRL, lm: MaskedLM, steps: int) -> Rollout:
     )
     advantages = torch.tensor([1.0, -1.0]).repeat(rows)[:rows]
     # Without old log-probabilities the current ones serve, so that no token is clipped away.
-    return Rollout(trajectory.to(config.device), advantages.to(config.device), torch.arange(rows, device=config.device))
+    active, seeds = torch.ones(rows, dtype=torch.bool, device=config.device), torch.arange(rows, device=config.device)
+    return Rollout(trajectory.to(config.device), advantages.to(config.device), active, seeds)
 
 
 def bench_trainer(config: BenchRL, objective: str) -> TrajectoryGRPOTrainer:
@@ -203,7 +210,9 @@ def bench_trainer(config: BenchRL, objective: str) -> TrajectoryGRPOTrainer:
 def measure(config: BenchRL, way: str, steps: int) -> dict[str, float]:
     """Seconds and peak bytes of one update after a warm-up of one; in this process."""
     trainer = bench_trainer(config, way if way in ("one-step", "diffu") else "cj")
-    model = trainer.accelerator.prepare(trainer.model)
+    if config.gradient_checkpointing:  # Trainer.train would do this
+        trainer.lm.model.activation_checkpointing_enable({"use_reentrant": False})
+    model: Any = trainer.accelerator.prepare(trainer.model)
     model.train()
     rollout = random_rollout(config, trainer.lm, steps)
     update: Callable[[], Any] = {
@@ -260,7 +269,7 @@ def bare_update(trainer: TrajectoryGRPOTrainer, model: Any, rollout: Rollout) ->
     """Forward and backward of the same rows, and nothing else."""
     trajectory = rollout.trajectory
     views = trainer._views(rollout, 0)
-    for number, rows in trainer._jobs(views, rollout.advantages != 0):
+    for number, rows, _ in trainer._jobs(views, rollout.active):
         view = views[number]
         positions = torch.cat([torch.zeros_like(trajectory.prompt_mask[rows]), view.scored[rows]], 1)
         model(input_ids=view.ids[rows], positions=positions).logits.sum().backward()

@@ -28,11 +28,16 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file; a last line cut off by a crash is removed from the file."""
+    """The whole lines of a JSON-lines file; a last line that is not (yet) whole is passed over. No file, no lines."""
     if not path.exists():
         return []
     raw = path.read_bytes()
-    kept = raw[: raw.rfind(b"\n") + 1]
-    if len(kept) < len(raw):
-        path.write_bytes(kept)
-    return [json.loads(line) for line in kept.splitlines()]
+    return [json.loads(line) for line in raw[: raw.rfind(b"\n") + 1].splitlines()]
+
+
+def drop_cut_line(path: Path) -> None:
+    """Remove a last line that a crash cut off, before more is appended."""
+    if path.exists():
+        raw = path.read_bytes()
+        if not raw.endswith(b"\n") and raw:
+            path.write_bytes(raw[: raw.rfind(b"\n") + 1])

@@ -24,7 +24,7 @@ import torch
 from unmask import __version__
 from unmask.decoding import Decoder, decode, make_decoder
 from unmask.evaluation.statistics import pooled_bootstrap, wilson
-from unmask.files import read_lines, write_json
+from unmask.files import drop_cut_line, read_lines, write_json
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
 from unmask.spec import UserError
@@ -202,6 +202,7 @@ def evaluate(config: EvalConfig, progress: Callable[[str, int, int], None] | Non
         for decoder_spec, decoder in decoders.items():
             label = f"{task_spec} · {decoder_spec}"
             path = output / "records" / f"{slug(task_spec)}--{slug(decoder_spec)}.jsonl"
+            drop_cut_line(path)
             found = read_records(path)
             if any(r["index"] >= len(problems) or r["id"] != problems[r["index"]][1].id for r in found):
                 raise UserError(f"{path} holds records of other problems: give another --output")

@@ -249,7 +249,10 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of any batch of hidden states. (..., d) -> (..., vocabulary)."""
-        return F.linear(hidden, cast(Tensor, self.get_output_embeddings().weight))
+        output = self.get_output_embeddings()
+        if self.config.weight_tying:
+            return F.linear(hidden, cast(Tensor, output.weight))
+        return output(hidden)  # called as a module, so that FSDP gathers its weight
 
     def forward(
         self,

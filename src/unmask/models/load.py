@@ -93,7 +93,10 @@ def _load_adapter(folder: Path, dtype: str, device: str) -> MaskedLM:
     """The base model that an adapter names, with the adapter merged into its weights."""
     from peft import PeftModel
 
-    base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    try:
+        base = dict(json.loads((folder / "adapter_config.json").read_text())).get("base_model_name_or_path")
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{folder / 'adapter_config.json'} is not JSON ({error}): repair or fetch it again") from None
     if not base:
         raise UserError(
             f"the adapter {folder} names no base model: set base_model_name_or_path in its adapter_config.json"

@@ -11,10 +11,16 @@ Scale = Literal["group", "none"]
 EPSILON = 1e-4  # beside the standard deviation, as in TRL
 
 
+def varied(rewards: Tensor, num_generations: int) -> Tensor:
+    """Which rows stand in a group whose rewards are not all equal. (B,) -> (B,) bool."""
+    groups = rewards.view(-1, num_generations)
+    return (groups != groups[:, :1]).any(1).repeat_interleave(num_generations)
+
+
 def group_advantages(rewards: Tensor, num_generations: int, scale: Scale) -> Tensor:
     """Each reward minus its group's mean, for ``scale="group"`` divided by the group's standard deviation.
 
-    A group whose rewards are all equal gets exactly 0 and so drops out of the loss.
+    A group whose rewards are all equal gets exactly 0.
 
     Args:
         rewards: (B,) float, groups of ``num_generations`` in a row; their number must divide B.
@@ -24,7 +30,9 @@ def group_advantages(rewards: Tensor, num_generations: int, scale: Scale) -> Ten
     """
     groups = rewards.view(-1, num_generations)
     centred = groups - groups.mean(1, keepdim=True)
-    centred = torch.where((groups == groups[:, :1]).all(1, keepdim=True), 0.0, centred)  # no rounding of equal rewards
+    centred = torch.where(
+        (groups == groups[:, :1]).all(1, keepdim=True), 0.0, centred
+    )  # no rounding left of equal ones
     if scale == "group":
         centred = centred / (groups.std(1, keepdim=True) + EPSILON)
     return centred.view(-1)

@@ -50,7 +50,7 @@ class GRPOSettings:
     max_replay_gap: float = 1e-3
     """Largest |recorded - recomputed| log-probability (mean, nats a token) that a float32 ``cj`` update accepts."""
     log_completions: bool = True
-    """Write one group of completions of every rollout to ``completions.jsonl``."""
+    """Write one group of completions of every rollout to ``completions.jsonl`` of the run folder (``unmask rl``)."""
 
     def check(self) -> None:
         """Raises UserError for a value out of range."""
@@ -91,6 +91,9 @@ class TrajectoryGRPOConfig(GRPOSettings, TrainingArguments):  # type: ignore[mis
 
     output_dir: str = field(default="runs/rl")
     remove_unused_columns: bool = False
+    logging_steps: float = 1  # with more, the updates between would go unreported
+    logging_nan_inf_filter: bool = False
+    ddp_find_unused_parameters: bool | None = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -64,6 +64,12 @@ def bench_gap(config: BenchGap, progress: Callable[[str], None]) -> dict[str, An
     Every entry of ``cells`` has the mean over all tokens of the canvas (``gap``) and over those up to the first end token
     (``text_gap``), each with a 95 % interval (bootstrap over completions).
     """
+    output = Path(config.output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, {})  # an output that cannot be written is found before anything is measured
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror}; give another --output") from None
     lm = load(config.model)
     cells = []
     for spec in config.task:
@@ -97,7 +103,5 @@ def bench_gap(config: BenchGap, progress: Callable[[str], None]) -> dict[str, An
                     cell[f"{key}_interval"] = list(pooled_bootstrap(sums, tokens))
                 cells.append(cell)
     result = {"config": asdict(config), "environment": environment(), "cells": cells}
-    output = Path(config.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
     write_json(output, result)
     return result

@@ -40,16 +40,15 @@ def update_sums(
 ) -> Tensor:
     """Sums over one forward pass's N scored tokens of what UPDATE names, (6,) float64.
 
-    The count of tokens, |new - recorded| in nats, KL in nats, whether the clip is active, entropy in nats, the ratio; tokens
-    with advantage 0 are left out. All arguments (N,), but logits (N, V).
+    The count of tokens, |new - recorded| in nats, KL in nats, whether the clip is active, entropy in nats, the ratio. All
+    arguments (N,), but logits (N, V).
     """
-    counted = (advantages != 0).double()
     ratio = (new - old).exp().double()
     clipped = torch.where(advantages > 0, ratio > 1 + epsilon, ratio < 1 - epsilon)
     logprobs = logits.log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(-1)
     values = (torch.ones_like(ratio), (new - recorded).abs(), kl, clipped, entropy, ratio)
-    return torch.stack([(counted * v.double()).sum() for v in values])
+    return torch.stack([v.double().sum() for v in values])
 
 
 def validation_sums(rows: Sequence[Row], texts: Sequence[str], rewards: Sequence[float], names: list[str]) -> Tensor:

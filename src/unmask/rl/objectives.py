@@ -120,8 +120,9 @@ def sample_views(
     """``count`` of the views without replacement: uniformly, or in proportion to the surprise of their tokens.
 
     ``entropy`` weighs a view by the mean of -``logprob`` ((B, L), recorded) over what it scores; the loss stays a plain mean
-    over the chosen views, so it leans towards uncertain steps on purpose.
+    over the chosen views, so it leans towards uncertain steps on purpose. Views that score nothing are never chosen.
     """
+    views = [v for v in views if v.scored.any()]
     weights = torch.ones(len(views))
     if how == "entropy":
         weights = torch.stack([-logprob[v.scored].mean().cpu() for v in views]).clamp(min=1e-6)

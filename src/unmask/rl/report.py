@@ -95,8 +95,9 @@ def curves_figure(runs: list[tuple[RLConfig, dict[str, Curve]]]) -> Figure:
             axis.set_yscale("symlog", linthresh=1e-6)
     for axis in list(axes.flat)[len(panels) :]:
         axis.set_axis_off()
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
+    handles = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), fontsize=9, loc="lower center", ncol=4, frameon=False)
+    figure.tight_layout(rect=(0, 0.4 / figure.get_figheight(), 1, 1))
     return figure
 
 
@@ -111,7 +112,13 @@ def markdown(runs: list[tuple[RLConfig, dict[str, Curve]]], folders: list[Path])
         for key in (k for k in curves if k.endswith("_solved")):
             curve = curves[key]
             best = max(curve, key=lambda s: (curve[s], -s))
-            cells: list[Any] = [folder.name, config.objective, config.decoder, updates, key.split("_")[1]]
+            cells: list[Any] = [
+                folder.name,
+                config.objective,
+                config.decoder,
+                updates,
+                key.removeprefix("eval_").removesuffix("_solved"),
+            ]
             cells += [
                 f"{100 * curve[min(curve)]:.1f} %",
                 f"{100 * curve[best]:.1f} % ({best})",

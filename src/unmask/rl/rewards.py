@@ -31,8 +31,8 @@ def load_reward(spec: str) -> Reward:
         sys.path.insert(0, str(Path.cwd()))
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"reward {spec!r} cannot be imported: {error}") from None
+    except Exception as error:  # noqa: BLE001  (a user's module may raise anything)
+        raise UserError(f"reward {spec!r} cannot be imported: {type(error).__name__}: {error}") from None
     if not callable(found):
         raise UserError(f"reward {spec!r} is not a function but {type(found).__name__}")
     return found

@@ -24,6 +24,7 @@ class Rollout:
 
     Attributes:
         trajectory: B rows, groups side by side. advantages: (B,) float32.
+        active: (B,) bool, rows that count in the loss: those of groups whose rewards differ.
         seeds: (B,) int64, the source of what the objective's views draw.
         old, reference: (iterations, B, L) float32 log-probabilities under the sampling and the reference policy in the
             objective's views (one iteration where all share the views); None where not needed.
@@ -31,13 +32,14 @@ class Rollout:
 
     trajectory: Trajectory
     advantages: Tensor
+    active: Tensor
     seeds: Tensor
     old: Tensor | None = None
     reference: Tensor | None = None
 
     def save(self, folder: Path, rank: int) -> None:
         self.trajectory.save(folder / f"trajectory-{rank}.safetensors")
-        tensors = {k: getattr(self, k) for k in ("advantages", "seeds", "old", "reference")}
+        tensors = {k: getattr(self, k) for k in ("advantages", "active", "seeds", "old", "reference")}
         present = {k: v.cpu().contiguous() for k, v in tensors.items() if v is not None}
         save_file(present, folder / f"rollout-{rank}.safetensors")
 
@@ -78,7 +80,7 @@ def _generator(seed: int, number: int) -> torch.Generator:
 
 def row_seeds(seed: int, rollout: int, first_row: int, rows: int) -> tuple[Tensor, Tensor]:
     """Seeds of decoding and of the objective's views, (rows,) int64 each; a row's depend on its place in the global batch."""
-    base = ((seed * 1_000_003 + rollout) << 24) + 2 * (first_row + torch.arange(rows))
+    base = ((seed * 1_000_003 + rollout) % 2**38 << 24) + 2 * (first_row + torch.arange(rows))
     return base, base + 1
 
 
@@ -98,6 +100,10 @@ def prompt_rows(lm: MaskedLM, rows: Sequence[Row], split: str) -> list[Row]:
         raise UserError(f"the {split} data set is empty: give at least one row")
     found = []
     for row in rows:
+        if row.keys() != rows[0].keys():
+            raise UserError(
+                f"rows of the {split} data set have different columns ({sorted(row.keys() ^ rows[0].keys())}): give all"
+            )
         prompt = row.get("prompt")
         if isinstance(prompt, list):
             prompt = lm.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)

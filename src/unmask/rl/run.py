@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import PrinterCallback, ProgressCallback, SchedulerType, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 
 from unmask.files import read_lines, whole
@@ -22,6 +22,8 @@ from unmask.rl.trainer import TrajectoryGRPOTrainer
 from unmask.runs import claim, export
 from unmask.spec import UserError, build, unknown
 from unmask.tasks import Task, make_task
+
+_SCHEDULES = ("constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt")
 
 
 @dataclass
@@ -62,7 +64,7 @@ class RLConfig(GRPOSettings):
     learning_rate: float = 3e-6
     warmup_steps: int = 0
     lr_scheduler: str = "constant_with_warmup"
-    """A schedule of transformers: ``constant_with_warmup``, ``linear``, ``cosine``, …"""
+    """``constant_with_warmup``, ``linear``, ``cosine``, ``polynomial`` or ``inverse_sqrt``."""
     adam_beta2: float = 0.99
     weight_decay: float = 0.0
     max_grad_norm: float = 0.2
@@ -81,11 +83,18 @@ class RLConfig(GRPOSettings):
         self.check()
         if not self.tasks:
             raise UserError("tasks needs at least one entry")
+        names = [spec.partition(":")[0] for spec in self.tasks]
+        if len(set(names) - {"reasoning_gym"}) + names.count("reasoning_gym") < len(names):
+            raise UserError(f"tasks {self.tasks} names a task twice, and their figures would mix: make it two runs")
         if self.attention not in ("sdpa", "eager"):
             raise UserError(f"attention is {self.attention!r}: give sdpa or eager")
-        schedules = [s.value for s in SchedulerType]
-        if self.lr_scheduler not in schedules:
-            raise unknown("lr_scheduler", self.lr_scheduler, schedules)
+        if self.lr_scheduler not in _SCHEDULES:
+            raise unknown("lr_scheduler", self.lr_scheduler, _SCHEDULES)
+        if self.warmup_steps < 0 or not 0 <= self.weight_decay < 1 or not 0 <= self.adam_beta2 < 1:
+            raise UserError(
+                f"warmup_steps={self.warmup_steps}, weight_decay={self.weight_decay}, adam_beta2={self.adam_beta2}: "
+                "give 0 or more, and below 1 for the last two"
+            )
         for name in self.report_to:
             if name not in get_available_reporting_integrations():
                 raise UserError(f"report_to names {name!r}, which is not installed: pip install it or leave it out")
@@ -205,11 +214,8 @@ def make_trainer(config: RLConfig, callbacks: list[TrainerCallback]) -> Trajecto
         activation_checkpointing=config.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
         use_cpu=cpu,
-        logging_steps=1,
-        logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=config.eval_every,
-        ddp_find_unused_parameters=False,
         save_steps=config.save_every,
         save_total_limit=2,
         report_to=config.report_to or "none",
@@ -233,7 +239,12 @@ def make_trainer(config: RLConfig, callbacks: list[TrainerCallback]) -> Trajecto
 
         lora = build(LoRA, config.lora, "lora")
         adapter = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target)
-    return TrajectoryGRPOTrainer(lm, functions, args, train_rows, validation, peft_config=adapter, callbacks=callbacks)
+    try:
+        return TrajectoryGRPOTrainer(
+            lm, functions, args, train_rows, validation, peft_config=adapter, callbacks=callbacks
+        )
+    except OSError as error:  # the Trainer makes its folder
+        raise UserError(f"cannot write to {config.output}: {error.strerror}; give another --output") from None
 
 
 def train(config: RLConfig) -> Path:
@@ -243,10 +254,7 @@ def train(config: RLConfig) -> Path:
         UserError: for anything wrong in the request, and for what goes wrong in rewards or the loss.
     """
     log, bar = RunLog(Path(config.output)), Bar()
-    try:
-        trainer = make_trainer(config, [log, bar])
-    except OSError as error:  # the Trainer makes its folder
-        raise UserError(f"cannot write to {config.output}: {error.strerror}; give another --output") from None
+    trainer = make_trainer(config, [log, bar])
     log.trainer = trainer
     for unwanted in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(unwanted)
@@ -258,9 +266,7 @@ def train(config: RLConfig) -> Path:
         bar.progress.stop()
     final = Path(config.output) / "final"
     if trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        if config.lora is not None:
-            model = model.merge_and_unload()
-        export(dataclasses.replace(trainer.lm, model=model), final)
+        # From the last checkpoint: whole also where the weights are sharded; an adapter is merged.
+        export(load(str(Path(config.output) / f"checkpoint-{config.steps}")), final)
     trainer.accelerator.wait_for_everyone()
     return final

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from unmask.decoding.decode import guided_logits
 from unmask.decoding.sampling import token_logprob
 from unmask.models.load import as_masked_lm
 from unmask.models.masked_lm import MaskedLM
-from unmask.rl.advantages import group_advantages
+from unmask.rl.advantages import group_advantages, varied
 from unmask.rl.config import TrajectoryGRPOConfig
 from unmask.rl.metrics import ROLLOUT, UPDATE, rollout_values, update_sums, validation_sums
 from unmask.rl.objectives import OBJECTIVES, Objective, View, clipped_surrogate, k3, sample_views, token_weights
@@ -92,7 +94,7 @@ class TrajectoryGRPOTrainer(Trainer):
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(args.seed)  # the adapter's first weights
                     adapted = get_peft_model(self.lm.model, peft_config)
-            except ValueError as error:
+            except (ValueError, re.error) as error:
                 raise UserError(f"the adapter does not fit the model: {str(error).splitlines()[0]}") from None
             base = Path(self.lm.name)
             for adapter in adapted.peft_config.values():  # so that the adapter alone can be loaded
@@ -114,7 +116,7 @@ class TrajectoryGRPOTrainer(Trainer):
             )
         self.reference_model: Any = None
         if args.beta > 0 and peft_config is None:
-            self.reference_model = copy.deepcopy(self.lm.model).eval().requires_grad_(False)
+            self.reference_model = copy.deepcopy(self.lm.model).eval().requires_grad_(False).to(args.device)
             if args.compile:
                 self.reference_model.base_model.compile()  # a copy is not compiled
         self.rollout: Rollout | None = None
@@ -182,8 +184,8 @@ class TrajectoryGRPOTrainer(Trainer):
         advantages = group_advantages(rewards, args.num_generations, args.scale_rewards)
         self._record_rollout(rows, texts, trajectory, table, rewards, advantages)
         device = trajectory.tokens.device
-        rollout = Rollout(trajectory, advantages.to(device), view_seeds.to(device))
-        active = rollout.advantages != 0
+        active = varied(rewards, args.num_generations).to(device)
+        rollout = Rollout(trajectory, advantages.to(device), active, view_seeds.to(device))
         if self.objective.recorded:
             rollout.old = trajectory.logprob[None]
         elif args.num_iterations > 1:
@@ -197,7 +199,8 @@ class TrajectoryGRPOTrainer(Trainer):
     @contextmanager
     def _reference(self, policy: MaskedLM) -> Iterator[MaskedLM]:
         if self.reference_model is not None:
-            yield replace(policy, model=self.reference_model)
+            with self.accelerator.autocast():  # the policy's own forward has it from accelerate
+                yield replace(policy, model=self.reference_model)
         else:
             model: Any = policy.model
             with model.disable_adapter():
@@ -221,22 +224,25 @@ class TrajectoryGRPOTrainer(Trainer):
         out = torch.zeros(len(iterations), *rollout.trajectory.tokens.shape, device=rollout.trajectory.tokens.device)
         for i in iterations:
             views = self._views(rollout, i)
-            for view, rows in self._jobs(views, active):
+            for view, rows, _ in self._jobs(views, active):
                 logprob, _ = self._forward(policy, rollout.trajectory, views[view], rows)
                 where = torch.zeros_like(out[i], dtype=torch.bool)
                 where[rows] = views[view].scored[rows]
                 out[i][where] = logprob
         return out
 
-    def _jobs(self, views: list[View], active: Tensor) -> list[tuple[int, Tensor]]:
-        """(view, rows) pairs, each one forward pass; on every rank the same number, so that collectives meet."""
+    def _jobs(self, views: list[View], active: Tensor) -> list[tuple[int, Tensor, bool]]:
+        """(view, rows, whether they count), each one forward pass.
+
+        Every rank gets the same number, so that collectives meet; where one has less to do, the rest does not count.
+        """
         jobs = []
         for number, view in enumerate(views):
             rows = (active & view.scored.any(1)).nonzero()[:, 0]
-            jobs += [(number, part) for part in rows.split(self.args.rows_per_forward) if len(part)]
+            jobs += [(number, part, True) for part in rows.split(self.args.rows_per_forward) if len(part)]
         count = torch.tensor([len(jobs)], device=self.accelerator.device)
         most = int(self.accelerator.gather(count).max()) if self.args.world_size > 1 else len(jobs)
-        idle = (0, torch.zeros(1, dtype=torch.int64, device=active.device))
+        idle = (0, torch.zeros(1, dtype=torch.int64, device=active.device), False)
         return jobs + [idle] * (max(most, 1) - len(jobs))
 
     def _forward(self, policy: MaskedLM, trajectory: Trajectory, view: View, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,6 +257,7 @@ class TrajectoryGRPOTrainer(Trainer):
     def update(self, model: Any, rollout: Rollout, iteration: int) -> Tensor:
         """Accumulate the gradient of one inner iteration, one backward a forward pass; returns this rank's loss."""
         args, trajectory = self.args, rollout.trajectory
+        model.train()  # activation checkpointing asks for it; there is no dropout
         policy = replace(self.lm, model=model)
         views = self._views(rollout, iteration)
         if args.steps_per_update is not None:
@@ -258,11 +265,10 @@ class TrajectoryGRPOTrainer(Trainer):
             views = sample_views(views, trajectory.logprob, args.steps_per_update, args.step_sampling, generator)
         weights = token_weights([v.scored for v in views], args.normalisation)
         stored = iteration if self.objective.fresh else 0
-        active = rollout.advantages != 0
-        jobs = self._jobs(views, active)
+        jobs = self._jobs(views, rollout.active)
         total = torch.zeros((), device=trajectory.tokens.device)
         sums = torch.zeros(len(UPDATE), dtype=torch.float64, device=total.device)
-        for number, (view, rows) in enumerate(jobs):
+        for number, (view, rows, counted) in enumerate(jobs):
             last = number == len(jobs) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed reads it in backward
             with nullcontext() if last else self.accelerator.no_sync(model), self.compute_loss_context_manager():
@@ -270,7 +276,7 @@ class TrajectoryGRPOTrainer(Trainer):
                 scored = views[view].scored[rows]
                 where = scored.nonzero()[:, 0]
                 advantages = rollout.advantages[rows][where]
-                weight = weights[view][rows][scored] * (advantages != 0) / len(active)
+                weight = weights[view][rows][scored] * counted / len(rollout.active)
                 old = new.detach() if rollout.old is None else rollout.old[stored][rows][scored]
                 loss = (weight * clipped_surrogate(new, old, advantages, args.epsilon)).sum()
                 kl = torch.zeros_like(new)
@@ -280,7 +286,7 @@ class TrajectoryGRPOTrainer(Trainer):
                 self.accelerator.backward(loss)
             total += loss.detach()
             recorded = trajectory.logprob[rows][scored]
-            sums += update_sums(new, old, recorded, kl, logits, advantages, args.epsilon)
+            sums += counted * update_sums(new, old, recorded, kl, logits, advantages, args.epsilon)
         self._record_update(total, sums, iteration)
         return total
 
@@ -387,11 +393,14 @@ class TrajectoryGRPOTrainer(Trainer):
         if self.rollout is not None and self.state.global_step % self.args.num_iterations:
             folder.mkdir(parents=True, exist_ok=True)
             self.rollout.save(folder, self.args.process_index)
+        self.accelerator.wait_for_everyone()  # a checkpoint counts as whole only with every rank's rollout
         super()._save_checkpoint(model, trial)
 
     def train(self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: Any = None) -> Any:
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
             folder = Path(resume_from_checkpoint)
             if int(folder.name.removeprefix("checkpoint-")) % self.args.num_iterations:
-                self.rollout = Rollout.load(folder, self.args.process_index, self.lm.device)
+                self.rollout = Rollout.load(folder, self.args.process_index, self.args.device)
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
