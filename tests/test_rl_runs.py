@@ -147,6 +147,7 @@ def test_killed_and_resumed_equals_uninterrupted(rewards: Path, toy_folder: str,
         "steps": 7,
         "objective": "diffu" if lora else "cj",
         "bf16": bool(lora),
+        "dtype": "bfloat16" if lora else "float32",
     }
     whole = start(["rl", write(rewards / "whole.yaml", config(rewards / "whole", toy_folder, **settings))], rewards)
     file = write(rewards / "part.yaml", config(rewards / "part", toy_folder, **settings))

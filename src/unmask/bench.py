@@ -64,7 +64,7 @@ class BenchRL:
     lora: int = 0
     """Rank of an adapter; 0 trains all weights."""
     bf16: bool = False
-    """Autocast to bfloat16."""
+    """Weights in bfloat16 (an adapter's stay float32) and autocast to it."""
     gradient_checkpointing: bool = False
     device: Literal["cpu", "cuda"] = "cpu"
     repeats: int = 3
@@ -156,8 +156,16 @@ def stand_in(config: BenchRL) -> MaskedLM:
     tokenizer = character_tokenizer()
     shape = {k: getattr(config, k) for k in ("d_model", "n_layers", "n_heads", "mlp_hidden_size")}
     torch.manual_seed(0)
-    model: Any = LLaDAModelLM(LLaDAConfig(vocab_size=config.vocabulary, mask_token_id=tokenizer.mask_token_id, **shape))
-    return MaskedLM.wrap(model.to(config.device), tokenizer, "stand-in")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if config.bf16 else torch.float32)
+    try:
+        with torch.device(config.device):
+            model = LLaDAModelLM(
+                LLaDAConfig(vocab_size=config.vocabulary, mask_token_id=tokenizer.mask_token_id, **shape)
+            )
+    finally:
+        torch.set_default_dtype(before)
+    return MaskedLM.wrap(model, tokenizer, "stand-in")
 
 
 def random_rollout(config: BenchRL, lm: MaskedLM, steps: int) -> Rollout:

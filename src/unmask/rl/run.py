@@ -49,6 +49,8 @@ class RLConfig(GRPOSettings):
     """Task specs whose problems are the prompts, in equal shares, e.g. ``sudoku countdown``."""
     model: str = "tiny"
     """A shipped model's name or the path of a checkpoint folder."""
+    dtype: str = "float32"
+    """Dtype of the weights, ``float32`` or ``bfloat16`` (for adapters on large models; an adapter's own stay float32)."""
     reward: list[str] = field(default_factory=list)
     """Reward functions ``package.module:function`` instead of the tasks' own."""
     lora: dict[str, Any] | None = None
@@ -69,7 +71,7 @@ class RLConfig(GRPOSettings):
     weight_decay: float = 0.0
     max_grad_norm: float = 0.2
     bf16: bool = True
-    """Autocast sampling and updates to bfloat16 (weights and log-softmax stay float32)."""
+    """Autocast sampling and updates to bfloat16 (log-softmax stays float32, and so do weights of dtype float32)."""
     gradient_checkpointing: bool = False
     attention: str = "sdpa"
     """``sdpa`` or ``eager`` (faster backward on CPUs)."""
@@ -223,7 +225,7 @@ def make_trainer(config: RLConfig, callbacks: list[TrainerCallback]) -> Trajecto
         seed=config.seed,
         data_seed=config.seed,
     )
-    lm = load(config.model)
+    lm = load(config.model, config.dtype)
     lm.model.config._attn_implementation = config.attention
     tasks = [make_task(spec, getattr(lm.model.config, "task_defaults", None) or {}) for spec in config.tasks]
     train_rows = problem_rows(lm, tasks, "train", config.problems, config.seed + 1)
@@ -267,6 +269,6 @@ def train(config: RLConfig) -> Path:
     final = Path(config.output) / "final"
     if trainer.is_world_process_zero():
         # From the last checkpoint: whole also where the weights are sharded; an adapter is merged.
-        export(load(str(Path(config.output) / f"checkpoint-{config.steps}")), final)
+        export(load(str(Path(config.output) / f"checkpoint-{config.steps}"), config.dtype), final)
     trainer.accelerator.wait_for_everyone()
     return final

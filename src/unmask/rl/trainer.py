@@ -333,7 +333,8 @@ class TrajectoryGRPOTrainer(Trainer):
         gap = found.pop("replay_gap")
         if iteration == 0:
             self._extra["replay_gap"] = gap
-            exact = self.objective.recorded and not (self.args.bf16 or self.args.fp16)
+            rounded = self.args.bf16 or self.args.fp16 or self.lm.model.dtype != torch.float32
+            exact = self.objective.recorded and not rounded
             if exact and gap > self.args.max_replay_gap:
                 raise UserError(
                     f"the update does not see the policy that sampled: recorded and recomputed log-probabilities differ "
