@@ -337,14 +337,14 @@ def mean_kl(t: TrajectoryGRPOTrainer) -> float:
 def test_activation_checkpointing_recomputes_and_changes_nothing(tmp_path: Path, adapter: bool) -> None:
     from peft import LoraConfig
 
-    from unmask.rl.run import LoRA
+    from unmask.rl.run import LORA_TARGETS
 
     gradients, calls = [], [0]
     for on in (False, True):
         lm = toy()
         inside = lm.model.model.transformer["blocks"][0].attn_norm
         inside.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
-        lora = LoraConfig(r=2, target_modules=LoRA.target) if adapter else None
+        lora = LoraConfig(r=2, target_modules=LORA_TARGETS) if adapter else None
         t = trainer(tmp_path, lm, objective="one-step", peft_config=lora)
         if on:
             t.model.activation_checkpointing_enable({"use_reentrant": False})
@@ -369,11 +369,11 @@ def test_k3_is_zero_on_equal_policies_and_positive_elsewhere() -> None:
 def test_lora_reference_is_the_model_without_its_adapter(tmp_path: Path) -> None:
     from peft import LoraConfig
 
-    from unmask.rl.run import LoRA
+    from unmask.rl.run import LORA_TARGETS
 
     lm = toy()
     before = {k: v.clone() for k, v in lm.model.state_dict().items()}
-    t = trainer(tmp_path, lm, beta=0.1, peft_config=LoraConfig(r=4, target_modules=LoRA.target))
+    t = trainer(tmp_path, lm, beta=0.1, peft_config=LoraConfig(r=4, target_modules=LORA_TARGETS))
     trainable = [n for n, p in t.model.named_parameters() if p.requires_grad]
     assert len(trainable) == 2 * 2 * 7 and all("lora" in n for n in trainable)  # 2 layers, 7 matrices, A and B
     t.rollout = t.sample(ROWS)

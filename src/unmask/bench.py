@@ -194,9 +194,9 @@ def bench_trainer(config: BenchRL, objective: str) -> TrajectoryGRPOTrainer:
     if config.lora:
         from peft import LoraConfig
 
-        from unmask.rl.run import LoRA
+        from unmask.rl.run import LORA_TARGETS
 
-        adapter = LoraConfig(r=config.lora, lora_alpha=config.lora, target_modules=LoRA.target)
+        adapter = LoraConfig(r=config.lora, lora_alpha=config.lora, target_modules=LORA_TARGETS)
     args = TrajectoryGRPOConfig(
         output_dir=tempfile.gettempdir(),
         objective=objective,

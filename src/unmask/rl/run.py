@@ -20,23 +20,14 @@ from unmask.rl.config import GRPOSettings, TrajectoryGRPOConfig
 from unmask.rl.rewards import Row, load_reward, task_rewards
 from unmask.rl.trainer import TrajectoryGRPOTrainer
 from unmask.runs import claim, export
-from unmask.spec import UserError, build, unknown
+from unmask.spec import UserError, unknown
 from unmask.tasks import Task, make_task
 
 _SCHEDULES = ("constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt")
 
 
-@dataclass
-class LoRA:
-    """A low-rank adapter on every matrix of every block (arXiv 2106.09685).
-
-    (The released configuration names ``o_proj``, ``gate_proj`` and ``down_proj``, which no LLaDA checkpoint has.)
-    """
-
-    r: int = 16
-    alpha: int = 32
-    target: str = r".*\.blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"
-    """Regular expression over module names."""
+# Every matrix of every block. (The released configuration names o_proj, gate_proj, down_proj, which no LLaDA checkpoint has.)
+LORA_TARGETS = r".*\.blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"
 
 
 @dataclass(kw_only=True)
@@ -53,8 +44,11 @@ class RLConfig(GRPOSettings):
     """Dtype of the weights, ``float32`` or ``bfloat16`` (for adapters on large models; an adapter's own stay float32)."""
     reward: list[str] = field(default_factory=list)
     """Reward functions ``package.module:function`` instead of the tasks' own."""
-    lora: dict[str, Any] | None = None
-    """Train an adapter: ``{r: 16, alpha: 32}``; ``none`` trains all weights."""
+    lora_r: int | None = None
+    """Rank of a low-rank adapter (LoRA, arXiv 2106.09685) to train; ``none`` trains all weights."""
+    lora_alpha: int = 32
+    lora_target_modules: str = LORA_TARGETS
+    """Regular expression over module names; by default every matrix of every block."""
     problems: int = 5000
     """Training problems a task."""
     validation_problems: int = 64
@@ -102,7 +96,17 @@ class RLConfig(GRPOSettings):
                 raise UserError(f"report_to names {name!r}, which is not installed: pip install it or leave it out")
         if not 0 <= self.seed < 2**30:
             raise UserError(f"seed is {self.seed}: give 0 to {2**30 - 1}")
-        for name in ("problems", "validation_problems", "steps", "batch_size", "eval_every", "save_every"):
+        if self.lora_r is not None and self.lora_r < 1:
+            raise UserError(f"lora_r is {self.lora_r}: give a rank of 1 or more, or none to train all weights")
+        for name in (
+            "problems",
+            "validation_problems",
+            "steps",
+            "batch_size",
+            "eval_every",
+            "save_every",
+            "lora_alpha",
+        ):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give 1 or more")
         for name in ("learning_rate", "max_grad_norm"):
@@ -236,11 +240,10 @@ def make_trainer(config: RLConfig, callbacks: list[TrainerCallback]) -> Trajecto
         functions, weights = map(list, zip(*task_rewards(tasks), strict=True))
         args.reward_weights = args.reward_weights or weights
     adapter = None
-    if config.lora is not None:
+    if config.lora_r is not None:
         from peft import LoraConfig
 
-        lora = build(LoRA, config.lora, "lora")
-        adapter = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.target)
+        adapter = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=config.lora_target_modules)
     try:
         return TrajectoryGRPOTrainer(
             lm, functions, args, train_rows, validation, peft_config=adapter, callbacks=callbacks
