@@ -364,6 +364,8 @@ def test_the_largest_seed_is_a_seed() -> None:
 def test_k3_is_zero_on_equal_policies_and_positive_elsewhere() -> None:
     new = torch.tensor([-1.0, -2.0, -0.1])
     assert (k3(new, new) == 0).all() and (k3(new, new + torch.tensor([0.5, -0.5, 1.0])) > 0).all()
+    # reference above the policy by half a nat: e^0.5 - 0.5 - 1
+    assert float(k3(torch.tensor(-1.0), torch.tensor(-0.5))) == pytest.approx(0.1487213, rel=1e-5)
 
 
 def test_lora_reference_is_the_model_without_its_adapter(tmp_path: Path) -> None:

@@ -88,7 +88,11 @@ def start(arguments: list[str], folder: Path, processes: int = 1) -> subprocess.
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "unmask", *arguments],
         cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(folder)},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
