@@ -148,6 +148,7 @@ def test_killed_and_resumed_equals_uninterrupted(rewards: Path, toy_folder: str,
     settings = {
         "lora_r": lora,
         "num_iterations": 3,
+        "save_every": 2,  # so that a killed run has written lines that its checkpoint does not know
         "steps": 7,
         "objective": "diffu" if lora else "cj",
         "bf16": bool(lora),
