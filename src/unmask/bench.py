@@ -25,7 +25,7 @@ from torch import Tensor
 from unmask.decoding import make_decoder
 from unmask.decoding.plan import uniform
 from unmask.evaluation.evaluate import environment
-from unmask.files import write_json
+from unmask.files import claim_result, write_json
 from unmask.models.llada import LLaDAConfig, LLaDAModelLM
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.scratch import character_tokenizer
@@ -103,11 +103,7 @@ def plain_bytes(config: BenchRL, steps: int) -> float:
 def bench_rl(config: BenchRL, progress: Callable[[str], None]) -> dict[str, Any]:
     """Measure every cell ``repeats`` times, in turn, each time in a fresh process; writes and returns the result."""
     output = Path(config.output)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(output, {})  # an output that cannot be written is found before anything is measured
-    except OSError as error:
-        raise UserError(f"cannot write to {output}: {error.strerror}; give another --output") from None
+    claim_result(output)
     free = torch.cuda.mem_get_info()[0] if config.device != "cpu" else _free_memory()
     found: dict[tuple[str, int], list[dict[str, float]]] = {}
     skipped = []

@@ -190,17 +190,16 @@ class ExportArguments:
 
 def export_checkpoint(arguments: list[str]) -> None:
     a = tyro.cli(ExportArguments, args=arguments, prog="unmask export")
+    from unmask.files import writing_to
     from unmask.models.load import load
     from unmask.runs import export
 
     output = Path(a.output)
     if output.exists():
         raise UserError(f"{output} exists: give a new folder")
-    try:
+    with writing_to(output, "folder"):
         output.parent.mkdir(parents=True, exist_ok=True)
         print(f"checkpoint  {export(load(a.checkpoint), output)}")
-    except OSError as error:
-        raise UserError(f"cannot write to {output}: {error.strerror}; give another folder") from None
 
 
 def bench(arguments: list[str]) -> None:

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from unmask.spec import UserError
+
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
@@ -19,6 +21,22 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_to(output: Path | str, instead: str = "--output") -> Iterator[None]:
+    """Turns an OSError of the block into the UserError that names the output and the flag that changes it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write to {output}: {error.strerror}; give another {instead}") from None
+
+
+def claim_result(output: Path) -> None:
+    """Make a result file before anything is measured for it. Raises UserError where it cannot be written."""
+    with writing_to(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, {})
 
 
 def write_json(path: Path, value: Any) -> None:

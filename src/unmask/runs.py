@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.config import read_config, save_config
+from unmask.files import writing_to
 from unmask.models.masked_lm import MaskedLM
 from unmask.spec import UserError
 
@@ -31,12 +32,10 @@ def claim(output: Path, config: Any, may_change: Collection[str], write: bool = 
         changed = [k for k in now if before[k] != now[k] and k not in may_change]
         if changed:
             raise UserError(f"{output} holds a run with other {', '.join(changed)}: give another --output or remove it")
-    try:
-        if write:
+    if write:
+        with writing_to(output):
             output.mkdir(parents=True, exist_ok=True)
             save_config(config, output / "config.yaml")
-    except OSError as error:
-        raise UserError(f"cannot write to {output}: {error.strerror}; give another --output") from None
     return newest
 
 

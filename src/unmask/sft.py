@@ -23,7 +23,7 @@ from unmask.models.scratch import new_model
 from unmask.noise import corrupt, diffusion_loss, sample_times
 from unmask.optim import MuonAdamW
 from unmask.runs import claim, export
-from unmask.spec import UserError
+from unmask.spec import UserError, check_at_least, check_positive
 from unmask.tasks import make_task
 
 EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -87,14 +87,10 @@ class SFTConfig:
             raise UserError(
                 f"problems is {self.problems}: give one number, or one for each of the {len(self.tasks)} tasks"
             )
-        for name in ("validation_problems", "steps", "batch_size", "log_every", "eval_every", "save_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: give 1 or more")
+        check_at_least(self, 1, "validation_problems", "steps", "batch_size", "log_every", "eval_every", "save_every")
         if min(self.canvas) < 1:
             raise UserError(f"canvas is {self.canvas}: give lengths of 1 or more")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UserError(f"{name} is {getattr(self, name)}: give a positive number")
+        check_positive(self, "learning_rate", "max_grad_norm")
         if self.warmup_steps < 0 or not 0 <= self.weight_decay < 1:
             raise UserError(
                 f"warmup_steps={self.warmup_steps}, weight_decay={self.weight_decay}: give 0 or more, and below 1"

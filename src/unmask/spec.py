@@ -24,6 +24,20 @@ def unknown(kind: str, value: str, choices: Iterable[str]) -> UserError:
     return UserError(f"unknown {kind} {value!r}: {hint}choose from {', '.join(choices)}")
 
 
+def check_at_least(config: Any, low: int, *names: str) -> None:
+    """Raises UserError for the first of the named fields whose value is below ``low``."""
+    for name in names:
+        if getattr(config, name) < low:
+            raise UserError(f"{name} is {getattr(config, name)}: give {low} or more")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raises UserError for the first of the named fields that is no positive finite number."""
+    for name in names:
+        if not 0 < getattr(config, name) < float("inf"):
+            raise UserError(f"{name} is {getattr(config, name)}: give a positive number")
+
+
 def split_spec(spec: str) -> tuple[str, dict[str, str]]:
     """``"ass:blocks=4,temperature=1"`` -> ``("ass", {"blocks": "4", "temperature": "1"})``. Raises UserError."""
     name, _, rest = spec.strip().partition(":")

@@ -72,11 +72,6 @@ class Trajectory:
         moved: dict[str, Any] = {k: getattr(self, k).to(device) for k in _TENSORS}
         return replace(self, **moved)
 
-    def split(self, rows: int) -> list[Trajectory]:
-        """Parts of at most ``rows`` rows."""
-        parts = zip(*(getattr(self, k).split(rows) for k in _TENSORS), strict=True)
-        return [replace(self, **dict(zip(_TENSORS, part, strict=True))) for part in parts]
-
     @staticmethod
     def cat(parts: Sequence[Trajectory]) -> Trajectory:
         """Rows of equally wide parts below each other."""

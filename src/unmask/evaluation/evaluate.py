@@ -24,7 +24,7 @@ import torch
 from unmask import __version__
 from unmask.decoding import Decoder, decode, make_decoder
 from unmask.evaluation.statistics import pooled_bootstrap, wilson
-from unmask.files import drop_cut_line, read_lines, write_json
+from unmask.files import drop_cut_line, read_lines, write_json, writing_to
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
 from unmask.spec import UserError
@@ -189,10 +189,9 @@ def evaluate(config: EvalConfig, progress: Callable[[str, int, int], None] | Non
     for spec, task in tasks.items():
         lm.encode([lm.chat(task.instruction(p), task.prefill) for _, p in sets[spec]], canvas)
     try:
-        (output / "records").mkdir(parents=True, exist_ok=True)
-        _claim(output / "config.json", resolved)
-    except OSError as error:
-        raise UserError(f"cannot write to {output}: {error.strerror}; give another --output") from None
+        with writing_to(output):
+            (output / "records").mkdir(parents=True, exist_ok=True)
+            _claim(output / "config.json", resolved)
     except json.JSONDecodeError:
         raise UserError(f"{output / 'config.json'} is damaged: remove it or give another --output") from None
     cells = []

@@ -30,9 +30,8 @@ def group_advantages(rewards: Tensor, num_generations: int, scale: Scale) -> Ten
     """
     groups = rewards.view(-1, num_generations)
     centred = groups - groups.mean(1, keepdim=True)
-    centred = torch.where(
-        (groups == groups[:, :1]).all(1, keepdim=True), 0.0, centred
-    )  # no rounding left of equal ones
+    unequal = varied(rewards, num_generations).view_as(groups)
+    centred = torch.where(unequal, centred, 0.0)  # no rounding left of equal rewards
     if scale == "group":
         centred = centred / (groups.std(1, keepdim=True) + EPSILON)
     return centred.view(-1)

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from unmask.decoding import Decoder, make_decoder
 from unmask.rl.objectives import OBJECTIVES
-from unmask.spec import UserError, unknown
+from unmask.spec import UserError, check_at_least, unknown
 
 
 @dataclass
@@ -56,10 +56,8 @@ class GRPOSettings:
         """Raises UserError for a value out of range."""
         if self.objective not in OBJECTIVES:
             raise unknown("objective", self.objective, OBJECTIVES)
-        least = {"num_generations": 2, "num_iterations": 1, "rows_per_forward": 1, "max_completion_length": 1}
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise UserError(f"{name} is {getattr(self, name)}: give {low} or more")
+        check_at_least(self, 2, "num_generations")
+        check_at_least(self, 1, "num_iterations", "rows_per_forward", "max_completion_length")
         if self.steps_per_update is not None and self.steps_per_update < 1:
             raise UserError(f"steps_per_update is {self.steps_per_update}: give 1 or more, or none for all steps")
         if self.steps_per_update is not None and self.objective != "cj":

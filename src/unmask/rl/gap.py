@@ -11,15 +11,13 @@ import torch
 from torch import Tensor
 
 from unmask.decoding import make_decoder
-from unmask.decoding.decode import guided_logits
-from unmask.decoding.sampling import token_logprob
 from unmask.evaluation.evaluate import environment
 from unmask.evaluation.statistics import pooled_bootstrap
-from unmask.files import write_json
+from unmask.files import claim_result, write_json
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
 from unmask.rl.objectives import OBJECTIVES, Objective
-from unmask.rl.rollout import row_seeds, sample_trajectory
+from unmask.rl.rollout import row_seeds, sample_trajectory, score_view
 from unmask.spec import UserError
 from unmask.tasks import make_task
 from unmask.trajectory import Trajectory
@@ -46,15 +44,12 @@ class BenchGap:
 
 
 @torch.no_grad()
-def rescore(lm: MaskedLM, trajectory: Trajectory, objective: Objective, seeds: Tensor) -> Tensor:
+def rescore(lm: MaskedLM, trajectory: Trajectory, objective: Objective, seeds: Tensor, rows_per_forward: int) -> Tensor:
     """Log-probabilities of the recorded tokens in an objective's views, (B, L) float32."""
     out = torch.zeros_like(trajectory.logprob)
-    hidden = torch.zeros_like(trajectory.prompt_mask)
     for view in objective.views(trajectory, seeds, 0):
-        positions = torch.cat([hidden, view.scored], 1)
-        cfg = trajectory.decoder["cfg_scale"]
-        logits = guided_logits(lm, view.ids, trajectory.visible, positions, hidden.shape[1], cfg)
-        out[view.scored] = token_logprob(logits, trajectory.tokens[view.scored])
+        for rows in torch.arange(len(out), device=out.device).split(rows_per_forward):
+            out[view.scored_in(rows)], _ = score_view(lm, trajectory, view, rows)
     return out
 
 
@@ -65,11 +60,7 @@ def bench_gap(config: BenchGap, progress: Callable[[str], None]) -> dict[str, An
     (``text_gap``), each with a 95 % interval (bootstrap over completions).
     """
     output = Path(config.output)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(output, {})  # an output that cannot be written is found before anything is measured
-    except OSError as error:
-        raise UserError(f"cannot write to {output}: {error.strerror}; give another --output") from None
+    claim_result(output)
     lm = load(config.model)
     cells = []
     for spec in config.task:
@@ -81,16 +72,10 @@ def bench_gap(config: BenchGap, progress: Callable[[str], None]) -> dict[str, An
             decoder = make_decoder(decoder_spec, max_new_tokens=config.max_new_tokens, temperature=config.temperature)
             seeds, view_seeds = row_seeds(config.seed, 0, 0, len(prompts))
             trajectory = sample_trajectory(lm, prompts, decoder, seeds, config.rows_per_forward)
-            parts = zip(
-                trajectory.split(config.rows_per_forward), view_seeds.split(config.rows_per_forward), strict=True
-            )
-            found: dict[str, list[Tensor]] = {name: [] for name in OBJECTIVES}
-            for part, part_seeds in parts:
-                for name, objective in OBJECTIVES.items():
-                    found[name].append((rescore(lm, part, objective, part_seeds) - part.logprob).abs().double())
             inside = torch.arange(config.max_new_tokens) <= lm.lengths(trajectory.tokens)[:, None]
-            for name, rows in found.items():
-                gaps = torch.cat(rows)
+            for name, objective in OBJECTIVES.items():
+                found = rescore(lm, trajectory, objective, view_seeds, config.rows_per_forward)
+                gaps = (found - trajectory.logprob).abs().double()
                 cell: dict[str, Any] = {
                     "task": spec,
                     "decoder": decoder_spec,

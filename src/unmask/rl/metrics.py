@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from unmask.models.masked_lm import MaskedLM
+from unmask.rl.advantages import varied
 from unmask.rl.rewards import Row
 from unmask.trajectory import Trajectory
 
@@ -26,7 +27,7 @@ def rollout_values(lm: MaskedLM, trajectory: Trajectory, rewards: Tensor, num_ge
     values = (
         rewards.mean(),
         groups.std(1).mean(),
-        (groups == groups[:, :1]).all(1).double().mean(),
+        (~varied(rewards, num_generations)).double().mean(),
         lengths.mean(),
         (lengths == trajectory.tokens.shape[1]).double().mean(),
         trajectory.nfe.double().mean(),

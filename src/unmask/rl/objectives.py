@@ -30,6 +30,12 @@ class View:
     ids: Tensor
     scored: Tensor
 
+    def scored_in(self, rows: Tensor) -> Tensor:
+        """``scored`` with all other rows False. rows (n,) int64, ascending -> (B, L) bool."""
+        mask = torch.zeros_like(self.scored)
+        mask[rows] = self.scored[rows]
+        return mask
+
 
 @dataclass(frozen=True)
 class Objective:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from unmask.config import read_config
 from unmask.evaluation.report import COLOURS, save_figure
-from unmask.files import read_lines
+from unmask.files import read_lines, writing_to
 from unmask.rl.run import RLConfig
 from unmask.spec import UserError
 
@@ -135,8 +135,6 @@ def report(folders: list[Path], output: Path) -> tuple[str, list[Path]]:
         UserError: for a folder without a run, or where ``output`` cannot be written.
     """
     runs = [read_run(folder) for folder in folders]
-    try:
+    with writing_to(output):
         output.mkdir(parents=True, exist_ok=True)
         return markdown(runs, folders), save_figure(curves_figure(runs), output / "curves")
-    except OSError as error:
-        raise UserError(f"cannot write to {output}: {error.strerror}; give another --output") from None

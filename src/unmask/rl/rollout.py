@@ -12,7 +12,10 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from unmask.decoding import Decoder, decode
+from unmask.decoding.decode import guided_logits
+from unmask.decoding.sampling import token_logprob
 from unmask.models.masked_lm import MaskedLM
+from unmask.rl.objectives import View
 from unmask.rl.rewards import Row
 from unmask.spec import UserError
 from unmask.trajectory import Trajectory
@@ -92,6 +95,16 @@ def sample_trajectory(
     seeds = seeds.to(ids.device)
     chunks = zip(*(x.split(rows_per_forward) for x in (ids, mask, seeds)), strict=True)
     return Trajectory.cat([decode(lm, i, m, decoder, seeds=s) for i, m, s in chunks])
+
+
+def score_view(policy: MaskedLM, trajectory: Trajectory, view: View, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (N,) of the scored tokens of some rows (n,), in row-major order, and their logits (N, V)."""
+    width = trajectory.prompt.shape[1]
+    scored = view.scored[rows]
+    positions = torch.cat([torch.zeros_like(trajectory.prompt_mask[rows]), scored], 1)
+    cfg = trajectory.decoder["cfg_scale"]
+    logits = guided_logits(policy, view.ids[rows], trajectory.visible[rows], positions, width, cfg)
+    return token_logprob(logits, trajectory.tokens[rows][scored]), logits
 
 
 def prompt_rows(lm: MaskedLM, rows: Sequence[Row], split: str) -> list[Row]:

@@ -13,14 +13,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.integrations import get_available_reporting_integrations
 
-from unmask.files import read_lines, whole
+from unmask.files import read_lines, whole, writing_to
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
 from unmask.rl.config import GRPOSettings, TrajectoryGRPOConfig
 from unmask.rl.rewards import Row, load_reward, task_rewards
 from unmask.rl.trainer import TrajectoryGRPOTrainer
 from unmask.runs import claim, export
-from unmask.spec import UserError, unknown
+from unmask.spec import UserError, check_at_least, check_positive, unknown
 from unmask.tasks import Task, make_task
 
 _SCHEDULES = ("constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt")
@@ -98,20 +98,9 @@ class RLConfig(GRPOSettings):
             raise UserError(f"seed is {self.seed}: give 0 to {2**30 - 1}")
         if self.lora_r is not None and self.lora_r < 1:
             raise UserError(f"lora_r is {self.lora_r}: give a rank of 1 or more, or none to train all weights")
-        for name in (
-            "problems",
-            "validation_problems",
-            "steps",
-            "batch_size",
-            "eval_every",
-            "save_every",
-            "lora_alpha",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: give 1 or more")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise UserError(f"{name} is {getattr(self, name)}: give a positive number")
+        counts = ("problems", "validation_problems", "steps", "batch_size", "eval_every", "save_every", "lora_alpha")
+        check_at_least(self, 1, *counts)
+        check_positive(self, "learning_rate", "max_grad_norm")
 
 
 _MAY_CHANGE = ("output", "eval_every", "save_every", "report_to", "log_completions", "rows_per_forward")
@@ -244,12 +233,10 @@ def make_trainer(config: RLConfig, callbacks: list[TrainerCallback]) -> Trajecto
         from peft import LoraConfig
 
         adapter = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=config.lora_target_modules)
-    try:
+    with writing_to(config.output):  # the Trainer makes its folder
         return TrajectoryGRPOTrainer(
             lm, functions, args, train_rows, validation, peft_config=adapter, callbacks=callbacks
         )
-    except OSError as error:  # the Trainer makes its folder
-        raise UserError(f"cannot write to {config.output}: {error.strerror}; give another --output") from None
 
 
 def train(config: RLConfig) -> Path:

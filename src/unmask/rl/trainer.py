@@ -17,8 +17,6 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from unmask.decoding.decode import guided_logits
-from unmask.decoding.sampling import token_logprob
 from unmask.models.load import as_masked_lm
 from unmask.models.masked_lm import MaskedLM
 from unmask.rl.advantages import group_advantages, varied
@@ -26,7 +24,7 @@ from unmask.rl.config import TrajectoryGRPOConfig
 from unmask.rl.metrics import ROLLOUT, UPDATE, rollout_values, update_sums, validation_sums
 from unmask.rl.objectives import OBJECTIVES, Objective, View, clipped_surrogate, k3, sample_views, token_weights
 from unmask.rl.rewards import Row, reward_name, score
-from unmask.rl.rollout import Rollout, RolloutSampler, prompt_rows, row_seeds, sample_trajectory
+from unmask.rl.rollout import Rollout, RolloutSampler, prompt_rows, row_seeds, sample_trajectory, score_view
 from unmask.spec import UserError
 from unmask.tasks.base import Reward
 from unmask.trajectory import Trajectory
@@ -225,10 +223,8 @@ class TrajectoryGRPOTrainer(Trainer):
         for i in iterations:
             views = self._views(rollout, i)
             for view, rows, _ in self._jobs(views, active):
-                logprob, _ = self._forward(policy, rollout.trajectory, views[view], rows)
-                where = torch.zeros_like(out[i], dtype=torch.bool)
-                where[rows] = views[view].scored[rows]
-                out[i][where] = logprob
+                logprob, _ = score_view(policy, rollout.trajectory, views[view], rows)
+                out[i][views[view].scored_in(rows)] = logprob
         return out
 
     def _jobs(self, views: list[View], active: Tensor) -> list[tuple[int, Tensor, bool]]:
@@ -244,15 +240,6 @@ class TrajectoryGRPOTrainer(Trainer):
         most = int(self.accelerator.gather(count).max()) if self.args.world_size > 1 else len(jobs)
         idle = (0, torch.zeros(1, dtype=torch.int64, device=active.device), False)
         return jobs + [idle] * (max(most, 1) - len(jobs))
-
-    def _forward(self, policy: MaskedLM, trajectory: Trajectory, view: View, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probabilities (N,) of the scored tokens of some rows, in row-major order, and their logits (N, V)."""
-        width = trajectory.prompt.shape[1]
-        scored = view.scored[rows]
-        positions = torch.cat([torch.zeros_like(trajectory.prompt_mask[rows]), scored], 1)
-        cfg = trajectory.decoder["cfg_scale"]
-        logits = guided_logits(policy, view.ids[rows], trajectory.visible[rows], positions, width, cfg)
-        return token_logprob(logits, trajectory.tokens[rows][scored]), logits
 
     def update(self, model: Any, rollout: Rollout, iteration: int) -> Tensor:
         """Accumulate the gradient of one inner iteration, one backward a forward pass; returns this rank's loss."""
@@ -272,7 +259,7 @@ class TrajectoryGRPOTrainer(Trainer):
             last = number == len(jobs) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed reads it in backward
             with nullcontext() if last else self.accelerator.no_sync(model), self.compute_loss_context_manager():
-                new, logits = self._forward(policy, trajectory, views[view], rows)
+                new, logits = score_view(policy, trajectory, views[view], rows)
                 scored = views[view].scored[rows]
                 where = scored.nonzero()[:, 0]
                 advantages = rollout.advantages[rows][where]
@@ -338,7 +325,8 @@ class TrajectoryGRPOTrainer(Trainer):
             if exact and gap > self.args.max_replay_gap:
                 raise UserError(
                     f"the update does not see the policy that sampled: recorded and recomputed log-probabilities differ "
-                    f"by {gap:.2g} nats a token (at most {self.args.max_replay_gap:g}); switch dropout off or raise it"
+                    f"by {gap:.2g} nats a token (at most {self.args.max_replay_gap:g}); switch dropout off, or raise "
+                    "max_replay_gap"
                 )
         if self.args.beta == 0:
             del found["kl"]
