@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from scipy.stats import chi2
-from torch import Tensor
+from torch import Tensor, nn
 
 from conftest import PROMPTS, toy
 from unmask import PRESETS, MaskedLM, Trajectory, UserError, decode, make_decoder, make_task, replay
 from unmask.decoding.confidence import CONFIDENCES, reject_eos, suppress_eos
-from unmask.decoding.decode import guided_logits
-from unmask.decoding.sampling import candidates, sample, token_logprob, uniform_noise
+from unmask.decoding.decode import guided
+from unmask.decoding.sampling import Candidates, candidates, uniform_noise
+from unmask.models.head import Head, token_logprob
 
 pytestmark = pytest.mark.usefixtures("no_global_randomness")
 
@@ -162,6 +163,18 @@ def test_threshold_commits_the_quota_and_all_that_pass(toy_lm: MaskedLM) -> None
     assert found.steps < 32  # it does save passes
 
 
+def from_logits(
+    logits: Tensor, temperature: float = 0.0, noise: Tensor | None = None, needs: str = "", rows: Tensor | None = None
+) -> Candidates:
+    """Candidates of given logits (R, V), or of some of their rows (N,): hidden states are unit vectors."""
+    head = nn.utils.skip_init(nn.Linear, *logits.shape, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(logits.T.clamp(min=-1e30))
+        hidden = torch.eye(len(logits))
+        hidden = hidden if rows is None else hidden[rows]
+        return candidates(Head.of(head, -1), hidden, temperature, noise, frozenset(needs.split()))
+
+
 def chi_square(draws: Tensor, p: Tensor) -> float:
     """p-value of the draws' counts under probabilities p, cells of expected count below 5 pooled."""
     observed, expected = torch.bincount(draws, minlength=len(p)).double(), p.double() * len(draws)
@@ -178,8 +191,8 @@ def test_sampling_matches_softmax_and_bfloat16_would_not() -> None:
     logits, n = p.log(), 60_000
     groups = torch.cat([torch.tensor([0]), 1 + torch.arange(20_000) // 400])  # the tail in 50 cells
     q = torch.zeros(51).index_add_(0, groups, p)
-    noise = uniform_noise(torch.arange(n), 0, torch.zeros(n, 1, dtype=torch.long), 0)[:, 0]
-    ours = torch.cat([sample(logits.expand(1000, -1), 1.0, chunk) for chunk in noise.split(1000)])
+    noise = uniform_noise(torch.arange(n), 0, torch.zeros(n, dtype=torch.long), 0)
+    ours = from_logits(logits[None], 1.0, noise, rows=torch.zeros(n, dtype=torch.long)).tokens
     assert chi_square(groups[ours], q) > 1e-3
     generator = torch.Generator().manual_seed(0)
     gumbel = []
@@ -204,20 +217,21 @@ def test_one_step_decode_samples_the_softmax(toy_lm: MaskedLM) -> None:
 
 def test_temperature_flattens(toy_lm: MaskedLM) -> None:
     logits = 100 + torch.tensor([2.0, 1.1, 0.2, -torch.inf])  # a shift that bfloat16 could not resolve
-    noise = uniform_noise(torch.arange(40_000), 3, torch.zeros(40_000, 1, dtype=torch.long), 1)[:, 0]
+    everywhere = torch.zeros(40_000, dtype=torch.long)
+    noise = uniform_noise(torch.arange(40_000), 3, everywhere, 1)
     for temperature in (0.5, 2.0):
-        draws = sample(logits.expand(40_000, -1), temperature, noise)
+        draws = from_logits(logits[None], temperature, noise, rows=everywhere).tokens
         assert chi_square(draws, (logits / temperature).softmax(-1)) > 1e-3
 
 
 def test_noise_depends_on_the_row_alone() -> None:
     positions = torch.arange(6)[None].expand(3, -1)
-    seeds = torch.tensor([5, 6, 2**61])
+    seeds = torch.tensor([[5], [6], [2**61]])
     whole = uniform_noise(seeds, 7, positions, 0)
     assert torch.equal(whole[1:2, 2:4], uniform_noise(seeds[1:2], 7, positions[1:2, 2:4], 0))
     assert not torch.equal(whole, uniform_noise(seeds, 8, positions, 0))
     assert not torch.equal(whole, uniform_noise(seeds, 7, positions, 1))
-    many = uniform_noise(torch.arange(2000), 0, torch.arange(50).expand(2000, -1), 0).flatten()
+    many = uniform_noise(torch.arange(2000)[:, None], 0, torch.arange(50), 0).flatten()
     assert abs(float(many.mean()) - 0.5) < 0.005 and float(many.min()) >= 0 and float(many.max()) < 1
     assert abs(float(torch.corrcoef(torch.stack([many[:-1], many[1:]]))[0, 1])) < 0.01
 
@@ -234,9 +248,8 @@ def test_logprob_is_exact_near_one() -> None:
 
 
 def test_confidences_by_hand() -> None:
-    p = torch.tensor([[[0.5, 0.3, 0.2], [1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]]])
-    found = candidates(p.log(), 0.0, None)
-    noise = torch.tensor([[0.1, 0.2, 0.3]], dtype=torch.float64)
+    p = torch.tensor([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]])
+    noise = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
     h = -(0.5 * torch.tensor(0.5).log() + 0.3 * torch.tensor(0.3).log() + 0.2 * torch.tensor(0.2).log())
     expected = {
         "low-confidence": [0.5, 1.0, 1 / 3],
@@ -244,8 +257,9 @@ def test_confidences_by_hand() -> None:
         "margin": [0.2, 1.0, 0.0],
         "entropy": [1 - float(h) / float(torch.tensor(3.0).log()), 1.0, 0.0],
     }
-    for name, confidence in CONFIDENCES.items():
-        assert torch.allclose(confidence(found, noise)[0], torch.tensor(expected[name], dtype=torch.float64), atol=1e-6)
+    for name, (score, needs, _) in CONFIDENCES.items():
+        found = from_logits(p.log(), needs=" ".join(needs))
+        assert torch.allclose(score(found, noise), torch.tensor(expected[name], dtype=torch.float64), atol=1e-6)
 
 
 def test_eos_rules_by_hand() -> None:
@@ -272,7 +286,12 @@ def test_guidance_by_hand(toy_lm: MaskedLM) -> None:
     c, u = toy_lm.logits(x, m, at), toy_lm.logits(bare, m, at)
     keep = torch.arange(c.shape[-1]) != toy_lm.mask_id
     expected = (u + 2.5 * (c - u))[..., keep]
-    assert torch.allclose(guided_logits(toy_lm, x, m, at, width, 1.5)[..., keep], expected, atol=1e-4)
+    flat = (at + torch.arange(2)[:, None] * x.shape[1]).flatten()
+
+    def logits(head: Head, hidden: Tensor) -> Tensor:
+        return torch.cat([piece for _, piece in head.pieces(hidden)], 1).view(2, 4, -1)
+
+    assert torch.allclose(guided(toy_lm, x, m, flat, logits, width, 1.5)[..., keep], expected, atol=1e-4)
     trajectory = decode(toy_lm, ids, mask, make_decoder("ass:cfg_scale=1.5", max_new_tokens=16))
     assert trajectory.nfe.tolist() == [8, 8]
 

@@ -116,8 +116,12 @@ def test_positions_equal_slices(toy_lm: MaskedLM) -> None:
     ids, mask = toy_lm.encode(PROMPTS)
     full = toy_lm.model(ids, mask).logits
     index = torch.tensor([[0, 3], [5, 1], [2, 2], [7, 0]])
-    some = toy_lm.model(ids, mask, positions=index).logits
-    assert torch.allclose(some, torch.stack([full[b, index[b]] for b in range(4)]), atol=1e-5)
+    rows = torch.stack([full[b, index[b]] for b in range(4)])
+    flat = index + torch.arange(4)[:, None] * ids.shape[1]
+    some = toy_lm.model(ids, mask, positions=flat.flatten()).logits
+    assert torch.allclose(some.view(4, 2, -1), rows, atol=1e-5)
+    keep = torch.arange(rows.shape[-1]) != toy_lm.mask_id
+    assert torch.allclose(toy_lm.logits(ids, mask, index)[..., keep], rows[..., keep], atol=1e-5)
     chosen = torch.zeros_like(mask)
     chosen[1, 2] = chosen[0, 5] = True
     flat = toy_lm.model(ids, mask, positions=chosen).logits
@@ -206,11 +210,7 @@ class Causal(LLaDAModelLM):
         return type(
             "Out",
             (),
-            {
-                "logits": logits
-                if positions is None
-                else logits.gather(1, positions[:, :, None].expand(-1, -1, logits.shape[-1]))
-            },
+            {"logits": logits if positions is None else logits.flatten(0, 1)[positions]},
         )
 
 

@@ -298,7 +298,7 @@ def test_passes_that_only_keep_ranks_together_change_nothing(tmp_path: Path, mon
         t.rollout = t.sample(ROWS)
         jobs = t._jobs
         assert t.rollout.active[0]  # row 0 stands in for nothing
-        monkeypatch.setattr(t, "_jobs", lambda views, rows: jobs(views, rows) + [(0, torch.tensor([0]), False)] * idle)  # noqa: B023
+        monkeypatch.setattr(t, "_jobs", lambda views, rows: jobs(views, rows) + [(torch.tensor([0]), False)] * idle)  # noqa: B023
         t.update(t.model, t.rollout, 0)
         gradients.append(torch.cat([p.grad.flatten() for p in t.lm.model.parameters()]))
     assert torch.equal(*gradients)

@@ -30,6 +30,7 @@ from unmask.models.llada import LLaDAConfig, LLaDAModelLM
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.scratch import character_tokenizer
 from unmask.rl.config import TrajectoryGRPOConfig
+from unmask.rl.objectives import ViewRows
 from unmask.rl.rollout import Rollout
 from unmask.rl.trainer import TrajectoryGRPOTrainer
 from unmask.spec import UserError
@@ -271,12 +272,11 @@ def _all_logprobs(model: Any, ids: Tensor, trajectory: Trajectory) -> Tensor:
 
 def bare_update(trainer: TrajectoryGRPOTrainer, model: Any, rollout: Rollout) -> None:
     """Forward and backward of the same rows, and nothing else."""
-    trajectory = rollout.trajectory
-    views = trainer._views(rollout, 0)
-    for number, rows, _ in trainer._jobs(views, rollout.active):
-        view = views[number]
-        positions = torch.cat([torch.zeros_like(trajectory.prompt_mask[rows]), view.scored[rows]], 1)
-        model(input_ids=view.ids[rows], positions=positions).logits.sum().backward()
+    table = ViewRows.of(trainer._views(rollout, 0))
+    for part, _ in trainer._jobs(table, rollout.active):
+        rows = table.take(part)
+        prompt = torch.zeros_like(rollout.trajectory.prompt_mask[rows.row])
+        model(input_ids=rows.ids, positions=torch.cat([prompt, rows.scored], 1)).logits.sum().backward()
 
 
 if __name__ == "__main__":

@@ -6,16 +6,26 @@ gamma_s = gamma_min + (1 - gamma_min) * progress_s; logits and sampled tokens st
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from unmask.decoding.sampling import Candidates
 
-Confidence = Callable[[Candidates, "Tensor | None"], Tensor]
-"""(candidates, uniform noise (B, K) for ``random``, else None) -> scores (B, K) float64 in [0, 1]."""
+
+class Confidence(NamedTuple):
+    """A rule for scores.
+
+    Attributes:
+        score: (candidates, uniform noise (N,) where the rule is ``noisy``, else None) -> scores (N,) float64 in [0, 1].
+        needs: the optional fields of Candidates that it reads. noisy: whether it draws a number for every position.
+    """
+
+    score: Callable[[Candidates, Tensor | None], Tensor]
+    needs: frozenset[str] = frozenset()
+    noisy: bool = False
 
 
 def low_confidence(c: Candidates, noise: Tensor | None) -> Tensor:
@@ -25,34 +35,32 @@ def low_confidence(c: Candidates, noise: Tensor | None) -> Tensor:
 
 def random(c: Candidates, noise: Tensor | None) -> Tensor:
     """Uniform noise: positions in random order."""
-    if noise is None:
-        raise ValueError("random confidence needs noise")
+    assert noise is not None
     return noise
 
 
 def margin(c: Candidates, noise: Tensor | None) -> Tensor:
     """Difference between the two largest probabilities."""
-    top = c.logits.topk(2, dim=-1)
-    return (top.values.double() - c.logits.logsumexp(-1, keepdim=True).double()).exp().diff(dim=-1)[..., 0].neg()
+    assert c.second is not None
+    return c.top - c.second
 
 
 def entropy(c: Candidates, noise: Tensor | None) -> Tensor:
     """1 - H / log V: one for a certain position, zero for a uniform one."""
-    logp = c.logits.log_softmax(-1)
-    h = -(logp.exp() * logp.clamp(min=-1e4)).sum(-1)
-    return 1 - h.double() / math.log(c.logits.shape[-1])
+    assert c.entropy is not None
+    return (1 - c.entropy).clamp(0, 1)
 
 
 CONFIDENCES: dict[str, Confidence] = {
-    "low-confidence": low_confidence,
-    "random": random,
-    "margin": margin,
-    "entropy": entropy,
+    "low-confidence": Confidence(low_confidence),
+    "random": Confidence(random, noisy=True),
+    "margin": Confidence(margin, needs=frozenset({"second"})),
+    "entropy": Confidence(entropy, needs=frozenset({"entropy"})),
 }
 
 
 def reject_eos(scores: Tensor, tokens: Tensor, end_ids: Tensor, gamma: Tensor | float) -> Tensor:
-    """EOSER: end candidates keep the share ``gamma`` of their score. scores, tokens (B, K); gamma a number or (B, 1)."""
+    """EOSER: end candidates keep the share ``gamma`` of their score. scores, tokens and gamma (or a number) of one shape."""
     return torch.where(torch.isin(tokens, end_ids), scores * gamma, scores)
 
 

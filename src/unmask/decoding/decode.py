@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from unmask.decoding.canvas import Canvases
 from unmask.decoding.confidence import CONFIDENCES, reject_eos, suppress_eos
 from unmask.decoding.decoder import Decoder
-from unmask.decoding.sampling import ORDER, TOKEN, candidates, token_logprob, uniform_noise
+from unmask.decoding.sampling import ORDER, TOKEN, Candidates, candidates, uniform_noise
+from unmask.models.head import Head, score_tokens
+from unmask.models.llada import KVCache
 from unmask.models.masked_lm import MaskedLM
 from unmask.spec import UserError
 from unmask.trajectory import Trajectory
+
+Result = TypeVar("Result")
 
 
 class Streamer(Protocol):
@@ -23,27 +29,177 @@ class Streamer(Protocol):
     def end(self) -> None: ...
 
 
-def guided_logits(
-    lm: MaskedLM, ids: Tensor, attention_mask: Tensor | None, positions: Tensor, prompt: int, w: float
-) -> Tensor:
-    """Logits under classifier-free guidance: u + (w + 1)(c - u), u from the row with its prompt masked.
+def guided(
+    lm: MaskedLM,
+    ids: Tensor,
+    attention_mask: Tensor | None,
+    positions: Tensor,
+    reduce: Callable[[Head, Tensor], Result],
+    prompt: int,
+    w: float,
+    cache: KVCache | None = None,
+    window: tuple[int, int] | None = None,
+) -> Result:
+    """``lm.reduce`` under classifier-free guidance: logits u + (w + 1)(c - u), u from the row with its prompt masked.
 
-    ids (B, T), of which the first ``prompt`` columns are the prompt; positions (B, K) or a bool mask (B, T). Returns
-    float32 logits (B, K, V), or (N, V) for a mask.
+    The head is linear, so the hidden states are mixed and the head is applied once. ids (B, T), of which the first ``prompt``
+    columns are the prompt; the rest as in ``MaskedLM.reduce``. A guided cache holds the rows of c, then those of u.
     """
     if w == 0:
-        return lm.logits(ids, attention_mask, positions)
+        return lm.reduce(ids, attention_mask, positions, reduce, cache, window)
     without = ids.clone()
     without[:, :prompt] = lm.mask_id
     both_mask = None if attention_mask is None else attention_mask.repeat(2, 1)
-    both = lm.logits(torch.cat([ids, without]), both_mask, positions.repeat(2, 1))
-    c, u = both.chunk(2)
-    guided = u + (w + 1) * (c - u)
-    guided[..., lm.mask_id] = -torch.inf  # inf - inf otherwise
-    return guided
+    start, stop = window or (0, ids.shape[1])
+    both = torch.cat([positions, positions + len(ids) * (stop - start)])
+
+    def mixed(head: Head, hidden: Tensor) -> Result:
+        c, u = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).chunk(2)
+        return reduce(head, (u + (w + 1) * (c - u)).to(hidden.dtype))
+
+    return lm.reduce(torch.cat([ids, without]), both_mask, both, mixed, cache, window)
 
 
-@torch.no_grad()
+class Decoding:
+    """A model and a decoder at work: ``advance`` takes every row one pass further.
+
+    A row stands in the plan where its own committed tokens put it, so what it becomes does not depend on its neighbours.
+    Without a threshold or early stop nothing here waits for the device.
+    """
+
+    def __init__(self, lm: MaskedLM, decoder: Decoder, early_stop: bool) -> None:
+        self.lm, self.decoder, self.early_stop = lm, decoder, early_stop
+        self.plan = plan = decoder.plan
+        self.confidence = CONFIDENCES[decoder.confidence]
+        self.most = max(plan.commits if decoder.threshold is None else plan.open)
+
+        def constant(values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=lm.device)
+
+        self.ends = constant(lm.end_ids)
+        self.rejected = self.ends if decoder.eos_tokens == "eos+eot" else constant([lm.eos_id])
+        self.place, self.rank = constant(range(plan.length)), constant(range(self.most))
+        self.commits, self.done, self.horizon = map(constant, (plan.commits, plan.done, plan.horizon))
+        self.gammas = constant([decoder.gamma(p) for p in plan.progress], torch.float64)
+        self.cache: KVCache | None = None
+        self.cached = -1  # the horizon of the block that the cache was made for
+
+    @torch.no_grad()
+    def advance(self, rows: Canvases) -> None:
+        """One forward pass and its commits, in place."""
+        decoder, batch, length = self.decoder, len(rows), self.plan.length
+        masked = rows.step < 0
+        if decoder.threshold is None:
+            at = rows.at
+            quota = self.commits[at]
+        else:
+            committed = length - masked.sum(1)
+            at = torch.searchsorted(self.done, committed, right=True)
+            quota = self.done[at] - committed
+        open_ = masked & (self.place < self.horizon[at][:, None])
+        window, busy = (None, None) if decoder.cache == "none" else self._block(rows, at)
+        if busy is not None:
+            open_ &= busy[:, None]
+        if decoder.threshold is None:  # as many as the plan says: no need to look
+            flat = torch.nonzero_static(open_.flatten(), size=sum(self.plan.open[s] for s in rows.passes))[:, 0]
+        else:
+            flat = open_.flatten().nonzero()[:, 0]
+        row, column = flat // length, flat % length  # (N,) each
+        noise = order = None
+        if decoder.temperature > 0:
+            noise = uniform_noise(rows.seeds[row], rows.at[row], column, TOKEN)
+        if self.confidence.noisy:
+            order = uniform_noise(rows.seeds[row], rows.at[row], column, ORDER)
+
+        def reduce(head: Head, hidden: Tensor) -> Candidates:
+            return candidates(head, hidden, decoder.temperature, noise, self.confidence.needs)
+
+        start, stop = window or (0, rows.ids.shape[1])
+        positions = row * (stop - start) + column + rows.width - start
+        found = guided(
+            self.lm,
+            rows.ids,
+            rows.attention_mask,
+            positions,
+            reduce,
+            rows.width,
+            decoder.cfg_scale,
+            self.cache,
+            window,
+        )
+        score = self.confidence.score(found, order)
+        if decoder.eos == "reject":
+            score = reject_eos(score, found.tokens, self.rejected, self.gammas[at][row])
+        elif decoder.eos == "suppress":
+            score = suppress_eos(score, found.tokens, self.rejected)
+
+        scores = torch.full((batch, length), -1.0, dtype=torch.float64, device=score.device)
+        scores.view(-1)[flat] = score
+        best = scores.topk(self.most, dim=1)
+        chosen = self.rank < quota[:, None]
+        if decoder.threshold is not None:
+            chosen = chosen | (best.values >= decoder.threshold)
+        commit = torch.zeros_like(open_).scatter_(1, best.indices, chosen & (best.values >= 0)).view(-1)[flat]
+        # What is not committed is written back as it stands.
+        cells = row * rows.ids.shape[1] + rows.width + column
+        for target, where, value in (
+            (rows.ids, cells, found.tokens),
+            (rows.logprob, flat, found.logprob),
+            (rows.step, flat, rows.at[row].to(torch.int16)),
+        ):
+            view = target.view(-1)
+            view[where] = torch.where(commit, value, view[where])
+        if busy is None:
+            rows.at += 1
+            rows.passes = [n + 1 for n in rows.passes]
+        else:
+            rows.at += busy
+            rows.passes = rows.at.tolist()
+
+    def _block(self, rows: Canvases, at: Tensor) -> tuple[tuple[int, int] | None, Tensor]:
+        """The columns to compute in this pass (None: all, to fill the cache), and which rows are in the open block.
+
+        Rows wait for each other at the end of a block, so that the cache is made anew for all of them.
+        """
+        step = int(at.min())
+        start, horizon = self.plan.start[step], self.plan.horizon[step]
+        busy = self.horizon[at] == horizon
+        if self.cached != horizon:
+            self.cached, self.cache = horizon, KVCache()
+            return None, busy
+        stop = horizon if self.decoder.cache == "dual" else self.plan.length
+        return (rows.width + start, rows.width + stop), busy
+
+    def finished(self, rows: Canvases) -> Tensor:
+        """Rows that are done, (n,) int64 on the CPU: committed whole, or with early stop up to their first end token."""
+        if self.decoder.threshold is None and not self.early_stop:
+            return torch.tensor([i for i, n in enumerate(rows.passes) if n == self.plan.steps], dtype=torch.int64)
+        before_end = torch.ones_like(rows.step, dtype=torch.bool)
+        if self.early_stop:
+            before_end = torch.isin(rows.canvas, self.ends).cumsum(1) == 0
+        return (~((rows.step < 0) & before_end).any(1)).cpu().nonzero()[:, 0]
+
+    def split(self, rows: Canvases, leave: Tensor) -> tuple[Canvases, Canvases]:
+        """The rows that stay and those that leave."""
+        stay = torch.ones(len(rows), dtype=torch.bool).index_fill_(0, leave, False).nonzero()[:, 0]
+        if self.cache is not None and len(stay):
+            copies = 2 if self.decoder.cfg_scale else 1
+            self.cache.take(torch.cat([stay + i * len(rows) for i in range(copies)]).to(self.lm.device))
+        device = self.lm.device
+        return rows.take(stay.to(device)), rows.take(leave.to(device))
+
+
+def _seeds(decoder: Decoder, batch: int, generator: torch.Generator | None, seeds: Tensor | None) -> Tensor:
+    """One seed a row; zeros where nothing is random. Raises UserError where randomness has no source."""
+    if seeds is not None:
+        return seeds
+    if decoder.temperature == 0 and not CONFIDENCES[decoder.confidence].noisy:
+        return torch.zeros(batch, dtype=torch.int64)
+    if generator is None:
+        raise UserError(f"decoder {decoder.name!r} draws random numbers: pass a torch.Generator")
+    return torch.randint(2**62, (batch,), generator=generator, device=generator.device)
+
+
 def decode(
     lm: MaskedLM,
     prompt: Tensor,
@@ -52,6 +208,7 @@ def decode(
     generator: torch.Generator | None = None,
     seeds: Tensor | None = None,
     streamer: Streamer | None = None,
+    early_stop: bool = False,
 ) -> Trajectory:
     """Fill a canvas of masks after each prompt.
 
@@ -62,6 +219,8 @@ def decode(
         seeds: (B,) int64, one seed a row, instead of a generator. A row's result depends on its own seed alone, not on
             the batch it stands in.
         streamer: shown every draft; for one row.
+        early_stop: a row is finished once all is committed up to its first end token, since its text cannot change any
+            more. It leaves the batch; the rest of its canvas stays masked, with step -1.
 
     Returns:
         The trajectory; prompt tokens are never altered.
@@ -70,92 +229,95 @@ def decode(
         UserError: where randomness is needed but neither generator nor seeds is given, a prompt holds the mask token, or
             a streamer is given more than one row.
     """
-    plan, batch, width = decoder.plan, prompt.shape[0], prompt.shape[1]
-    length, device = plan.length, prompt.device
+    batch = prompt.shape[0]
     if (prompt == lm.mask_id).logical_and(prompt_mask).any():
         raise UserError("a prompt holds the mask token: remove it")
     if streamer is not None and batch != 1:
         raise UserError(f"a streamer shows one row, not {batch}: decode one prompt at a time")
-    random = decoder.temperature > 0 or decoder.confidence == "random"
-    if seeds is None and random:
-        if generator is None:
-            raise UserError(f"decoder {decoder.name!r} draws random numbers: pass a torch.Generator")
-        seeds = torch.randint(2**62, (batch,), generator=generator, device=generator.device)
-    seeds = None if seeds is None else seeds.to(device)
-
-    ids = torch.cat([prompt, torch.full((batch, length), lm.mask_id, device=device)], dim=1)
-    attention_mask = None
-    if not prompt_mask.all():
-        attention_mask = torch.cat([prompt_mask, prompt_mask.new_ones(batch, length)], dim=1)
-    step = torch.full((batch, length), -1, dtype=torch.int16, device=device)
-    logprob = torch.zeros(batch, length, device=device)
-    place = torch.arange(length, device=device)[None]
-    end_ids = torch.tensor(lm.end_ids if decoder.eos_tokens == "eos+eot" else (lm.eos_id,), device=device)
-    confidence = CONFIDENCES[decoder.confidence]
+    seeds = _seeds(decoder, batch, generator, seeds).to(prompt.device)
     if streamer is not None:
         streamer.put(prompt)
-
-    # A row stands in the plan where its committed tokens put it. Without a threshold every row stands at step s.
-    done = torch.tensor(plan.done, device=device)
-    horizons = torch.tensor(plan.horizon, device=device)
-    gammas = torch.tensor([decoder.gamma(p) for p in plan.progress], dtype=torch.float64, device=device)
-    for s in range(plan.steps):
-        masked = step < 0
-        if decoder.threshold is None:
-            quota: Tensor | int = plan.commits[s]
-            horizon: Tensor | int = plan.horizon[s]
-            gamma = gammas[s]
-            open_positions, most = plan.horizon[s] - plan.done[s] + plan.commits[s], plan.commits[s]
-        else:
-            committed = length - masked.sum(1)
-            if bool((committed == length).all()):
-                break
-            at = torch.searchsorted(done, committed, right=True).clamp(max=plan.steps - 1)
-            quota, horizon, gamma = (done[at] - committed)[:, None], horizons[at][:, None], gammas[at][:, None]
-            open_positions = most = int((masked & (place < horizon)).sum(1).max())
-        is_open = masked & (place < horizon)
-        positions = torch.where(is_open, place, place + length).sort(1).values[:, :open_positions]  # (B, K)
-        valid = positions < length
-        positions = positions % length
-
-        logits = guided_logits(lm, ids, attention_mask, positions + width, width, decoder.cfg_scale)
-        noise = uniform_noise(seeds, s, positions, TOKEN) if seeds is not None and decoder.temperature > 0 else None
-        found = candidates(logits, decoder.temperature, noise)
-        order = (
-            uniform_noise(seeds, s, positions, ORDER) if seeds is not None and decoder.confidence == "random" else None
-        )
-        score = confidence(found, order)
-        if decoder.eos == "reject":
-            score = reject_eos(score, found.tokens, end_ids, gamma)
-        elif decoder.eos == "suppress":
-            score = suppress_eos(score, found.tokens, end_ids)
-
-        best = score.masked_fill(~valid, -1.0).topk(most, dim=1)  # (B, most)
-        chosen = (torch.arange(most, device=device)[None] < quota) & (best.values >= 0)
-        if decoder.threshold is not None:
-            chosen |= best.values >= decoder.threshold
-        where = positions.gather(1, best.indices)
-        # Unchosen entries write back what stands there.
-        token = torch.where(chosen, found.tokens.gather(1, best.indices), ids.gather(1, where + width))
-        ids.scatter_(1, where + width, token)
-        logprob.scatter_(1, where, torch.where(chosen, found.logprob.gather(1, best.indices), logprob.gather(1, where)))
-        step.scatter_(1, where, torch.where(chosen, torch.tensor(s, dtype=torch.int16), step.gather(1, where)))
+    loop = Decoding(lm, decoder, early_stop)
+    rows = Canvases.new(prompt, prompt_mask, decoder.plan.length, lm.mask_id, seeds, range(batch))
+    parts: list[Canvases] = []
+    while len(rows):
+        loop.advance(rows)
         if streamer is not None:
-            streamer.put_draft(ids[0, width:])
+            streamer.put_draft(rows.canvas[0])
+        leave = loop.finished(rows)
+        if len(leave):
+            rows, done = loop.split(rows, leave)
+            parts.append(done)
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = whole.join(part, lm.pad_id)
+    order = torch.tensor(whole.numbers, device=prompt.device).argsort()
+    trajectory = whole.take(order).trajectory(lm.mask_id, decoder.config())
     if streamer is not None:
-        streamer.put(ids[0, width:].cpu())
+        streamer.put(trajectory.tokens[0].cpu())
         streamer.end()
-    return Trajectory(prompt, prompt_mask, ids[:, width:].clone(), step, logprob, lm.mask_id, decoder.config())
+    return trajectory
+
+
+def decode_each(
+    lm: MaskedLM,
+    prompts: Sequence[str],
+    decoder: Decoder,
+    seeds: Tensor,
+    batch_size: int,
+    early_stop: bool = True,
+) -> Iterator[tuple[int, Trajectory]]:
+    """Decode any number of prompts with a batch that stays full: a finished row makes room for the next prompt.
+
+    Prompts of similar length next to each other waste least on padding.
+
+    Args:
+        prompts: texts for ``MaskedLM.encode``. seeds: (len(prompts),) int64.
+        batch_size: rows of one forward pass.
+        early_stop: as in ``decode``.
+
+    Yields:
+        (index into ``prompts``, its trajectory of one row), in the order in which rows finish.
+    """
+    loop = Decoding(lm, decoder, early_stop)
+    rows: Canvases | None = None
+    following = 0
+    while following < len(prompts) or rows is not None:
+        room = batch_size - (0 if rows is None else len(rows))
+        together = decoder.cache != "none" and rows is not None  # a cache is made for rows of one block
+        if room and following < len(prompts) and not together:
+            numbers = range(following, min(following + room, len(prompts)))
+            ids, mask = lm.encode([prompts[i] for i in numbers], decoder.max_new_tokens)
+            some = seeds[numbers.start : numbers.stop].to(ids.device)
+            fresh = Canvases.new(ids, mask, decoder.plan.length, lm.mask_id, some, numbers)
+            rows = fresh if rows is None else rows.join(fresh, lm.pad_id)
+            following = numbers.stop
+        assert rows is not None
+        loop.advance(rows)
+        leave = loop.finished(rows)
+        if not len(leave):
+            continue
+        rest, done = loop.split(rows, leave)
+        rows = rest.trimmed() if len(rest) else None
+        for i, number in enumerate(done.numbers):
+            one = done.take(torch.tensor([i], device=lm.device)).trimmed()
+            yield number, one.trajectory(lm.mask_id, decoder.config())
 
 
 @torch.no_grad()
 def replay(lm: MaskedLM, trajectory: Trajectory) -> Tensor:
     """Log-probabilities of all committed tokens, recomputed on ``state(s)``. (B, L) float32; equals ``logprob``."""
-    width, length = trajectory.prompt.shape[1], trajectory.tokens.shape[1]
-    every = torch.arange(length, device=trajectory.tokens.device)[None].expand_as(trajectory.tokens) + width
+    width = trajectory.prompt.shape[1]
     out = torch.zeros_like(trajectory.logprob)
     for s in range(trajectory.steps):
         ids = torch.cat([trajectory.prompt, trajectory.state(s)], dim=1)
-        logits = guided_logits(lm, ids, trajectory.visible, every, width, trajectory.decoder["cfg_scale"])
-        out = torch.where(trajectory.committed(s), token_logprob(logits, trajectory.tokens), out)
+        row, column = trajectory.committed(s).nonzero(as_tuple=True)
+        tokens = trajectory.tokens[row, column]
+
+        def reduce(head: Head, hidden: Tensor, tokens: Tensor = tokens) -> Tensor:
+            return score_tokens(head, hidden, tokens)[0]
+
+        positions = row * ids.shape[1] + width + column
+        cfg = trajectory.decoder["cfg_scale"]
+        out[row, column] = guided(lm, ids, trajectory.visible, positions, reduce, width, cfg)
     return out

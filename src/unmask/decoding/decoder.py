@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +46,9 @@ class Decoder:
     """Classifier-free guidance w: logits = u + (w + 1)(c - u), u with the prompt masked. Doubles the passes."""
     threshold: float | None = None
     """Also commit every open candidate whose score reaches this."""
+    cache: Literal["none", "prefix", "dual"] = "none"
+    """Approximate: within a block of the plan, reuse keys and values of what stands before the block (``prefix``) or on both
+    sides of it (``dual``) from the block's first pass (Fast-dLLM)."""
 
     def __post_init__(self) -> None:
         if self.confidence not in CONFIDENCES:
@@ -72,7 +76,12 @@ class Decoder:
                 raise UserError(f"{field} of decoder {self.name!r} is {getattr(self, field)}: give {ranges[field]}")
         if self.max_new_tokens >= 2**15:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}: give less than {2**15}")
-        _ = self.plan  # refuse an impossible plan at once
+        plan = self.plan  # refuses an impossible plan at once
+        if self.cache != "none" and not any(a == b < plan.length for a, b in pairwise(plan.horizon)):
+            raise UserError(
+                f"cache={self.cache} saves nothing in decoder {self.name!r}: it needs a plan of several blocks, one of which "
+                "takes more than one step; give block_length or leave the cache out"
+            )
 
     @cached_property
     def plan(self) -> Plan:

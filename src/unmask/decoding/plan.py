@@ -49,6 +49,17 @@ class Plan:
         """Tokens committed once step s is done."""
         return tuple(accumulate(self.commits))
 
+    @property
+    def open(self) -> tuple[int, ...]:
+        """Masked positions below the horizon before step s."""
+        return tuple(h - d + c for h, d, c in zip(self.horizon, self.done, self.commits, strict=True))
+
+    @property
+    def start(self) -> tuple[int, ...]:
+        """Where the block of step s begins: the horizon before it opened."""
+        earlier = {h: max((g for g in self.horizon if g < h), default=0) for h in self.horizon}
+        return tuple(earlier[h] for h in self.horizon)
+
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]

@@ -1,11 +1,15 @@
-"""From logits to candidates: float32 throughout, one uniform number a position, reproducible row by row."""
+"""From hidden states to candidates: one pass over the vocabulary, one uniform number a position, reproducible row by row."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from unmask.models.head import LANE, Head, rescale
 
 # Streams of random numbers that one step draws for each position.
 TOKEN, ORDER = 0, 1
@@ -19,13 +23,14 @@ def _mix(z: Tensor) -> Tensor:
     return z ^ ((z >> 31) & 0x1FFFFFFFF)
 
 
-def uniform_noise(seeds: Tensor, step: int, positions: Tensor, stream: int) -> Tensor:
+def uniform_noise(seeds: Tensor, step: Tensor | int, positions: Tensor, stream: int) -> Tensor:
     """Uniform numbers in [0, 1) that depend on nothing but a row's seed, the step, the position and the stream.
 
-    So a row is decoded alike in whatever batch it stands. seeds (B,) int64, positions (B, K) int64 -> (B, K) float64.
+    So a row is decoded alike in whatever batch it stands. seeds, step and positions int64, broadcast together -> float64.
     """
-    z = _mix(seeds + GOLDEN * torch.full_like(seeds, 2 * step + stream + 1))
-    z = _mix(z[:, None] + GOLDEN * (positions + 1))
+    number = 2 * step + (stream + 1) + torch.zeros_like(seeds)  # a tensor, so that the product wraps
+    z = _mix(seeds + GOLDEN * number)
+    z = _mix(z + GOLDEN * (positions + 1))
     return ((z >> 11) & 0x1FFFFFFFFFFFFF).double() * 2.0**-53
 
 
@@ -34,44 +39,117 @@ class Candidates:
     """One candidate token a position, with what confidences need.
 
     Attributes:
-        logits: (B, K, V) float32, at temperature 1.
-        tokens: (B, K) int64. logprob: (B, K) float32, log-probability of ``tokens`` at temperature 1.
+        tokens: (N,) int64. logprob: (N,) float32, log-probability of ``tokens`` at temperature 1.
+        top, second: (N,) float64, the two largest probabilities (``second`` only where asked for).
+        entropy: (N,) float64, in units of log V, where asked for.
     """
 
-    logits: Tensor
     tokens: Tensor
     logprob: Tensor
+    top: Tensor
+    second: Tensor | None = None
+    entropy: Tensor | None = None
 
 
-def token_logprob(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log softmax(logits)[tokens], accurate near probability 1, where many positions would otherwise tie at exactly 0.
+def candidates(
+    head: Head, hidden: Tensor, temperature: float, noise: Tensor | None, needs: frozenset[str] = frozenset()
+) -> Candidates:
+    """The most likely token of every position (temperature 0), or one sampled from softmax(logits / temperature).
 
-    Written as -log(1 + sum of the others' odds). logits (..., V) float32, tokens (...) int64 -> (...) float32.
+    Sampling is exact, by inverse CDF in two stages: a lane of 64 tokens by the lanes' float64 sums, then a token in it. (The
+    reference draws V Gumbel numbers in bfloat16 and so over-samples the top token.)
+
+    Args:
+        hidden: (N, d) final hidden states. noise: (N,) float64 in [0, 1), or None at temperature 0.
+        needs: ``second`` and ``entropy``, where a confidence reads them.
     """
-    chosen = logits.gather(-1, tokens[..., None])
-    others = logits.scatter(-1, tokens[..., None], -torch.inf).logsumexp(-1)
-    return -torch.nn.functional.softplus(others - chosen[..., 0])
+    noises = [None] * len(head.parts(hidden)) if noise is None else head.parts(noise)
+    found = [_candidates(head, h, temperature, n, needs) for h, n in zip(head.parts(hidden), noises, strict=True)]
+    if len(found) == 1:
+        return found[0]
+    columns: dict[str, Any] = {}
+    for name, value in vars(found[0]).items():
+        columns[name] = None if value is None else torch.cat([getattr(f, name) for f in found])
+    return Candidates(**columns)
 
 
-def sample(logits: Tensor, temperature: float, noise: Tensor) -> Tensor:
-    """Tokens from softmax(logits / temperature) by inverse CDF: float32 weights, float64 sums, one uniform a position.
+def _candidates(
+    head: Head, hidden: Tensor, temperature: float, noise: Tensor | None, needs: frozenset[str]
+) -> Candidates:
+    # One entry a piece of the vocabulary: largest logit and its token; on its scale, the sum of all others' weights.
+    tops, tokens, others, seconds, products, lanes = [], [], [], [], [], []
+    size = 0
+    for a, logits in head.pieces(hidden):
+        size = a + logits.shape[1]
+        top, at = logits.max(1)
+        x = logits.sub_(top[:, None])
+        if "second" in needs:
+            seconds.append(x.scatter(1, at[:, None], -torch.inf).amax(1))
+        if noise is not None and temperature != 1:
+            lanes.append(_lane_sums((x / temperature).exp_()))
+        keep = "entropy" in needs
+        weight = (x.exp() if keep else x.exp_()).scatter_(1, at[:, None], 0.0)
+        if keep:
+            products.append(torch.linalg.vecdot(weight, x))  # sum of e^x x; 0 for the top
+        if noise is not None and temperature == 1:  # the same weights serve
+            sums = _lane_sums(weight)
+            others.append(sums.sum(1))
+            lanes.append(sums.scatter_add_(1, at[:, None] // LANE, torch.ones_like(sums[:, :1])))
+        else:
+            others.append(weight.sum(1))
+        tops.append(top)
+        tokens.append(at + a)
+    share, top = rescale(tops)
+    best = share.argmax(1, keepdim=True)
+    rest_of_tops = share.scatter(1, best, 0.0)
+    rest = (share * torch.stack(others, 1)).sum(1) + rest_of_tops.sum(1)  # odds against the most likely token
+    token = torch.stack(tokens, 1).gather(1, best)[:, 0]
+    logprob = -rest.log1p()
+    probability = logprob.exp()
+    second = entropy = None
+    if "second" in needs:
+        runner_up = torch.maximum((share * torch.stack(seconds, 1).exp()).amax(1), rest_of_tops.amax(1))
+        second = runner_up * probability
+    if "entropy" in needs:
+        mass = torch.stack(others, 1) + 1
+        spread = (share * torch.stack(products, 1)).sum(1) - (torch.special.entr(share) * mass).sum(1)
+        entropy = (rest.log1p() - spread * probability) / torch.log(torch.tensor(float(size)))
+    if noise is not None:
+        scale = share ** (1 / temperature)
+        weights = torch.cat([lane.double() * scale[:, i : i + 1] for i, lane in enumerate(lanes)], 1)
+        drawn, logit = _draw(head, hidden, weights, top, temperature, noise)
+        logprob = torch.where(drawn == token, logprob, logit - top + logprob)
+        token = drawn
+    return Candidates(token, logprob.to(tops[0]), probability, second, entropy)
 
-    (The reference draws V Gumbel numbers in bfloat16 and so over-samples the top token.)
-    logits (..., V), noise (...) in [0, 1) -> (...) int64. A token of logit -inf is never drawn.
-    """
-    scaled = logits.float() / temperature
-    weight = (scaled - scaled.amax(-1, keepdim=True)).exp()
-    cdf = weight.cumsum(-1, dtype=torch.float64)
-    total = cdf[..., -1]
+
+def _lane_sums(weight: Tensor) -> Tensor:
+    """Sums of 64 neighbours: (N, c) -> (N, ceil(c / 64))."""
+    short = -weight.shape[1] % LANE
+    return (F.pad(weight, (0, short)) if short else weight).unflatten(1, (-1, LANE)).sum(-1)
+
+
+def _pick(cdf: Tensor, noise: Tensor) -> Tensor:
+    """The first index whose running sum exceeds noise * total. cdf (N, K) float64, noise (N,) in [0, 1) -> (N, 1)."""
+    total = cdf[:, -1]
     target = torch.minimum(noise * total, torch.nextafter(total, torch.zeros_like(total)))
-    token = torch.searchsorted(cdf, target[..., None], right=True)
-    # A parallel sum need not be monotone; should it point at an impossible token, the most likely one stands in.
-    possible = weight.gather(-1, token) > 0
-    return torch.where(possible, token, weight.argmax(-1, keepdim=True))[..., 0]
+    return torch.searchsorted(cdf, target[:, None], right=True).clamp(max=cdf.shape[1] - 1)
 
 
-def candidates(logits: Tensor, temperature: float, noise: Tensor | None) -> Candidates:
-    """The most likely token of every position (temperature 0), or one sampled with ``noise``."""
-    logits = logits.float()
-    tokens = logits.argmax(-1) if noise is None else sample(logits, temperature, noise)
-    return Candidates(logits, tokens, token_logprob(logits, tokens))
+def _draw(
+    head: Head, hidden: Tensor, weights: Tensor, top: Tensor, temperature: float, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A token (N,) by inverse CDF, and its logit: a lane by ``weights`` (N, lanes), then one of the lane's 64 tokens.
+
+    What of ``noise`` remains once the lane is chosen is uniform again and chooses the token.
+    """
+    cdf = weights.cumsum(1)
+    lane = _pick(cdf, noise)
+    width = weights.gather(1, lane)
+    left = (noise * cdf[:, -1])[:, None] - (cdf.gather(1, lane) - width)
+    logits = head.lanes(hidden, lane[:, 0]).double()
+    inner = ((logits - top[:, None]) / temperature).exp()
+    at = _pick(inner.cumsum(1), (left / width).clamp(0, 1)[:, 0])
+    # A rounded sum may point at an impossible token; the likeliest one of the lane stands in.
+    at = torch.where(inner.gather(1, at) > 0, at, inner.argmax(1, keepdim=True))
+    return (lane * LANE + at)[:, 0], logits.gather(1, at)[:, 0]

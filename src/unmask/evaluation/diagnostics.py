@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from unmask.decoding import Decoder, decode
-from unmask.decoding.decode import guided_logits
+from unmask.decoding.decode import guided
+from unmask.decoding.sampling import Candidates, candidates
+from unmask.models.head import Head
 from unmask.models.masked_lm import MaskedLM
 from unmask.tasks import Task
 from unmask.trajectory import Trajectory
@@ -50,20 +52,23 @@ def eos_curves(lm: MaskedLM, task: Task, decoder: Decoder, config: EvalConfig) -
 
 
 def _batch_sums(lm: MaskedLM, trajectory: Trajectory, decoder: Decoder, steps: int) -> Tensor:
-    batch, length = trajectory.tokens.shape
-    width = trajectory.prompt.shape[1]
-    visible = trajectory.visible
-    every = torch.arange(length, device=visible.device)[None].expand(batch, -1) + width
-    ends = torch.tensor(lm.end_ids, device=visible.device)
+    batch, width = trajectory.prompt.shape
+    ends = torch.tensor(lm.end_ids, device=trajectory.tokens.device)
     sums = torch.zeros(steps, 4, 2, dtype=torch.float64)
     for s in range(trajectory.steps):
         state = trajectory.state(s)
-        logits = guided_logits(lm, torch.cat([trajectory.prompt, state], 1), visible, every, width, decoder.cfg_scale)
-        confidence, candidate = logits.softmax(-1).max(-1)
-        masked, is_end = state == lm.mask_id, torch.isin(candidate, ends)
+        ids = torch.cat([trajectory.prompt, state], 1)
+        row, column = (state == lm.mask_id).nonzero(as_tuple=True)
+        positions = row * ids.shape[1] + width + column
+        found = guided(lm, ids, trajectory.visible, positions, _likeliest, width, decoder.cfg_scale)
+        is_end = torch.isin(found.tokens, ends)
         committed = trajectory.tokens[trajectory.committed(s)]
-        for i, which in enumerate((masked & is_end, masked & ~is_end)):
-            sums[s, i] = torch.tensor([float(confidence[which].sum()), float(which.sum())])
+        for i, which in enumerate((is_end, ~is_end)):
+            sums[s, i] = torch.tensor([float(found.top[which].sum()), float(which.sum())])
         sums[s, 2] = torch.tensor([float(torch.isin(committed, ends).sum()), float(len(committed))])
         sums[s, 3] = torch.tensor([float(lm.lengths(trajectory.state(s + 1)).sum()), float(batch)])
     return sums
+
+
+def _likeliest(head: Head, hidden: Tensor) -> Candidates:
+    return candidates(head, hidden, 0.0, None)

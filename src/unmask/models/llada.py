@@ -3,11 +3,13 @@
 A checkpoint such as ``GSAI-ML/LLaDA-8B-Instruct`` loads into this class unchanged; the published remote code is not needed.
 Departures from it, each on purpose: a boolean padding mask that stays bidirectional, rotary tables computed from the config
 in every forward pass (nothing to load, nothing to corrupt on a meta device), and a head that may be applied at chosen
-positions only. Left out: alibi, attention biases, layer norms other than RMSNorm, KV cache.
+positions only. Left out: alibi, attention biases, layer norms other than RMSNorm.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -127,6 +129,33 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x32 * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
+Cached = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class KVCache:
+    """Keys (rotated) and values of every layer, (B, H, T, D) each, from the pass that filled it.
+
+    An approximation in a bidirectional model: what stands outside the window would look different after every commit
+    (Fast-dLLM, arXiv 2505.22618).
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[Tensor, Tensor]] = []
+
+    def update(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Put a window's keys and values (B, H, W, D) at column ``start`` of a layer; returns the layer's."""
+        if layer == len(self.layers):
+            self.layers.append((k, v.contiguous()))
+            return k, v
+        for whole, part in zip(self.layers[layer], (k, v), strict=True):
+            whole[:, :, start : start + part.shape[2]] = part
+        return self.layers[layer]
+
+    def take(self, rows: Tensor) -> None:
+        """Keep these rows, (n,) int64."""
+        self.layers = [(k[rows], v[rows]) for k, v in self.layers]
+
+
 class LLaDABlock(GradientCheckpointingLayer):
     """Pre-norm attention and SwiGLU feed-forward, with the published parameter names (``ff_proj`` is the gate)."""
 
@@ -145,17 +174,21 @@ class LLaDABlock(GradientCheckpointingLayer):
         self.up_proj = nn.Linear(d, config.mlp_hidden_size, bias=False)
         self.ff_out = nn.Linear(config.mlp_hidden_size, d, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None) -> Tensor:  # (B, T, d) -> (B, T, d)
-        x = x + self.attention(self.attn_norm(x), cos, sin, visible)
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None, cached: Cached | None = None
+    ) -> Tensor:  # (B, T, d) -> (B, T, d)
+        x = x + self.attention(self.attn_norm(x), cos, sin, visible, cached)
         h = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
 
-    def attention(self, h: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None) -> Tensor:
+    def attention(self, h: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None, cached: Cached | None) -> Tensor:
         batch, length, _ = h.shape
         q = self.q_proj(h).view(batch, length, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(h).view(batch, length, -1, self.head_dim).transpose(1, 2)
         v = self.v_proj(h).view(batch, length, -1, self.head_dim).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cached is not None:
+            k, v = cached(k, v)
         if self.groups > 1:
             k, v = k.repeat_interleave(self.groups, dim=1), v.repeat_interleave(self.groups, dim=1)
         if self.config._attn_implementation == "eager":
@@ -211,19 +244,29 @@ class LLaDAModel(LLaDAPreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        window: tuple[int, int] | None = None,
         **_: Any,
     ) -> BaseModelOutput:
-        """input_ids (B, T) int64; attention_mask (B, T), 0 = padding; position_ids (B, T). Hidden states (B, T, d)."""
+        """Final hidden states (B, T, d), or (B, W, d) of a window.
+
+        Args:
+            input_ids: (B, T) int64. attention_mask: (B, T), 0 = padding. position_ids: (B, T).
+            cache: keys and values to fill (a new one), or to use with a window.
+            window: columns [start, stop) to compute; keys and values of all others come from the cache.
+        """
         if position_ids is None:
             if attention_mask is not None:  # left or right padding does not shift a token's position
                 position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             else:
                 position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         visible = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
-        x = self.transformer["wte"](input_ids)
-        cos, sin = rotary_table(position_ids, self.config.d_model // self.config.n_heads, self.config.rope_theta)
-        for block in cast(nn.ModuleList, self.transformer["blocks"]):
-            x = block(x, cos, sin, visible)
+        start, stop = window or (0, input_ids.shape[1])
+        x = self.transformer["wte"](input_ids[:, start:stop])
+        heads = self.config.n_heads
+        cos, sin = rotary_table(position_ids[:, start:stop], self.config.d_model // heads, self.config.rope_theta)
+        for layer, block in enumerate(cast(nn.ModuleList, self.transformer["blocks"])):
+            x = block(x, cos, sin, visible, None if cache is None else partial(cache.update, layer, start))
         return BaseModelOutput(last_hidden_state=self.transformer["ln_f"](x))
 
 
@@ -260,6 +303,9 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         positions: Tensor | None = None,
+        reduce: Callable[[Tensor, nn.Module], Any] | None = None,
+        cache: KVCache | None = None,
+        window: tuple[int, int] | None = None,
         **_: Any,
     ) -> MaskedLMOutput:
         """Logits, at all positions or only at the chosen ones.
@@ -268,14 +314,17 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
             input_ids: (B, T) int64.
             attention_mask: (B, T), zero or False marks padding; None means no padding.
             position_ids: (B, T) rotary positions; by default each row counts its own unpadded tokens from 0.
-            positions: where to apply the head: a bool mask (B, T), giving logits (N, V) in row-major order, or an
-                int64 index (B, K), giving logits (B, K, V); None gives (B, T, V).
+            positions: where to apply the head: a bool mask (B, T), or int64 indexes (N,) into the flattened rows; either
+                gives logits (N, V), None gives (B, T, V).
+            reduce: called with (hidden states at ``positions``, output embedding) in place of the head; what it returns
+                stands for the logits. (Inside the forward pass, where a sharded model has its weights together.)
+            cache, window: see ``LLaDAModel.forward``; with a window, T is the window's width.
         """
-        hidden = self.model(input_ids, attention_mask, position_ids).last_hidden_state
-        if positions is not None and positions.dtype == torch.bool:
-            hidden = hidden[positions]
-        elif positions is not None:
-            hidden = hidden.gather(1, positions[:, :, None].expand(-1, -1, hidden.shape[-1]))
+        hidden = self.model(input_ids, attention_mask, position_ids, cache, window).last_hidden_state
+        if positions is not None:
+            hidden = hidden[positions] if positions.dtype == torch.bool else hidden.flatten(0, 1)[positions]
+        if reduce is not None:
+            return MaskedLMOutput(logits=reduce(hidden, self.get_output_embeddings()))
         return MaskedLMOutput(logits=self.head(hidden))
 
 

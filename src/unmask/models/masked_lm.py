@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from unmask.models.head import Head
+from unmask.models.llada import KVCache
 from unmask.spec import UserError
 
+Result = TypeVar("Result")
 END_OF_TURN = (
     "<|eot_id|>",
     "<|im_end|>",
@@ -73,14 +77,42 @@ class MaskedLM:
         """Tokens that end the text: EOS, and EoT where there is one."""
         return (self.eos_id,) if self.eot_id is None else (self.eos_id, self.eot_id)
 
+    def reduce(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None,
+        positions: Tensor,
+        reduce: Callable[[Head, Tensor], Result],
+        cache: KVCache | None = None,
+        window: tuple[int, int] | None = None,
+    ) -> Result:
+        """One forward pass; what ``reduce`` makes of the head and the hidden states at ``positions``.
+
+        Args:
+            ids: (B, T) int64. attention_mask: (B, T) bool, False = padding, or None.
+            positions: (N,) int64 into the flattened rows; the hidden states are (N, d), each for its own position.
+            reduce: called once, with (head, hidden states).
+            cache, window: see ``LLaDAModel.forward``; with a window, ``positions`` count in the flattened window.
+        """
+        return self.model(
+            input_ids=ids,
+            attention_mask=attention_mask,
+            positions=positions,
+            reduce=lambda hidden, head: reduce(Head.of(head, self.mask_id), hidden),
+            cache=cache,
+            window=window,
+        ).logits
+
     def logits(self, ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
         """Float32 logits at ``positions``, each for its own position; the mask token has logit -inf.
 
         Args:
             ids: (B, T) int64. attention_mask: (B, T) bool, False = padding, or None.
-            positions: (B, K) int64 -> (B, K, V), or a bool mask (B, T) -> (N, V) in row-major order.
+            positions: (B, K) int64 -> (B, K, V).
         """
-        logits: Tensor = self.model(input_ids=ids, attention_mask=attention_mask, positions=positions).logits.float()
+        flat = positions + torch.arange(len(ids), device=ids.device)[:, None] * ids.shape[1]
+        logits: Tensor = self.model(input_ids=ids, attention_mask=attention_mask, positions=flat.flatten()).logits
+        logits = logits.float().view(*positions.shape, -1)
         logits[..., self.mask_id] = -torch.inf
         return logits
 
@@ -161,10 +193,10 @@ class MaskedLM:
         row[4:7] = self.mask_id
         edited = row.clone()
         edited[0], edited[-1] = row[1], row[-2]
-        every = torch.arange(12, device=self.device)[None]
+        every = torch.arange(12, device=self.device)
 
         def run(ids: Tensor, mask: Tensor | None = None, skip: int = 0) -> Tensor:
-            out = self.model(input_ids=ids[None], attention_mask=mask, positions=every + skip).logits[0].float()
+            out = self.model(input_ids=ids[None], attention_mask=mask, positions=every + skip).logits.float()
             return out
 
         plain = run(row)

@@ -8,19 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from unmask.decoding import make_decoder
 from unmask.evaluation.evaluate import environment
 from unmask.evaluation.statistics import pooled_bootstrap
 from unmask.files import claim_result, write_json
 from unmask.models.load import load
-from unmask.models.masked_lm import MaskedLM
-from unmask.rl.objectives import OBJECTIVES, Objective
-from unmask.rl.rollout import row_seeds, sample_trajectory, score_view
+from unmask.rl.objectives import OBJECTIVES, ViewRows
+from unmask.rl.rollout import row_seeds, sample_trajectory, score_all
 from unmask.spec import UserError
 from unmask.tasks import make_task
-from unmask.trajectory import Trajectory
 
 
 @dataclass
@@ -43,16 +40,6 @@ class BenchGap:
             raise UserError("limit, rows_per_forward, task and decoder each need at least one")
 
 
-@torch.no_grad()
-def rescore(lm: MaskedLM, trajectory: Trajectory, objective: Objective, seeds: Tensor, rows_per_forward: int) -> Tensor:
-    """Log-probabilities of the recorded tokens in an objective's views, (B, L) float32."""
-    out = torch.zeros_like(trajectory.logprob)
-    for view in objective.views(trajectory, seeds, 0):
-        for rows in torch.arange(len(out), device=out.device).split(rows_per_forward):
-            out[view.scored_in(rows)], _ = score_view(lm, trajectory, view, rows)
-    return out
-
-
 def bench_gap(config: BenchGap, progress: Callable[[str], None]) -> dict[str, Any]:
     """Sample with each decoder, score the same trajectories by each objective; writes and returns the result.
 
@@ -72,9 +59,12 @@ def bench_gap(config: BenchGap, progress: Callable[[str], None]) -> dict[str, An
             decoder = make_decoder(decoder_spec, max_new_tokens=config.max_new_tokens, temperature=config.temperature)
             seeds, view_seeds = row_seeds(config.seed, 0, 0, len(prompts))
             trajectory = sample_trajectory(lm, prompts, decoder, seeds, config.rows_per_forward)
+            everyone = torch.ones(len(prompts), dtype=torch.bool)
             inside = torch.arange(config.max_new_tokens) <= lm.lengths(trajectory.tokens)[:, None]
             for name, objective in OBJECTIVES.items():
-                found = rescore(lm, trajectory, objective, view_seeds, config.rows_per_forward)
+                rows = ViewRows.of(list(objective.views(trajectory, view_seeds, 0)))
+                with torch.no_grad():
+                    found = score_all(lm, trajectory, rows, rows.parts(config.rows_per_forward, everyone))
                 gaps = (found - trajectory.logprob).abs().double()
                 cell: dict[str, Any] = {
                     "task": spec,

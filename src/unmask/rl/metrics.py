@@ -37,17 +37,15 @@ def rollout_values(lm: MaskedLM, trajectory: Trajectory, rewards: Tensor, num_ge
 
 @torch.no_grad()
 def update_sums(
-    new: Tensor, old: Tensor, recorded: Tensor, kl: Tensor, logits: Tensor, advantages: Tensor, epsilon: float
+    new: Tensor, old: Tensor, recorded: Tensor, kl: Tensor, entropy: Tensor, advantages: Tensor, epsilon: float
 ) -> Tensor:
     """Sums over one forward pass's N scored tokens of what UPDATE names, (6,) float64.
 
     The count of tokens, |new - recorded| in nats, KL in nats, whether the clip is active, entropy in nats, the ratio. All
-    arguments (N,), but logits (N, V).
+    arguments (N,).
     """
     ratio = (new - old).exp().double()
     clipped = torch.where(advantages > 0, ratio > 1 + epsilon, ratio < 1 - epsilon)
-    logprobs = logits.log_softmax(-1)
-    entropy = -(logprobs.exp() * logprobs.masked_fill(logprobs == -torch.inf, 0.0)).sum(-1)
     values = (torch.ones_like(ratio), (new - recorded).abs(), kl, clipped, entropy, ratio)
     return torch.stack([v.double().sum() for v in values])
 

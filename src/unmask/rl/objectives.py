@@ -30,11 +30,34 @@ class View:
     ids: Tensor
     scored: Tensor
 
-    def scored_in(self, rows: Tensor) -> Tensor:
-        """``scored`` with all other rows False. rows (n,) int64, ascending -> (B, L) bool."""
-        mask = torch.zeros_like(self.scored)
-        mask[rows] = self.scored[rows]
-        return mask
+
+@dataclass(frozen=True)
+class ViewRows:
+    """Rows of any views below each other, so that a forward pass takes as many as fit, whatever view they come from.
+
+    Attributes:
+        ids: (M, P+L) int64. scored: (M, L) bool. row: (M,) int64, the trajectory's row of each.
+    """
+
+    ids: Tensor
+    scored: Tensor
+    row: Tensor
+
+    @classmethod
+    def of(cls, views: list[View]) -> ViewRows:
+        """All rows of the views, view after view."""
+        batch = len(views[0].ids)
+        row = torch.arange(batch, device=views[0].ids.device).repeat(len(views))
+        return cls(torch.cat([v.ids for v in views]), torch.cat([v.scored for v in views]), row)
+
+    def take(self, index: Tensor) -> ViewRows:
+        """Some of them, (n,) int64."""
+        return ViewRows(self.ids[index], self.scored[index], self.row[index])
+
+    def parts(self, size: int, active: Tensor) -> list[Tensor]:
+        """Indexes of the rows that score anything and whose trajectory row is ``active`` (B,), ``size`` at a time."""
+        wanted = (active[self.row] & self.scored.any(1)).nonzero()[:, 0]
+        return list(wanted.split(size)) if len(wanted) else []
 
 
 @dataclass(frozen=True)
@@ -68,7 +91,7 @@ def _diffu(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[Vi
     """diffu-GRPO (d1): one jump, with a fresh 15 % of the prompt masked in every inner iteration."""
     width = trajectory.prompt.shape[1]  # counted from the end, so that padding does not matter
     place = (torch.arange(width, device=seeds.device) - width).expand_as(trajectory.prompt)
-    hidden = (uniform_noise(seeds, iteration, place, 0) < PROMPT_MASKING) & trajectory.prompt_mask
+    hidden = (uniform_noise(seeds[:, None], iteration, place, 0) < PROMPT_MASKING) & trajectory.prompt_mask
     prompt = trajectory.prompt.masked_fill(hidden, trajectory.mask_id)
     yield View(torch.cat([prompt, trajectory.state(0)], 1), trajectory.step >= 0)
 
@@ -77,8 +100,8 @@ def _coupled(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[
     """coupled-GRPO (DiffuCoder): two complementary random masks over the canvas; each token is scored once."""
     place = torch.arange(trajectory.tokens.shape[1], device=seeds.device).expand_as(trajectory.tokens)
     low, high = COUPLED_SHARE
-    share = low + (high - low) * uniform_noise(seeds, iteration, torch.zeros_like(place[:, :1]), 1)
-    first = uniform_noise(seeds, iteration, place, 0) < share
+    share = low + (high - low) * uniform_noise(seeds[:, None], iteration, torch.zeros_like(place[:, :1]), 1)
+    first = uniform_noise(seeds[:, None], iteration, place, 0) < share
     for hidden in (first, ~first):
         canvas = trajectory.tokens.masked_fill(hidden, trajectory.mask_id)
         yield View(torch.cat([trajectory.prompt, canvas], 1), hidden)

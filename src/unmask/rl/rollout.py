@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from unmask.decoding import Decoder, decode
-from unmask.decoding.decode import guided_logits
-from unmask.decoding.sampling import token_logprob
+from unmask.decoding.decode import guided
+from unmask.models.head import score_tokens
 from unmask.models.masked_lm import MaskedLM
-from unmask.rl.objectives import View
+from unmask.rl.objectives import View, ViewRows
 from unmask.rl.rewards import Row
 from unmask.spec import UserError
 from unmask.trajectory import Trajectory
@@ -97,14 +97,34 @@ def sample_trajectory(
     return Trajectory.cat([decode(lm, i, m, decoder, seeds=s) for i, m, s in chunks])
 
 
-def score_view(policy: MaskedLM, trajectory: Trajectory, view: View, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (N,) of the scored tokens of some rows (n,), in row-major order, and their logits (N, V)."""
+def score_rows(policy: MaskedLM, trajectory: Trajectory, rows: ViewRows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One forward pass: log-probabilities and entropies (N,) of the scored tokens, and their rows and columns (N,).
+
+    Differentiable in the first; the order is row-major in ``rows.scored``.
+    """
     width = trajectory.prompt.shape[1]
-    scored = view.scored[rows]
-    positions = torch.cat([torch.zeros_like(trajectory.prompt_mask[rows]), scored], 1)
-    cfg = trajectory.decoder["cfg_scale"]
-    logits = guided_logits(policy, view.ids[rows], trajectory.visible[rows], positions, width, cfg)
-    return token_logprob(logits, trajectory.tokens[rows][scored]), logits
+    at, column = rows.scored.nonzero(as_tuple=True)
+    row = rows.row[at]
+    tokens = trajectory.tokens[row, column]
+    found: tuple[Tensor, Tensor] = guided(
+        policy,
+        rows.ids,
+        trajectory.visible[rows.row],
+        at * rows.ids.shape[1] + width + column,
+        lambda head, hidden: score_tokens(head, hidden, tokens),
+        width,
+        trajectory.decoder["cfg_scale"],
+    )
+    return *found, row, column
+
+
+def score_all(policy: MaskedLM, trajectory: Trajectory, rows: ViewRows, parts: Iterable[Tensor]) -> Tensor:
+    """Log-probabilities of the recorded tokens in views that score each at most once, (B, L); 0 where none of ``parts`` does."""
+    out = torch.zeros_like(trajectory.logprob)
+    for part in parts:
+        logprob, _, row, column = score_rows(policy, trajectory, rows.take(part))
+        out[row, column] = logprob.to(out)
+    return out
 
 
 def prompt_rows(lm: MaskedLM, rows: Sequence[Row], split: str) -> list[Row]:

@@ -22,9 +22,18 @@ from unmask.models.masked_lm import MaskedLM
 from unmask.rl.advantages import group_advantages, varied
 from unmask.rl.config import TrajectoryGRPOConfig
 from unmask.rl.metrics import ROLLOUT, UPDATE, rollout_values, update_sums, validation_sums
-from unmask.rl.objectives import OBJECTIVES, Objective, View, clipped_surrogate, k3, sample_views, token_weights
+from unmask.rl.objectives import (
+    OBJECTIVES,
+    Objective,
+    View,
+    ViewRows,
+    clipped_surrogate,
+    k3,
+    sample_views,
+    token_weights,
+)
 from unmask.rl.rewards import Row, reward_name, score
-from unmask.rl.rollout import Rollout, RolloutSampler, prompt_rows, row_seeds, sample_trajectory, score_view
+from unmask.rl.rollout import Rollout, RolloutSampler, prompt_rows, row_seeds, sample_trajectory, score_all, score_rows
 from unmask.spec import UserError
 from unmask.tasks.base import Reward
 from unmask.trajectory import Trajectory
@@ -218,27 +227,22 @@ class TrajectoryGRPOTrainer(Trainer):
 
     def _score_views(self, policy: MaskedLM, rollout: Rollout, active: Tensor) -> Tensor:
         """Log-probabilities of the recorded tokens in all views, (iterations, B, L); 0 in rows that are not ``active`` (B,)."""
-        iterations = range(self.args.num_iterations if self.objective.fresh else 1)
-        out = torch.zeros(len(iterations), *rollout.trajectory.tokens.shape, device=rollout.trajectory.tokens.device)
-        for i in iterations:
-            views = self._views(rollout, i)
-            for view, rows, _ in self._jobs(views, active):
-                logprob, _ = score_view(policy, rollout.trajectory, views[view], rows)
-                out[i][views[view].scored_in(rows)] = logprob
-        return out
+        found = []
+        for i in range(self.args.num_iterations if self.objective.fresh else 1):
+            rows = ViewRows.of(self._views(rollout, i))
+            parts = [part for part, _ in self._jobs(rows, active)]
+            found.append(score_all(policy, rollout.trajectory, rows, parts))
+        return torch.stack(found)
 
-    def _jobs(self, views: list[View], active: Tensor) -> list[tuple[int, Tensor, bool]]:
-        """(view, rows, whether they count), each one forward pass.
+    def _jobs(self, rows: ViewRows, active: Tensor) -> list[tuple[Tensor, bool]]:
+        """(indexes of view rows, whether they count), each one forward pass.
 
         Every rank gets the same number, so that collectives meet; where one has less to do, the rest does not count.
         """
-        jobs = []
-        for number, view in enumerate(views):
-            rows = (active & view.scored.any(1)).nonzero()[:, 0]
-            jobs += [(number, part, True) for part in rows.split(self.args.rows_per_forward) if len(part)]
+        jobs = [(part, True) for part in rows.parts(self.args.rows_per_forward, active)]
         count = torch.tensor([len(jobs)], device=self.accelerator.device)
         most = int(self.accelerator.gather(count).max()) if self.args.world_size > 1 else len(jobs)
-        idle = (0, torch.zeros(1, dtype=torch.int64, device=active.device), False)
+        idle = (torch.zeros(1, dtype=torch.int64, device=active.device), False)
         return jobs + [idle] * (max(most, 1) - len(jobs))
 
     def update(self, model: Any, rollout: Rollout, iteration: int) -> Tensor:
@@ -250,30 +254,30 @@ class TrajectoryGRPOTrainer(Trainer):
         if args.steps_per_update is not None:
             generator = torch.Generator().manual_seed((args.seed * 1_000_003 + self.state.global_step) % 2**63)
             views = sample_views(views, trajectory.logprob, args.steps_per_update, args.step_sampling, generator)
-        weights = token_weights([v.scored for v in views], args.normalisation)
+        weights = torch.cat(token_weights([v.scored for v in views], args.normalisation))
         stored = iteration if self.objective.fresh else 0
-        jobs = self._jobs(views, rollout.active)
+        table = ViewRows.of(views)
+        jobs = self._jobs(table, rollout.active)
         total = torch.zeros((), device=trajectory.tokens.device)
         sums = torch.zeros(len(UPDATE), dtype=torch.float64, device=total.device)
-        for number, (view, rows, counted) in enumerate(jobs):
+        for number, (part, counted) in enumerate(jobs):
             last = number == len(jobs) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed reads it in backward
             with nullcontext() if last else self.accelerator.no_sync(model), self.compute_loss_context_manager():
-                new, logits = score_view(policy, trajectory, views[view], rows)
-                scored = views[view].scored[rows]
-                where = scored.nonzero()[:, 0]
-                advantages = rollout.advantages[rows][where]
-                weight = weights[view][rows][scored] * counted / len(rollout.active)
-                old = new.detach() if rollout.old is None else rollout.old[stored][rows][scored]
+                rows = table.take(part)
+                new, entropy, row, column = score_rows(policy, trajectory, rows)
+                advantages = rollout.advantages[row]
+                weight = weights[part][rows.scored] * counted / len(rollout.active)
+                old = new.detach() if rollout.old is None else rollout.old[stored][row, column]
                 loss = (weight * clipped_surrogate(new, old, advantages, args.epsilon)).sum()
                 kl = torch.zeros_like(new)
                 if rollout.reference is not None:
-                    kl = k3(new, rollout.reference[stored][rows][scored])
+                    kl = k3(new, rollout.reference[stored][row, column])
                     loss = loss + args.beta * (weight * kl).sum()
                 self.accelerator.backward(loss)
             total += loss.detach()
-            recorded = trajectory.logprob[rows][scored]
-            sums += counted * update_sums(new, old, recorded, kl, logits, advantages, args.epsilon)
+            recorded = trajectory.logprob[row, column]
+            sums += counted * update_sums(new, old, recorded, kl, entropy, advantages, args.epsilon)
         self._record_update(total, sums, iteration)
         return total
 

@@ -1,0 +1,105 @@
+"""Canvases: the rows that are being decoded at the moment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unmask.trajectory import Trajectory
+
+_ROWS = ("ids", "visible", "step", "logprob", "seeds", "at")
+
+
+@dataclass
+class Canvases:
+    """A batch of rows, which may stand at different steps, leave, and be joined by others.
+
+    Attributes:
+        ids: (B, P+L) int64, prompt and canvas. visible: (B, P+L) bool, False = padding.
+        step: (B, L) int16 and logprob: (B, L) float32, as in Trajectory.
+        seeds: (B,) int64. at: (B,) int64, the passes that each row has taken.
+        numbers: the caller's number of each row. passes: ``at``, readable without waiting for the device.
+        padded: whether any prompt is.
+    """
+
+    ids: Tensor
+    visible: Tensor
+    step: Tensor
+    logprob: Tensor
+    seeds: Tensor
+    at: Tensor
+    numbers: list[int]
+    passes: list[int]
+    padded: bool
+
+    @classmethod
+    def new(
+        cls, prompt: Tensor, prompt_mask: Tensor, length: int, mask_id: int, seeds: Tensor, numbers: Sequence[int]
+    ) -> Canvases:
+        """Fully masked canvases of ``length`` behind prompts (B, P)."""
+        canvas = torch.full((len(prompt), length), mask_id, device=prompt.device)
+        return cls(
+            ids=torch.cat([prompt, canvas], 1),
+            visible=torch.cat([prompt_mask, torch.ones_like(canvas, dtype=torch.bool)], 1),
+            step=torch.full_like(canvas, -1, dtype=torch.int16),
+            logprob=torch.zeros_like(canvas, dtype=torch.float32),
+            seeds=seeds,
+            at=torch.zeros_like(seeds),
+            numbers=list(numbers),
+            passes=[0] * len(prompt),
+            padded=not bool(prompt_mask.all()),
+        )
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def width(self) -> int:
+        """Columns of the prompts, P."""
+        return self.ids.shape[1] - self.step.shape[1]
+
+    @property
+    def canvas(self) -> Tensor:
+        """(B, L) view into ``ids``."""
+        return self.ids[:, self.width :]
+
+    @property
+    def attention_mask(self) -> Tensor | None:
+        return self.visible if self.padded else None
+
+    def take(self, rows: Tensor) -> Canvases:
+        """Some rows, (n,) int64."""
+        chosen: dict[str, Any] = {k: getattr(self, k)[rows] for k in _ROWS}
+        index = rows.tolist()
+        lists: dict[str, Any] = {"numbers": [self.numbers[i] for i in index], "passes": [self.passes[i] for i in index]}
+        return Canvases(**chosen, **lists, padded=self.padded)
+
+    def join(self, other: Canvases, pad_id: int) -> Canvases:
+        """These rows above others; the narrower prompts get more padding."""
+        width = max(self.width, other.width)
+        pads = [width - part.width for part in (self, other)]
+        joined: dict[str, Any] = {k: torch.cat([getattr(self, k), getattr(other, k)]) for k in _ROWS[2:]}
+        for name, fill in (("ids", pad_id), ("visible", False)):
+            parts = zip((self, other), pads, strict=True)
+            joined[name] = torch.cat([F.pad(getattr(part, name), (pad, 0), value=fill) for part, pad in parts])
+        padded = self.padded or other.padded or any(pads)
+        return Canvases(
+            **joined, numbers=self.numbers + other.numbers, passes=self.passes + other.passes, padded=padded
+        )
+
+    def trimmed(self) -> Canvases:
+        """Without the columns that are padding in every row."""
+        spare = int(self.visible.any(0).int().argmax())
+        if not spare:
+            return self
+        ids, visible = self.ids[:, spare:].contiguous(), self.visible[:, spare:].contiguous()
+        return replace(self, ids=ids, visible=visible, padded=not bool(visible.all()))
+
+    def trajectory(self, mask_id: int, decoder: dict[str, Any]) -> Trajectory:
+        prompt, mask = self.ids[:, : self.width], self.visible[:, : self.width]
+        return Trajectory(prompt, mask, self.canvas, self.step, self.logprob, mask_id, decoder)

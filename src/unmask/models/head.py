@@ -1,0 +1,195 @@
+"""The output head, a piece of the vocabulary at a time: no tensor of [positions, vocabulary] is ever whole.
+
+One pass over the vocabulary gives what decoding and training ask of a distribution. A piece stays in the processor's cache, so
+the pass costs little more than the matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LANE = 64  # tokens; every piece but the last is a multiple of it
+NEVER = -1e30  # the mask token's logit: probability 0, and finite, so that 0 * logit is 0
+CACHED = (512, 2**19)  # rows and logits of a piece on a CPU: 2 MiB in float32
+LAUNCHED = (8192, 2**27)  # elsewhere: few, large kernels
+
+
+@dataclass(frozen=True)
+class Head:
+    """Logits of hidden states at temperature 1; the mask token's probability is 0.
+
+    A linear head without bias is applied piece by piece. One of another kind (adapted, quantised, sharded) is a black box:
+    it is called once, for the whole vocabulary.
+
+    Attributes:
+        module: the output embedding. mask_id: the token that is never predicted.
+        weight: (V, d), or None for a black box.
+    """
+
+    module: nn.Module
+    mask_id: int
+    weight: Tensor | None
+
+    @classmethod
+    def of(cls, module: nn.Module, mask_id: int) -> Head:
+        weight: Any = getattr(module, "weight", None)
+        plain = type(module) in (nn.Linear, nn.Embedding) and getattr(module, "bias", None) is None
+        here = type(weight) is nn.Parameter and weight.is_floating_point() and weight.dim() == 2
+        return cls(module, mask_id, weight if plain and here else None)
+
+    def parts(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """(N, …) in as many parts as one pass takes at a time; a black box takes it as it is."""
+        return (rows,) if self.weight is None else rows.split(_sizes(rows)[0])
+
+    def pieces(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """(first token, logits (N, c)) over the vocabulary, at least float32; the reader may overwrite them."""
+        if self.weight is None:
+            tied = isinstance(self.module, nn.Embedding)
+            whole = F.linear(hidden, self.module.weight) if tied else self.module(hidden)  # type: ignore[arg-type]
+            yield 0, self._finished(0, whole)
+            return
+        width = max(1, _sizes(hidden)[1] // max(1, len(hidden)) // LANE) * LANE
+        for a in range(0, len(self.weight), width):
+            yield a, self._finished(a, F.linear(hidden, self.weight[a : a + width].to(hidden.dtype)))
+
+    def _finished(self, a: int, logits: Tensor) -> Tensor:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if a <= self.mask_id < a + logits.shape[1]:
+            logits[:, self.mask_id - a] = NEVER
+        return logits
+
+    def lanes(self, hidden: Tensor, lane: Tensor) -> Tensor:
+        """Logits of the 64 tokens from ``64 * lane`` on: hidden (N, d), lane (N,) int64 -> (N, 64).
+
+        The mask token and tokens beyond the vocabulary have logit -inf.
+        """
+        token = lane[:, None] * LANE + torch.arange(LANE, device=lane.device)
+        if self.weight is None:
+            _, logits = next(self.pieces(hidden))
+            size = logits.shape[1]
+            found = logits.gather(1, token.clamp(max=size - 1))
+        else:
+            size = len(self.weight)
+            weight = self.weight[token.clamp(max=size - 1)].to(hidden.dtype)  # (N, 64, d)
+            found = (weight @ hidden[:, :, None])[:, :, 0]
+            found = found.to(torch.promote_types(found.dtype, torch.float32))
+        return found.masked_fill((token >= size) | (token == self.mask_id), -torch.inf)
+
+
+def _sizes(rows: Tensor) -> tuple[int, int]:
+    return CACHED if rows.device.type == "cpu" else LAUNCHED
+
+
+def token_logprob(logits: Tensor, tokens: Tensor) -> Tensor:
+    """log softmax(logits)[tokens], accurate near probability 1, where many positions would otherwise tie at exactly 0.
+
+    Written as -log(1 + sum of the others' odds). logits (..., V) float, tokens (...) int64 -> (...).
+    """
+    chosen = logits.gather(-1, tokens[..., None])
+    others = logits.scatter(-1, tokens[..., None], -torch.inf).logsumexp(-1)
+    return -F.softplus(others - chosen[..., 0])
+
+
+def score_tokens(head: Head, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of given tokens, differentiable, and the entropy of their distributions (no gradient), in nats.
+
+    Neither logits nor probabilities are kept for the backward pass; it computes every piece again.
+
+    Args:
+        hidden: (N, d). tokens: (N,) int64.
+
+    Returns:
+        Two (N,) tensors, float32 (float64 where the model is).
+    """
+    if head.weight is None:
+        _, logits = next(head.pieces(hidden))
+        with torch.no_grad():
+            entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
+        return token_logprob(logits, tokens), entropy
+    device = hidden.device.type
+    autocast = torch.is_autocast_enabled(device)
+    hidden = hidden.to(torch.get_autocast_dtype(device) if autocast else head.weight.dtype)
+    with torch.autocast(device, enabled=False):
+        return _ScoreTokens.apply(hidden, head.weight, tokens, head)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _ScoreTokens(torch.autograd.Function):
+    """A linear head, log-softmax and gather as one operation."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+        found = [_score(head, h, t) for h, t in zip(head.parts(hidden), head.parts(tokens), strict=True)]
+        logprob, entropy, normaliser = (torch.cat(x) for x in zip(*found, strict=True))
+        ctx.save_for_backward(hidden, weight, tokens, normaliser)
+        ctx.head = head
+        ctx.mark_non_differentiable(entropy)
+        return logprob, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """d log p(token) / d logits = onehot(token) - p."""
+        hidden, weight, tokens, normaliser = ctx.saved_tensors
+        to_hidden, to_weight, *_unused = ctx.needs_input_grad
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        grad_weight = torch.zeros_like(weight) if to_weight else None
+        grad_hidden = []
+        rows = zip(*(ctx.head.parts(x) for x in (hidden, tokens, normaliser, grad)), strict=True)
+        for h, t, z, g in rows:
+            total = torch.zeros(h.shape, dtype=wide, device=h.device)
+            for a, logits in ctx.head.pieces(h):
+                at, inside = _within(t, a, logits)
+                d = logits.sub_(z[:, None]).exp_().mul_(-g[:, None])
+                d = d.scatter_add_(1, at, (g * inside)[:, None]).to(h.dtype)
+                b = a + d.shape[1]
+                if to_hidden:
+                    total += d @ weight[a:b].to(h.dtype)
+                if grad_weight is not None:
+                    grad_weight[a:b] += (d.T @ h).to(weight.dtype)
+            grad_hidden.append(total.to(h.dtype))
+        return (torch.cat(grad_hidden) if to_hidden else None), grad_weight, None, None
+
+
+def _within(tokens: Tensor, a: int, piece: Tensor) -> tuple[Tensor, Tensor]:
+    """Where tokens (N,) stand in a piece that starts at ``a``: index (N, 1), clamped into it, and whether inside (N,)."""
+    at = tokens - a
+    return at.clamp(0, piece.shape[1] - 1)[:, None], (at >= 0) & (at < piece.shape[1])
+
+
+def _score(head: Head, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability and entropy of some rows, and the normaliser log(sum(exp(logits))). Three (N,)."""
+    tops, others, masses, products, chosen = [], [], [], [], torch.zeros(())
+    for a, logits in head.pieces(hidden):
+        at, inside = _within(tokens, a, logits)
+        chosen = torch.where(inside, logits.gather(1, at)[:, 0], chosen.to(logits))
+        top = logits.amax(1)
+        weight = logits.sub_(top[:, None]).exp()
+        products.append(torch.linalg.vecdot(weight, logits))  # sum of e^x x
+        own = weight.gather(1, at) * inside[:, None]
+        rest = (weight.scatter_add_(1, at, -own)).sum(1)
+        others.append(rest)
+        masses.append(rest + own[:, 0])
+        tops.append(top)
+    share, top = rescale(tops)
+    odds = (share * torch.stack(others, 1)).sum(1).log() - (chosen.double() - top)  # of all other tokens
+    mass = torch.stack(masses, 1)
+    total = (share * mass).sum(1)
+    # p log p with p = share e^x / total, summed piece by piece.
+    spread = (share * torch.stack(products, 1)).sum(1) - (torch.special.entr(share) * mass).sum(1)
+    entropy = total.log() - spread / total
+    return (-F.softplus(odds)).to(chosen), entropy.to(chosen), (top + total.log()).to(chosen)
+
+
+def rescale(tops: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """From every piece's largest logit (N,) to the factor that its sums need on the scale of the largest of all.
+
+    Returns (N, pieces) and (N,), float64.
+    """
+    stacked = torch.stack(tops, 1).double()
+    top = stacked.amax(1)
+    return (stacked - top[:, None]).exp(), top
