@@ -78,9 +78,11 @@ def _candidates(
 ) -> Candidates:
     # One entry a piece of the vocabulary: largest logit and its token; on its scale, the sum of all others' weights.
     tops, tokens, others, seconds, products, lanes = [], [], [], [], [], []
-    size = 0
+    size, whole = 0, None
     for a, logits in head.pieces(hidden):
         size = a + logits.shape[1]
+        if noise is not None and (head.weight is None or len(head.weight) == logits.shape[1]):
+            whole = logits.clone()
         top, at = logits.max(1)
         x = logits.sub_(top[:, None])
         if "second" in needs:
@@ -117,7 +119,7 @@ def _candidates(
     if noise is not None:
         scale = share ** (1 / temperature)
         weights = torch.cat([lane.double() * scale[:, i : i + 1] for i, lane in enumerate(lanes)], 1)
-        drawn, logit = _draw(head, hidden, weights, top, temperature, noise)
+        drawn, logit = _draw(head, hidden, whole, weights, top, temperature, noise)
         logprob = torch.where(drawn == token, logprob, logit - top + logprob)
         token = drawn
     return Candidates(token, logprob.to(tops[0]), probability, second, entropy)
@@ -137,17 +139,28 @@ def _pick(cdf: Tensor, noise: Tensor) -> Tensor:
 
 
 def _draw(
-    head: Head, hidden: Tensor, weights: Tensor, top: Tensor, temperature: float, noise: Tensor
+    head: Head,
+    hidden: Tensor,
+    whole: Tensor | None,
+    weights: Tensor,
+    top: Tensor,
+    temperature: float,
+    noise: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """A token (N,) by inverse CDF, and its logit: a lane by ``weights`` (N, lanes), then one of the lane's 64 tokens.
 
-    What of ``noise`` remains once the lane is chosen is uniform again and chooses the token.
+    What of ``noise`` remains once the lane is chosen is uniform again and chooses the token. The lane's logits come from
+    ``whole`` (N, V) where the vocabulary was one piece, else from the head again.
     """
     cdf = weights.cumsum(1)
     lane = _pick(cdf, noise)
     width = weights.gather(1, lane)
     left = (noise * cdf[:, -1])[:, None] - (cdf.gather(1, lane) - width)
-    logits = head.lanes(hidden, lane[:, 0]).double()
+    if whole is None:
+        logits = head.lanes(hidden, lane[:, 0]).double()
+    else:
+        lanes = F.pad(whole, (0, -whole.shape[1] % LANE), value=-torch.inf).unflatten(1, (-1, LANE))
+        logits = lanes.gather(1, lane[:, :, None].expand(-1, 1, LANE))[:, 0].double()
     inner = ((logits - top[:, None]) / temperature).exp()
     at = _pick(inner.cumsum(1), (left / width).clamp(0, 1)[:, 0])
     # A rounded sum may point at an impossible token; the likeliest one of the lane stands in.

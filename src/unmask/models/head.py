@@ -65,21 +65,16 @@ class Head:
         return logits
 
     def lanes(self, hidden: Tensor, lane: Tensor) -> Tensor:
-        """Logits of the 64 tokens from ``64 * lane`` on: hidden (N, d), lane (N,) int64 -> (N, 64).
+        """Logits of the 64 tokens from ``64 * lane`` on, of a head with a weight: hidden (N, d), lane (N,) int64 -> (N, 64).
 
         The mask token and tokens beyond the vocabulary have logit -inf.
         """
+        assert self.weight is not None
         token = lane[:, None] * LANE + torch.arange(LANE, device=lane.device)
-        if self.weight is None:
-            _, logits = next(self.pieces(hidden))
-            size = logits.shape[1]
-            found = logits.gather(1, token.clamp(max=size - 1))
-        else:
-            size = len(self.weight)
-            weight = self.weight[token.clamp(max=size - 1)].to(hidden.dtype)  # (N, 64, d)
-            found = (weight @ hidden[:, :, None])[:, :, 0]
-            found = found.to(torch.promote_types(found.dtype, torch.float32))
-        return found.masked_fill((token >= size) | (token == self.mask_id), -torch.inf)
+        weight = self.weight[token.clamp(max=len(self.weight) - 1)].to(hidden.dtype)  # (N, 64, d)
+        found = (weight @ hidden[:, :, None])[:, :, 0]
+        found = found.to(torch.promote_types(found.dtype, torch.float32))
+        return found.masked_fill((token >= len(self.weight)) | (token == self.mask_id), -torch.inf)
 
 
 def _sizes(rows: Tensor) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from unmask.decoding import Decoder, decode
 from unmask.decoding.decode import guided
 from unmask.models.head import score_tokens
 from unmask.models.masked_lm import MaskedLM
-from unmask.rl.objectives import View, ViewRows
+from unmask.rl.objectives import ViewRows
 from unmask.rl.rewards import Row
 from unmask.spec import UserError
 from unmask.trajectory import Trajectory
@@ -119,7 +119,7 @@ def score_rows(policy: MaskedLM, trajectory: Trajectory, rows: ViewRows) -> tupl
 
 
 def score_all(policy: MaskedLM, trajectory: Trajectory, rows: ViewRows, parts: Iterable[Tensor]) -> Tensor:
-    """Log-probabilities of the recorded tokens in views that score each at most once, (B, L); 0 where none of ``parts`` does."""
+    """Log-probabilities (B, L) of the recorded tokens in views that score each at most once; 0 where no part does."""
     out = torch.zeros_like(trajectory.logprob)
     for part in parts:
         logprob, _, row, column = score_rows(policy, trajectory, rows.take(part))
