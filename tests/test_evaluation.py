@@ -72,7 +72,7 @@ def test_killed_and_resumed_equals_uninterrupted(model: str, tmp_path: Path) -> 
             last = sorted((tmp_path / "part" / "records").iterdir())[-1]
             with last.open("a") as file:
                 file.write('{"index": 3, "id": "cut o')
-    assert len(seen) == 6 * 3
+    assert len(seen) >= 6 * 3
     assert records(tmp_path / "whole") == records(tmp_path / "part")
     assert whole["config"] == part["config"]
     for a, b in zip(whole["cells"], part["cells"], strict=True):

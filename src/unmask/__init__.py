@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unmask.decoding import PRESETS, Decoder, Plan, ascending, decode, make_decoder, replay, uniform
+    from unmask.decoding import PRESETS, Decoder, Plan, ascending, decode, decode_each, make_decoder, replay, uniform
     from unmask.models.load import load
     from unmask.models.masked_lm import MaskedLM
     from unmask.spec import UserError
@@ -32,6 +32,7 @@ __all__ = [
     "__version__",
     "ascending",
     "decode",
+    "decode_each",
     "load",
     "make_decoder",
     "make_task",
@@ -41,7 +42,17 @@ __all__ = [
 
 # Names are imported when first used, so that `unmask --help` does not wait for torch.
 _HOMES = {
-    "unmask.decoding": ("PRESETS", "Decoder", "Plan", "ascending", "decode", "make_decoder", "replay", "uniform"),
+    "unmask.decoding": (
+        "PRESETS",
+        "Decoder",
+        "Plan",
+        "ascending",
+        "decode",
+        "decode_each",
+        "make_decoder",
+        "replay",
+        "uniform",
+    ),
     "unmask.models.load": ("load",),
     "unmask.models.masked_lm": ("MaskedLM",),
     "unmask.spec": ("UserError",),

@@ -59,7 +59,8 @@ def generate(arguments: list[str]) -> None:
     ids, mask = lm.encode([lm.chat(a.prompt, a.prefill)], decoder.max_new_tokens)
     streamer = LiveCanvas(lm, console, f"{lm.name} · {decoder.name}", a.delay) if console.is_terminal else None
     try:
-        trajectory = decode(lm, ids, mask, decoder, torch.Generator().manual_seed(a.seed), streamer=streamer)
+        generator = torch.Generator().manual_seed(a.seed)
+        trajectory = decode(lm, ids, mask, decoder, generator, streamer=streamer, early_stop=True)
     finally:  # on Ctrl-C too the cursor comes back
         if streamer is not None:
             streamer.end()

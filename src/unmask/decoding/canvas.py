@@ -65,7 +65,7 @@ class Canvases:
 
     @property
     def canvas(self) -> Tensor:
-        """(B, L) view into ``ids``."""
+        """The canvas, (B, L): a view into ``ids``."""
         return self.ids[:, self.width :]
 
     @property

@@ -170,23 +170,26 @@ class Decoding:
         stop = horizon if self.decoder.cache == "dual" else self.plan.length
         return (rows.width + start, rows.width + stop), busy
 
-    def finished(self, rows: Canvases) -> Tensor:
-        """Rows that are done, (n,) int64 on the CPU: committed whole, or with early stop up to their first end token."""
+    def finished(self, rows: Canvases) -> list[int]:
+        """Rows that are done: committed whole, or with early stop up to their first end token."""
         if self.decoder.threshold is None and not self.early_stop:
-            return torch.tensor([i for i, n in enumerate(rows.passes) if n == self.plan.steps], dtype=torch.int64)
+            return [i for i, n in enumerate(rows.passes) if n == self.plan.steps]
         before_end = torch.ones_like(rows.step, dtype=torch.bool)
         if self.early_stop:
             before_end = torch.isin(rows.canvas, self.ends).cumsum(1) == 0
-        return (~((rows.step < 0) & before_end).any(1)).cpu().nonzero()[:, 0]
+        unfinished = ((rows.step < 0) & before_end).any(1).tolist()
+        return [i for i, more in enumerate(unfinished) if not more]
 
-    def split(self, rows: Canvases, leave: Tensor) -> tuple[Canvases, Canvases]:
+    def split(self, rows: Canvases, leave: list[int]) -> tuple[Canvases, Canvases]:
         """The rows that stay and those that leave."""
-        stay = torch.ones(len(rows), dtype=torch.bool).index_fill_(0, leave, False).nonzero()[:, 0]
-        if self.cache is not None and len(stay):
+        gone, device = set(leave), rows.ids.device
+        stay = torch.tensor([i for i in range(len(rows)) if i not in gone], dtype=torch.int64, device=device)
+        if not len(stay):
+            self.cache, self.cached = None, -1
+        elif self.cache is not None:
             copies = 2 if self.decoder.cfg_scale else 1
-            self.cache.take(torch.cat([stay + i * len(rows) for i in range(copies)]).to(self.lm.device))
-        device = self.lm.device
-        return rows.take(stay.to(device)), rows.take(leave.to(device))
+            self.cache.take(torch.cat([stay + i * len(rows) for i in range(copies)]))
+        return rows.take(stay), rows.take(torch.tensor(leave, device=device))
 
 
 def _seeds(decoder: Decoder, batch: int, generator: torch.Generator | None, seeds: Tensor | None) -> Tensor:
@@ -245,7 +248,7 @@ def decode(
         if streamer is not None:
             streamer.put_draft(rows.canvas[0])
         leave = loop.finished(rows)
-        if len(leave):
+        if leave:
             rows, done = loop.split(rows, leave)
             parts.append(done)
     whole = parts[0]
@@ -266,7 +269,8 @@ def decode_each(
     seeds: Tensor,
     batch_size: int,
     early_stop: bool = True,
-) -> Iterator[tuple[int, Trajectory]]:
+    static_width: int = 0,
+) -> Iterator[tuple[list[int], Trajectory]]:
     """Decode any number of prompts with a batch that stays full: a finished row makes room for the next prompt.
 
     Prompts of similar length next to each other waste least on padding.
@@ -275,33 +279,39 @@ def decode_each(
         prompts: texts for ``MaskedLM.encode``. seeds: (len(prompts),) int64.
         batch_size: rows of one forward pass.
         early_stop: as in ``decode``.
+        static_width: for a compiled model: prompts are padded to this many tokens and the batch is filled up with rows that
+            nobody asked for, so that every forward pass has one shape.
 
     Yields:
-        (index into ``prompts``, its trajectory of one row), in the order in which rows finish.
+        (indexes into ``prompts``, their trajectory) of rows that finish together.
     """
     loop = Decoding(lm, decoder, early_stop)
     rows: Canvases | None = None
-    following = 0
-    while following < len(prompts) or rows is not None:
+    following, unfinished = 0, len(prompts)
+    while unfinished:
         room = batch_size - (0 if rows is None else len(rows))
         together = decoder.cache != "none" and rows is not None  # a cache is made for rows of one block
-        if room and following < len(prompts) and not together:
-            numbers = range(following, min(following + room, len(prompts)))
-            ids, mask = lm.encode([prompts[i] for i in numbers], decoder.max_new_tokens)
-            some = seeds[numbers.start : numbers.stop].to(ids.device)
+        numbers = range(following, following + room if static_width else min(following + room, len(prompts)))
+        if numbers and not together:
+            texts = [prompts[min(i, len(prompts) - 1)] for i in numbers]
+            ids, mask = lm.encode(texts, decoder.max_new_tokens, static_width)
+            some = seeds[[min(i, len(prompts) - 1) for i in numbers]].to(ids.device)
             fresh = Canvases.new(ids, mask, decoder.plan.length, lm.mask_id, some, numbers)
             rows = fresh if rows is None else rows.join(fresh, lm.pad_id)
             following = numbers.stop
         assert rows is not None
         loop.advance(rows)
         leave = loop.finished(rows)
-        if not len(leave):
+        if not leave:
             continue
         rest, done = loop.split(rows, leave)
-        rows = rest.trimmed() if len(rest) else None
-        for i, number in enumerate(done.numbers):
-            one = done.take(torch.tensor([i], device=lm.device)).trimmed()
-            yield number, one.trajectory(lm.mask_id, decoder.config())
+        keep = static_width or loop.cache is not None  # the width
+        rows = None if not len(rest) else rest if keep else rest.trimmed()
+        asked = [i for i, number in enumerate(done.numbers) if number < len(prompts)]
+        if asked:
+            unfinished -= len(asked)
+            done = done.take(torch.tensor(asked, device=lm.device)).trimmed()
+            yield done.numbers, done.trajectory(lm.mask_id, decoder.config())
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from unmask import __version__
-from unmask.decoding import Decoder, decode, make_decoder
+from unmask.decoding import Decoder, decode_each, make_decoder
 from unmask.evaluation.statistics import pooled_bootstrap, wilson
 from unmask.files import drop_cut_line, read_lines, write_json, writing_to
 from unmask.models.load import load
@@ -49,12 +49,17 @@ class EvalConfig:
     """``train``, ``validation``, ``test``; Sudoku also ``heldout`` (grids no training puzzle came from)."""
     max_new_tokens: int = 128
     """Canvas length in tokens, unless a decoder sets its own."""
+    early_stop: bool = True
+    """A row is finished once its text is: all committed up to its first end token. Changes passes, not text."""
     batch_size: int = 32
+    """Rows of one forward pass; a finished row makes room for the next problem."""
     seed: int = 0
     """Seed of the problems and of any sampling."""
     dtype: str = "float32"
     """``float32`` or ``bfloat16``."""
     device: str = "cpu"
+    compile: bool = False
+    """torch.compile the model; all forward passes then have one shape."""
     output: str = "runs/eval"
     """Run folder. A second call with the same settings goes on or just prints the result."""
     diagnostics: bool = False
@@ -110,34 +115,39 @@ def read_records(path: Path) -> list[Record]:
     return sorted(read_lines(path), key=lambda r: int(r["index"]))
 
 
-def run_batch(
-    lm: MaskedLM, task: Task, decoder: Decoder, problems: list[tuple[int, Problem]], seed: int
-) -> list[Record]:
-    """Decode and grade one batch of (index, problem)."""
-    start = time.perf_counter()
+def run_cell(
+    lm: MaskedLM,
+    task: Task,
+    decoder: Decoder,
+    problems: list[tuple[int, Problem]],
+    config: EvalConfig,
+    static_width: int,
+) -> Iterator[list[Record]]:
+    """Decode and grade (index, problem)s; yields the records of those that finish together."""
     prompts = [lm.chat(task.instruction(p), task.prefill) for _, p in problems]
-    ids, mask = lm.encode(prompts, decoder.max_new_tokens)
-    seeds = torch.tensor([seed * 2**32 + index for index, _ in problems], device=ids.device)
-    trajectory = decode(lm, ids, mask, decoder, seeds=seeds)
-    texts = lm.text(trajectory.tokens)
-    lengths, nfe = lm.lengths(trajectory.tokens).tolist(), trajectory.nfe.tolist()
-    seconds = (time.perf_counter() - start) / len(problems)
-    records = []
-    for row, (index, problem) in enumerate(problems):
-        grade = task.grade(problem, texts[row])
-        records.append(
-            {
-                "index": index,
-                "id": problem.id,
-                "prompt": prompts[row],
-                "completion": texts[row],
-                **asdict(grade),
-                "nfe": nfe[row],
-                "length": lengths[row],
-                "seconds": round(seconds, 6),
-            }
-        )
-    return records
+    seeds = torch.tensor([config.seed * 2**32 + index for index, _ in problems], dtype=torch.int64)
+    start = time.perf_counter()
+    found = decode_each(lm, prompts, decoder, seeds, config.batch_size, config.early_stop, static_width)
+    for numbers, trajectory in found:
+        texts = lm.text(trajectory.tokens)
+        lengths, nfe = lm.lengths(trajectory.tokens).tolist(), trajectory.nfe.tolist()
+        seconds, start = (time.perf_counter() - start) / len(numbers), time.perf_counter()
+        records = []
+        for row, number in enumerate(numbers):
+            index, problem = problems[number]
+            records.append(
+                {
+                    "index": index,
+                    "id": problem.id,
+                    "prompt": prompts[number],
+                    "completion": texts[row],
+                    **asdict(task.grade(problem, texts[row])),
+                    "nfe": nfe[row],
+                    "length": lengths[row],
+                    "seconds": round(seconds, 6),
+                }
+            )
+        yield records
 
 
 def summarise(records: list[Record], decoder: Decoder) -> dict[str, Any]:
@@ -177,7 +187,11 @@ def evaluate(config: EvalConfig, progress: Callable[[str, int, int], None] | Non
     output = Path(config.output)
     resolved = {
         "model": lm.info(),
-        **{k: v for k, v in asdict(config).items() if k not in ("output", "model", "task", "decoder", "diagnostics")},
+        **{
+            k: v
+            for k, v in asdict(config).items()
+            if k not in ("output", "model", "task", "decoder", "diagnostics", "compile")
+        },
         "tasks": {spec: task.config() for spec, task in tasks.items()},
         "decoders": {spec: d.config() for spec, d in decoders.items()},
     }
@@ -186,8 +200,14 @@ def evaluate(config: EvalConfig, progress: Callable[[str, int, int], None] | Non
         spec: list(enumerate(task.problems(config.split, config.limit, config.seed))) for spec, task in tasks.items()
     }
     canvas = max(d.max_new_tokens for d in decoders.values())
+    width = 0
     for spec, task in tasks.items():
-        lm.encode([lm.chat(task.instruction(p), task.prefill) for _, p in sets[spec]], canvas)
+        ids, _ = lm.encode([lm.chat(task.instruction(p), task.prefill) for _, p in sets[spec]], canvas)
+        width = max(width, ids.shape[1])
+    if config.compile:
+        lm.model.base_model.compile()
+    else:
+        width = 0
     try:
         with writing_to(output):
             (output / "records").mkdir(parents=True, exist_ok=True)
@@ -210,12 +230,13 @@ def evaluate(config: EvalConfig, progress: Callable[[str, int, int], None] | Non
             if progress:
                 progress(label, len(done), len(problems))
             with path.open("a") as file:
-                for start in range(0, len(todo), config.batch_size):
-                    records = run_batch(lm, task, decoder, todo[start : start + config.batch_size], config.seed)
+                count = len(done)
+                for records in run_cell(lm, task, decoder, todo, config, width):
                     file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
                     file.flush()
+                    count += len(records)
                     if progress:
-                        progress(label, len(done) + start + len(records), len(problems))
+                        progress(label, count, len(problems))
             cell = {"task": task_spec, "decoder": decoder_spec, "score_name": task.score_name}
             cells.append({**cell, **summarise(read_records(path), decoder)})
     summary = {"config": resolved, "environment": environment(), "cells": cells}

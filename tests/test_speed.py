@@ -1,0 +1,274 @@
+"""What is fast must be the same: early stop, full batches, caches, vocabulary passes, no waiting for the device."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+from conftest import PROMPTS, toy
+from unmask import PRESETS, MaskedLM, Trajectory, UserError, decode, decode_each, make_decoder
+from unmask.decoding.canvas import Canvases
+from unmask.decoding.decode import Decoding
+from unmask.decoding.sampling import candidates
+from unmask.models import head as head_module
+from unmask.models.head import Head, score_tokens, token_logprob
+from unmask.models.llada import KVCache
+
+pytestmark = pytest.mark.usefixtures("no_global_randomness")
+
+SEEDS = torch.tensor([11, 12, 13, 14])
+NINE = [PROMPTS[i % 4] + "abc"[i // 4] for i in range(9)]
+
+
+@pytest.fixture(scope="module")
+def ending_lm() -> MaskedLM:
+    """A toy model that likes to end early."""
+    lm = toy()
+    with torch.no_grad():
+        lm.model.get_output_embeddings().weight[list(lm.end_ids)] *= 3
+    return lm
+
+
+def once(lm: MaskedLM, spec: str, **how: object) -> Trajectory:
+    ids, mask = lm.encode(PROMPTS)
+    return decode(lm, ids, mask, make_decoder(spec, max_new_tokens=64), seeds=SEEDS, **how)  # type: ignore[arg-type]
+
+
+# ---- early stop ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spec", [*PRESETS, "full:temperature=1", "semi-ar:temperature=1,cfg_scale=0.5", "eoser:eos_tokens=eos+eot"]
+)
+def test_early_stop_keeps_the_text_and_the_history(ending_lm: MaskedLM, spec: str) -> None:
+    whole, short = once(ending_lm, spec), once(ending_lm, spec, early_stop=True)
+    assert ending_lm.text(whole.tokens) == ending_lm.text(short.tokens)
+    done = short.step >= 0
+    assert torch.equal(short.tokens[done], whole.tokens[done]) and torch.equal(short.step[done], whole.step[done])
+    assert torch.allclose(short.logprob[done], whole.logprob[done], atol=1e-4)
+    assert (short.tokens[~done] == ending_lm.mask_id).all()
+    # A row stops in the pass that completes its text, not later.
+    for row in range(4):
+        length = int(ending_lm.lengths(whole.tokens)[row])
+        needed = int(whole.step[row, : length + 1].max()) + 1
+        ends = torch.isin(whole.tokens[row], torch.tensor(ending_lm.end_ids))
+        first = [
+            s for s in range(whole.steps)
+            if (whole.step[row] <= s)[: int((ends & (whole.step[row] <= s)).int().argmax()) + 1].all()
+            and (ends & (whole.step[row] <= s)).any()
+        ]  # fmt: skip
+        assert int(short.nfe[row]) == ((min(first, default=needed - 1) + 1) * (2 if "cfg" in spec else 1))
+
+
+def test_early_stop_saves_passes(ending_lm: MaskedLM) -> None:
+    assert int(once(ending_lm, "semi-ar", early_stop=True).nfe.sum()) < 0.5 * int(once(ending_lm, "semi-ar").nfe.sum())
+
+
+# ---- batches that stay full ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spec", [*PRESETS, "full:temperature=1", "semi-ar:cache=dual", "threshold:cache=prefix,threshold=0.3"]
+)
+@pytest.mark.parametrize("static", [False, True])
+def test_a_full_batch_gives_what_each_prompt_gives_alone(ending_lm: MaskedLM, spec: str, static: bool) -> None:
+    decoder = make_decoder(spec, max_new_tokens=32 if "block_length" in spec else 64)
+    seeds = torch.arange(9) + 5
+    width = max(len(p) for p in NINE) + 4 if static else 0
+    found = list(decode_each(ending_lm, NINE, decoder, seeds, batch_size=4, static_width=width))
+    assert sorted(itertools.chain.from_iterable(numbers for numbers, _ in found)) == list(range(9))
+    for numbers, trajectory in found:
+        texts = ending_lm.text(trajectory.tokens)
+        for i, number in enumerate(numbers):
+            ids, mask = ending_lm.encode([NINE[number]])
+            alone = decode(ending_lm, ids, mask, decoder, seeds=seeds[number : number + 1], early_stop=True)
+            assert texts[i] == ending_lm.text(alone.tokens)[0]
+            assert torch.equal(trajectory.step[i], alone.step[0])
+            assert torch.allclose(trajectory.logprob[i], alone.logprob[0], atol=1e-4)
+            assert torch.equal(trajectory.prompt[i][trajectory.prompt_mask[i]], ids[0])
+
+
+def test_the_batch_is_kept_full(ending_lm: MaskedLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine prompts in a batch of three take about a third of the passes of one row at a time."""
+    sizes = []
+    advance = Decoding.advance
+    monkeypatch.setattr(Decoding, "advance", lambda self, rows: (sizes.append(len(rows)), advance(self, rows))[1])
+    found = list(decode_each(ending_lm, NINE, make_decoder("semi-ar", max_new_tokens=64), torch.arange(9), 3))
+    total = sum(int(t.nfe.sum()) for _, t in found)
+    tail = next(i for i in range(len(sizes)) if all(n < 3 for n in sizes[i:]))
+    assert sum(sizes) == total and set(sizes[:tail]) == {3}
+
+
+# ---- caches --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_window_over_a_fresh_cache_is_the_full_pass(toy_lm: MaskedLM) -> None:
+    """Nothing has changed since the cache was made: every window's hidden states are those of the full pass."""
+    ids, mask = toy_lm.encode(PROMPTS)
+    cache = KVCache()
+    whole = toy_lm.model.model(ids, mask, cache=cache).last_hidden_state
+    for window in ((5, 20), (20, ids.shape[1]), (0, ids.shape[1])):
+        part = toy_lm.model.model(ids, mask, cache=cache, window=window).last_hidden_state
+        assert torch.allclose(
+            part[mask[:, slice(*window)]], whole[:, slice(*window)][mask[:, slice(*window)]], atol=1e-4
+        )
+
+
+def test_a_cache_with_new_tokens_in_its_window_is_refreshed_there(toy_lm: MaskedLM) -> None:
+    """Tokens changed inside the window only: the window over the whole row is the full pass, a smaller one is not."""
+    ids, mask = toy_lm.encode(PROMPTS)
+    cache = KVCache()
+    toy_lm.model.model(ids, mask, cache=cache)
+    edited = ids.clone()
+    edited[:, 30:35] = ids[0, -5:]
+    full = toy_lm.model.model(edited, mask).last_hidden_state[:, 30:35]
+    part = toy_lm.model.model(edited, mask, cache=cache, window=(30, 35)).last_hidden_state
+    assert 1e-4 < (part - full).abs().max() < 0.5 * full.abs().max() + 5
+    entire = toy_lm.model.model(edited, mask, cache=cache, window=(0, ids.shape[1])).last_hidden_state[:, 30:35]
+    assert torch.allclose(entire, full, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["prefix", "dual"])
+@pytest.mark.parametrize(
+    "spec", ["semi-ar", "hybrid", "ass:blocks=3", "threshold:threshold=0.2", "semi-ar:cfg_scale=0.5"]
+)
+def test_cached_decoding_computes_only_its_window(
+    toy_lm: MaskedLM, monkeypatch: pytest.MonkeyPatch, spec: str, mode: str
+) -> None:
+    windows = []
+    forward = type(toy_lm.model.model).forward
+
+    def watched(self: nn.Module, ids: Tensor, *rest: object) -> object:
+        windows.append(rest[-1])
+        return forward(self, ids, *rest)
+
+    monkeypatch.setattr(type(toy_lm.model.model), "forward", watched)
+    cached = once(toy_lm, f"{spec}{',' if ':' in spec else ':'}cache={mode}")
+    assert (cached.tokens != toy_lm.mask_id).all()
+    plan, width = make_decoder(spec, max_new_tokens=64).plan, cached.prompt.shape[1]
+    blocks = sorted(set(plan.horizon))
+    assert windows.count(None) == len(blocks)  # one full pass a block
+    starts = dict(zip(blocks, [0, *blocks], strict=False))
+    expected = {(width + starts[h], width + (h if mode == "dual" else 64)) for h in blocks}
+    assert {w for w in windows if w is not None} <= expected and len(windows) > len(blocks)
+    if "threshold" not in spec:
+        assert len(windows) == plan.steps
+        # The first pass of the first block is exact.
+        exact = once(toy_lm, spec)
+        assert torch.equal(cached.tokens[cached.step == 0], exact.tokens[exact.step == 0])
+
+
+@pytest.mark.parametrize(
+    "spec", ["full:cache=dual", "ass:cache=prefix", "full:cache=dual,steps=1", "eoser-ass:cache=dual,blocks=1"]
+)
+def test_caches_are_refused_where_they_save_nothing(spec: str) -> None:
+    with pytest.raises(UserError, match="several blocks"):
+        make_decoder(spec, max_new_tokens=64)
+    with pytest.raises(UserError, match="several blocks"):
+        make_decoder("semi-ar:cache=dual,block_length=16,steps=4", max_new_tokens=64)  # one step a block
+
+
+# ---- the vocabulary, piece by piece --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocabulary", [3, 64, 200, 1000])
+@pytest.mark.parametrize("pieces", [(5, 64 * 5), (7, 64 * 20), (512, 2**19)])
+def test_pieces_equal_the_whole(vocabulary: int, pieces: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Candidates, statistics, samples, scores and gradients against plain formulas, for any cut of rows and vocabulary."""
+    monkeypatch.setattr(head_module, "CACHED", pieces)
+    g = torch.Generator().manual_seed(vocabulary)
+    linear = nn.utils.skip_init(nn.Linear, 6, vocabulary, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(vocabulary, 6, generator=g))
+    hidden = (3 * torch.randn(23, 6, generator=g)).requires_grad_()
+    tokens = torch.randint(1, vocabulary, (23,), generator=g)
+    noise = torch.rand(23, generator=g, dtype=torch.float64)
+    upstream = torch.randn(23, generator=g)
+
+    logits = linear(hidden).masked_fill(torch.arange(vocabulary) == 0, -torch.inf)  # token 0 is the mask
+    p = logits.detach().double().softmax(-1)
+    black_box = Head(linear, 0, None)
+    for head in (Head.of(linear, 0), black_box):
+        with torch.no_grad():
+            found = candidates(head, hidden, 0.0, None, frozenset({"second", "entropy"}))
+        best = p.topk(2).values
+        assert torch.equal(found.tokens, p.argmax(-1))
+        assert torch.allclose(found.logprob.double(), best[:, 0].log(), atol=1e-6)
+        assert torch.allclose(torch.stack([found.top, found.second], 1), best, atol=1e-6)  # type: ignore[list-item]
+        expected = torch.special.entr(p).sum(-1) / torch.tensor(float(vocabulary)).log()
+        assert torch.allclose(found.entropy, expected, atol=1e-6)  # type: ignore[arg-type]
+        for temperature in (1.0, 0.6, 3.0):
+            with torch.no_grad():
+                drawn = candidates(head, hidden, temperature, noise)
+            cdf = (logits.detach().double() / temperature).softmax(-1).cumsum(-1)
+            assert torch.equal(drawn.tokens, torch.searchsorted(cdf, noise[:, None], right=True)[:, 0])
+            assert torch.allclose(drawn.logprob.double(), p.gather(1, drawn.tokens[:, None])[:, 0].log(), atol=1e-5)
+
+        linear.weight.grad = hidden.grad = None
+        logprob, entropy = score_tokens(head, hidden, tokens)
+        (logprob * upstream).sum().backward()
+        ours = [hidden.grad.clone(), linear.weight.grad.clone()]  # type: ignore[attr-defined]
+        linear.weight.grad = hidden.grad = None
+        plain = linear(hidden).masked_fill(torch.arange(vocabulary) == 0, -torch.inf).log_softmax(-1)
+        plain = plain.gather(1, tokens[:, None])[:, 0]
+        (plain * upstream).sum().backward()
+        assert torch.allclose(logprob, plain, atol=1e-5)
+        assert torch.allclose(entropy.double(), torch.special.entr(p).sum(-1), atol=1e-5)
+        assert torch.allclose(ours[0], hidden.grad, atol=1e-5)  # type: ignore[arg-type]
+        assert torch.allclose(ours[1], linear.weight.grad, atol=1e-5)
+
+
+def test_scores_keep_their_order_near_certainty() -> None:
+    """Probabilities that round to 1: the log-probability still tells them apart."""
+    linear = nn.utils.skip_init(nn.Linear, 1, 3, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[0.0], [1.0], [0.05]]))
+        hidden = torch.tensor([[25.0], [26.0], [60.0]])
+        head = Head.of(linear, -1)
+        odds = (hidden.double() @ linear.weight.T.double()).diff(dim=1).abs().neg().exp()  # 0 and 0.05 against 1
+        expected = -(odds[:, 0] + odds[:, 1]).log1p()
+        for found in (candidates(head, hidden, 0.0, None).logprob, score_tokens(head, hidden, torch.ones(3).long())[0]):
+            assert torch.allclose(found.double(), expected, rtol=1e-5, atol=0)
+
+
+def test_autocast_scores_in_its_precision() -> None:
+    """Under autocast the products are bfloat16, as the model's own; gradients come back in the weights' precision."""
+    g = torch.Generator().manual_seed(0)
+    linear = nn.utils.skip_init(nn.Linear, 16, 300, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(300, 16, generator=g))
+    hidden, tokens = torch.randn(9, 16, generator=g), torch.randint(1, 300, (9,), generator=g)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, _ = score_tokens(Head.of(linear, 0), hidden, tokens)
+        plain = token_logprob(linear(hidden).float().index_fill(1, torch.tensor([0]), -torch.inf), tokens)
+    assert torch.allclose(found, plain, atol=1e-5)
+    found.sum().backward()
+    assert linear.weight.grad is not None and linear.weight.grad.dtype == torch.float32
+
+
+# ---- the device ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["full", "semi-ar:temperature=1", "eoser-ass", "full-random", "hybrid:cfg_scale=1", "ass:confidence=entropy"],
+)
+def test_the_loop_never_waits_for_the_device(spec: str) -> None:
+    """On tensors without values, whatever must look at one raises: so would a synchronisation."""
+    decoder = make_decoder(spec, max_new_tokens=32)
+    prompt = torch.zeros(3, 5, dtype=torch.int64)
+    rows = Canvases.new(prompt, prompt > 0, 32, toy().mask_id, prompt[:, 0], range(3))
+    with FakeTensorMode() as mode:
+        lm = toy()
+        for name in ("ids", "visible", "step", "logprob", "seeds", "at"):
+            setattr(rows, name, mode.from_tensor(getattr(rows, name)))
+        loop = Decoding(lm, decoder, early_stop=False)
+        for _ in range(decoder.plan.steps):
+            loop.advance(rows)
+        assert loop.finished(rows) == [0, 1, 2]
+        with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+            Decoding(lm, make_decoder("threshold", max_new_tokens=32), False).advance(rows)
