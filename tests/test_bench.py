@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from unmask import UserError, bench
-from unmask.bench import BenchRL, bench_rl, bench_trainer, measure, plain_update, random_rollout
+from unmask import Decoder, MaskedLM, UserError, make_decoder
+from unmask.bench import decoding, update
+from unmask.bench.decoding import BenchDecode, bench_decode, standing_at
+from unmask.bench.reference import counterpart, load_reference, reference_decode
+from unmask.bench.update import BenchRL, bench_rl, bench_trainer, measure, plain_update, random_rollout
 from unmask.cli import main
+from unmask.decoding import decode
 from unmask.rl.gap import BenchGap, bench_gap
 from unmask.rl.objectives import OBJECTIVES
 
@@ -41,11 +45,13 @@ def test_the_plain_way_has_the_same_gradient() -> None:
 
 
 def test_every_cell_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_measure_apart", measure)  # here, not in processes of their own
+    monkeypatch.setattr(update, "measure_cell", measure)  # here, not in processes of their own
     result = bench_rl(BenchRL(**SMALL, output=str(tmp_path / "b.json")), lambda _: None)  # type: ignore[arg-type]
     ways = [(c["way"], c["steps"]) for c in result["cells"]]
     assert ways == [*((w, s) for w in ("cj", "bare", "plain") for s in (2, 4)), ("one-step", 1), ("diffu", 1)]
-    assert all(c["seconds"] > 0 and c["peak_gib"] > 0 for c in result["cells"])
+    for cell in result["cells"]:
+        assert 0 < cell["seconds"]["low"] <= cell["seconds"]["median"] <= cell["seconds"]["high"]
+        assert cell["peak_gib"]["median"] > 0 and 0 < cell["of_gemm_peak"] < 1
     assert json.loads((tmp_path / "b.json").read_text())["environment"]["torch"]
     huge = bench_rl(
         BenchRL(**{**SMALL, "repeats": 1}, memory_limit=1e-9, output=str(tmp_path / "c.json")), lambda _: None
@@ -54,17 +60,27 @@ def test_every_cell_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="steps 200 does not fit a canvas of 128"):
+    with pytest.raises(UserError, match=r"steps \(200,\) do not fit a canvas of 128"):
         BenchRL(steps=(200,))
-    with pytest.raises(UserError, match="rows is out of range"):
+    with pytest.raises(UserError, match="rows is 0: give 1 or more"):
         BenchRL(rows=0)
+    with pytest.raises(UserError, match="did you mean 'eoser'"):
+        BenchDecode(decoder=("eosr",))
+    with pytest.raises(UserError, match="dtype"):
+        BenchDecode(dtype="float8")
+    with pytest.raises(UserError, match="each need at least one"):
+        BenchDecode(length=())
+    with pytest.raises(UserError, match=r"no eval/generate\.py: give a checkout"):
+        BenchDecode(reference="/nowhere")
+    with pytest.raises(UserError, match="d_model=30 is no multiple"):
+        BenchDecode(d_model=30)
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="there is no GPU here"):
             BenchRL(device="cuda")
-    for command in ("rl", "gap"):
+    for command in ("rl", "gap", "decode"):
         assert main(["bench", command, "--output", "/proc/nothing/x.json"]) == 2
         assert "cannot write to" in capsys.readouterr().err
-    assert main(["bench", "decoding"]) == 2 and "choose from gap, rl" in capsys.readouterr().err
+    assert main(["bench", "decoding"]) == 2 and "choose from decode, gap, rl" in capsys.readouterr().err
     assert main(["bench"]) == 2
 
 
@@ -84,3 +100,123 @@ def test_the_gap_is_rounding_for_cj_alone(toy_folder: str, tmp_path: Path) -> No
         low, high = cell["gap_interval"]
         assert low <= cell["gap"] <= high and cell["completions"] == 6
         assert cell["gap"] < 1e-5 if cell["objective"] == "cj" else cell["gap"] > 0.05
+
+
+# ---- decoding ------------------------------------------------------------------------------------------------------------
+
+# A stand-in for the released file: the same names and arguments, one token a step from left to right.
+RELEASED = """
+import torch
+import torch.distributed as dist
+
+def generate(model, prompt, tokenizer, steps, gen_length, block_length, temperature, cfg_scale, remasking, mask_id):
+    with torch.autocast(device_type="cuda"):
+        assert dist.get_rank() != 0
+        canvas = torch.full((len(prompt), gen_length), mask_id)
+        for _ in range(steps):
+            logits = model(torch.cat([prompt, canvas], 1)).logits[:, -gen_length:]
+            p, token = logits.softmax(-1).max(-1)
+            p[canvas != mask_id] = -1
+            for row in range(len(canvas)):
+                chosen = p[row].topk(gen_length // steps).indices
+                canvas[row, chosen] = token[row, chosen]
+    return torch.cat([prompt, canvas], 1)
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> str:
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "generate.py").write_text(RELEASED)
+    return str(tmp_path)
+
+
+def test_decode_cells(tmp_path: Path, checkout: str, toy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cell is measured; where a released function exists its tokens are compared."""
+
+    def here(module: str, what: str, request: dict[str, object]) -> dict[str, object]:
+        cell = request.pop("cell")
+        return json.loads(json.dumps(decoding.measure(BenchDecode(**request), *cell)))  # type: ignore[arg-type, misc]
+
+    monkeypatch.setattr(decoding, "measure_apart", here)
+    config = BenchDecode(
+        model=("stand-in", toy_folder),
+        decoder=("full", "threshold:block_length=8", "semi-ar:block_length=8,cache=dual"),
+        length=(16, 32),
+        rows=2,
+        prompt=8,
+        passes=3,
+        repeats=2,
+        reference=checkout,
+        vocabulary=300,
+        d_model=32,
+        n_layers=2,
+        mlp_hidden_size=64,
+        output=str(tmp_path / "d.json"),
+    )
+    cells = bench_decode(config, lambda _: None)["cells"]
+    assert len(cells) == 2 * 2 * 3 * 2
+    for cell in cells:
+        assert cell["tokens_per_second"] > 0
+        assert ("step" in cell) == ("cache" not in cell["decoder"])
+        if "step" in cell:
+            assert cell["timed"] == 3 and 0 < cell["of_gemm_peak"] < 1
+            assert cell["step_over_needed"]["low"] <= cell["step_over_needed"]["median"]
+        assert cell.get("same_tokens") == (True if cell["decoder"] == "full" and cell["temperature"] == 0 else None)
+        assert ("reference_over_ours" in cell) == (cell["decoder"] == "full")
+
+
+def test_decode_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "d.json"
+    small = ["--vocabulary", "300", "--d-model", "32", "--n-layers", "1", "--mlp-hidden-size", "64", "--rows", "2"]
+    more = ["--model", "stand-in", "--decoder", "ass", "--temperature", "0", "--length", "8", "16", "--repeats", "1"]
+    assert main(["bench", "decode", *small, *more, "--output", str(output)]) == 0
+    out = capsys.readouterr().out
+    assert "stand-in · ass" in out and str(tmp_path / "d.png") in out
+    assert (tmp_path / "d.png").stat().st_size > 1000 and (tmp_path / "d.md").read_text().count("\n") == 4
+    too_long = ["bench", "decode", "--model", "tiny", "--decoder", "ass", "--length", "9999", "--output", str(output)]
+    assert main(too_long) == 2 and "tokens, but prompt and canvas have" in capsys.readouterr().err
+
+
+def test_timed_passes_are_those_of_the_decode(toy_lm: MaskedLM) -> None:
+    """From the state before any step, one pass commits what the decode committed there."""
+    ids, mask = toy_lm.encode(["make 5 from 1 2 2", "make 5 from 1 2 3"])
+    seeds = torch.tensor([3, 4])
+    for spec in ("eoser-ass:temperature=1", "threshold:threshold=0.2,block_length=8", "full-random"):
+        decoder = make_decoder(spec, max_new_tokens=32)
+        trajectory = decode(toy_lm, ids, mask, decoder, seeds=seeds)
+        loop = decoding.Decoding(toy_lm, decoder, early_stop=False)
+        for s in range(trajectory.steps):
+            rows = standing_at(toy_lm, trajectory, s, seeds)
+            loop.advance(rows)
+            for i, number in enumerate(rows.numbers):
+                assert torch.equal(rows.canvas[i], trajectory.state(s + 1)[number])
+
+
+def test_counterparts(checkout: str, toy_lm: MaskedLM) -> None:
+    def name(spec: str) -> str | None:
+        found = counterpart(make_decoder(spec, max_new_tokens=128))
+        return None if found is None else found[0]
+
+    assert [name(s) for s in ("full", "semi-ar-random", "eoser", "ass", "eoser-ass:blocks=4")] == [
+        "generate", "generate", "eoser_generate", "ass_generate", "eoser_ass_generate",
+    ]  # fmt: skip
+    for spec in (
+        "hard-eos",
+        "threshold",
+        "hybrid",
+        "eoser:block_length=32",
+        "full:confidence=margin",
+        "semi-ar:cache=dual",
+    ):
+        assert name(spec) is None
+    _, arguments = counterpart(make_decoder("eoser-ass:blocks=4,temperature=1", max_new_tokens=256)) or ("", {})
+    assert arguments["steps"] == 8 and arguments["block_num"] == 4 and arguments["eos_min_gamma"] == 0.01
+    before = torch.autocast, torch.distributed.get_rank
+    decoder: Decoder = make_decoder("full:steps=16", max_new_tokens=32)
+    ids, mask = toy_lm.encode(["make 5 from 1 2 2"])
+    with torch.no_grad():
+        run = reference_decode(load_reference(checkout), toy_lm, ids, decoder)
+        assert run is not None
+        assert torch.equal(run(), decode(toy_lm, ids, mask, decoder).tokens)
+    assert (torch.autocast, torch.distributed.get_rank) == before

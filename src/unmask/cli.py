@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -204,63 +204,11 @@ def export_checkpoint(arguments: list[str]) -> None:
 
 
 def bench(arguments: list[str]) -> None:
-    if arguments[:1] not in (["rl"], ["gap"]):
-        asked = arguments[0] if arguments else ""
-        raise unknown("benchmark", asked, ["rl", "gap"])
-    from rich.console import Console
-    from rich.table import Table
+    from unmask.bench.tables import BENCHMARKS
 
-    title, headings, rows, output = (_bench_rl if arguments[0] == "rl" else _bench_gap)(arguments[1:])
-    table = Table(title=title)
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 110).print(table)
-    print(f"result  {output}")
-
-
-BenchTable = tuple[str, list[str], list[list[str]], str]
-
-
-def _bench_rl(arguments: list[str]) -> BenchTable:
-    from rich.console import Console
-
-    from unmask.bench import BenchRL, bench_rl
-
-    config = tyro.cli(BenchRL, args=arguments, prog="unmask bench rl")
-    with Console(stderr=True).status("") as status:
-        result = bench_rl(config, status.update)
-    rows = [
-        [
-            cell["way"],
-            str(cell["steps"]),
-            "{:.2f} ({:.2f}-{:.2f})".format(cell["seconds"], *cell["seconds_range"]),
-            f"{cell['peak_gib']:.2f}",
-            f"{cell['before_gib']:.2f}",
-        ]
-        for cell in result["cells"]
-    ]
-    rows += [[c["way"], str(c["steps"]), "not run", f"> {c['needs_gib']:.0f}", ""] for c in result["not_run"]]
-    title = f"one update, {config.rows} rows of {config.prompt} + {config.length} tokens, V = {config.vocabulary}"
-    return title, ["way", "S", "seconds (range)", "peak GiB", "before GiB"], rows, config.output
-
-
-def _bench_gap(arguments: list[str]) -> BenchTable:
-    from rich.console import Console
-
-    from unmask.rl.gap import BenchGap, bench_gap
-
-    config = tyro.cli(BenchGap, args=arguments, prog="unmask bench gap")
-    with Console(stderr=True).status("") as status:
-        result = bench_gap(config, status.update)
-
-    def shown(cell: dict[str, Any], key: str) -> str:
-        return "{:.2g} [{:.2g}, {:.2g}]".format(cell[key], *cell[f"{key}_interval"])
-
-    rows = [[c["task"], c["decoder"], c["objective"], shown(c, "gap"), shown(c, "text_gap")] for c in result["cells"]]
-    title = f"replay gap, nats a token, {config.limit} completions, T = {config.temperature:g} [95 %]"
-    return title, ["task", "decoder", "objective", "all tokens", "up to the first end token"], rows, config.output
+    if not arguments or arguments[0] not in BENCHMARKS:
+        raise unknown("benchmark", arguments[0] if arguments else "", BENCHMARKS)
+    BENCHMARKS[arguments[0]](arguments[1:])
 
 
 @dataclass
@@ -351,7 +299,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "rl": (rl, "train on rewards with GRPO along the decoder's trajectories"),
     "report": (report_runs, "curves of reinforcement-learning runs"),
     "export": (export_checkpoint, "merge a checkpoint's adapter into a plain checkpoint"),
-    "bench": (bench, "rl: time and memory of an update; gap: objectives against what was sampled"),
+    "bench": (bench, "decode, rl: time and memory; gap: objectives against what was sampled"),
     "grade": (grade, "grade completions made elsewhere"),
     "demo": (demo, "the shipped model under each decoder"),
 }

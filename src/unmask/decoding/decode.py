@@ -84,19 +84,23 @@ class Decoding:
         self.cache: KVCache | None = None
         self.cached = -1  # the horizon of the block that the cache was made for
 
+    def standing(self, rows: Canvases) -> tuple[Tensor, Tensor, Tensor]:
+        """Every row's step in the plan (B,), how many tokens it must commit now (B,), and where it may (B, L) bool."""
+        masked = rows.step < 0
+        if self.decoder.threshold is None:
+            at = rows.at
+            quota = self.commits[at]
+        else:
+            committed = self.plan.length - masked.sum(1)
+            at = torch.searchsorted(self.done, committed, right=True)
+            quota = self.done[at] - committed
+        return at, quota, masked & (self.place < self.horizon[at][:, None])
+
     @torch.no_grad()
     def advance(self, rows: Canvases) -> None:
         """One forward pass and its commits, in place."""
         decoder, batch, length = self.decoder, len(rows), self.plan.length
-        masked = rows.step < 0
-        if decoder.threshold is None:
-            at = rows.at
-            quota = self.commits[at]
-        else:
-            committed = length - masked.sum(1)
-            at = torch.searchsorted(self.done, committed, right=True)
-            quota = self.done[at] - committed
-        open_ = masked & (self.place < self.horizon[at][:, None])
+        at, quota, open_ = self.standing(rows)
         window, busy = (None, None) if decoder.cache == "none" else self._block(rows, at)
         if busy is not None:
             open_ &= busy[:, None]

@@ -57,9 +57,14 @@ def rich_table(summary: dict[str, Any]) -> Table:
     return table
 
 
+def markdown(headings: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """A Markdown table; the first ``left`` columns are text, the others numbers."""
+    lines = [headings, ["---"] * left + ["---:"] * (len(headings) - left), *rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines) + "\n"
+
+
 def markdown_table(summary: dict[str, Any]) -> str:
-    rows = [HEADINGS, ["---", "---", *["---:"] * (len(HEADINGS) - 2)], *table_rows(summary)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    return markdown(HEADINGS, table_rows(summary), left=2)
 
 
 def accuracy_figure(summary: dict[str, Any]) -> Figure:

@@ -1,19 +1,10 @@
-"""``unmask bench``: time and peak memory of one update, each cell in a process of its own.
-
-Cells alternate, so that a slow moment of the machine meets all of them; figures are medians with their range, and ratios are
-taken within one run.
-"""
+"""``unmask bench rl``: time and peak memory of one update, each cell in a process of its own."""
 
 from __future__ import annotations
 
 import json
-import os
-import resource
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,25 +13,33 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from unmask.bench.common import (
+    GIB,
+    Shape,
+    free_bytes,
+    gemm_peak,
+    measure_apart,
+    pass_flops,
+    peak_bytes,
+    seconds,
+    spread,
+    stand_in,
+)
 from unmask.decoding import make_decoder
 from unmask.decoding.plan import uniform
 from unmask.evaluation.evaluate import environment
 from unmask.files import claim_result, write_json
-from unmask.models.llada import LLaDAConfig, LLaDAModelLM
 from unmask.models.masked_lm import MaskedLM
-from unmask.models.scratch import character_tokenizer
 from unmask.rl.config import TrajectoryGRPOConfig
 from unmask.rl.objectives import ViewRows
 from unmask.rl.rollout import Rollout
 from unmask.rl.trainer import TrajectoryGRPOTrainer
-from unmask.spec import UserError
+from unmask.spec import UserError, check_at_least
 from unmask.trajectory import Trajectory
-
-GIB = 2**30
 
 
 @dataclass
-class BenchRL:
+class BenchRL(Shape):
     """Time and peak memory of one ``cj`` update over S steps, beside the plain way and the other objectives.
 
     The model is a stand-in: LLaDA's vocabulary, random weights. *plain*: S forwards with logits of the whole sequence, all
@@ -57,11 +56,6 @@ class BenchRL:
     """Prompt length in tokens."""
     length: int = 128
     """Canvas length in tokens."""
-    vocabulary: int = 126_464
-    d_model: int = 256
-    n_layers: int = 4
-    n_heads: int = 4
-    mlp_hidden_size: int = 768
     lora: int = 0
     """Rank of an adapter; 0 trains all weights."""
     bf16: bool = False
@@ -74,20 +68,15 @@ class BenchRL:
     output: str = "runs/bench-rl.json"
 
     def __post_init__(self) -> None:
-        small = {
-            k: v
-            for k, v in asdict(self).items()
-            if isinstance(v, int) and not isinstance(v, bool) and k != "lora" and v < 1
-        }
-        if small or not self.steps or self.lora < 0:
-            raise UserError(f"{', '.join(small) or 'steps or lora'} is out of range: give 1 or more")
-        for s in self.steps:
-            if not 1 <= s <= self.length:
-                raise UserError(f"steps {s} does not fit a canvas of {self.length}: give 1 to {self.length}")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("device is cuda, but there is no GPU here: give --device cpu")
-        if self.d_model % self.n_heads:
-            raise UserError(f"n_heads={self.n_heads} does not divide d_model={self.d_model}: change one of them")
+        self.check(self.device)
+        check_at_least(self, 1, "rows", "rows_per_forward", "prompt", "length", "repeats")
+        check_at_least(self, 0, "lora")
+        if not self.steps or not all(1 <= s <= self.length for s in self.steps):
+            raise UserError(f"steps {self.steps} do not fit a canvas of {self.length}: give 1 to {self.length}")
+
+    @property
+    def dtype(self) -> str:
+        return "bfloat16" if self.bf16 else "float32"
 
 
 def cells(config: BenchRL) -> list[tuple[str, int]]:
@@ -105,7 +94,7 @@ def bench_rl(config: BenchRL, progress: Callable[[str], None]) -> dict[str, Any]
     """Measure every cell ``repeats`` times, in turn, each time in a fresh process; writes and returns the result."""
     output = Path(config.output)
     claim_result(output)
-    free = torch.cuda.mem_get_info()[0] if config.device != "cpu" else _free_memory()
+    free = free_bytes(config.device)
     found: dict[tuple[str, int], list[dict[str, float]]] = {}
     skipped = []
     for repeat in range(config.repeats):
@@ -115,54 +104,37 @@ def bench_rl(config: BenchRL, progress: Callable[[str], None]) -> dict[str, Any]
                     skipped.append({"way": way, "steps": steps, "needs_gib": plain_bytes(config, steps) / GIB})
                 continue
             progress(f"{way}, S = {steps}, repeat {repeat + 1} of {config.repeats}")
-            found.setdefault((way, steps), []).append(_measure_apart(config, way, steps))
-    table = []
+            found.setdefault((way, steps), []).append(measure_cell(config, way, steps))
+    table: list[dict[str, Any]] = []
     for (way, steps), runs in found.items():
-        seconds = [r["seconds"] for r in runs]
         table.append(
             {
                 "way": way,
                 "steps": steps,
-                "seconds": statistics.median(seconds),
-                "seconds_range": [min(seconds), max(seconds)],
-                "peak_gib": statistics.median(r["peak"] for r in runs) / GIB,
-                "before_gib": statistics.median(r["before"] for r in runs) / GIB,
+                "seconds": spread([r["seconds"] for r in runs]),
+                "flops": runs[0]["flops"],
+                "peak_gib": spread([r["peak"] / GIB for r in runs]),
+                "before_gib": spread([r["before"] / GIB for r in runs]),
             }
         )
-    result = {"config": asdict(config), "environment": environment(), "cells": table, "not_run": skipped}
+    peak = gemm_peak(config.dtype, config.device)
+    for cell in table:
+        cell["of_gemm_peak"] = cell["flops"] / cell["seconds"]["median"] / peak
+    result = {
+        "config": asdict(config),
+        "environment": environment(),
+        "gemm_flops": peak,
+        "cells": table,
+        "not_run": skipped,
+    }
     write_json(output, result)
     return result
 
 
-def _free_memory() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _measure_apart(config: BenchRL, way: str, steps: int) -> dict[str, float]:
-    request = json.dumps({**asdict(config), "way": way, "at": steps})
-    run = subprocess.run([sys.executable, "-m", "unmask.bench", request], capture_output=True, text=True)
-    if run.returncode:
-        raise UserError(
-            f"{way} at S = {steps} failed ({run.stderr.strip().splitlines()[-1:]}): lower rows or vocabulary"
-        )
-    return json.loads(run.stdout.splitlines()[-1])
-
-
-def stand_in(config: BenchRL) -> MaskedLM:
-    """A LLaDA of the asked shape with random weights; its character tokenizer covers the first ids of the vocabulary."""
-    tokenizer = character_tokenizer()
-    shape = {k: getattr(config, k) for k in ("d_model", "n_layers", "n_heads", "mlp_hidden_size")}
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if config.bf16 else torch.float32)
-    try:
-        with torch.device(config.device):
-            model = LLaDAModelLM(
-                LLaDAConfig(vocab_size=config.vocabulary, mask_token_id=tokenizer.mask_token_id, **shape)
-            )
-    finally:
-        torch.set_default_dtype(before)
-    return MaskedLM.wrap(model, tokenizer, "stand-in")
+def measure_cell(config: BenchRL, way: str, steps: int) -> dict[str, float]:
+    """``measure`` in a process of its own."""
+    request = {**asdict(config), "way": way, "at": steps}
+    return measure_apart("unmask.bench.update", f"{way} at S = {steps}", request)
 
 
 def random_rollout(config: BenchRL, lm: MaskedLM, steps: int) -> Rollout:
@@ -209,7 +181,9 @@ def bench_trainer(config: BenchRL, objective: str) -> TrajectoryGRPOTrainer:
         save_strategy="no",
         report_to="none",
     )
-    return TrajectoryGRPOTrainer(stand_in(config), _no_reward, args, [{"prompt": "x"}], peft_config=adapter)
+    return TrajectoryGRPOTrainer(
+        stand_in(config, config.dtype, config.device), _no_reward, args, [{"prompt": "x"}], peft_config=adapter
+    )
 
 
 def measure(config: BenchRL, way: str, steps: int) -> dict[str, float]:
@@ -227,26 +201,20 @@ def measure(config: BenchRL, way: str, steps: int) -> dict[str, float]:
     for p in model.parameters():  # gradients are there in every update but the first
         if p.requires_grad:
             p.grad = torch.zeros_like(p)
-    before = _peak(config.device)
+    before = peak_bytes(config.device)
     update()
-    if config.device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    update()
-    if config.device != "cpu":
-        torch.cuda.synchronize()
-    return {"seconds": time.perf_counter() - start, "peak": _peak(config.device), "before": before}
+    flops = steps * pass_flops(trainer.lm, config.rows, config.prompt + config.length, 0)
+    flops += pass_flops(trainer.lm, 0, 0, config.rows * config.length)  # every token is scored once
+    return {
+        "seconds": seconds(update, config.device),
+        "peak": peak_bytes(config.device),
+        "before": before,
+        "flops": flops * (2 if config.lora else 3),  # what an update cannot do without: no gradient of frozen weights
+    }
 
 
 def _no_reward(prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
     return [0.0] * len(completions)
-
-
-def _peak(device: str) -> float:
-    """Highest resident memory of this process so far, or allocated memory of the GPU, in bytes."""
-    if device != "cpu":
-        return float(torch.cuda.max_memory_allocated())
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def plain_update(model: Any, rollout: Rollout) -> None:

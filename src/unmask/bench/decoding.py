@@ -1,0 +1,218 @@
+"""``unmask bench decode``: our step beside the bare forward pass, and whole decodes beside the released code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from unmask.bench.common import (
+    GIB,
+    Shape,
+    gemm_peak,
+    measure_apart,
+    pass_flops,
+    peak_bytes,
+    seconds,
+    spread,
+    stand_in,
+)
+from unmask.bench.reference import load_reference, reference_decode
+from unmask.decoding import PRESETS, Decoder, decode, make_decoder
+from unmask.decoding.canvas import Canvases
+from unmask.decoding.decode import Decoding
+from unmask.evaluation.evaluate import environment
+from unmask.files import claim_result, write_json
+from unmask.models.load import DTYPES, load
+from unmask.models.masked_lm import MaskedLM
+from unmask.spec import UserError, check_at_least, unknown
+from unmask.tasks import make_task
+from unmask.trajectory import Trajectory
+
+STAND_IN = "stand-in"
+HEAD_SCALE = (
+    8.0  # the stand-in's head: confidences as far apart as a trained model's, so that no order hangs on rounding
+)
+
+
+@dataclass
+class BenchDecode(Shape):
+    """Time and memory of decoding, without early stop.
+
+    *step*: one pass of our loop with its commits. *needed*: the same forward pass with logits at the open masked positions and
+    nothing else. *trunk*: the same without logits. They alternate on recorded states, ``passes`` of them evenly spaced over
+    the plan; tokens a second are those of the whole plan at that speed.
+    """
+
+    model: tuple[str, ...] = (STAND_IN, "tiny")
+    """``stand-in`` (random weights of the shape below), a shipped model's name or the path of a checkpoint folder."""
+    decoder: tuple[str, ...] = tuple(PRESETS)
+    temperature: tuple[float, ...] = (0.0, 1.0)
+    length: tuple[int, ...] = (128,)
+    """Canvas lengths in tokens; several also give a figure of the time per sequence."""
+    rows: int = 4
+    prompt: int = 64
+    """Prompt length in tokens; models other than the stand-in get Sudoku prompts of one length instead."""
+    passes: int = 8
+    """States of each trajectory that are timed."""
+    repeats: int = 5
+    reference: str | None = None
+    """A checkout of EOSER-ASS-RL: its eval/generate.py decodes the same prompts with the same weights, whole decodes are
+    compared in time and at temperature 0 in tokens."""
+    dtype: str = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
+    output: str = "runs/bench-decode.json"
+
+    def __post_init__(self) -> None:
+        self.check(self.device)
+        check_at_least(self, 1, "rows", "prompt", "passes", "repeats")
+        if self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)
+        if not (self.model and self.decoder and self.temperature and self.length):
+            raise UserError("model, decoder, temperature and length each need at least one value")
+        for spec, temperature, length in product(self.decoder, self.temperature, self.length):
+            make_decoder(spec, max_new_tokens=length, temperature=temperature)
+        if self.reference is not None:
+            load_reference(self.reference)
+
+
+def bench_decode(config: BenchDecode, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Measure every cell in a fresh process; writes and returns the result."""
+    output = Path(config.output)
+    claim_result(output)
+    table = []
+    for model, length, spec, temperature in product(config.model, config.length, config.decoder, config.temperature):
+        label = f"{model} · L = {length} · {spec} · T = {temperature:g}"
+        progress(label)
+        request = {**asdict(config), "cell": [model, length, spec, temperature]}
+        found = measure_apart("unmask.bench.decoding", label, request)
+        table.append({"model": model, "length": length, "decoder": spec, "temperature": temperature, **found})
+    peak = gemm_peak(config.dtype, config.device)
+    for cell in table:
+        if "step" in cell:
+            cell["of_gemm_peak"] = cell["flops"] / cell["step"]["median"] / peak
+    result = {"config": asdict(config), "environment": environment(), "gemm_flops": peak, "cells": table}
+    write_json(output, result)
+    return result
+
+
+def prompts(config: BenchDecode, lm: MaskedLM) -> Tensor:
+    """(rows, P) int64 without padding."""
+    if lm.name == STAND_IN:
+        generator = torch.Generator().manual_seed(1)
+        low = len(lm.tokenizer)  # plain text ids: no end token, no mask
+        return torch.randint(low, config.vocabulary, (config.rows, config.prompt), generator=generator).to(lm.device)
+    task = make_task("sudoku", getattr(lm.model.config, "task_defaults", None) or {})
+    problems = task.problems("test", 16 * config.rows)
+    by_length: dict[int, list[str]] = defaultdict(list)
+    for text in (lm.chat(task.instruction(p), task.prefill) for p in problems):
+        by_length[lm.encode([text])[0].shape[1]].append(text)
+    most = max(by_length.values(), key=len)
+    return lm.encode([most[i % len(most)] for i in range(config.rows)])[0]
+
+
+@torch.no_grad()
+def measure(config: BenchDecode, model: str, length: int, spec: str, temperature: float) -> dict[str, Any]:
+    """One cell, in this process."""
+    decoder = make_decoder(spec, max_new_tokens=length, temperature=temperature)
+    if model == STAND_IN:
+        lm = stand_in(config, config.dtype, config.device)
+        lm.model.get_output_embeddings().weight.mul_(HEAD_SCALE)
+    else:
+        lm = load(model, config.dtype, config.device)
+    prompt = prompts(config, lm)
+    if prompt.shape[1] + length > lm.max_length:
+        raise UserError(f"{model} takes {lm.max_length} tokens, but prompt and canvas have {prompt.shape[1] + length}")
+    mask, seeds = torch.ones_like(prompt, dtype=torch.bool), torch.arange(len(prompt), device=prompt.device)
+
+    def ours() -> Trajectory:
+        return decode(lm, prompt, mask, decoder, seeds=seeds)
+
+    before = peak_bytes(config.device)
+    trajectory = ours()
+    found: dict[str, Any] = {
+        "passes": trajectory.steps,
+        "prompt": prompt.shape[1],
+        "peak_gib": peak_bytes(config.device) / GIB,
+        "before_gib": before / GIB,
+    }
+    if decoder.cache == "none":
+        found |= measure_passes(config, lm, decoder, trajectory, seeds)
+    reference = None
+    if config.reference is not None:
+        reference = reference_decode(load_reference(config.reference), lm, prompt, decoder)
+    if reference is not None or decoder.cache != "none":
+        times: dict[str, list[float]] = {"decode": [], "reference": []}
+        if reference is not None and decoder.temperature == 0 and decoder.confidence != "random":
+            found["same_tokens"] = bool(torch.equal(reference(), trajectory.tokens))
+        for _ in range(config.repeats):
+            times["decode"].append(seconds(ours, config.device))
+            if reference is not None:
+                times["reference"].append(seconds(reference, config.device))
+        found["decode"] = spread(times["decode"])
+        found["tokens_per_second"] = trajectory.tokens.numel() / found["decode"]["median"]
+        if reference is not None:
+            found["reference"] = spread(times["reference"])
+            found["reference_over_ours"] = spread(
+                [r / d for r, d in zip(times["reference"], times["decode"], strict=True)]
+            )
+    return found
+
+
+def measure_passes(
+    config: BenchDecode, lm: MaskedLM, decoder: Decoder, trajectory: Trajectory, seeds: Tensor
+) -> dict[str, Any]:
+    """Seconds a pass of our step, of the trunk with the logits that it needs, and of the trunk alone; they alternate."""
+    steps, width, length = trajectory.steps, *trajectory.prompt.shape[1:], *trajectory.tokens.shape[1:]
+    chosen = sorted({round(i * (steps - 1) / max(1, config.passes - 1)) for i in range(min(config.passes, steps))})
+    loop = Decoding(lm, decoder, early_stop=False)
+    sums: dict[str, list[float]] = {way: [0.0] * config.repeats for way in ("step", "needed", "trunk")}
+    flops = 0.0
+    for repeat, s in product(range(-1, config.repeats), chosen):  # -1 warms up
+        rows = standing_at(lm, trajectory, s, seeds)
+        open_ = loop.standing(rows)[2].flatten().nonzero()[:, 0]
+        ids = rows.ids.repeat(2 if decoder.cfg_scale else 1, 1)
+        positions = open_ // length * ids.shape[1] + width + open_ % length
+        ways: dict[str, Callable[[], Any]] = {
+            "step": lambda rows=rows: loop.advance(rows),  # type: ignore[misc]
+            "needed": lambda ids=ids, at=positions: lm.model(input_ids=ids, positions=at),  # type: ignore[misc]
+            "trunk": lambda ids=ids, at=positions: lm.model(input_ids=ids, positions=at[:0]),  # type: ignore[misc]
+        }
+        for way, work in ways.items():
+            taken = seconds(work, config.device)
+            if repeat >= 0:
+                sums[way][repeat] += taken / len(chosen)
+        flops += pass_flops(lm, len(ids), ids.shape[1], len(positions)) / len(chosen) / (config.repeats + 1)
+    step = spread(sums["step"])
+    return {
+        **{way: spread(values) for way, values in sums.items()},
+        "timed": len(chosen),
+        "step_over_needed": spread([a / b for a, b in zip(sums["step"], sums["needed"], strict=True)]),
+        "step_over_trunk": spread([a / b for a, b in zip(sums["step"], sums["trunk"], strict=True)]),
+        "flops": flops,
+        "tokens_per_second": trajectory.tokens.numel() / (step["median"] * steps),
+    }
+
+
+def standing_at(lm: MaskedLM, trajectory: Trajectory, s: int, seeds: Tensor) -> Canvases:
+    """The rows of a trajectory as they were before step ``s``; those that were done by then are left out."""
+    length = trajectory.tokens.shape[1]
+    rows = Canvases.new(trajectory.prompt, trajectory.prompt_mask, length, lm.mask_id, seeds, range(len(seeds)))
+    rows.canvas.copy_(trajectory.state(s))
+    step = torch.where(trajectory.step < s, trajectory.step, -1)
+    rows = replace(rows, step=step, at=torch.full_like(seeds, s), passes=[s] * len(seeds))
+    return rows.take((step < 0).any(1).nonzero()[:, 0])
+
+
+if __name__ == "__main__":
+    asked = json.loads(sys.argv[1])
+    cell = asked.pop("cell")
+    print(json.dumps(measure(BenchDecode(**asked), *cell)))

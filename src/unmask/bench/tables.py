@@ -1,0 +1,164 @@
+"""``unmask bench``: the benchmarks' command lines and tables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tyro
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from unmask.bench.decoding import BenchDecode, bench_decode
+from unmask.bench.update import BenchRL, bench_rl
+from unmask.evaluation.report import COLOURS, MARKERS, markdown, save_figure
+from unmask.files import whole
+from unmask.rl.gap import BenchGap, bench_gap
+
+Row = list[str]
+
+
+def _run(kind: Any, work: Callable[..., dict[str, Any]], name: str, arguments: list[str]) -> tuple[Any, dict[str, Any]]:
+    config = tyro.cli(kind, args=arguments, prog=f"unmask bench {name}")
+    with Console(stderr=True).status("") as status:
+        return config, work(config, status.update)
+
+
+def _print(title: str, headings: Row, rows: list[Row], output: str) -> None:
+    table = Table(title=title)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    with whole(Path(output).with_suffix(".md")) as partial:
+        partial.write_text(markdown(headings, rows))
+    print(f"result  {output}")
+
+
+def _range(found: dict[str, float], scale: float = 1.0, digits: int = 2) -> str:
+    middle, low, high = (f"{scale * found[k]:.{digits}f}" for k in ("median", "low", "high"))
+    return f"{middle} ({low}-{high})"
+
+
+def decode_rows(result: dict[str, Any]) -> list[Row]:
+    """One row a cell; ``-`` where something was not measured."""
+    rows = []
+    for cell in result["cells"]:
+        timed = "step" in cell
+        compared = "reference" in cell
+        same = {True: "yes", False: "no", None: "-"}[cell.get("same_tokens")]
+        rows.append(
+            [
+                f"{cell['model']} · {cell['decoder']}",
+                f"{cell['temperature']:g}",
+                str(cell["length"]),
+                str(cell["passes"]),
+                f"{1000 * cell['trunk']['median']:.0f}" if timed else "-",
+                f"{1000 * cell['step']['median']:.0f}" if timed else "-",
+                _range(cell["step_over_needed"]) if timed else "-",
+                f"{cell['tokens_per_second']:.0f}",
+                f"{cell['peak_gib'] - cell['before_gib']:.2f}",
+                f"{100 * cell['of_gemm_peak']:.0f}" if timed else "-",
+                _range(cell["reference_over_ours"]) if compared else "-",
+                same,
+            ]
+        )
+    return rows
+
+
+DECODE_HEADINGS = [
+    "decoder", "T", "L", "passes", "trunk ms", "step ms", "step / needed", "tokens/s", "+GiB", "% GEMM", "released / ours",
+    "same",
+]  # fmt: skip
+
+
+def lengths_figure(result: dict[str, Any]) -> Figure:
+    """Seconds a sequence against the canvas length, one panel a model and temperature, one line a decoder."""
+    panels = list(dict.fromkeys((c["model"], c["temperature"]) for c in result["cells"]))
+    decoders = list(dict.fromkeys(c["decoder"] for c in result["cells"]))
+    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2), squeeze=False)
+    for axis, (model, temperature) in zip(axes[0], panels, strict=True):
+        for i, decoder in enumerate(decoders):
+            cells = [
+                c
+                for c in result["cells"]
+                if (c["model"], c["temperature"], c["decoder"]) == (model, temperature, decoder)
+            ]
+            axis.plot(
+                [c["length"] for c in cells],
+                [c["length"] / c["tokens_per_second"] for c in cells],
+                marker=MARKERS[i % len(MARKERS)],
+                color=COLOURS[i % len(COLOURS)],
+                label=decoder,
+            )
+        forward = {
+            c["length"]: c["trunk"]["median"] / result["config"]["rows"] for c in result["cells"] if "trunk" in c
+        }
+        axis.plot(forward.keys(), forward.values(), "k:", label="one pass of the trunk")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xlabel("canvas length, tokens")
+        axis.set_title(f"{model}, T = {temperature:g}")
+        axis.grid(alpha=0.3, which="both")
+        axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    axes[0][0].set_ylabel("seconds a sequence")
+    axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    figure.tight_layout()
+    return figure
+
+
+def _decode(arguments: list[str]) -> None:
+    config, result = _run(BenchDecode, bench_decode, "decode", arguments)
+    title = f"decoding {config.rows} rows, {config.dtype}; median (range) of {config.repeats}"
+    _print(title, DECODE_HEADINGS, decode_rows(result), config.output)
+    if len(config.length) > 1:
+        for path in save_figure(lengths_figure(result), Path(config.output).with_suffix("")):
+            print(f"figure  {path}")
+
+
+def update_rows(result: dict[str, Any]) -> list[Row]:
+    """One row a cell, those that were not run at the end."""
+    rows = [
+        [
+            cell["way"],
+            str(cell["steps"]),
+            _range(cell["seconds"]),
+            _range(cell["peak_gib"]),
+            f"{cell['before_gib']['median']:.2f}",
+            f"{100 * cell['of_gemm_peak']:.0f}",
+        ]
+        for cell in result["cells"]
+    ]
+    return rows + [[c["way"], str(c["steps"]), "not run", f"> {c['needs_gib']:.0f}", "", ""] for c in result["not_run"]]
+
+
+UPDATE_HEADINGS = ["way", "S", "seconds", "peak GiB", "before", "% GEMM"]
+
+
+def _rl(arguments: list[str]) -> None:
+    config, result = _run(BenchRL, bench_rl, "rl", arguments)
+    title = (
+        f"one update, {config.rows} rows of {config.prompt} + {config.length} tokens, V = {config.vocabulary}; "
+        f"median (range) of {config.repeats}"
+    )
+    _print(title, UPDATE_HEADINGS, update_rows(result), config.output)
+
+
+def _gap(arguments: list[str]) -> None:
+    config, result = _run(BenchGap, bench_gap, "gap", arguments)
+
+    def shown(cell: dict[str, Any], key: str) -> str:
+        return "{:.2g} [{:.2g}, {:.2g}]".format(cell[key], *cell[f"{key}_interval"])
+
+    rows = [[c["task"], c["decoder"], c["objective"], shown(c, "gap"), shown(c, "text_gap")] for c in result["cells"]]
+    title = f"replay gap, nats a token, {config.limit} completions, T = {config.temperature:g} [95 %]"
+    headings = ["task", "decoder", "objective", "all tokens", "up to the first end token"]
+    _print(title, headings, rows, config.output)
+
+
+BENCHMARKS: dict[str, Callable[[list[str]], None]] = {"decode": _decode, "rl": _rl, "gap": _gap}
