@@ -36,9 +36,9 @@ tiny: $(READY)
 
 # The tables and figures of docs/results.md (about half an hour on two cores).
 results: $(READY)
-	$(BIN)/unmask eval --limit 256 --batch-size 64 --output runs/results --decoder \
+	$(BIN)/unmask eval --limit 256 --batch-size 64 --no-early-stop --output runs/results --decoder \
 		full semi-ar eoser full:steps=7 ass eoser-ass hybrid
-	$(BIN)/unmask eval --limit 256 --batch-size 64 --output runs/heldout --split heldout --task sudoku \
+	$(BIN)/unmask eval --limit 256 --batch-size 64 --no-early-stop --output runs/heldout --split heldout --task sudoku \
 		--decoder full:steps=7 ass eoser-ass
 	$(BIN)/unmask eval --limit 16 --batch-size 16 --output runs/diagnostics --diagnostics --task countdown \
 		--decoder full semi-ar eoser

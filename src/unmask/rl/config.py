@@ -70,6 +70,10 @@ class GRPOSettings:
             )
         if not self.max_replay_gap > 0:
             raise UserError(f"max_replay_gap is {self.max_replay_gap}: give a positive number")
+        if self.rollout_decoder().cache != "none":
+            raise UserError(
+                f"cache={self.rollout_decoder().cache} samples from an approximation of the policy: leave it out of the decoder"
+            )
         if self.rollout_decoder().temperature == 0:
             raise UserError("temperature is 0, so all completions of a group are equal: give a temperature above 0")
 
