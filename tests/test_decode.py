@@ -172,7 +172,7 @@ def from_logits(
         head.weight.copy_(logits.T.clamp(min=-1e30))
         hidden = torch.eye(len(logits))
         hidden = hidden if rows is None else hidden[rows]
-        return candidates(Head.of(head, -1), hidden, temperature, noise, frozenset(needs.split()))
+        return candidates(Head.of(head, head, -1), hidden, temperature, noise, frozenset(needs.split()))
 
 
 def chi_square(draws: Tensor, p: Tensor) -> float:
@@ -291,7 +291,7 @@ def test_guidance_by_hand(toy_lm: MaskedLM) -> None:
     def logits(head: Head, hidden: Tensor) -> Tensor:
         return torch.cat([piece for _, piece in head.pieces(hidden)], 1).view(2, 4, -1)
 
-    assert torch.allclose(guided(toy_lm, x, m, flat, logits, width, 1.5)[..., keep], expected, atol=1e-4)
+    assert torch.allclose(guided(toy_lm, x, m, flat, logits, prompt=width, w=1.5)[..., keep], expected, atol=1e-4)
     trajectory = decode(toy_lm, ids, mask, make_decoder("ass:cfg_scale=1.5", max_new_tokens=16))
     assert trajectory.nfe.tolist() == [8, 8]
 
@@ -322,6 +322,35 @@ def test_randomness_is_asked_for(toy_lm: MaskedLM) -> None:
         for s in (1, 1)
     )
     assert torch.equal(a.tokens, b.tokens)
+
+
+def test_a_model_without_finite_logits_is_refused() -> None:
+    """NaN everywhere: no endless loop, no canvas of masks, one sentence."""
+    lm = toy()
+    with torch.no_grad():
+        lm.model.get_output_embeddings().weight.fill_(torch.nan)
+    ids, mask = lm.encode(PROMPTS)
+    for spec in ("full", "threshold:block_length=8", "semi-ar:block_length=8,temperature=1", "ass:confidence=entropy"):
+        for early_stop in (False, True):
+            with pytest.raises(UserError, match="logits are not finite"):
+                decode(lm, ids, mask, make_decoder(spec, max_new_tokens=16), seeds=SEEDS, early_stop=early_stop)
+
+
+def test_seeds_are_one_a_row(toy_lm: MaskedLM) -> None:
+    ids, mask = toy_lm.encode(PROMPTS)
+    with pytest.raises(UserError, match="3 seeds for 4 prompts"):
+        decode(toy_lm, ids, mask, make_decoder("ass", max_new_tokens=16), seeds=SEEDS[:3])
+
+
+def test_double_precision_decodes_and_replays() -> None:
+    lm = toy()
+    lm.model.double()
+    ids, mask = lm.encode(PROMPTS)
+    trajectory = decode(
+        lm, ids, mask, make_decoder("semi-ar:block_length=8,temperature=1", max_new_tokens=16), seeds=SEEDS
+    )
+    assert trajectory.logprob.dtype == torch.float32
+    assert torch.allclose(replay(lm, trajectory), trajectory.logprob, atol=1e-6)
 
 
 def test_decoder_files_and_specs(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import toy
-from unmask import UserError
+from unmask import MaskedLM, UserError, make_task
 from unmask.evaluation import report
-from unmask.evaluation.evaluate import EvalConfig, evaluate, read_records
+from unmask.evaluation.evaluate import EvalConfig, evaluate, read_records, task_prompts
 from unmask.evaluation.statistics import pooled_bootstrap, wilson
 
 TASKS = {"sudoku": {"style": "compact"}, "countdown": {"style": "compact", "max_value": 9}}
@@ -72,7 +73,7 @@ def test_killed_and_resumed_equals_uninterrupted(model: str, tmp_path: Path) -> 
             last = sorted((tmp_path / "part" / "records").iterdir())[-1]
             with last.open("a") as file:
                 file.write('{"index": 3, "id": "cut o')
-    assert len(seen) >= 6 * 3
+    assert {done for _, done in seen} >= {10} and len({label for label, done in seen if done == 10}) == 6
     assert records(tmp_path / "whole") == records(tmp_path / "part")
     assert whole["config"] == part["config"]
     for a, b in zip(whole["cells"], part["cells"], strict=True):
@@ -116,3 +117,35 @@ def test_intervals_by_hand() -> None:
     low, high = pooled_bootstrap([1.0, 0.0] * 200, [1.0, 1.0] * 200)
     assert low == pytest.approx(0.45, abs=0.02) and high == pytest.approx(0.55, abs=0.02)
     assert pooled_bootstrap([3.0, 3.0], [4.0, 4.0]) == (0.75, 0.75)
+
+
+def test_early_stop_changes_passes_alone(model: str, tmp_path: Path) -> None:
+    settings = {"decoder": ["full", "semi-ar:block_length=8,temperature=1"], "task": ["countdown"]}
+    evaluate(config(model, tmp_path / "stops", **settings))
+    evaluate(config(model, tmp_path / "goes", early_stop=False, **settings))
+    stops, goes = records(tmp_path / "stops"), records(tmp_path / "goes")
+    for a, b in zip(stops.values(), goes.values(), strict=True):
+        cost = {"nfe": 0, "committed": 0}
+        assert [{**r, **cost} for r in a] == [{**r, **cost} for r in b]
+        assert all(x["nfe"] <= y["nfe"] == 16 for x, y in zip(a, b, strict=True))  # type: ignore[operator]
+
+
+def test_compiled_evaluation_has_one_shape_and_the_same_records(model: str, tmp_path: Path) -> None:
+    settings = {"decoder": ["semi-ar:block_length=8"], "task": ["countdown"]}
+    evaluate(config(model, tmp_path / "eager", **settings))
+    torch._dynamo.reset()
+    evaluate(config(model, tmp_path / "compiled", compile=True, **settings))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert records(tmp_path / "eager") == records(tmp_path / "compiled")
+
+
+def test_worked_examples_stand_in_front(tiny_lm: MaskedLM, tmp_path: Path) -> None:
+    task = make_task("countdown", tiny_lm.task_defaults)
+    problems = task.problems("test", 2)
+    plain, few = task_prompts(tiny_lm, task, problems), task_prompts(tiny_lm, task, problems, shots=2)
+    shown = task.problems("train", 2)
+    for prompt, longer in zip(plain, few, strict=True):
+        assert longer.endswith(prompt) and longer.count("<|assistant|>") == 3
+        assert all(str(e.response) in longer and task.instruction(e) in longer for e in shown)
+    with pytest.raises(UserError, match="no worked responses"):
+        task_prompts(tiny_lm, make_task("countdown:style=paper", {}), problems, shots=1)

@@ -470,6 +470,8 @@ def test_reward_specs(spec: str, message: str) -> None:
     ("settings", "message"),
     [
         ({"num_generations": 3}, "num_generations=3 does not divide the batch of 16"),
+        ({"decoder": "semi-ar:block_length=8,cache=dual"}, "samples from an approximation"),
+        ({"decoder": "threshold:block_length=8", "compile": True}, "compile needs batches of one shape"),
         ({"temperature": 0.0}, "temperature is 0"),
         ({"decoder": "full:temperature=0"}, "temperature is 0"),
         ({"num_generations": 1}, "num_generations is 1"),

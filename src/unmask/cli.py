@@ -281,7 +281,7 @@ def demo(arguments: list[str]) -> None:
 
     lm = load("tiny")
     for name, decoder in (("sudoku", "full"), ("countdown", "semi-ar"), ("countdown", "eoser-ass")):
-        task = make_task(name, lm.model.config.task_defaults)
+        task = make_task(name, lm.task_defaults)
         problem = task.problems("test", 1)[0]
         print(f"\n$ unmask generate {problem.question!r} --decoder {decoder}")
         generate(

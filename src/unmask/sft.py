@@ -107,7 +107,7 @@ class Examples(Dataset[dict[str, list[int]]]):
         end = lm.eos_id if lm.eot_id is None else lm.eot_id
         per_task = []
         for spec, count in zip(specs, counts, strict=True):
-            task = make_task(spec, lm.model.config.task_defaults)
+            task = make_task(spec, lm.task_defaults)
             problems = task.problems(split, count, seed)
             if not problems or problems[0].response is None:
                 raise UserError(f"task {spec} has no worked responses to learn: use its compact style")

@@ -29,7 +29,8 @@ class Trajectory:
 
     Attributes:
         prompt: (B, P) int64, left-padded. prompt_mask: (B, P) bool, False = padding.
-        tokens: (B, L) int64, the finished canvas. step: (B, L) int16, the step that committed each token.
+        tokens: (B, L) int64, the finished canvas. step: (B, L) int16, the step that committed each token; -1 where a row
+            was stopped early and the mask still stands.
         logprob: (B, L) float32, log-probability (nats, temperature 1, CFG applied, no EOSER factor) of each token in the
             state that committed it.
         mask_id: the mask token. decoder: the Decoder's config.
@@ -59,7 +60,7 @@ class Trajectory:
         return torch.where(self.step < s, self.tokens, self.mask_id)
 
     def committed(self, s: int) -> Tensor:
-        """Where step ``s`` committed, (B, L) bool. Over all steps these partition the canvas."""
+        """Where step ``s`` committed, (B, L) bool. Over all steps these partition what was committed."""
         return self.step == s
 
     @property

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from unmask.models.scratch import character_tokenizer
 from unmask.spec import UserError, check_at_least
 
 GIB = 2**30
+CLEAR = Path("/proc/self/clear_refs")
 
 
 @dataclass
@@ -69,11 +71,22 @@ def stand_in(shape: Shape, dtype: str, device: str) -> MaskedLM:
 def measure_apart(module: str, what: str, request: dict[str, Any]) -> dict[str, Any]:
     """Run ``python -m module REQUEST`` and read the JSON of its last line. Raises UserError naming ``what`` where it fails."""
     run = subprocess.run([sys.executable, "-m", module, json.dumps(request)], capture_output=True, text=True)
+    if run.returncode == 2:  # the user's mistake, in the sentence of ``answer``
+        raise UserError(run.stderr.strip().splitlines()[-1])
     if run.returncode:
         last = (run.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(f"{what} failed ({last}): lower the rows, the length or the vocabulary")
     found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return found
+
+
+def answer(work: Callable[[dict[str, Any]], Any]) -> None:
+    """The other side of ``measure_apart``: print what ``work`` makes of the request in the command line."""
+    try:
+        print(json.dumps(work(json.loads(sys.argv[1]))))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -96,10 +109,22 @@ def settle(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def reset_peak(device: str) -> float:
+    """Count the peak from here on; returns the bytes in use now."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    elif CLEAR.exists():  # Linux
+        CLEAR.write_text("5")
+    return peak_bytes(device)
+
+
 def peak_bytes(device: str) -> float:
-    """Highest resident memory of this process so far, or allocated memory of the GPU."""
+    """Highest resident memory of this process since ``reset_peak``, or allocated memory of the GPU."""
     if device != "cpu":
         return float(torch.cuda.max_memory_allocated())
+    if CLEAR.exists():
+        status = Path("/proc/self/status").read_text().splitlines()
+        return 1024.0 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -17,10 +15,12 @@ from torch import Tensor
 from unmask.bench.common import (
     GIB,
     Shape,
+    answer,
     gemm_peak,
     measure_apart,
     pass_flops,
     peak_bytes,
+    reset_peak,
     seconds,
     spread,
     stand_in,
@@ -29,7 +29,7 @@ from unmask.bench.reference import load_reference, reference_decode
 from unmask.decoding import PRESETS, Decoder, decode, make_decoder
 from unmask.decoding.canvas import Canvases
 from unmask.decoding.decode import Decoding
-from unmask.evaluation.evaluate import environment
+from unmask.evaluation.evaluate import environment, task_prompts
 from unmask.files import claim_result, write_json
 from unmask.models.load import DTYPES, load
 from unmask.models.masked_lm import MaskedLM
@@ -49,7 +49,7 @@ class BenchDecode(Shape):
 
     *step*: one pass of our loop with its commits. *needed*: the same forward pass with logits at the open masked positions and
     nothing else. *trunk*: the same without logits. They alternate on recorded states, ``passes`` of them evenly spaced over
-    the plan; tokens a second are those of the whole plan at that speed.
+    the plan; tokens a second are those of the whole plan at that speed (of whole decodes for a decoder with a cache).
     """
 
     model: tuple[str, ...] = (STAND_IN, "tiny")
@@ -88,19 +88,19 @@ def bench_decode(config: BenchDecode, progress: Callable[[str], None]) -> dict[s
     """Measure every cell in a fresh process; writes and returns the result."""
     output = Path(config.output)
     claim_result(output)
-    table = []
+    peak = gemm_peak(config.dtype, config.device)
+    table: list[dict[str, Any]] = []
+    result = {"config": asdict(config), "environment": environment(), "gemm_flops": peak, "cells": table}
     for model, length, spec, temperature in product(config.model, config.length, config.decoder, config.temperature):
         label = f"{model} · L = {length} · {spec} · T = {temperature:g}"
         progress(label)
         request = {**asdict(config), "cell": [model, length, spec, temperature]}
         found = measure_apart("unmask.bench.decoding", label, request)
-        table.append({"model": model, "length": length, "decoder": spec, "temperature": temperature, **found})
-    peak = gemm_peak(config.dtype, config.device)
-    for cell in table:
+        cell = {"model": model, "length": length, "decoder": spec, "temperature": temperature, **found}
         if "step" in cell:
             cell["of_gemm_peak"] = cell["flops"] / cell["step"]["median"] / peak
-    result = {"config": asdict(config), "environment": environment(), "gemm_flops": peak, "cells": table}
-    write_json(output, result)
+        table.append(cell)
+        write_json(output, result)  # what is measured is kept, should a later cell fail
     return result
 
 
@@ -110,10 +110,10 @@ def prompts(config: BenchDecode, lm: MaskedLM) -> Tensor:
         generator = torch.Generator().manual_seed(1)
         low = len(lm.tokenizer)  # plain text ids: no end token, no mask
         return torch.randint(low, config.vocabulary, (config.rows, config.prompt), generator=generator).to(lm.device)
-    task = make_task("sudoku", getattr(lm.model.config, "task_defaults", None) or {})
+    task = make_task("sudoku", lm.task_defaults)
     problems = task.problems("test", 16 * config.rows)
     by_length: dict[int, list[str]] = defaultdict(list)
-    for text in (lm.chat(task.instruction(p), task.prefill) for p in problems):
+    for text in task_prompts(lm, task, problems):
         by_length[lm.encode([text])[0].shape[1]].append(text)
     most = max(by_length.values(), key=len)
     return lm.encode([most[i % len(most)] for i in range(config.rows)])[0]
@@ -136,7 +136,7 @@ def measure(config: BenchDecode, model: str, length: int, spec: str, temperature
     def ours() -> Trajectory:
         return decode(lm, prompt, mask, decoder, seeds=seeds)
 
-    before = peak_bytes(config.device)
+    before = reset_peak(config.device)
     trajectory = ours()
     found: dict[str, Any] = {
         "passes": trajectory.steps,
@@ -158,7 +158,7 @@ def measure(config: BenchDecode, model: str, length: int, spec: str, temperature
             if reference is not None:
                 times["reference"].append(seconds(reference, config.device))
         found["decode"] = spread(times["decode"])
-        found["tokens_per_second"] = trajectory.tokens.numel() / found["decode"]["median"]
+        found.setdefault("tokens_per_second", trajectory.tokens.numel() / found["decode"]["median"])
         if reference is not None:
             found["reference"] = spread(times["reference"])
             found["reference_over_ours"] = spread(
@@ -213,6 +213,4 @@ def standing_at(lm: MaskedLM, trajectory: Trajectory, s: int, seeds: Tensor) -> 
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    cell = asked.pop("cell")
-    print(json.dumps(measure(BenchDecode(**asked), *cell)))
+    answer(lambda request: measure(BenchDecode(**{k: v for k, v in request.items() if k != "cell"}), *request["cell"]))

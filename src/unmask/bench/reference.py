@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from unmask.decoding import Decoder
+from unmask.models.head import NEVER
 from unmask.models.masked_lm import MaskedLM
 from unmask.spec import UserError
 
@@ -28,8 +29,8 @@ def load_reference(folder: str) -> ModuleType:
     module = importlib.util.module_from_spec(specification)
     try:
         specification.loader.exec_module(module)
-    except (ImportError, SyntaxError) as error:
-        raise UserError(f"cannot import {path}: {error}") from None
+    except Exception as error:  # noqa: BLE001  (somebody else's module may raise anything)
+        raise UserError(f"cannot import {path}: {error!r}") from None
     return module
 
 
@@ -73,14 +74,14 @@ def reference_decode(module: ModuleType, lm: MaskedLM, prompt: Tensor, decoder: 
 
     def model(ids: Tensor) -> SimpleNamespace:
         logits = lm.model(input_ids=ids).logits
-        logits[..., lm.mask_id] = -torch.inf  # as in ours, or the two could not be compared
+        logits[..., lm.mask_id] = NEVER  # as in ours, or the two could not be compared
         return SimpleNamespace(logits=logits)
 
     model.dtype = lm.model.dtype  # type: ignore[attr-defined]
     tokenizer = SimpleNamespace(eos_token_id=lm.eos_id)
 
     def run() -> Tensor:
-        with _without_gpu():
+        with _plain_environment():
             out: Tensor = getattr(module, name)(model, prompt, tokenizer, mask_id=lm.mask_id, **arguments)
         return out[:, prompt.shape[1] :]
 
@@ -88,8 +89,8 @@ def reference_decode(module: ModuleType, lm: MaskedLM, prompt: Tensor, decoder: 
 
 
 @contextmanager
-def _without_gpu() -> Iterator[None]:
-    """The released code asks for CUDA's autocast and for its rank in a process group; neither is there."""
+def _plain_environment() -> Iterator[None]:
+    """The released code asks for CUDA's autocast and for its rank in a process group: it gets neither."""
     with (
         patch.object(torch, "autocast", lambda *_, **__: nullcontext()),
         patch.object(torch.distributed, "get_rank", lambda: 1),  # any but 0 keeps its progress bar silent

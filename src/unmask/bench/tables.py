@@ -83,22 +83,18 @@ def lengths_figure(result: dict[str, Any]) -> Figure:
     decoders = list(dict.fromkeys(c["decoder"] for c in result["cells"]))
     figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2), squeeze=False)
     for axis, (model, temperature) in zip(axes[0], panels, strict=True):
+        mine = [c for c in result["cells"] if (c["model"], c["temperature"]) == (model, temperature)]
         for i, decoder in enumerate(decoders):
-            cells = [
-                c
-                for c in result["cells"]
-                if (c["model"], c["temperature"], c["decoder"]) == (model, temperature, decoder)
-            ]
+            cells = [c for c in mine if c["decoder"] == decoder]
             axis.plot(
                 [c["length"] for c in cells],
                 [c["length"] / c["tokens_per_second"] for c in cells],
-                marker=MARKERS[i % len(MARKERS)],
+                marker=MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],
                 color=COLOURS[i % len(COLOURS)],
                 label=decoder,
             )
-        forward = {
-            c["length"]: c["trunk"]["median"] / result["config"]["rows"] for c in result["cells"] if "trunk" in c
-        }
+        timed = [c for c in mine if "trunk" in c]
+        forward = {c["length"]: c["trunk"]["median"] / result["config"]["rows"] for c in timed}
         axis.plot(forward.keys(), forward.values(), "k:", label="one pass of the trunk")
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")

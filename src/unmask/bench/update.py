@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,11 +14,13 @@ from torch import Tensor
 from unmask.bench.common import (
     GIB,
     Shape,
+    answer,
     free_bytes,
     gemm_peak,
     measure_apart,
     pass_flops,
     peak_bytes,
+    reset_peak,
     seconds,
     spread,
     stand_in,
@@ -201,7 +201,7 @@ def measure(config: BenchRL, way: str, steps: int) -> dict[str, float]:
     for p in model.parameters():  # gradients are there in every update but the first
         if p.requires_grad:
             p.grad = torch.zeros_like(p)
-    before = peak_bytes(config.device)
+    before = reset_peak(config.device)
     update()
     flops = steps * pass_flops(trainer.lm, config.rows, config.prompt + config.length, 0)
     flops += pass_flops(trainer.lm, 0, 0, config.rows * config.length)  # every token is scored once
@@ -248,6 +248,5 @@ def bare_update(trainer: TrajectoryGRPOTrainer, model: Any, rollout: Rollout) ->
 
 
 if __name__ == "__main__":
-    request = json.loads(sys.argv[1])
-    way, at = request.pop("way"), request.pop("at")
-    print(json.dumps(measure(BenchRL(**request), way, at)))
+    own = ("way", "at")
+    answer(lambda r: measure(BenchRL(**{k: v for k, v in r.items() if k not in own}), *(r[k] for k in own)))

@@ -35,6 +35,7 @@ def guided(
     attention_mask: Tensor | None,
     positions: Tensor,
     reduce: Callable[[Head, Tensor], Result],
+    *,
     prompt: int,
     w: float,
     cache: KVCache | None = None,
@@ -101,7 +102,7 @@ class Decoding:
         """One forward pass and its commits, in place."""
         decoder, batch, length = self.decoder, len(rows), self.plan.length
         at, quota, open_ = self.standing(rows)
-        window, busy = (None, None) if decoder.cache == "none" else self._block(rows, at)
+        window, busy = self._block(rows, at)
         if busy is not None:
             open_ &= busy[:, None]
         if decoder.threshold is None:  # as many as the plan says: no need to look
@@ -126,12 +127,12 @@ class Decoding:
             rows.attention_mask,
             positions,
             reduce,
-            rows.width,
-            decoder.cfg_scale,
-            self.cache,
-            window,
+            prompt=rows.width,
+            w=decoder.cfg_scale,
+            cache=self.cache,
+            window=window,
         )
-        score = self.confidence.score(found, order)
+        score = self.confidence.score(found, order).nan_to_num(0.0)  # every pass commits; ``split`` refuses the result
         if decoder.eos == "reject":
             score = reject_eos(score, found.tokens, self.rejected, self.gammas[at][row])
         elif decoder.eos == "suppress":
@@ -152,7 +153,7 @@ class Decoding:
             (rows.step, flat, rows.at[row].to(torch.int16)),
         ):
             view = target.view(-1)
-            view[where] = torch.where(commit, value, view[where])
+            view[where] = torch.where(commit, value.to(target.dtype), view[where])
         if busy is None:
             rows.at += 1
             rows.passes = [n + 1 for n in rows.passes]
@@ -160,14 +161,17 @@ class Decoding:
             rows.at += busy
             rows.passes = rows.at.tolist()
 
-    def _block(self, rows: Canvases, at: Tensor) -> tuple[tuple[int, int] | None, Tensor]:
-        """The columns to compute in this pass (None: all, to fill the cache), and which rows are in the open block.
+    def _block(self, rows: Canvases, at: Tensor) -> tuple[tuple[int, int] | None, Tensor | None]:
+        """The columns to compute in this pass (None: all), and which rows take part (None: all).
 
-        Rows wait for each other at the end of a block, so that the cache is made anew for all of them.
+        Under a threshold, rows wait for each other at the end of a block, so that the cache is made anew for all of them.
         """
-        step = int(at.min())
+        if self.decoder.cache == "none":
+            return None, None
+        static = self.decoder.threshold is None  # then rows are always in the same block
+        step = rows.passes[0] if static else int(at.min())
         start, horizon = self.plan.start[step], self.plan.horizon[step]
-        busy = self.horizon[at] == horizon
+        busy = None if static else self.horizon[at] == horizon
         if self.cached != horizon:
             self.cached, self.cache = horizon, KVCache()
             return None, busy
@@ -185,8 +189,10 @@ class Decoding:
         return [i for i, more in enumerate(unfinished) if not more]
 
     def split(self, rows: Canvases, leave: list[int]) -> tuple[Canvases, Canvases]:
-        """The rows that stay and those that leave."""
+        """The rows that stay and those that leave. Raises UserError where the model gave no finite probabilities."""
         gone, device = set(leave), rows.ids.device
+        if not rows.logprob.isfinite().all():
+            raise UserError("the model's logits are not finite: try --dtype float32, or check the checkpoint's weights")
         stay = torch.tensor([i for i in range(len(rows)) if i not in gone], dtype=torch.int64, device=device)
         if not len(stay):
             self.cache, self.cached = None, -1
@@ -233,10 +239,12 @@ def decode(
         The trajectory; prompt tokens are never altered.
 
     Raises:
-        UserError: where randomness is needed but neither generator nor seeds is given, a prompt holds the mask token, or
-            a streamer is given more than one row.
+        UserError: where randomness is needed but neither generator nor seeds is given, seeds are not one a row, a prompt
+            holds the mask token, a streamer is given more than one row, or the model's logits are not finite.
     """
     batch = prompt.shape[0]
+    if seeds is not None and len(seeds) != batch:
+        raise UserError(f"{len(seeds)} seeds for {batch} prompts: give one each")
     if (prompt == lm.mask_id).logical_and(prompt_mask).any():
         raise UserError("a prompt holds the mask token: remove it")
     if streamer is not None and batch != 1:
@@ -288,7 +296,14 @@ def decode_each(
 
     Yields:
         (indexes into ``prompts``, their trajectory) of rows that finish together.
+
+    Raises:
+        UserError: as ``decode``, and for a batch size below 1.
     """
+    if batch_size < 1 or len(seeds) != len(prompts):
+        raise UserError(
+            f"batch_size is {batch_size}, with {len(seeds)} seeds for {len(prompts)} prompts: give one each"
+        )
     loop = Decoding(lm, decoder, early_stop)
     rows: Canvases | None = None
     following, unfinished = 0, len(prompts)
@@ -301,6 +316,7 @@ def decode_each(
             ids, mask = lm.encode(texts, decoder.max_new_tokens, static_width)
             some = seeds[[min(i, len(prompts) - 1) for i in numbers]].to(ids.device)
             fresh = Canvases.new(ids, mask, decoder.plan.length, lm.mask_id, some, numbers)
+            fresh.padded |= bool(static_width)  # with a mask or without one are two shapes
             rows = fresh if rows is None else rows.join(fresh, lm.pad_id)
             following = numbers.stop
         assert rows is not None
@@ -320,7 +336,10 @@ def decode_each(
 
 @torch.no_grad()
 def replay(lm: MaskedLM, trajectory: Trajectory) -> Tensor:
-    """Log-probabilities of all committed tokens, recomputed on ``state(s)``. (B, L) float32; equals ``logprob``."""
+    """Log-probabilities of all committed tokens, recomputed on ``state(s)``. (B, L) float32.
+
+    Equals ``logprob``, unless the decoder's cache made that an approximation.
+    """
     width = trajectory.prompt.shape[1]
     out = torch.zeros_like(trajectory.logprob)
     for s in range(trajectory.steps):
@@ -333,5 +352,6 @@ def replay(lm: MaskedLM, trajectory: Trajectory) -> Tensor:
 
         positions = row * ids.shape[1] + width + column
         cfg = trajectory.decoder["cfg_scale"]
-        out[row, column] = guided(lm, ids, trajectory.visible, positions, reduce, width, cfg)
+        found = guided(lm, ids, trajectory.visible, positions, reduce, prompt=width, w=cfg)
+        out[row, column] = found.to(out)
     return out

@@ -6,6 +6,7 @@ ASS (arXiv 2509.23924, section 3.2): S = floor(log2 L) steps, step s commits 2^s
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 from unmask.spec import UserError
@@ -44,17 +45,17 @@ class Plan:
     def steps(self) -> int:
         return len(self.commits)
 
-    @property
+    @cached_property
     def done(self) -> tuple[int, ...]:
         """Tokens committed once step s is done."""
         return tuple(accumulate(self.commits))
 
-    @property
+    @cached_property
     def open(self) -> tuple[int, ...]:
         """Masked positions below the horizon before step s."""
         return tuple(h - d + c for h, d, c in zip(self.horizon, self.done, self.commits, strict=True))
 
-    @property
+    @cached_property
     def start(self) -> tuple[int, ...]:
         """Where the block of step s begins: the horizon before it opened."""
         earlier = {h: max((g for g in self.horizon if g < h), default=0) for h in self.horizon}

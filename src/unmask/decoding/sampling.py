@@ -39,7 +39,7 @@ class Candidates:
     """One candidate token a position, with what confidences need.
 
     Attributes:
-        tokens: (N,) int64. logprob: (N,) float32, log-probability of ``tokens`` at temperature 1.
+        tokens: (N,) int64. logprob: (N,) float32 (float64 where the model is), log-probability of ``tokens`` at temperature 1.
         top, second: (N,) float64, the two largest probabilities (``second`` only where asked for).
         entropy: (N,) float64, in units of log V, where asked for.
     """
@@ -56,7 +56,7 @@ def candidates(
 ) -> Candidates:
     """The most likely token of every position (temperature 0), or one sampled from softmax(logits / temperature).
 
-    Sampling is exact, by inverse CDF in two stages: a lane of 64 tokens by the lanes' float64 sums, then a token in it. (The
+    Sampling is exact, by inverse CDF in two stages, summed in float64: a lane of 64 tokens, then a token in it. (The
     reference draws V Gumbel numbers in bfloat16 and so over-samples the top token.)
 
     Args:
@@ -92,7 +92,7 @@ def _candidates(
         keep = "entropy" in needs
         weight = (x.exp() if keep else x.exp_()).scatter_(1, at[:, None], 0.0)
         if keep:
-            products.append(torch.linalg.vecdot(weight, x))  # sum of e^x x; 0 for the top
+            products.append((weight * x).sum(1))  # of e^x x; 0 for the top. (vecdot would be bfloat16 under autocast)
         if noise is not None and temperature == 1:  # the same weights serve
             sums = _lane_sums(weight)
             others.append(sums.sum(1))
@@ -159,8 +159,9 @@ def _draw(
     if whole is None:
         logits = head.lanes(hidden, lane[:, 0]).double()
     else:
-        lanes = F.pad(whole, (0, -whole.shape[1] % LANE), value=-torch.inf).unflatten(1, (-1, LANE))
-        logits = lanes.gather(1, lane[:, :, None].expand(-1, 1, LANE))[:, 0].double()
+        token = lane * LANE + torch.arange(LANE, device=lane.device)
+        logits = whole.gather(1, token.clamp(max=whole.shape[1] - 1)).double()
+        logits = logits.masked_fill(token >= whole.shape[1], -torch.inf)
     inner = ((logits - top[:, None]) / temperature).exp()
     at = _pick(inner.cumsum(1), (left / width).clamp(0, 1)[:, 0])
     # A rounded sum may point at an impossible token; the likeliest one of the lane stands in.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,20 +11,18 @@ from torch import Tensor
 from unmask.decoding import Decoder, decode
 from unmask.decoding.decode import guided
 from unmask.decoding.sampling import Candidates, candidates
+from unmask.evaluation.evaluate import EvalConfig, task_prompts
 from unmask.models.head import Head
 from unmask.models.masked_lm import MaskedLM
 from unmask.tasks import Task
 from unmask.trajectory import Trajectory
-
-if TYPE_CHECKING:
-    from unmask.evaluation.evaluate import EvalConfig
 
 PROBLEMS = 64  # enough for curves; every step needs a further pass
 
 
 @torch.no_grad()
 def eos_curves(lm: MaskedLM, task: Task, decoder: Decoder, config: EvalConfig) -> dict[str, Any]:
-    """Curves over the steps of a decode of (up to) 64 problems.
+    """Curves over the steps of a decode of (up to) 64 problems; confidences are the model's own, also where a cache decoded.
 
     Returns lists with one entry a step:
         ``eos_confidence``, ``other_confidence``: mean probability of the candidates of all still masked positions, for
@@ -34,7 +32,8 @@ def eos_curves(lm: MaskedLM, task: Task, decoder: Decoder, config: EvalConfig) -
             so far (L where none is).
     """
     problems = task.problems(config.split, min(PROBLEMS, config.limit or PROBLEMS), config.seed)
-    ids, mask = lm.encode([lm.chat(task.instruction(p), task.prefill) for p in problems], decoder.max_new_tokens)
+    prompts = task_prompts(lm, task, problems, config.shots, config.seed)
+    ids, mask = lm.encode(prompts, decoder.max_new_tokens)
     seeds = torch.arange(len(problems), device=ids.device) + config.seed * 2**32
     steps = decoder.plan.steps
     # Sums over batches: [confidence, count] of end and other candidates, [end tokens, all] of commits, [lengths, rows].
@@ -60,7 +59,7 @@ def _batch_sums(lm: MaskedLM, trajectory: Trajectory, decoder: Decoder, steps: i
         ids = torch.cat([trajectory.prompt, state], 1)
         row, column = (state == lm.mask_id).nonzero(as_tuple=True)
         positions = row * ids.shape[1] + width + column
-        found = guided(lm, ids, trajectory.visible, positions, _likeliest, width, decoder.cfg_scale)
+        found = guided(lm, ids, trajectory.visible, positions, _likeliest, prompt=width, w=decoder.cfg_scale)
         is_end = torch.isin(found.tokens, ends)
         committed = trajectory.tokens[trajectory.committed(s)]
         for i, which in enumerate((is_end, ~is_end)):

@@ -14,7 +14,7 @@ import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from unmask.evaluation.statistics import pooled_bootstrap, wilson
 from unmask.files import drop_cut_line, read_lines, write_json, writing_to
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
-from unmask.spec import UserError
+from unmask.spec import UserError, check_at_least
 from unmask.tasks import Problem, Task, make_task
 
 Record = dict[str, Any]
@@ -47,6 +47,8 @@ class EvalConfig:
     """Problems a task (``None``: a whole data file)."""
     split: str = "test"
     """``train``, ``validation``, ``test``; Sudoku also ``heldout`` (grids no training puzzle came from)."""
+    shots: int = 0
+    """Worked examples in front of every problem, from the training split; for tasks that have worked responses."""
     max_new_tokens: int = 128
     """Canvas length in tokens, unless a decoder sets its own."""
     early_stop: bool = True
@@ -66,8 +68,8 @@ class EvalConfig:
     """Also measure EOS confidence and the EOS share of commits over the steps, and draw them."""
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"batch_size is {self.batch_size}: give 1 or more")
+        check_at_least(self, 1, "batch_size")
+        check_at_least(self, 0, "shots")
         if not 0 <= self.seed < 2**30:
             raise UserError(f"seed is {self.seed}: give 0 to {2**30 - 1}")
         if not self.task or not self.decoder:
@@ -115,6 +117,18 @@ def read_records(path: Path) -> list[Record]:
     return sorted(read_lines(path), key=lambda r: int(r["index"]))
 
 
+def task_prompts(lm: MaskedLM, task: Task, problems: Sequence[Problem], shots: int = 0, seed: int = 0) -> list[str]:
+    """The prompt of every problem, behind ``shots`` worked examples of the training split where asked for."""
+    examples: list[tuple[str, str]] = []
+    for example in task.problems("train", shots, seed) if shots else ():
+        if example.response is None:
+            raise UserError(
+                f"task {task.name} has no worked responses here: leave --shots out, or use its compact style"
+            )
+        examples.append((task.instruction(example), example.response))
+    return [lm.chat(task.instruction(p), task.prefill, examples) for p in problems]
+
+
 def run_cell(
     lm: MaskedLM,
     task: Task,
@@ -124,14 +138,15 @@ def run_cell(
     static_width: int,
 ) -> Iterator[list[Record]]:
     """Decode and grade (index, problem)s; yields the records of those that finish together."""
-    prompts = [lm.chat(task.instruction(p), task.prefill) for _, p in problems]
+    prompts = task_prompts(lm, task, [p for _, p in problems], config.shots, config.seed)
     seeds = torch.tensor([config.seed * 2**32 + index for index, _ in problems], dtype=torch.int64)
     start = time.perf_counter()
     found = decode_each(lm, prompts, decoder, seeds, config.batch_size, config.early_stop, static_width)
     for numbers, trajectory in found:
         texts = lm.text(trajectory.tokens)
         lengths, nfe = lm.lengths(trajectory.tokens).tolist(), trajectory.nfe.tolist()
-        seconds, start = (time.perf_counter() - start) / len(numbers), time.perf_counter()
+        seconds = (time.perf_counter() - start) / len(numbers)
+        committed = (trajectory.step >= 0).sum(1).tolist()
         records = []
         for row, number in enumerate(numbers):
             index, problem = problems[number]
@@ -143,14 +158,16 @@ def run_cell(
                     "completion": texts[row],
                     **asdict(task.grade(problem, texts[row])),
                     "nfe": nfe[row],
+                    "committed": committed[row],
                     "length": lengths[row],
                     "seconds": round(seconds, 6),
                 }
             )
         yield records
+        start = time.perf_counter()  # grading and writing are not decoding
 
 
-def summarise(records: list[Record], decoder: Decoder) -> dict[str, Any]:
+def summarise(records: list[Record]) -> dict[str, Any]:
     """One cell of the table: shares with 95 % intervals, passes, lengths, time."""
     n = len(records)
     solved = sum(r["solved"] for r in records)
@@ -163,7 +180,7 @@ def summarise(records: list[Record], decoder: Decoder) -> dict[str, Any]:
         "score": sum(points) / sum(possible),
         "score_interval": list(pooled_bootstrap(points, possible)),
         "nfe": nfe,
-        "tokens_per_forward": decoder.max_new_tokens / nfe,
+        "tokens_per_forward": sum(r["committed"] for r in records) / n / nfe,
         "length": sum(r["length"] for r in records) / n,
         "seconds": sum(r["seconds"] for r in records),
     }
@@ -182,8 +199,13 @@ def evaluate(config: EvalConfig, progress: Callable[[str, int, int], None] | Non
         UserError: for anything wrong in the request, and where ``output`` holds an evaluation with other settings.
     """
     lm = load(config.model, config.dtype, config.device)
-    tasks = {spec: make_task(spec, getattr(lm.model.config, "task_defaults", {}) or {}) for spec in config.task}
+    tasks = {spec: make_task(spec, lm.task_defaults) for spec in config.task}
     decoders = {spec: make_decoder(spec, max_new_tokens=config.max_new_tokens) for spec in config.decoder}
+    cached = [spec for spec, decoder in decoders.items() if decoder.cache != "none"]
+    if config.compile and cached:
+        raise UserError(
+            f"compile needs forward passes of one shape, and {cached[0]} has windows: leave one of them out"
+        )
     output = Path(config.output)
     resolved = {
         "model": lm.info(),
@@ -202,7 +224,8 @@ def evaluate(config: EvalConfig, progress: Callable[[str, int, int], None] | Non
     canvas = max(d.max_new_tokens for d in decoders.values())
     width = 0
     for spec, task in tasks.items():
-        ids, _ = lm.encode([lm.chat(task.instruction(p), task.prefill) for _, p in sets[spec]], canvas)
+        prompts = task_prompts(lm, task, [p for _, p in sets[spec]], config.shots, config.seed)
+        ids, _ = lm.encode(prompts, canvas)
         width = max(width, ids.shape[1])
     if config.compile:
         lm.model.base_model.compile()
@@ -238,7 +261,7 @@ def evaluate(config: EvalConfig, progress: Callable[[str, int, int], None] | Non
                     if progress:
                         progress(label, count, len(problems))
             cell = {"task": task_spec, "decoder": decoder_spec, "score_name": task.score_name}
-            cells.append({**cell, **summarise(read_records(path), decoder)})
+            cells.append({**cell, **summarise(read_records(path))})
     summary = {"config": resolved, "environment": environment(), "cells": cells}
     if config.diagnostics:
         from unmask.evaluation.diagnostics import eos_curves  # only here: it decodes again

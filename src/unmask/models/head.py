@@ -1,4 +1,4 @@
-"""The output head, a piece of the vocabulary at a time: no tensor of [positions, vocabulary] is ever whole.
+"""The output head, a piece of the vocabulary at a time: [positions, vocabulary] need not be whole anywhere.
 
 One pass over the vocabulary gives what decoding and training ask of a distribution. A piece stays in the processor's cache, so
 the pass costs little more than the matrix product.
@@ -6,12 +6,13 @@ the pass costs little more than the matrix product.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 LANE = 64  # tokens; every piece but the last is a multiple of it
@@ -28,20 +29,21 @@ class Head:
     it is called once, for the whole vocabulary.
 
     Attributes:
-        module: the output embedding. mask_id: the token that is never predicted.
+        apply: hidden states (N, d) to logits (N, V). mask_id: the token that is never predicted.
         weight: (V, d), or None for a black box.
     """
 
-    module: nn.Module
+    apply: Callable[[Tensor], Tensor]
     mask_id: int
     weight: Tensor | None
 
     @classmethod
-    def of(cls, module: nn.Module, mask_id: int) -> Head:
+    def of(cls, module: nn.Module, apply: Callable[[Tensor], Tensor], mask_id: int) -> Head:
+        """The head of a model: its output embedding, and the function that applies it."""
         weight: Any = getattr(module, "weight", None)
         plain = type(module) in (nn.Linear, nn.Embedding) and getattr(module, "bias", None) is None
         here = type(weight) is nn.Parameter and weight.is_floating_point() and weight.dim() == 2
-        return cls(module, mask_id, weight if plain and here else None)
+        return cls(apply, mask_id, weight if plain and here else None)
 
     def parts(self, rows: Tensor) -> tuple[Tensor, ...]:
         """(N, …) in as many parts as one pass takes at a time; a black box takes it as it is."""
@@ -50,9 +52,7 @@ class Head:
     def pieces(self, hidden: Tensor) -> Iterator[tuple[int, Tensor]]:
         """(first token, logits (N, c)) over the vocabulary, at least float32; the reader may overwrite them."""
         if self.weight is None:
-            tied = isinstance(self.module, nn.Embedding)
-            whole = F.linear(hidden, self.module.weight) if tied else self.module(hidden)  # type: ignore[arg-type]
-            yield 0, self._finished(0, whole)
+            yield 0, self._finished(0, self.apply(hidden))
             return
         width = max(1, _sizes(hidden)[1] // max(1, len(hidden)) // LANE) * LANE
         for a in range(0, len(self.weight), width):
@@ -71,8 +71,12 @@ class Head:
         """
         assert self.weight is not None
         token = lane[:, None] * LANE + torch.arange(LANE, device=lane.device)
-        weight = self.weight[token.clamp(max=len(self.weight) - 1)].to(hidden.dtype)  # (N, 64, d)
-        found = (weight @ hidden[:, :, None])[:, :, 0]
+        some = max(1, _sizes(hidden)[1] // (LANE * hidden.shape[1]))  # rows whose (64, d) weights make one piece
+        parts = []
+        for t, h in zip(token.split(some), hidden.split(some), strict=True):
+            weight = self.weight[t.clamp(max=len(self.weight) - 1)].to(h.dtype)
+            parts.append((weight @ h[:, :, None])[:, :, 0])
+        found = torch.cat(parts) if parts else hidden.new_zeros(0, LANE)
         found = found.to(torch.promote_types(found.dtype, torch.float32))
         return found.masked_fill((token >= len(self.weight)) | (token == self.mask_id), -torch.inf)
 
@@ -127,6 +131,7 @@ class _ScoreTokens(torch.autograd.Function):
         return logprob, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """d log p(token) / d logits = onehot(token) - p."""
         hidden, weight, tokens, normaliser = ctx.saved_tensors
@@ -158,7 +163,8 @@ def _within(tokens: Tensor, a: int, piece: Tensor) -> tuple[Tensor, Tensor]:
 
 def _score(head: Head, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability and entropy of some rows, and the normaliser log(sum(exp(logits))). Three (N,)."""
-    tops, others, masses, products, chosen = [], [], [], [], torch.zeros(())
+    tops, others, masses, products = [], [], [], []
+    chosen = torch.zeros((), device=hidden.device)
     for a, logits in head.pieces(hidden):
         at, inside = _within(tokens, a, logits)
         chosen = torch.where(inside, logits.gather(1, at)[:, 0], chosen.to(logits))

@@ -2,8 +2,9 @@
 
 A checkpoint such as ``GSAI-ML/LLaDA-8B-Instruct`` loads into this class unchanged; the published remote code is not needed.
 Departures from it, each on purpose: a boolean padding mask that stays bidirectional, rotary tables computed from the config
-in every forward pass (nothing to load, nothing to corrupt on a meta device), and a head that may be applied at chosen
-positions only. Left out: alibi, attention biases, layer norms other than RMSNorm.
+in every forward pass (nothing to load, nothing to corrupt on a meta device), a head that may be applied at chosen
+positions only, and a cache of keys and values for windows of the row. Left out: alibi, attention biases, layer norms other
+than RMSNorm.
 """
 
 from __future__ import annotations
@@ -303,7 +304,7 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         positions: Tensor | None = None,
-        reduce: Callable[[Tensor, nn.Module], Any] | None = None,
+        reduce: Callable[[Tensor, nn.Module, Callable[[Tensor], Tensor]], Any] | None = None,
         cache: KVCache | None = None,
         window: tuple[int, int] | None = None,
         **_: Any,
@@ -316,15 +317,15 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
             position_ids: (B, T) rotary positions; by default each row counts its own unpadded tokens from 0.
             positions: where to apply the head: a bool mask (B, T), or int64 indexes (N,) into the flattened rows; either
                 gives logits (N, V), None gives (B, T, V).
-            reduce: called with (hidden states at ``positions``, output embedding) in place of the head; what it returns
-                stands for the logits. (Inside the forward pass, where a sharded model has its weights together.)
+            reduce: called with (hidden states at ``positions``, output embedding, head) in place of the head; what it
+                returns stands for the logits. (Inside the forward pass, where a sharded model has its weights together.)
             cache, window: see ``LLaDAModel.forward``; with a window, T is the window's width.
         """
         hidden = self.model(input_ids, attention_mask, position_ids, cache, window).last_hidden_state
         if positions is not None:
             hidden = hidden[positions] if positions.dtype == torch.bool else hidden.flatten(0, 1)[positions]
         if reduce is not None:
-            return MaskedLMOutput(logits=reduce(hidden, self.get_output_embeddings()))
+            return MaskedLMOutput(logits=reduce(hidden, self.get_output_embeddings(), self.head))
         return MaskedLMOutput(logits=self.head(hidden))
 
 

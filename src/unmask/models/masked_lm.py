@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -98,7 +98,7 @@ class MaskedLM:
             input_ids=ids,
             attention_mask=attention_mask,
             positions=positions,
-            reduce=lambda hidden, head: reduce(Head.of(head, self.mask_id), hidden),
+            reduce=lambda hidden, embedding, head: reduce(Head.of(embedding, head, self.mask_id), hidden),
             cache=cache,
             window=window,
         ).logits
@@ -116,15 +116,26 @@ class MaskedLM:
         logits[..., self.mask_id] = -torch.inf
         return logits
 
+    @property
+    def task_defaults(self) -> dict[str, dict[str, Any]]:
+        """Parameters by task name that the checkpoint was trained for; empty for published ones."""
+        return getattr(self.model.config, "task_defaults", None) or {}
+
     # ---- text in and out -------------------------------------------------------------------------------------------
 
-    def chat(self, user: str, prefill: str = "") -> str:
-        """The prompt text for one user turn, ending where the assistant's text (after ``prefill``) begins."""
+    def chat(self, user: str, prefill: str = "", examples: Sequence[tuple[str, str]] = ()) -> str:
+        """The prompt text for one user turn, ending where the assistant's text (after ``prefill``) begins.
+
+        ``examples`` are earlier turns, (user's, assistant's), for few-shot prompts.
+        """
         if not user.strip():
             raise UserError("the prompt is empty: give some text")
         if self.tokenizer.chat_template is None:
-            return user + prefill
-        messages = [{"role": "user", "content": user}]
+            return "".join(f"{asked}{answered}\n\n" for asked, answered in examples) + user + prefill
+        messages = []
+        for asked, answered in examples:
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        messages.append({"role": "user", "content": user})
         text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return str(text) + prefill
 

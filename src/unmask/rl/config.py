@@ -74,6 +74,10 @@ class GRPOSettings:
             raise UserError(
                 f"cache={self.rollout_decoder().cache} samples from an approximation of the policy: leave it out of the decoder"
             )
+        if self.compile and self.rollout_decoder().threshold is not None:
+            raise UserError(
+                "compile needs batches of one shape, and under a threshold rows leave at different times: switch it off"
+            )
         if self.rollout_decoder().temperature == 0:
             raise UserError("temperature is 0, so all completions of a group are equal: give a temperature above 0")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from unmask.decoding import make_decoder
-from unmask.evaluation.evaluate import environment
+from unmask.evaluation.evaluate import environment, task_prompts
 from unmask.evaluation.statistics import pooled_bootstrap
 from unmask.files import claim_result, write_json
 from unmask.models.load import load
@@ -51,9 +51,9 @@ def bench_gap(config: BenchGap, progress: Callable[[str], None]) -> dict[str, An
     lm = load(config.model)
     cells = []
     for spec in config.task:
-        task = make_task(spec, getattr(lm.model.config, "task_defaults", None) or {})
+        task = make_task(spec, lm.task_defaults)
         problems = task.problems("train", config.limit, config.seed + 1)
-        prompts = [lm.chat(task.instruction(p), task.prefill) for p in problems]
+        prompts = task_prompts(lm, task, problems)
         for decoder_spec in config.decoder:
             progress(f"{spec} · {decoder_spec}")
             decoder = make_decoder(decoder_spec, max_new_tokens=config.max_new_tokens, temperature=config.temperature)
@@ -63,8 +63,7 @@ def bench_gap(config: BenchGap, progress: Callable[[str], None]) -> dict[str, An
             inside = torch.arange(config.max_new_tokens) <= lm.lengths(trajectory.tokens)[:, None]
             for name, objective in OBJECTIVES.items():
                 rows = ViewRows.of(list(objective.views(trajectory, view_seeds, 0)))
-                with torch.no_grad():
-                    found = score_all(lm, trajectory, rows, rows.parts(config.rows_per_forward, everyone))
+                found = score_all(lm, trajectory, rows, rows.parts(config.rows_per_forward, everyone))
                 gaps = (found - trajectory.logprob).abs().double()
                 cell: dict[str, Any] = {
                     "task": spec,

@@ -112,12 +112,13 @@ def score_rows(policy: MaskedLM, trajectory: Trajectory, rows: ViewRows) -> tupl
         trajectory.visible[rows.row],
         at * rows.ids.shape[1] + width + column,
         lambda head, hidden: score_tokens(head, hidden, tokens),
-        width,
-        trajectory.decoder["cfg_scale"],
+        prompt=width,
+        w=trajectory.decoder["cfg_scale"],
     )
     return *found, row, column
 
 
+@torch.no_grad()
 def score_all(policy: MaskedLM, trajectory: Trajectory, rows: ViewRows, parts: Iterable[Tensor]) -> Tensor:
     """Log-probabilities (B, L) of the recorded tokens in views that score each at most once; 0 where no part does."""
     out = torch.zeros_like(trajectory.logprob)

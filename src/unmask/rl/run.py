@@ -220,7 +220,7 @@ def make_trainer(config: RLConfig, callbacks: list[TrainerCallback]) -> Trajecto
     )
     lm = load(config.model, config.dtype)
     lm.model.config._attn_implementation = config.attention
-    tasks = [make_task(spec, getattr(lm.model.config, "task_defaults", None) or {}) for spec in config.tasks]
+    tasks = [make_task(spec, lm.task_defaults) for spec in config.tasks]
     train_rows = problem_rows(lm, tasks, "train", config.problems, config.seed + 1)
     validation = problem_rows(lm, tasks, "validation", config.validation_problems, 0)
     if config.reward:

@@ -1,4 +1,4 @@
-"""TrajectoryGRPOTrainer: rollouts with any decoder, one clipped surrogate over an objective's views, one backward a view."""
+"""TrajectoryGRPOTrainer: rollouts with any decoder, one clipped surrogate over an objective's views, one backward a pass."""
 
 from __future__ import annotations
 
