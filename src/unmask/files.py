@@ -33,10 +33,16 @@ def writing_to(output: Path | str, instead: str = "--output") -> Iterator[None]:
 
 
 def claim_result(output: Path) -> None:
-    """Make a result file before anything is measured for it. Raises UserError where it cannot be written."""
+    """Try a result file before anything is measured for it; an earlier result stays until there is a new one.
+
+    Raises UserError where it cannot be written.
+    """
     with writing_to(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.open("a").close()  # an earlier result stays until there is a new one
+        there = output.exists()
+        output.open("a").close()
+        if not there:
+            output.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

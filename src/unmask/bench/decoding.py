@@ -60,7 +60,7 @@ class BenchDecode(Shape):
     """Canvas lengths in tokens; several also give a figure of the time per sequence."""
     rows: int = 4
     prompt: int = 64
-    """Prompt length in tokens; models other than the stand-in get Sudoku prompts of one length instead."""
+    """Prompt length in tokens; models other than the stand-in get Countdown prompts of one length instead."""
     passes: int = 8
     """States of each trajectory that are timed."""
     repeats: int = 5
@@ -110,7 +110,7 @@ def prompts(config: BenchDecode, lm: MaskedLM) -> Tensor:
         generator = torch.Generator().manual_seed(1)
         low = len(lm.tokenizer)  # plain text ids: no end token, no mask
         return torch.randint(low, config.vocabulary, (config.rows, config.prompt), generator=generator).to(lm.device)
-    task = make_task("sudoku", lm.task_defaults)
+    task = make_task("countdown", lm.task_defaults)
     problems = task.problems("test", 16 * config.rows)
     by_length: dict[int, list[str]] = defaultdict(list)
     for text in task_prompts(lm, task, problems):
@@ -153,6 +153,8 @@ def measure(config: BenchDecode, model: str, length: int, spec: str, temperature
         times: dict[str, list[float]] = {"decode": [], "reference": []}
         if reference is not None and decoder.temperature == 0 and decoder.confidence != "random":
             found["same_tokens"] = bool(torch.equal(reference(), trajectory.tokens))
+            if not found["same_tokens"] and decoder.eos == "keep":
+                found["ties"] = boundary_ties(lm, decoder, trajectory, seeds)
         for _ in range(config.repeats):
             times["decode"].append(seconds(ours, config.device))
             if reference is not None:
@@ -200,6 +202,23 @@ def measure_passes(
         "flops": flops,
         "tokens_per_second": trajectory.tokens.numel() / (step["median"] * steps),
     }
+
+
+def boundary_ties(lm: MaskedLM, decoder: Decoder, trajectory: Trajectory, seeds: Tensor) -> int:
+    """How often the last candidate that a step took and the first that it left have one float32 probability.
+
+    There the released code, which compares such probabilities, takes any of the two.
+    """
+    loop, length, ties = Decoding(lm, decoder, early_stop=False), trajectory.tokens.shape[1], 0
+    for s in range(trajectory.steps):
+        rows = standing_at(lm, trajectory, s, seeds)
+        _, quota, open_ = loop.standing(rows)
+        place = torch.arange(rows.width, rows.width + length, device=quota.device).expand(len(rows), -1)
+        p = lm.logits(rows.ids, rows.attention_mask, place).softmax(-1).amax(-1).masked_fill(~open_, -1.0)
+        ranked = torch.nn.functional.pad(p.sort(1, descending=True).values, (0, 1), value=-1.0)
+        last, following = ranked.gather(1, quota[:, None] - 1), ranked.gather(1, quota[:, None])
+        ties += int(((last == following) & (following >= 0)).sum())
+    return ties
 
 
 def standing_at(lm: MaskedLM, trajectory: Trajectory, s: int, seeds: Tensor) -> Canvases:

@@ -52,6 +52,8 @@ def decode_rows(result: dict[str, Any]) -> list[Row]:
         timed = "step" in cell
         compared = "reference" in cell
         same = {True: "yes", False: "no", None: "-"}[cell.get("same_tokens")]
+        if "ties" in cell:
+            same += f", {cell['ties']} ties"
         rows.append(
             [
                 f"{cell['model']} · {cell['decoder']}",

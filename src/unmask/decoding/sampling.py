@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,46 +77,53 @@ def candidates(
 def _candidates(
     head: Head, hidden: Tensor, temperature: float, noise: Tensor | None, needs: frozenset[str]
 ) -> Candidates:
-    # One entry a piece of the vocabulary: largest logit and its token; on its scale, the sum of all others' weights.
-    tops, tokens, others, seconds, products, lanes = [], [], [], [], [], []
+    # One entry a piece of the vocabulary, each on the scale of its largest logit.
+    tops, masses, products, lanes = [], [], [], []
+    # Of the piece that leads so far, a row each: largest logit, its token, the piece's number, the sum of the other weights
+    # (kept apart, for they may be too small to change a sum with 1), the largest of them.
+    lead = torch.zeros(len(hidden), 5, dtype=torch.float64, device=hidden.device)
+    lead[:, 0] = -torch.inf
+    every = torch.arange(len(hidden), device=hidden.device)
     size, whole = 0, None
-    for a, logits in head.pieces(hidden):
+    for number, (a, logits) in enumerate(head.pieces(hidden)):
         size = a + logits.shape[1]
-        if noise is not None and (head.weight is None or len(head.weight) == logits.shape[1]):
+        if noise is not None and number == 0 and size == (logits.shape[1] if head.weight is None else len(head.weight)):
             whole = logits.clone()
-        top, at = logits.max(1)
+        top = logits.amax(1)
         x = logits.sub_(top[:, None])
-        if "second" in needs:
-            seconds.append(x.scatter(1, at[:, None], -torch.inf).amax(1))
         if noise is not None and temperature != 1:
             lanes.append(_lane_sums((x / temperature).exp_()))
-        keep = "entropy" in needs
-        weight = (x.exp() if keep else x.exp_()).scatter_(1, at[:, None], 0.0)
-        if keep:
-            products.append((weight * x).sum(1))  # of e^x x; 0 for the top. (vecdot would be bfloat16 under autocast)
-        if noise is not None and temperature == 1:  # the same weights serve
-            sums = _lane_sums(weight)
-            others.append(sums.sum(1))
-            lanes.append(sums.scatter_add_(1, at[:, None] // LANE, torch.ones_like(sums[:, :1])))
+        if "entropy" in needs:
+            weight = x.exp()
+            products.append((weight * x).sum(1))  # of e^x x. (vecdot would be bfloat16 under autocast)
         else:
-            others.append(weight.sum(1))
+            weight = x.exp_()
+        if noise is not None and temperature == 1:  # the same weights serve
+            lanes.append(_lane_sums(weight))
+            masses.append(lanes[-1].sum(1))
+        else:
+            masses.append(weight.sum(1))
         tops.append(top)
-        tokens.append(at + a)
+        # A later piece leads in few rows. Looking which ones would make another device wait, so there all are done.
+        better = top > lead[:, 0]
+        rows = better.nonzero()[:, 0] if number and hidden.device.type == "cpu" else every
+        own = weight[rows]
+        at = own.argmax(1, keepdim=True)
+        own.scatter_(1, at, 0.0)
+        found = (top[rows], at[:, 0] + a, torch.full_like(rows, number), own.sum(1), own.amax(1))
+        lead[rows] = torch.where(better[rows, None], torch.stack([f.double() for f in found], 1), lead[rows])
     share, top = rescale(tops)
-    best = share.argmax(1, keepdim=True)
-    rest_of_tops = share.scatter(1, best, 0.0)
-    rest = (share * torch.stack(others, 1)).sum(1) + rest_of_tops.sum(1)  # odds against the most likely token
-    token = torch.stack(tokens, 1).gather(1, best)[:, 0]
+    token, home, rest, second_weight = lead[:, 1].long(), lead[:, 2:3].long(), lead[:, 3], lead[:, 4]
+    mass = torch.stack(masses, 1)
+    rest = rest + (share * mass).scatter(1, home, 0.0).sum(1)  # odds against the most likely token
     logprob = -rest.log1p()
     probability = logprob.exp()
     second = entropy = None
     if "second" in needs:
-        runner_up = torch.maximum((share * torch.stack(seconds, 1).exp()).amax(1), rest_of_tops.amax(1))
-        second = runner_up * probability
+        second = torch.maximum(share.scatter(1, home, 0.0).amax(1), second_weight) * probability
     if "entropy" in needs:
-        mass = torch.stack(others, 1) + 1
         spread = (share * torch.stack(products, 1)).sum(1) - (torch.special.entr(share) * mass).sum(1)
-        entropy = (rest.log1p() - spread * probability) / torch.log(torch.tensor(float(size)))
+        entropy = (rest.log1p() - spread * probability) / math.log(size)
     if noise is not None:
         scale = share ** (1 / temperature)
         weights = torch.cat([lane.double() * scale[:, i : i + 1] for i, lane in enumerate(lanes)], 1)
