@@ -51,7 +51,8 @@ class BenchRL(Shape):
     """Numbers of decoding steps S."""
     rows: int = 2
     """Completions in the update."""
-    rows_per_forward: int = 2
+    rows_per_forward: int = 8
+    """Rows of one forward pass, of whatever views."""
     prompt: int = 64
     """Prompt length in tokens."""
     length: int = 128

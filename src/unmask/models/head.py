@@ -137,10 +137,10 @@ class _ScoreTokens(torch.autograd.Function):
         hidden, weight, tokens, normaliser = ctx.saved_tensors
         to_hidden, to_weight, *_unused = ctx.needs_input_grad
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        grad_weight = torch.zeros_like(weight) if to_weight else None
+        grad_weight = torch.empty_like(weight) if to_weight else None
         grad_hidden = []
-        rows = zip(*(ctx.head.parts(x) for x in (hidden, tokens, normaliser, grad)), strict=True)
-        for h, t, z, g in rows:
+        parts = zip(*(ctx.head.parts(x) for x in (hidden, tokens, normaliser, grad)), strict=True)
+        for number, (h, t, z, g) in enumerate(parts):
             total = torch.zeros(h.shape, dtype=wide, device=h.device)
             for a, logits in ctx.head.pieces(h):
                 at, inside = _within(t, a, logits)
@@ -150,9 +150,20 @@ class _ScoreTokens(torch.autograd.Function):
                 if to_hidden:
                     total += d @ weight[a:b].to(h.dtype)
                 if grad_weight is not None:
-                    grad_weight[a:b] += (d.T @ h).to(weight.dtype)
+                    _add_product(grad_weight[a:b], d.T, h, first=number == 0)
             grad_hidden.append(total.to(h.dtype))
         return (torch.cat(grad_hidden) if to_hidden else None), grad_weight, None, None
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
+    """out += left @ right, or = where it is the first; in place, since ``out`` may be as large as the head."""
+    if out.dtype != left.dtype:  # under autocast
+        product = (left @ right).to(out.dtype)
+        out.copy_(product) if first else out.add_(product)
+    elif first:
+        torch.mm(left, right, out=out)
+    else:
+        out.addmm_(left, right)
 
 
 def _within(tokens: Tensor, a: int, piece: Tensor) -> tuple[Tensor, Tensor]:
