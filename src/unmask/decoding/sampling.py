@@ -105,7 +105,7 @@ def _candidates(
             masses.append(weight.sum(1))
         tops.append(top)
         # A later piece leads in few rows. Looking which ones would make another device wait, so there all are done.
-        better = top > lead[:, 0]
+        better = ~(top <= lead[:, 0])  # so that a NaN shows
         rows = better.nonzero()[:, 0] if number and hidden.device.type == "cpu" else every
         own = weight[rows]
         at = own.argmax(1, keepdim=True)
