@@ -134,11 +134,11 @@ def run_cell(
     task: Task,
     decoder: Decoder,
     problems: list[tuple[int, Problem]],
+    prompts: list[str],
     config: EvalConfig,
     static_width: int,
 ) -> Iterator[list[Record]]:
-    """Decode and grade (index, problem)s; yields the records of those that finish together."""
-    prompts = task_prompts(lm, task, [p for _, p in problems], config.shots, config.seed)
+    """Decode and grade (index, problem)s with their prompts; yields the records of those that finish together."""
     seeds = torch.tensor([config.seed * 2**32 + index for index, _ in problems], dtype=torch.int64)
     start = time.perf_counter()
     found = decode_each(lm, prompts, decoder, seeds, config.batch_size, config.early_stop, static_width)
@@ -222,15 +222,14 @@ def evaluate(config: EvalConfig, progress: Callable[[str, int, int], None] | Non
         spec: list(enumerate(task.problems(config.split, config.limit, config.seed))) for spec, task in tasks.items()
     }
     canvas = max(d.max_new_tokens for d in decoders.values())
-    width = 0
-    for spec, task in tasks.items():
-        prompts = task_prompts(lm, task, [p for _, p in sets[spec]], config.shots, config.seed)
-        ids, _ = lm.encode(prompts, canvas)
-        width = max(width, ids.shape[1])
+    prompts = {
+        spec: task_prompts(lm, task, [p for _, p in sets[spec]], config.shots, config.seed)
+        for spec, task in tasks.items()
+    }
+    widest = max(lm.encode(texts, canvas)[0].shape[1] for texts in prompts.values())
     if config.compile:
         lm.model.base_model.compile()
-    else:
-        width = 0
+    static_width = widest if config.compile else 0
     try:
         with writing_to(output):
             (output / "records").mkdir(parents=True, exist_ok=True)
@@ -240,7 +239,8 @@ def evaluate(config: EvalConfig, progress: Callable[[str, int, int], None] | Non
     cells = []
     for task_spec, task in tasks.items():
         problems = sets[task_spec]
-        by_length = sorted(problems, key=lambda ip: len(task.instruction(ip[1])))  # batches waste little on padding
+        texts = prompts[task_spec]
+        by_length = sorted(problems, key=lambda ip: len(texts[ip[0]]))  # batches waste little on padding
         for decoder_spec, decoder in decoders.items():
             label = f"{task_spec} · {decoder_spec}"
             path = output / "records" / f"{slug(task_spec)}--{slug(decoder_spec)}.jsonl"
@@ -254,7 +254,7 @@ def evaluate(config: EvalConfig, progress: Callable[[str, int, int], None] | Non
                 progress(label, len(done), len(problems))
             with path.open("a") as file:
                 count = len(done)
-                for records in run_cell(lm, task, decoder, todo, config, width):
+                for records in run_cell(lm, task, decoder, todo, [texts[i] for i, _ in todo], config, static_width):
                     file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
                     file.flush()
                     count += len(records)
