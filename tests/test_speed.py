@@ -16,7 +16,7 @@ from unmask.decoding.decode import Decoding
 from unmask.decoding.sampling import candidates
 from unmask.models import head as head_module
 from unmask.models.head import Head, score_tokens, token_logprob
-from unmask.models.llada import KVCache
+from unmask.models.backbone import KVCache
 
 pytestmark = pytest.mark.usefixtures("no_global_randomness")
 

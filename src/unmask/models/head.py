@@ -42,7 +42,7 @@ class Head:
         """The head of a model: its output embedding, and the function that applies it."""
         weight: Any = getattr(module, "weight", None)
         plain = type(module) in (nn.Linear, nn.Embedding) and getattr(module, "bias", None) is None
-        here = type(weight) is nn.Parameter and weight.is_floating_point() and weight.dim() == 2
+        here = type(weight) is nn.Parameter and weight.is_floating_point() and weight.dim() == 2 and not weight.is_meta
         return cls(apply, mask_id, weight if plain and here else None)
 
     def parts(self, rows: Tensor) -> tuple[Tensor, ...]:

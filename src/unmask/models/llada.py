@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+from transformers.modeling_outputs import BaseModelOutput
+
+from unmask.models.backbone import HeadAtPositions, KVCache, placed
 
 # A published config that asks for one of these is another architecture; running it here would give wrong logits silently.
 _UNSUPPORTED = {
@@ -133,30 +135,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 Cached = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-class KVCache:
-    """Keys (rotated) and values of every layer, (B, H, T, D) each, from the pass that filled it.
-
-    An approximation in a bidirectional model: what stands outside the window would look different after every commit
-    (Fast-dLLM, arXiv 2505.22618).
-    """
-
-    def __init__(self) -> None:
-        self.layers: list[tuple[Tensor, Tensor]] = []
-
-    def update(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put a window's keys and values (B, H, W, D) at column ``start`` of a layer; returns the layer's."""
-        if layer == len(self.layers):
-            self.layers.append((k, v.contiguous()))
-            return k, v
-        for whole, part in zip(self.layers[layer], (k, v), strict=True):
-            whole[:, :, start : start + part.shape[2]] = part
-        return self.layers[layer]
-
-    def take(self, rows: Tensor) -> None:
-        """Keep these rows, (n,) int64."""
-        self.layers = [(k[rows], v[rows]) for k, v in self.layers]
-
-
 class LLaDABlock(GradientCheckpointingLayer):
     """Pre-norm attention and SwiGLU feed-forward, with the published parameter names (``ff_proj`` is the gate)."""
 
@@ -256,12 +234,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
             cache: keys and values to fill (a new one), or to use with a window.
             window: columns [start, stop) to compute; keys and values of all others come from the cache.
         """
-        if position_ids is None:
-            if attention_mask is not None:  # left or right padding does not shift a token's position
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-            else:
-                position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-        visible = None if attention_mask is None else attention_mask.bool()[:, None, None, :]  # (B, 1, 1, T)
+        position_ids, visible = placed(input_ids, attention_mask, position_ids)
         start, stop = window or (0, input_ids.shape[1])
         x = self.transformer["wte"](input_ids[:, start:stop])
         heads = self.config.n_heads
@@ -271,7 +244,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
         return BaseModelOutput(last_hidden_state=self.transformer["ln_f"](x))
 
 
-class LLaDAModelLM(LLaDAPreTrainedModel):
+class LLaDAModelLM(HeadAtPositions, LLaDAPreTrainedModel):  # type: ignore[misc]
     """Trunk and head. The class name is the one in the ``architectures`` field of published checkpoints."""
 
     def __init__(self, config: LLaDAConfig) -> None:
@@ -292,41 +265,9 @@ class LLaDAModelLM(LLaDAPreTrainedModel):
         self.model.transformer["wte" if self.config.weight_tying else "ff_out"] = value
 
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits of any batch of hidden states. (..., d) -> (..., vocabulary)."""
-        output = self.get_output_embeddings()
         if self.config.weight_tying:
-            return F.linear(hidden, cast(Tensor, output.weight))
-        return output(hidden)  # called as a module, so that FSDP gathers its weight
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        positions: Tensor | None = None,
-        reduce: Callable[[Tensor, nn.Module, Callable[[Tensor], Tensor]], Any] | None = None,
-        cache: KVCache | None = None,
-        window: tuple[int, int] | None = None,
-        **_: Any,
-    ) -> MaskedLMOutput:
-        """Logits, at all positions or only at the chosen ones.
-
-        Args:
-            input_ids: (B, T) int64.
-            attention_mask: (B, T), zero or False marks padding; None means no padding.
-            position_ids: (B, T) rotary positions; by default each row counts its own unpadded tokens from 0.
-            positions: where to apply the head: a bool mask (B, T), or int64 indexes (N,) into the flattened rows; either
-                gives logits (N, V), None gives (B, T, V).
-            reduce: called with (hidden states at ``positions``, output embedding, head) in place of the head; what it
-                returns stands for the logits. (Inside the forward pass, where a sharded model has its weights together.)
-            cache, window: see ``LLaDAModel.forward``; with a window, T is the window's width.
-        """
-        hidden = self.model(input_ids, attention_mask, position_ids, cache, window).last_hidden_state
-        if positions is not None:
-            hidden = hidden[positions] if positions.dtype == torch.bool else hidden.flatten(0, 1)[positions]
-        if reduce is not None:
-            return MaskedLMOutput(logits=reduce(hidden, self.get_output_embeddings(), self.head))
-        return MaskedLMOutput(logits=self.head(hidden))
+            return F.linear(hidden, cast(Tensor, self.get_output_embeddings().weight))
+        return super().head(hidden)
 
 
 AutoConfig.register("llada", LLaDAConfig)

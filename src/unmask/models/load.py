@@ -3,65 +3,218 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
-from dataclasses import replace
+import os
+import re
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils.logging import disable_progress_bar
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer
+from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
+from unmask.models import bidirectional, remote
 from unmask.models.llada import LLaDAModelLM
 from unmask.models.masked_lm import MaskedLM
 from unmask.spec import UserError, unknown
 
 SHIPPED = {"tiny": Path(__file__).parent / "tiny"}
-FAMILIES = {"llada": LLaDAModelLM}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+FAMILIES: dict[str, type[PreTrainedModel]] = {
+    "llada": LLaDAModelLM,
+    **{model.config_class.model_type: model for model in bidirectional.MODELS},
+    # Converted checkpoints that kept their parent's name; one without a mask token is refused.
+    "qwen2": bidirectional.A2DQwen2LMHeadModel,
+    "qwen3": bidirectional.A2DQwen3LMHeadModel,
+    "llama": bidirectional.A2DLlamaLMHeadModel,
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "*.model"]
+_LOADING = (OSError, RuntimeError, ValueError, TypeError, KeyError, ArithmeticError, AttributeError, SafetensorError)
 
 
-def load(name: str, dtype: str = "float32", device: str = "cpu") -> MaskedLM:
-    """Load a shipped model by name or any LLaDA-format checkpoint folder, in eval mode, self-tested.
+@dataclass(kw_only=True)
+class ModelSource:
+    """Which model, and how it is loaded. Every command that takes a model takes these."""
+
+    model: str = "tiny"
+    """A shipped model's name, a hub name (``GSAI-ML/LLaDA-8B-Instruct``), or the folder of a checkpoint or adapter."""
+    adapter: str | None = None
+    """Folder or hub name of a LoRA adapter to merge into the model."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub name."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """``auto``: the checkpoint's own."""
+    device: str = "auto"
+    """``auto``: this process's GPU, or the CPU where there is none."""
+    device_map: str | None = None
+    """``auto`` or ``balanced`` spreads one model over several GPUs (and the CPU), instead of ``device``."""
+    load_in_4bit: bool = False
+    """Quantise the matrices of the blocks to 4 bits (NF4; needs bitsandbytes)."""
+    trust_remote_code: bool = False
+    """Run the Python files of a checkpoint whose family is unknown here, if the self-test passes. They can do anything."""
+
+    def load(self) -> MaskedLM:
+        """``load`` with these settings."""
+        settings = {f.name: getattr(self, f.name) for f in fields(ModelSource)}
+        return load(settings.pop("model"), **settings)
+
+
+def load(
+    name: str,
+    dtype: str = "auto",
+    device: str = "auto",
+    *,
+    adapter: str | None = None,
+    revision: str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+    load_in_4bit: bool = False,
+    trust_remote_code: bool = False,
+) -> MaskedLM:
+    """Load a checkpoint in eval mode, self-tested.
 
     Args:
-        name: ``"tiny"``, or the path of a folder with config.json, safetensors and a tokenizer, or of a peft adapter, which
-            is merged into the base model that it names.
-        dtype: ``"float32"`` or ``"bfloat16"``. device: a torch device.
+        name: ``"tiny"``, a hub name, or the path of a folder with config.json, safetensors and a tokenizer, or of a peft
+            adapter, which is merged into the base model that it names.
+        dtype, device, adapter, revision, device_map, load_in_4bit, trust_remote_code: see ``ModelSource``; ``device_map``
+            may also be a dict of module names to devices, as in transformers.
 
     Raises:
-        UserError: one sentence, for an unknown name, an unsupported family, missing files or a failed self-test.
+        UserError: one sentence, for an unknown name, a hub that cannot be reached, an unsupported family, missing files, wrong
+            keys or shapes, or a failed self-test.
     """
-    if dtype not in DTYPES:
-        raise unknown("dtype", dtype, DTYPES)
-    folder = SHIPPED.get(name, Path(name))
+    if dtype not in (*DTYPES, "auto"):
+        raise unknown("dtype", dtype, [*DTYPES, "auto"])
+    folder = find_folder(name, revision, trust_remote_code)
+    own: dict[str, Any] = {
+        "device_map": device_map,
+        "load_in_4bit": load_in_4bit,
+        "trust_remote_code": trust_remote_code,
+    }
     if (folder / "adapter_config.json").is_file():
-        return _load_adapter(folder, dtype, device)
-    if not (folder / "config.json").is_file():
-        if folder.exists():
-            raise UserError(f"{name} holds no config.json: give the folder of a saved checkpoint")
-        raise UserError(f"unknown model {name!r}: give {', '.join(SHIPPED)} or the path of a checkpoint folder")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'config.json'} is not JSON ({error}): repair or fetch it again") from None
-    family = config.get("model_type") if isinstance(config, dict) else None
-    if family not in FAMILIES:
-        raise unknown("model family", str(family), FAMILIES)
+        if adapter is not None:
+            raise UserError(f"{name} is an adapter itself: name its base model in --model, or leave --adapter out")
+        return _merged(load(_base_of(folder), dtype, device, **own), folder)
+    config = read_json(folder / "config.json", name)
+    family = config.get("model_type")
+    code = family not in FAMILIES and trust_remote_code and "auto_map" in config
+    if family not in FAMILIES and not code:
+        hint = "" if "auto_map" not in config else "; or run the checkpoint's own code with --trust-remote-code"
+        raise UserError(f"{unknown('model family', str(family), FAMILIES)}{hint}")
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise UserError(f"{name} holds no .safetensors weights: convert the checkpoint to safetensors first")
-    if not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{name} holds no tokenizer.json: save the tokenizer beside the weights")
+    settings = _placement(name, device, device_map, load_in_4bit)
+    settings["dtype"] = DTYPES.get(dtype, "auto")
     disable_progress_bar()
+    verbosity = get_verbosity()
+    set_verbosity_error()  # what its report warns of is refused below, in one sentence
     try:
-        loaded: Any = FAMILIES[family].from_pretrained(
-            folder, dtype=DTYPES[dtype], output_loading_info=True, local_files_only=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, RuntimeError, ValueError, TypeError, KeyError, ArithmeticError, SafetensorError) as error:
+        if code:
+            model: Any = remote.load(folder, config, settings)
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
+        else:
+            model = _in_tree(FAMILIES[str(family)], folder, name, config, settings)
+            tokenizer = _tokenizer(folder, str(family), name)
+        if not load_in_4bit and device_map is None:
+            model = model.to(settings["device_map"][""])
+    except (*_LOADING, AssertionError) as error:
         raise UserError(f"cannot load {name}: {_first_line(error)}") from None
+    finally:
+        set_verbosity(verbosity)
+    lm = MaskedLM.wrap(model.eval(), tokenizer, name, fingerprint(weights))
+    lm.self_test()
+    return lm if adapter is None else _merged(lm, find_folder(adapter, None, False))
+
+
+def find_folder(name: str, revision: str | None = None, remote_code: bool = False, weights: bool = True) -> Path:
+    """The folder of a shipped model, of a path, or of a hub name, which is downloaded to the hub's cache if it is not there.
+
+    Args:
+        remote_code: fetch Python files too. weights: without them, only what describes the model.
+
+    Raises:
+        UserError: for a name that is none of these, or a hub that does not give it.
+    """
+    folder = SHIPPED.get(name, Path(name))
+    if folder.is_dir():
+        if not any((folder / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
+            raise UserError(f"{name} holds no config.json: give the folder of a saved checkpoint")
+        return folder
+    if not _HUB_NAME.fullmatch(name) or folder.exists() or name.startswith("."):
+        raise UserError(
+            f"unknown model {name!r}: give {', '.join(SHIPPED)}, the path of a checkpoint folder, or a hub name like "
+            "GSAI-ML/LLaDA-8B-Instruct"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    files = _HUB_FILES + ["*.py"] * remote_code
+    instead = "give the path of a folder that holds the checkpoint"
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=files if weights else ["*.json", "*.jinja"])
+        )
+    except GatedRepoError:
+        raise UserError(f"the hub wants a log-in for {name}: run hf auth login, or {instead}") from None
+    except RepositoryNotFoundError:
+        raise UserError(f"the hub has no {name} for you: check the name, or {instead}") from None
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise UserError(f"cannot fetch {name} from the hub ({_first_line(error)}): {instead}") from None
+
+
+def read_json(path: Path, name: str) -> dict[str, Any]:
+    """A checkpoint's JSON file. Raises UserError where it is no JSON object."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not JSON ({error}): repair or fetch it again") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{path} of {name} is not a JSON object: repair or fetch it again")
+    return found
+
+
+def _placement(name: str, device: str, device_map: Any, load_in_4bit: bool) -> dict[str, Any]:
+    """Keyword arguments of ``from_pretrained`` that say where the weights go and how."""
+    if device_map is not None and device != "auto":
+        raise UserError(f"device={device} and device_map={device_map} contradict each other: give one of them")
+    if device == "auto":
+        rank = os.environ.get("LOCAL_RANK", "0")
+        device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} cannot be used: {_first_line(error)}") from None
+    settings: dict[str, Any] = {"device_map": {"": device} if device_map is None else device_map}
+    if load_in_4bit:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise UserError(f"loading {name} in 4 bits needs bitsandbytes: pip install bitsandbytes")
+        from transformers import BitsAndBytesConfig
+
+        settings["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=torch.bfloat16,
+            llm_int8_skip_modules=["model.transformer.ff_out", "lm_head"],  # the heads; a block's ff_out is quantised
+        )
+    return settings
+
+
+def _in_tree(
+    kind: type[PreTrainedModel], folder: Path, name: str, config: dict[str, Any], settings: dict[str, Any]
+) -> PreTrainedModel:
+    """A model of a known family; refused by name where its files hold other keys or shapes."""
+    architecture = next(iter(config.get("architectures") or [kind.__name__]))
+    own = kind.config_class.model_type if kind.config_class else None
+    if config["model_type"] == own and architecture != kind.__name__:
+        raise UserError(
+            f"{name} is refused: its architecture {architecture} is not {kind.__name__}, the one implemented for "
+            f"{config['model_type']}"
+        )
+    loaded: Any = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True, **settings)
     model, report = loaded
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
@@ -69,13 +222,17 @@ def load(name: str, dtype: str = "float32", device: str = "cpu") -> MaskedLM:
             raise UserError(
                 f"{name} is refused: {problem.replace('_', ' ')} {', '.join(keys[:4])} ({len(keys)} in all)"
             )
-    try:
-        model = model.to(device).eval()
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device!r} cannot be used: {_first_line(error)}") from None
-    lm = MaskedLM.wrap(model, tokenizer, name, fingerprint(weights))
-    lm.self_test()
-    return lm
+    return model
+
+
+def _tokenizer(folder: Path, family: str, name: str) -> PreTrainedTokenizerBase:
+    if (folder / "tokenizer.json").is_file():
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if family == "Dream" and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        return Qwen2Tokenizer.from_pretrained(
+            folder, local_files_only=True
+        )  # its own class is Qwen2's under another name
+    raise UserError(f"{name} holds no tokenizer.json: save the tokenizer beside the weights")
 
 
 def as_masked_lm(model: MaskedLM | PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None = None) -> MaskedLM:
@@ -89,24 +246,27 @@ def as_masked_lm(model: MaskedLM | PreTrainedModel | str, tokenizer: PreTrainedT
     return MaskedLM.wrap(model, tokenizer, model.config.name_or_path or "model")
 
 
-def _load_adapter(folder: Path, dtype: str, device: str) -> MaskedLM:
-    """The base model that an adapter names, with the adapter merged into its weights."""
+def _base_of(adapter: Path) -> str:
+    """The base model that an adapter names."""
+    base = read_json(adapter / "adapter_config.json", str(adapter)).get("base_model_name_or_path")
+    if not base:
+        raise UserError(
+            f"the adapter {adapter} names no base model: set base_model_name_or_path in its adapter_config.json"
+        )
+    return str(base)
+
+
+def _merged(lm: MaskedLM, adapter: Path) -> MaskedLM:
+    """The model with an adapter merged into its weights (kept beside them where those are quantised)."""
     from peft import PeftModel
 
     try:
-        base = dict(json.loads((folder / "adapter_config.json").read_text())).get("base_model_name_or_path")
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{folder / 'adapter_config.json'} is not JSON ({error}): repair or fetch it again") from None
-    if not base:
-        raise UserError(
-            f"the adapter {folder} names no base model: set base_model_name_or_path in its adapter_config.json"
-        )
-    lm = load(base, dtype, device)
-    try:
-        merged = PeftModel.from_pretrained(lm.model, folder, local_files_only=True).merge_and_unload()
-    except (OSError, RuntimeError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(f"cannot load the adapter {folder}: {_first_line(error)}") from None
-    lm = replace(lm, model=merged.eval(), name=str(folder), weights=fingerprint(sorted(folder.glob("*.safetensors"))))
+        adapted = PeftModel.from_pretrained(lm.model, adapter, local_files_only=True)  # type: ignore[arg-type]
+        quantised = getattr(lm.model, "is_loaded_in_4bit", False)
+        model: Any = adapted if quantised else adapted.merge_and_unload()
+    except _LOADING as error:
+        raise UserError(f"cannot load the adapter {adapter}: {_first_line(error)}") from None
+    lm = replace(lm, model=model.eval(), name=str(adapter), weights=fingerprint(sorted(adapter.glob("*.safetensors"))))
     lm.self_test()
     return lm
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from unmask.models.backbone import KVCache
 from unmask.models.head import Head
-from unmask.models.llada import KVCache
 from unmask.spec import UserError
 
 Result = TypeVar("Result")
 END_OF_TURN = (
     "<|eot_id|>",
     "<|im_end|>",
-)  # LLaDA, Dream: ends the text where the tokenizer's EOS only fills the canvas
+)  # LLaDA and Llama, Dream and Qwen: ends the text where EOS only fills the canvas
 
 
 @dataclass
@@ -47,15 +47,21 @@ class MaskedLM:
         cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, weights: str = "unsaved"
     ) -> MaskedLM:
         """Read the ids from the tokenizer, then the config. Raises UserError where mask or EOS cannot be found."""
-        config = model.config
-        mask_id = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else config.mask_token_id
-        eos_id = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else config.eos_token_id
+        config, vocabulary = model.config, tokenizer.get_vocab()
+
+        def read(field: str) -> Any:
+            found = getattr(tokenizer, field)
+            return found if found is not None else getattr(config, field, None)
+
+        mask_id, eos_id, pad_id = read("mask_token_id"), read("eos_token_id"), read("pad_token_id")
         for what, value in (("mask", mask_id), ("end-of-sequence", eos_id)):
             if not isinstance(value, int):
                 raise UserError(f"{name} names no {what} token: set it in its tokenizer_config.json or config.json")
-        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos_id
-        vocabulary = tokenizer.get_vocab()
-        eot = [vocabulary[t] for t in END_OF_TURN if t in vocabulary and vocabulary[t] != eos_id]
+        pad_id = eos_id if pad_id is None else pad_id
+        turns = [vocabulary[t] for t in END_OF_TURN if t in vocabulary]
+        if eos_id in turns:  # Qwen's chat models: what fills the canvas is their padding
+            eos_id = pad_id
+        eot = [t for t in turns if t != eos_id]
         return cls(
             model=model,
             tokenizer=tokenizer,
@@ -70,7 +76,9 @@ class MaskedLM:
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        """Where canvases live: the head's device, where the model is spread over several."""
+        head: Any = getattr(self.model.get_output_embeddings(), "weight", None)
+        return self.model.device if head is None or head.is_meta else head.device
 
     @property
     def end_ids(self) -> tuple[int, ...]:
@@ -136,7 +144,10 @@ class MaskedLM:
         for asked, answered in examples:
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
         messages.append({"role": "user", "content": user})
-        text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        # enable_thinking is Qwen3's: without it, its template asks for another format. Other templates pass it over.
+        text = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, enable_thinking=False
+        )
         return str(text) + prefill
 
     def encode(self, prompts: list[str], canvas: int = 0, width: int = 0) -> tuple[Tensor, Tensor]:

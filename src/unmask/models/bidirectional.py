@@ -1,0 +1,157 @@
+"""Backbones of transformers run with full attention: Dream, and converted autoregressive checkpoints (A2D).
+
+The layers, norms and rotary tables are those of transformers' Qwen2, Qwen3 and Llama; only the way through them is ours: no
+causal mask, a padding mask that stays bidirectional, a cache of windows. Rotary tables are computed when the model is built.
+
+Dream (arXiv 2508.15487; also DiffuCoder, arXiv 2506.20639) is a Qwen2 whose hidden state at a position predicts the next one.
+A2D checkpoints (dLLM, arXiv 2602.22661) predict their own position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel
+from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2PreTrainedModel
+from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3PreTrainedModel
+
+from unmask.models.backbone import HeadAtPositions, KVCache, placed
+
+
+class _Window:
+    """A KVCache at one column, as the attention layers of transformers call theirs."""
+
+    def __init__(self, cache: KVCache, start: int) -> None:
+        self.cache, self.start = cache, start
+
+    def update(self, k: Tensor, v: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        return self.cache.update(layer, self.start, k, v)
+
+
+class FullAttention:
+    """The trunk: every token sees every token that is not padding."""
+
+    config: Any
+    embed_tokens: nn.Module
+    layers: Sequence[nn.Module]
+    norm: nn.Module
+    rotary_emb: nn.Module
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        window: tuple[int, int] | None = None,
+        **_: Any,
+    ) -> BaseModelOutput:
+        """Final hidden states (B, T, d), or (B, W, d) of a window; see ``HeadAtPositions.forward``."""
+        position_ids, visible = placed(input_ids, attention_mask, position_ids)
+        start, stop = window or (0, input_ids.shape[1])
+        x: Tensor = self.embed_tokens(input_ids[:, start:stop])
+        position_ids = position_ids[:, start:stop]
+        if visible is not None and self.config._attn_implementation == "eager":  # it adds the mask to the scores
+            visible = torch.zeros_like(visible, dtype=x.dtype).masked_fill(~visible, torch.finfo(x.dtype).min)
+        rotary = self.rotary_emb(x, position_ids)
+        for layer in self.layers:
+            x = layer(
+                x,
+                attention_mask=visible,
+                position_ids=position_ids,
+                position_embeddings=rotary,
+                past_key_values=None if cache is None else _Window(cache, start),
+                is_causal=False,
+            )
+        return BaseModelOutput(last_hidden_state=self.norm(x))
+
+
+class FullQwen2(FullAttention, Qwen2Model):  # type: ignore[misc]
+    pass
+
+
+class FullQwen3(FullAttention, Qwen3Model):  # type: ignore[misc]
+    pass
+
+
+class FullLlama(FullAttention, LlamaModel):  # type: ignore[misc]
+    pass
+
+
+class _MaskedHead(HeadAtPositions):
+    """Trunk and ``lm_head``, under the keys of the published files."""
+
+    trunk: ClassVar[type[PreTrainedModel]]
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)  # type: ignore[call-arg]
+        self.model = self.trunk(config)
+        self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()  # type: ignore[attr-defined]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.model.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head = value
+
+
+class DreamConfig(Qwen2Config):
+    """Qwen2's fields under Dream's name; ``mask_token_id`` is in the published files."""
+
+    model_type = "Dream"
+
+
+class A2DQwen2Config(Qwen2Config):
+    model_type = "a2d-qwen2"
+
+
+class A2DQwen3Config(Qwen3Config):
+    model_type = "a2d-qwen3"
+
+
+class A2DLlamaConfig(LlamaConfig):
+    model_type = "a2d-llama"
+
+
+class DreamModel(_MaskedHead, Qwen2PreTrainedModel):  # type: ignore[misc]
+    config_class = DreamConfig
+    trunk = FullQwen2
+    shifted = True
+
+
+class A2DQwen2LMHeadModel(_MaskedHead, Qwen2PreTrainedModel):  # type: ignore[misc]
+    config_class = A2DQwen2Config
+    trunk = FullQwen2
+
+
+class A2DQwen3LMHeadModel(_MaskedHead, Qwen3PreTrainedModel):  # type: ignore[misc]
+    config_class = A2DQwen3Config
+    trunk = FullQwen3
+
+
+class A2DLlamaLMHeadModel(_MaskedHead, LlamaPreTrainedModel):  # type: ignore[misc]
+    config_class = A2DLlamaConfig
+    trunk = FullLlama
+
+
+MODELS = (DreamModel, A2DQwen2LMHeadModel, A2DQwen3LMHeadModel, A2DLlamaLMHeadModel)
+for _model in MODELS:
+    AutoConfig.register(_model.config_class.model_type, _model.config_class)
+    AutoModel.register(_model.config_class, _model)
+    AutoModelForMaskedLM.register(_model.config_class, _model)

@@ -1,0 +1,218 @@
+"""Small random checkpoints in the published layouts: names of files, keys, config fields and special tokens as on the hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import PreTrainedModel
+
+from unmask.models.bidirectional import A2DQwen3Config, A2DQwen3LMHeadModel, DreamConfig, DreamModel
+from unmask.models.llada import LLaDAConfig, LLaDAModelLM
+
+CHAT = (
+    "{{% for message in messages %}}{{{{ {start} + message['role'] + {after} + message['content'] + {end} }}}}{{% endfor %}}"
+    "{{% if add_generation_prompt %}}{{{{ {start} + 'assistant' + {after} }}}}{{% endif %}}"
+)
+LLADA_CHAT = "{{ bos_token }}" + CHAT.format(
+    start="'<|start_header_id|>'", after="'<|end_header_id|>\\n\\n'", end="'<|eot_id|>'"
+)
+QWEN_CHAT = CHAT.format(start="'<|im_start|>'", after="'\\n'", end="'<|im_end|>\\n'")
+MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "t"), ("i", "n"), ("a", "n"), ("Ġ", "a")]
+
+LLADA = {
+    "activation_type": "silu",
+    "alibi": False,
+    "alibi_bias_max": 8.0,
+    "architectures": ["LLaDAModelLM"],
+    "attention_dropout": 0.0,
+    "attention_layer_norm": False,
+    "attention_layer_norm_with_affine": True,
+    "auto_map": {
+        "AutoConfig": "configuration_llada.LLaDAConfig",
+        "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+        "AutoModel": "modeling_llada.LLaDAModelLM",
+    },
+    "bias_for_layer_norm": False,
+    "block_group_size": 1,
+    "block_type": "llama",
+    "d_model": 32,
+    "embedding_dropout": 0.0,
+    "embedding_size": 384,
+    "eos_token_id": 301,
+    "flash_attention": False,
+    "include_bias": False,
+    "include_qkv_bias": False,
+    "init_cutoff_factor": None,
+    "init_device": "meta",
+    "init_fn": "mitchell",
+    "init_std": 0.5,
+    "input_emb_norm": False,
+    "layer_norm_type": "rms",
+    "layer_norm_with_affine": True,
+    "mask_token_id": 320,
+    "max_sequence_length": 1024,
+    "mlp_hidden_size": 64,
+    "mlp_ratio": 4,
+    "model_type": "llada",
+    "multi_query_attention": None,
+    "n_heads": 4,
+    "n_kv_heads": 4,
+    "n_layers": 2,
+    "pad_token_id": 301,
+    "precision": "amp_bf16",
+    "residual_dropout": 0.0,
+    "rms_norm_eps": 1e-05,
+    "rope": True,
+    "rope_full_precision": True,
+    "rope_theta": 500000.0,
+    "scale_logits": False,
+    "transformers_version": "4.46.3",
+    "use_cache": False,
+    "vocab_size": 384,
+    "weight_tying": False,
+}
+DREAM = {
+    "architectures": ["DreamModel"],
+    "attention_dropout": 0.0,
+    "auto_map": {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
+    "bos_token_id": 300,
+    "eos_token_id": 300,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "initializer_range": 0.5,
+    "intermediate_size": 64,
+    "mask_token_id": 323,
+    "max_position_embeddings": 1024,
+    "max_window_layers": 28,
+    "model_type": "Dream",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "pad_token_id": 300,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.46.2",
+    "use_cache": True,
+    "use_mrope": False,
+    "use_sliding_window": False,
+    "vocab_size": 384,
+}
+QWEN3_A2D = {
+    "architectures": ["A2DQwen3LMHeadModel"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 300,
+    "dtype": "float32",
+    "eos_token_id": 302,
+    "head_dim": 16,
+    "hidden_act": "silu",
+    "hidden_size": 32,
+    "initializer_range": 0.5,
+    "intermediate_size": 64,
+    "layer_types": ["full_attention", "full_attention"],
+    "max_position_embeddings": 1024,
+    "max_window_layers": 28,
+    "model_type": "a2d-qwen3",
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "tie_word_embeddings": True,
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 384,
+}
+
+
+def _bytes() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    vocabulary = {c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}
+    for a, b in MERGES:
+        vocabulary[a + b] = len(vocabulary)
+    return vocabulary, MERGES
+
+
+def _added(tokens: dict[int, str]) -> dict[str, Any]:
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    return {str(i): {"content": t, **flags} for i, t in tokens.items()}
+
+
+def _fast_tokenizer(folder: Path, tokens: dict[int, str], settings: dict[str, Any]) -> None:
+    """tokenizer.json and tokenizer_config.json; the gaps of the ids are filled with reserved tokens, as on the hub."""
+    vocabulary, merges = _bytes()
+    core = Tokenizer(models.BPE(vocabulary, merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    every = {i: tokens.get(i, f"<|reserved_token_{i}|>") for i in range(len(vocabulary), max(tokens) + 1)}
+    core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in every.values()])
+    core.save(str(folder / "tokenizer.json"))
+    settings = {"added_tokens_decoder": _added(every), "tokenizer_class": "PreTrainedTokenizerFast", **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def _save(model: PreTrainedModel, folder: Path, config: dict[str, Any], shard: str) -> None:
+    model.save_pretrained(folder, max_shard_size=shard)
+    assert len(list(folder.glob("model-0000?-of-0000?.safetensors"))) >= 2
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def write_llada(folder: Path, seed: int = 1, **changes: Any) -> str:
+    """As GSAI-ML/LLaDA-8B-Instruct: bfloat16 in two shards, no dtype and no mask token outside config.json."""
+    config = {**LLADA, **changes}
+    torch.manual_seed(seed)
+    _save(LLaDAModelLM(LLaDAConfig(**config)).bfloat16(), folder, config, "60KB")
+    special = {300: "<|startoftext|>", 301: "<|endoftext|>", 302: "[CLS]", 303: "[gMASK]", 320: "<|mdm_mask|>"}
+    special |= {346: "<|start_header_id|>", 347: "<|end_header_id|>", 348: "<|eot_id|>"}
+    settings = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    _fast_tokenizer(folder, special, {"chat_template": LLADA_CHAT, "model_max_length": 10**30, **settings})
+    return str(folder)
+
+
+def write_dream(folder: Path, seed: int = 1, **changes: Any) -> str:
+    """As Dream-org/Dream-v0-Instruct-7B: a tokenizer of its own class, as vocab.json and merges.txt."""
+    config = {**DREAM, **changes}
+    torch.manual_seed(seed)
+    _save(DreamModel(DreamConfig(**config)).bfloat16(), folder, config, "60KB")
+    vocabulary, merges = _bytes()
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(f"{a} {b}" for a, b in merges) + "\n")
+    special = {300: "<|endoftext|>", 301: "<|im_start|>", 302: "<|im_end|>", 322: "<|beginoftext|>", 323: "<|mask|>"}
+    every = {i: special.get(i, f"<|fill_{i}|>") for i in range(len(vocabulary), 324)}
+    settings = {
+        "added_tokens_decoder": _added(every),
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+        "bos_token": "<|beginoftext|>",
+        "chat_template": QWEN_CHAT,
+        "eos_token": "<|endoftext|>",
+        "mask_token": "<|mask|>",
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "DreamTokenizer",
+        "unk_token": None,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return str(folder)
+
+
+def write_qwen3_a2d(folder: Path, seed: int = 1, **changes: Any) -> str:
+    """As dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1: tied embeddings, the mask token in the tokenizer, <|im_end|> as its EOS."""
+    config = {**QWEN3_A2D, **changes}
+    torch.manual_seed(seed)
+    _save(A2DQwen3LMHeadModel(A2DQwen3Config(**config)), folder, config, "60KB")
+    special = {300: "<|endoftext|>", 301: "<|im_start|>", 302: "<|im_end|>", 323: "<|mask|>"}
+    settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "mask_token": "<|mask|>"}
+    _fast_tokenizer(folder, special, {"chat_template": QWEN_CHAT, **settings})
+    return str(folder)
+
+
+WRITERS = {"llada": write_llada, "dream": write_dream, "qwen3-a2d": write_qwen3_a2d}
