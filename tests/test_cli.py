@@ -42,7 +42,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["generate", "x" * 3000], ["3002 tokens", "shorten the prompt"]),
         (["generate", "x", "--decoder", "fulll"], ["did you mean 'full'"]),
         (["generate", "x", "--decoder", "ass:gama_min=1"], ["did you mean 'gamma_min'"]),
-        (["generate", "x", "--model", "no/such"], ["unknown model 'no/such'", "path"]),
+        (["generate", "x", "--model", "no/such/path"], ["unknown model 'no/such/path'", "path"]),
         (["generate", "x", "--max-new-tokens", "0"], ["length is 0"]),
         (["generate", "x", "--device", "nowhere"], ["nowhere"]),
         (["generate", "x", "--seed", "-1"], ["seed is -1"]),

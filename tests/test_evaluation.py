@@ -11,7 +11,8 @@ import torch
 from conftest import toy
 from unmask import MaskedLM, UserError, make_task
 from unmask.evaluation import report
-from unmask.evaluation.evaluate import EvalConfig, evaluate, read_records, task_prompts
+from unmask.evaluation.evaluate import EvalConfig, evaluate, task_prompts
+from unmask.evaluation.records import read_records
 from unmask.evaluation.statistics import pooled_bootstrap, wilson
 
 TASKS = {"sudoku": {"style": "compact"}, "countdown": {"style": "compact", "max_value": 9}}

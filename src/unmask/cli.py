@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from unmask.models.source import ModelSource
 from unmask.spec import UserError, convert, unknown
 
 if TYPE_CHECKING:
@@ -21,14 +23,12 @@ if TYPE_CHECKING:
 # Heavy imports stand inside the commands, so that --help and a typo answer at once.
 
 
-@dataclass
-class GenerateArguments:
+@dataclass(kw_only=True)
+class GenerateArguments(ModelSource):
     """Decode one prompt and watch the canvas fill (plain text when the output is not a terminal)."""
 
     prompt: Annotated[str, tyro.conf.Positional]
     """The user's turn."""
-    model: str = "tiny"
-    """A shipped model's name or the path of a checkpoint folder."""
     decoder: str = "semi-ar"
     """Decoder spec, e.g. ``eoser-ass:blocks=4,temperature=0.7``, or a YAML file."""
     max_new_tokens: int = 128
@@ -38,8 +38,6 @@ class GenerateArguments:
     seed: int = 0
     delay: float = 0.0
     """Seconds to wait after each step, for watching."""
-    dtype: str = "float32"
-    device: str = "cpu"
 
 
 def generate(arguments: list[str]) -> None:
@@ -49,12 +47,11 @@ def generate(arguments: list[str]) -> None:
 
     from unmask.decoding import decode, make_decoder
     from unmask.decoding.stream import LiveCanvas
-    from unmask.models.load import load
 
     if not 0 <= a.seed < 2**63 or not 0 <= a.delay < 60:
         raise UserError(f"seed is {a.seed}, delay is {a.delay}: give a seed of 0 or more and a delay below 60 seconds")
     decoder = make_decoder(a.decoder, max_new_tokens=a.max_new_tokens)
-    lm = load(a.model, a.dtype, a.device)
+    lm = a.load()
     console = Console()
     ids, mask = lm.encode([lm.chat(a.prompt, a.prefill)], decoder.max_new_tokens)
     streamer = LiveCanvas(lm, console, f"{lm.name} · {decoder.name}", a.delay) if console.is_terminal else None
@@ -87,7 +84,13 @@ def _run_evaluation(config: EvalConfig) -> None:
 
     from unmask.evaluation import report
     from unmask.evaluation.evaluate import evaluate
+    from unmask.evaluation.processes import AgreedError, join
 
+    processes = join()
+    if processes.rank:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C comes to all, and rank 0 has a word for it
+    elif processes.world > 1:  # another rank's end comes as SIGTERM; the terminal shall have its cursor back
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(),
@@ -106,9 +109,14 @@ def _run_evaluation(config: EvalConfig) -> None:
 
     try:
         summary = evaluate(config, progress)
+    except AgreedError:
+        processes.leave_to_first()
+        raise
     finally:
         if lines:
             bar.stop()
+    if processes.rank:
+        return
     output = Path(config.output)
     figures = report.write_figures(summary, output)
     (output / "table.md").write_text(report.markdown_table(summary))

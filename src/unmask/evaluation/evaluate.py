@@ -1,17 +1,16 @@
 """Evaluate a model: every task under every decoder, one JSON line a problem, resumable at any point.
 
-A run folder holds ``config.json`` (the full resolved configuration with versions and commit), ``records/TASK--DECODER.jsonl``,
-``summary.json`` and the figures. Records are appended batch by batch; a killed run goes on where it stopped and gives the same
-records, because every problem has its own random seed and greedy decoding does not depend on the batch.
+A run folder holds ``config.json`` (the full resolved configuration), ``records/TASK--DECODER.jsonl``, ``summary.json`` and the
+figures. Every process appends its records, batch by batch, to a shard of its own; rank 0 merges them at the end, or, if the run
+is killed, at the start of the next. A resumed run gives the same records on any number of processes: every problem has its own
+random seed, and greedy decoding does not depend on the batch.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import platform
-import re
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -23,24 +22,23 @@ import torch
 
 from unmask import __version__
 from unmask.decoding import Decoder, decode_each, make_decoder
-from unmask.evaluation.statistics import pooled_bootstrap, wilson
-from unmask.files import drop_cut_line, read_lines, write_json, writing_to
-from unmask.models.load import load
+from unmask.evaluation.processes import Processes, join, take_own_gpu
+from unmask.evaluation.records import Record, as_lines, merge, shard, slug, summarise
+from unmask.files import write_json, writing_to
 from unmask.models.masked_lm import MaskedLM
+from unmask.models.source import ModelSource
 from unmask.spec import UserError, check_at_least
 from unmask.tasks import Problem, Task, make_task
 
-Record = dict[str, Any]
 
-
-@dataclass
-class EvalConfig:
+@dataclass(kw_only=True)
+class EvalConfig(ModelSource):
     """What to evaluate."""
 
-    model: str = "tiny"
-    """A shipped model's name or the path of a checkpoint folder."""
     task: list[str] = field(default_factory=lambda: ["sudoku", "countdown"])
     """Task specs, e.g. ``sudoku countdown:numbers=4``."""
+    data: str | None = None
+    """A file of test problems for the only task given: the same as ``--task NAME:data=PATH``."""
     decoder: list[str] = field(default_factory=lambda: ["full", "semi-ar", "eoser", "ass", "eoser-ass", "hybrid"])
     """Decoder specs, e.g. ``full eoser-ass:blocks=4``, or YAML files."""
     limit: int | None = 256
@@ -57,9 +55,6 @@ class EvalConfig:
     """Rows of one forward pass; a finished row makes room for the next problem."""
     seed: int = 0
     """Seed of the problems and of any sampling."""
-    dtype: str = "float32"
-    """``float32`` or ``bfloat16``."""
-    device: str = "cpu"
     compile: bool = False
     """torch.compile the model; all forward passes then have one shape."""
     output: str = "runs/eval"
@@ -74,6 +69,19 @@ class EvalConfig:
             raise UserError(f"seed is {self.seed}: give 0 to {2**30 - 1}")
         if not self.task or not self.decoder:
             raise UserError("give at least one task and one decoder")
+        self.task_specs()
+
+    def task_specs(self) -> list[str]:
+        """The tasks with ``data`` in its place. Raises UserError where it cannot be."""
+        if self.data is None:
+            return self.task
+        if len(self.task) > 1:
+            raise UserError(
+                f"data is {self.data!r} for {len(self.task)} tasks: give one --task, or --task NAME:data=PATH"
+            )
+        if not self.data.strip() or "," in self.data:
+            raise UserError(f"data is {self.data!r}: give the path of a file, without a comma")
+        return [f"{self.task[0]}{',' if ':' in self.task[0] else ':'}data={self.data}"]
 
 
 def environment() -> dict[str, Any]:
@@ -106,17 +114,6 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def slug(text: str) -> str:
-    """A file name for a spec; a hash keeps apart what the replacement of characters would confuse."""
-    plain = re.sub(r"[^A-Za-z0-9.+=-]+", "_", text).strip("_")
-    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
-
-
-def read_records(path: Path) -> list[Record]:
-    """A records file by index."""
-    return sorted(read_lines(path), key=lambda r: int(r["index"]))
-
-
 def task_prompts(lm: MaskedLM, task: Task, problems: Sequence[Problem], shots: int = 0, seed: int = 0) -> list[str]:
     """The prompt of every problem, behind ``shots`` worked examples of the training split where asked for."""
     examples: list[tuple[str, str]] = []
@@ -129,19 +126,71 @@ def task_prompts(lm: MaskedLM, task: Task, problems: Sequence[Problem], shots: i
     return [lm.chat(task.instruction(p), task.prefill, examples) for p in problems]
 
 
-def run_cell(
-    lm: MaskedLM,
-    task: Task,
-    decoder: Decoder,
-    problems: list[tuple[int, Problem]],
-    prompts: list[str],
-    config: EvalConfig,
-    static_width: int,
-) -> Iterator[list[Record]]:
-    """Decode and grade (index, problem)s with their prompts; yields the records of those that finish together."""
-    seeds = torch.tensor([config.seed * 2**32 + index for index, _ in problems], dtype=torch.int64)
+@dataclass(frozen=True)
+class Cell:
+    """One task under one decoder, its problems with their prompts, and the file of its records."""
+
+    task_spec: str
+    decoder_spec: str
+    task: Task
+    decoder: Decoder
+    problems: list[Problem]
+    prompts: list[str]
+    path: Path
+
+    def todo(self, done: set[int]) -> list[int]:
+        """The problems without a record, by length of prompt, so that batches waste little on padding."""
+        return sorted(set(range(len(self.problems))) - done, key=lambda i: (len(self.prompts[i]), i))
+
+
+@dataclass(frozen=True)
+class Request:
+    """A checked evaluation; ``static_width`` is the padded prompt width of a compiled model, else 0."""
+
+    lm: MaskedLM
+    cells: list[Cell]
+    resolved: dict[str, Any]
+    static_width: int
+
+
+def prepare(config: EvalConfig) -> Request:
+    """Everything that can be wrong with a request is found here, before a folder is claimed. Raises UserError."""
+    lm = config.load()
+    tasks = {spec: make_task(spec, lm.task_defaults) for spec in config.task_specs()}
+    decoders = {spec: make_decoder(spec, max_new_tokens=config.max_new_tokens) for spec in config.decoder}
+    cached = [spec for spec, decoder in decoders.items() if decoder.cache != "none"]
+    if config.compile and cached:
+        raise UserError(
+            f"compile needs forward passes of one shape, and {cached[0]} has windows: leave one of them out"
+        )
+    elsewhere = ("output", "model", "task", "data", "decoder", "diagnostics", "compile")
+    resolved = {
+        "model": lm.info(),
+        **{k: v for k, v in asdict(config).items() if k not in elsewhere},
+        "tasks": {spec: task.config() for spec, task in tasks.items()},
+        "decoders": {spec: d.config() for spec, d in decoders.items()},
+    }
+    canvas = max(d.max_new_tokens for d in decoders.values())
+    cells, widest = [], 0
+    for task_spec, task in tasks.items():
+        problems = task.problems(config.split, config.limit, config.seed)
+        prompts = task_prompts(lm, task, problems, config.shots, config.seed)
+        widest = max(widest, lm.encode(prompts, canvas)[0].shape[1])
+        for decoder_spec, decoder in decoders.items():
+            path = Path(config.output) / "records" / f"{slug(task_spec)}--{slug(decoder_spec)}.jsonl"
+            cells.append(Cell(task_spec, decoder_spec, task, decoder, problems, prompts, path))
+    if config.compile:
+        lm.model.base_model.compile()
+    return Request(lm, cells, resolved, widest if config.compile else 0)
+
+
+def run_cell(request: Request, cell: Cell, indexes: list[int], config: EvalConfig) -> Iterator[list[Record]]:
+    """Decode and grade the problems at ``indexes``; yields the records of those that finish together."""
+    lm = request.lm
+    prompts = [cell.prompts[i] for i in indexes]
+    seeds = torch.tensor([config.seed * 2**32 + i for i in indexes], dtype=torch.int64)
     start = time.perf_counter()
-    found = decode_each(lm, prompts, decoder, seeds, config.batch_size, config.early_stop, static_width)
+    found = decode_each(lm, prompts, cell.decoder, seeds, config.batch_size, config.early_stop, request.static_width)
     for numbers, trajectory in found:
         texts = lm.text(trajectory.tokens)
         lengths, nfe = lm.lengths(trajectory.tokens).tolist(), trajectory.nfe.tolist()
@@ -149,14 +198,14 @@ def run_cell(
         committed = (trajectory.step >= 0).sum(1).tolist()
         records = []
         for row, number in enumerate(numbers):
-            index, problem = problems[number]
+            problem = cell.problems[indexes[number]]
             records.append(
                 {
-                    "index": index,
+                    "index": indexes[number],
                     "id": problem.id,
                     "prompt": prompts[number],
                     "completion": texts[row],
-                    **asdict(task.grade(problem, texts[row])),
+                    **asdict(cell.task.grade(problem, texts[row])),
                     "nfe": nfe[row],
                     "committed": committed[row],
                     "length": lengths[row],
@@ -167,111 +216,101 @@ def run_cell(
         start = time.perf_counter()  # grading and writing are not decoding
 
 
-def summarise(records: list[Record]) -> dict[str, Any]:
-    """One cell of the table: shares with 95 % intervals, passes, lengths, time."""
-    n = len(records)
-    solved = sum(r["solved"] for r in records)
-    points, possible = [r["points"] for r in records], [r["possible"] for r in records]
-    nfe = sum(r["nfe"] for r in records) / n
-    return {
-        "problems": n,
-        "solved": solved / n,
-        "solved_interval": list(wilson(solved, n)),
-        "score": sum(points) / sum(possible),
-        "score_interval": list(pooled_bootstrap(points, possible)),
-        "nfe": nfe,
-        "tokens_per_forward": sum(r["committed"] for r in records) / n / nfe,
-        "length": sum(r["length"] for r in records) / n,
-        "seconds": sum(r["seconds"] for r in records),
-    }
+Progress = Callable[[str, int, int], None]
 
 
-def evaluate(config: EvalConfig, progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
-    """Run or resume an evaluation and write its folder.
+def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, Any]:
+    """Run or resume an evaluation and write its folder; every process of a launch calls it.
 
     Args:
-        progress: called with (cell label, problems done, problems in all) after every batch.
+        progress: called on rank 0 with (cell label, problems done, problems in all) after every batch; of several processes
+            it is told of rank 0's share.
 
     Returns:
-        The summary: ``config``, ``environment`` and one entry a (task, decoder) in ``cells``.
+        The summary, on every process: ``config``, ``environment`` and one entry a (task, decoder) in ``cells``.
 
     Raises:
-        UserError: for anything wrong in the request, and where ``output`` holds an evaluation with other settings.
+        UserError: for anything wrong in the request, and where ``output`` holds an evaluation with other settings; an
+            AgreedError, on every process, where there are several.
     """
-    lm = load(config.model, config.dtype, config.device)
-    tasks = {spec: make_task(spec, lm.task_defaults) for spec in config.task}
-    decoders = {spec: make_decoder(spec, max_new_tokens=config.max_new_tokens) for spec in config.decoder}
-    cached = [spec for spec, decoder in decoders.items() if decoder.cache != "none"]
-    if config.compile and cached:
-        raise UserError(
-            f"compile needs forward passes of one shape, and {cached[0]} has windows: leave one of them out"
-        )
+    processes = join()
+    if processes.world > 1 and config.device != "cpu":
+        take_own_gpu()
+    with processes.agreed():
+        request = prepare(config)
+    resolved, done = processes.first(lambda: _open(request, config, processes.world))
+    with processes.agreed():
+        if resolved != request.resolved:
+            raise UserError("the processes find different models or data: give every machine the same files")
+        if not (Path(config.output) / "config.json").is_file():
+            raise UserError(f"not every machine sees {config.output}: give an --output that they all share")
+    _decode(request, config, processes, done, progress if processes.rank == 0 else None)
+    return processes.first(lambda: _finish(request, config, processes.world))
+
+
+def _open(request: Request, config: EvalConfig, world: int) -> tuple[dict[str, Any], list[set[int]]]:
+    """Claim the folder and merge what a killed run left; the settings and the problems done, cell by cell."""
     output = Path(config.output)
-    resolved = {
-        "model": lm.info(),
-        **{
-            k: v
-            for k, v in asdict(config).items()
-            if k not in ("output", "model", "task", "decoder", "diagnostics", "compile")
-        },
-        "tasks": {spec: task.config() for spec, task in tasks.items()},
-        "decoders": {spec: d.config() for spec, d in decoders.items()},
-    }
-    # All that can be wrong with the request is found before the folder is claimed.
-    sets = {
-        spec: list(enumerate(task.problems(config.split, config.limit, config.seed))) for spec, task in tasks.items()
-    }
-    canvas = max(d.max_new_tokens for d in decoders.values())
-    prompts = {
-        spec: task_prompts(lm, task, [p for _, p in sets[spec]], config.shots, config.seed)
-        for spec, task in tasks.items()
-    }
-    widest = max(lm.encode(texts, canvas)[0].shape[1] for texts in prompts.values())
-    if config.compile:
-        lm.model.base_model.compile()
-    static_width = widest if config.compile else 0
     try:
         with writing_to(output):
             (output / "records").mkdir(parents=True, exist_ok=True)
-            _claim(output / "config.json", resolved)
+            _claim(output / "config.json", request.resolved)
+            return request.resolved, [set(merge(c.path, c.problems, world)) for c in request.cells]
     except json.JSONDecodeError:
         raise UserError(f"{output / 'config.json'} is damaged: remove it or give another --output") from None
+
+
+def _decode(
+    request: Request, config: EvalConfig, processes: Processes, done: list[set[int]], progress: Progress | None
+) -> None:
+    """This process's share of every cell into its shards; returns when all processes have done theirs."""
+    whose = f" · process 1 of {processes.world}" if processes.world > 1 else ""
+    for cell, finished in zip(request.cells, done, strict=True):
+        share = cell.todo(finished)[processes.rank :: processes.world]
+        label, count = f"{cell.task_spec} · {cell.decoder_spec}{whose}", len(finished)
+        total = count + len(share)
+        if progress:
+            progress(label, count, total)
+        if not share:
+            continue
+        with writing_to(config.output), shard(cell.path, processes.rank).open("a") as file:
+            for records in run_cell(request, cell, share, config):
+                file.write(as_lines(records))
+                file.flush()
+                count += len(records)
+                if progress:
+                    progress(label, count, total)
+    if progress and whose:
+        progress("the other processes", 0, 1)
+    processes.gather(None)
+    if progress and whose:
+        progress("the other processes", 1, 1)
+
+
+def _finish(request: Request, config: EvalConfig, world: int) -> dict[str, Any]:
+    """Merge the shards and write the summary."""
     cells = []
-    for task_spec, task in tasks.items():
-        problems = sets[task_spec]
-        texts = prompts[task_spec]
-        by_length = sorted(problems, key=lambda ip: len(texts[ip[0]]))  # batches waste little on padding
-        for decoder_spec, decoder in decoders.items():
-            label = f"{task_spec} · {decoder_spec}"
-            path = output / "records" / f"{slug(task_spec)}--{slug(decoder_spec)}.jsonl"
-            drop_cut_line(path)
-            found = read_records(path)
-            if any(r["index"] >= len(problems) or r["id"] != problems[r["index"]][1].id for r in found):
-                raise UserError(f"{path} holds records of other problems: give another --output")
-            done = {r["index"] for r in found}
-            todo = [ip for ip in by_length if ip[0] not in done]
-            if progress:
-                progress(label, len(done), len(problems))
-            with path.open("a") as file:
-                count = len(done)
-                for records in run_cell(lm, task, decoder, todo, [texts[i] for i, _ in todo], config, static_width):
-                    file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
-                    file.flush()
-                    count += len(records)
-                    if progress:
-                        progress(label, count, len(problems))
-            cell = {"task": task_spec, "decoder": decoder_spec, "score_name": task.score_name}
-            cells.append({**cell, **summarise(read_records(path))})
-    summary = {"config": resolved, "environment": environment(), "cells": cells}
+    for cell in request.cells:
+        with writing_to(config.output):
+            records = merge(cell.path, cell.problems, world)
+        if missing := len(cell.problems) - len(records):
+            raise UserError(
+                f"{cell.path} lacks {missing} of {len(cell.problems)} records: give an --output that all processes share "
+                "and no other run writes to, and start again"
+            )
+        names = {"task": cell.task_spec, "decoder": cell.decoder_spec, "score_name": cell.task.score_name}
+        cells.append({**names, **summarise(list(records.values()))})
+    facts = {**environment(), "processes": world}
+    summary = {"config": request.resolved, "environment": facts, "cells": cells}
     if config.diagnostics:
         from unmask.evaluation.diagnostics import eos_curves  # only here: it decodes again
 
         summary["diagnostics"] = [
-            {"task": t, "decoder": d, **eos_curves(lm, task, decoder, config)}
-            for t, task in tasks.items()
-            for d, decoder in decoders.items()
+            {"task": c.task_spec, "decoder": c.decoder_spec, **eos_curves(request.lm, c.task, c.decoder, config)}
+            for c in request.cells
         ]
-    write_json(output / "summary.json", summary)
+    with writing_to(config.output):
+        write_json(Path(config.output) / "summary.json", summary)
     return summary
 
 

@@ -7,9 +7,9 @@ import importlib.util
 import json
 import os
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -36,33 +36,6 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "*.model"]
 _LOADING = (OSError, RuntimeError, ValueError, TypeError, KeyError, ArithmeticError, AttributeError, SafetensorError)
 
 
-@dataclass(kw_only=True)
-class ModelSource:
-    """Which model, and how it is loaded. Every command that takes a model takes these."""
-
-    model: str = "tiny"
-    """A shipped model's name, a hub name (``GSAI-ML/LLaDA-8B-Instruct``), or the folder of a checkpoint or adapter."""
-    adapter: str | None = None
-    """Folder or hub name of a LoRA adapter to merge into the model."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub name."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """``auto``: the checkpoint's own."""
-    device: str = "auto"
-    """``auto``: this process's GPU, or the CPU where there is none."""
-    device_map: str | None = None
-    """``auto`` or ``balanced`` spreads one model over several GPUs (and the CPU), instead of ``device``."""
-    load_in_4bit: bool = False
-    """Quantise the matrices of the blocks to 4 bits (NF4; needs bitsandbytes)."""
-    trust_remote_code: bool = False
-    """Run the Python files of a checkpoint whose family is unknown here, if the self-test passes. They can do anything."""
-
-    def load(self) -> MaskedLM:
-        """``load`` with these settings."""
-        settings = {f.name: getattr(self, f.name) for f in fields(ModelSource)}
-        return load(settings.pop("model"), **settings)
-
-
 def load(
     name: str,
     dtype: str = "auto",
@@ -79,8 +52,8 @@ def load(
     Args:
         name: ``"tiny"``, a hub name, or the path of a folder with config.json, safetensors and a tokenizer, or of a peft
             adapter, which is merged into the base model that it names.
-        dtype, device, adapter, revision, device_map, load_in_4bit, trust_remote_code: see ``ModelSource``; ``device_map``
-            may also be a dict of module names to devices, as in transformers.
+        dtype, device, adapter, revision, device_map, load_in_4bit, trust_remote_code: see ``source.ModelSource``;
+            ``device_map`` may also be a dict of module names to devices, as in transformers.
 
     Raises:
         UserError: one sentence, for an unknown name, a hub that cannot be reached, an unsupported family, missing files, wrong
@@ -182,8 +155,8 @@ def _placement(name: str, device: str, device_map: Any, load_in_4bit: bool) -> d
     if device_map is not None and device != "auto":
         raise UserError(f"device={device} and device_map={device_map} contradict each other: give one of them")
     if device == "auto":
-        rank = os.environ.get("LOCAL_RANK", "0")
-        device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
+        count = torch.cuda.device_count()
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -1,0 +1,86 @@
+"""Records of an evaluation: one JSON line a problem, in a file a cell, and a shard a process while they are being made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from unmask.evaluation.statistics import pooled_bootstrap, wilson
+from unmask.files import read_lines, whole
+from unmask.spec import UserError
+from unmask.tasks import Problem
+
+Record = dict[str, Any]
+
+
+def slug(text: str) -> str:
+    """A file name for a spec; a hash keeps apart what the replacement of characters would confuse."""
+    plain = re.sub(r"[^A-Za-z0-9.+=-]+", "_", text).strip("_")
+    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def read_records(path: Path) -> list[Record]:
+    """A records file by index."""
+    return sorted(read_lines(path), key=lambda r: int(r["index"]))
+
+
+def shard(path: Path, rank: int) -> Path:
+    """Where a process writes what belongs into the records file ``path``."""
+    return path.with_name(f"{path.name}.rank-{rank}")
+
+
+def as_lines(records: Sequence[Record]) -> str:
+    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+
+
+def merge(path: Path, problems: Sequence[Problem], world: int) -> dict[int, Record]:
+    """Take all shards, of whatever number of processes, into ``path``; returns its records by index, in order.
+
+    The file is in place, whole and sorted, before a shard goes, and an index counts once: a crash at any moment neither loses
+    nor doubles a record. Shards of ranks below ``world`` are looked for by name, since a network file system may list late.
+
+    Raises:
+        UserError: where a file is damaged or holds records of other problems; everything then stays as it is.
+    """
+    shards = {*path.parent.glob(f"{path.name}.rank-*"), *(shard(path, rank) for rank in range(world))}
+    parts = sorted(p for p in shards if p.exists())
+    records: dict[int, Record] = {}
+    for part in (path, *parts):
+        try:
+            found = {int(r["index"]): r for r in read_lines(part)}
+            strange = any(not 0 <= i < len(problems) or r["id"] != problems[i].id for i, r in found.items())
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{part} is damaged: remove it, and its problems are decoded again") from None
+        if strange:
+            raise UserError(f"{part} holds records of other problems: give another --output")
+        records = {**found, **records}
+    records = dict(sorted(records.items()))
+    if parts:
+        with whole(path) as partial:
+            partial.write_text(as_lines(list(records.values())))
+        for part in parts:
+            part.unlink()
+    return records
+
+
+def summarise(records: Sequence[Record]) -> dict[str, Any]:
+    """One cell of the table: shares with 95 % intervals, passes, lengths, time."""
+    n = len(records)
+    solved = sum(r["solved"] for r in records)
+    points, possible = [r["points"] for r in records], [r["possible"] for r in records]
+    nfe = sum(r["nfe"] for r in records) / n
+    return {
+        "problems": n,
+        "solved": solved / n,
+        "solved_interval": list(wilson(solved, n)),
+        "score": sum(points) / sum(possible),
+        "score_interval": list(pooled_bootstrap(points, possible)),
+        "nfe": nfe,
+        "tokens_per_forward": sum(r["committed"] for r in records) / n / nfe,
+        "length": sum(r["length"] for r in records) / n,
+        "seconds": sum(r["seconds"] for r in records),
+    }

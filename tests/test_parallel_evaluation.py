@@ -1,0 +1,266 @@
+"""Evaluation on several processes equals one process, record for record; what is killed goes on on any number of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from unmask import UserError
+from unmask.evaluation.evaluate import EvalConfig, evaluate
+from unmask.evaluation.processes import take_own_gpu
+from unmask.evaluation.records import Record, merge, shard
+from unmask.files import read_lines
+from unmask.tasks import Problem
+
+SETTINGS = {
+    "task": ["countdown:style=compact,max_value=9", "sudoku:style=compact"],
+    "decoder": ["ass", "eoser-ass:temperature=1"],
+    "limit": [11],
+    "max-new-tokens": [32],
+    "batch-size": [2],
+}
+# Runs the command line, with something done to this rank after every batch that is written.
+WORKER = """
+import os, signal, sys, time
+
+from unmask import cli
+from unmask.evaluation import evaluate as module
+
+rank, mode = os.environ["RANK"], sys.argv[1]
+run_cell, batches = module.run_cell, 0
+
+
+def disturbed(*arguments):
+    global batches
+    for records in run_cell(*arguments):
+        yield records
+        batches += 1
+        if mode == "dies" and rank == "1" and batches == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if mode == "slow":
+            time.sleep(0.2)
+
+
+module.run_cell = disturbed
+sys.exit(cli.main([a.replace("RANK", rank) for a in sys.argv[2:]]))
+"""
+
+
+def config(model: str, output: Path, **changes: object) -> EvalConfig:
+    values = {k.replace("-", "_"): v if k in ("task", "decoder") else v[0] for k, v in SETTINGS.items()}
+    return EvalConfig(**{**values, "model": model, "output": str(output), **changes})  # type: ignore[arg-type]
+
+
+def start(
+    model: str,
+    output: Path | str,
+    folder: Path,
+    mode: str = "",
+    launcher: str = "torchrun",
+    flags: tuple[str, ...] = (),
+) -> subprocess.Popen[str]:
+    """Two processes; ``mode`` runs them through WORKER."""
+    if launcher == "accelerate":
+        launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    else:
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    (folder / "worker.py").write_text(WORKER)
+    script = [str(folder / "worker.py"), mode] if mode else ["-m", "unmask"]
+    settings = [text for k, v in SETTINGS.items() for text in (f"--{k}", *map(str, v))]
+    return subprocess.Popen(
+        [sys.executable, *launch, *script, "eval", "--model", model, "--output", str(output), *settings, *flags],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    try:
+        output, _ = process.communicate(timeout=100)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, output
+
+
+def records(output: Path) -> dict[str, list[Record]]:
+    """Every file of the folder's records, its lines in their order, without the time."""
+    found = {p.name: read_lines(p) for p in sorted((output / "records").iterdir())}
+    return {name: [{k: v for k, v in r.items() if k != "seconds"} for r in lines] for name, lines in found.items()}
+
+
+@pytest.fixture(scope="module")
+def alone(toy_folder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that one process writes."""
+    output = tmp_path_factory.mktemp("alone")
+    evaluate(config(toy_folder, output))
+    return output
+
+
+def test_two_processes_equal_one(alone: Path, toy_folder: str, tmp_path: Path) -> None:
+    code, said = end(start(toy_folder, tmp_path / "two", tmp_path, launcher="accelerate"))
+    assert code == 0, said
+    assert records(tmp_path / "two") == records(alone) and len(records(alone)) == 4
+    assert all([r["index"] for r in rows] == list(range(11)) for rows in records(alone).values())
+    assert (tmp_path / "two" / "config.json").read_bytes() == (alone / "config.json").read_bytes()
+    one, two = (json.loads((f / "summary.json").read_text()) for f in (alone, tmp_path / "two"))
+    assert (one["environment"]["processes"], two["environment"]["processes"]) == (1, 2)
+    for a, b in zip(one["cells"], two["cells"], strict=True):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+    assert said.count("NFE") == said.count("process 1 of 2") / 4 == 1 and "process 2" not in said  # rank 0 alone speaks
+
+
+def test_a_killed_rank_loses_one_batch_and_any_number_goes_on(alone: Path, toy_folder: str, tmp_path: Path) -> None:
+    code, said = end(start(toy_folder, tmp_path / "a", tmp_path, mode="dies"))
+    assert code != 0, said
+    shards = {p.name: p.read_text().splitlines() for p in (tmp_path / "a" / "records").iterdir()}
+    assert all(".jsonl.rank-" in name for name in shards)
+    assert sorted(len(lines) for name, lines in shards.items() if name.endswith("rank-1")) == [
+        2,
+        5,
+    ]  # 3 batches, 1 batch
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    resumed = start(toy_folder, tmp_path / "b", tmp_path)
+    evaluate(config(toy_folder, tmp_path / "a"))
+    code, said = end(resumed)
+    assert code == 0, said
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        assert records(folder) == records(alone)
+        for name, lines in shards.items():  # kept as they are, times included: nothing was decoded twice
+            written = (folder / "records" / name.partition(".rank-")[0]).read_text().splitlines()
+            assert set(lines) <= set(written)
+
+
+def test_interrupting_the_launcher_leaves_a_folder_to_go_on_with(alone: Path, toy_folder: str, tmp_path: Path) -> None:
+    process = start(toy_folder, tmp_path / "run", tmp_path, mode="slow")
+    deadline = time.time() + 60
+    while len(list(tmp_path.glob("run/records/*.rank-*"))) < 2 and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    code, said = end(process)
+    assert code != 0 and said.count("the same command goes on from there") == 1, said
+    assert any(len(lines) < 11 for lines in records(tmp_path / "run").values())
+    evaluate(config(toy_folder, tmp_path / "run"))
+    assert records(tmp_path / "run") == records(alone)
+
+
+@pytest.mark.parametrize(
+    ("output", "flags", "said"),
+    [
+        ("run", ("--task", "sudok"), "unmask: unknown task 'sudok': did you mean 'sudoku'?"),
+        ("run-RANK", (), "give an --output that they all share"),
+    ],
+)
+def test_a_mistake_ends_all_with_one_sentence(
+    toy_folder: str, tmp_path: Path, output: str, flags: tuple[str, ...], said: str
+) -> None:
+    begun = time.time()
+    code, text = end(start(toy_folder, tmp_path / output, tmp_path, mode="plain", flags=flags))
+    assert code != 0 and text.count("unmask: ") == text.count(said) == 1, text
+    assert time.time() - begun < 60 and "terminate called" not in text
+    assert not list(tmp_path.glob("run*/records/*"))
+
+
+def test_shards_of_any_number_of_processes_merge(tmp_path: Path) -> None:
+    """Also those of a merge that a crash cut off, with a line that another crash cut off; nothing twice, nothing lost."""
+    problems = [Problem(f"p{i}", "", {}) for i in range(9)]
+    path = tmp_path / "cell.jsonl"
+
+    def write(to: Path, indexes: list[int]) -> None:
+        to.write_text("".join(json.dumps({"index": i, "id": f"p{i}", "from": to.name}) + "\n" for i in indexes))
+
+    write(path, [5, 1])
+    write(shard(path, 0), [6, 0])
+    write(shard(path, 1), [5, 7])  # 5 was merged already
+    write(shard(path, 12), [8])
+    with shard(path, 12).open("a") as file:
+        file.write('{"index": 2, "id": "p')
+    write(tmp_path / "cell.jsonl-other.jsonl.rank-0", [4])
+    assert list(merge(path, problems, 1)) == [0, 1, 5, 6, 7, 8]
+    assert [(r["index"], r["from"].removeprefix(path.name)) for r in read_lines(path)] == [
+        (0, ".rank-0"),
+        (1, ""),
+        (5, ""),
+        (6, ".rank-0"),
+        (7, ".rank-1"),
+        (8, ".rank-12"),
+    ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cell.jsonl", "cell.jsonl-other.jsonl.rank-0"]
+    shard(path, 2).write_text('{"index": 2, "id": "p3"}\n')
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"rank-2 holds records of other problems"):
+        merge(path, problems, 1)
+    shard(path, 2).write_text("[]\n")
+    with pytest.raises(UserError, match="is damaged: remove it"):
+        merge(path, problems, 1)
+    assert path.read_bytes() == before and shard(path, 2).exists()
+
+
+def test_a_merge_that_cannot_write_keeps_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = [Problem("p0", "", {})]
+    path = tmp_path / "cell.jsonl"
+    line = '{"index": 0, "id": "p0"}\n'
+    shard(path, 0).write_text(line)
+
+    def full(*_: object) -> None:
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr("unmask.files.os.replace", full)
+        merge(path, problems, 1)
+    assert not path.exists() and shard(path, 0).read_text() == line
+    merge(path, problems, 1)
+    assert path.read_text() == line and not shard(path, 0).exists()
+
+
+def test_records_that_another_run_took_away_are_missed(
+    toy_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def steal(label: str, done: int, total: int) -> None:
+        for path in tmp_path.glob("records/*.rank-0"):
+            path.unlink()
+
+    with pytest.raises(UserError, match="lacks 11 of 11 records"):
+        evaluate(config(toy_folder, tmp_path, task=["sudoku:style=compact"], decoder=["ass"]), steal)
+
+
+def test_data_names_the_file_of_one_task(toy_folder: str, tmp_path: Path) -> None:
+    file = tmp_path / "problems.jsonl"
+    file.write_text('{"input": "3,4,5", "output": "12"}\n')
+    short = {"decoder": ["ass"], "task": ["countdown:style=compact"]}
+    evaluate(config(toy_folder, tmp_path / "run", **short, data=str(file)))
+    before = records(tmp_path / "run")
+    assert [len(rows) for rows in before.values()] == [1]
+    long = {**short, "task": [f"countdown:style=compact,data={file}"]}
+    evaluate(config(toy_folder, tmp_path / "run", **long))  # the same evaluation, so the folder takes it
+    assert records(tmp_path / "run") == before
+    with pytest.raises(UserError, match="for 2 tasks: give one --task"):
+        config(toy_folder, tmp_path, data=str(file))
+    with pytest.raises(UserError, match="without a comma"):
+        config(toy_folder, tmp_path, task=["countdown"], data="a,b")
+    with pytest.raises(UserError, match="'data' is given twice"):
+        evaluate(config(toy_folder, tmp_path / "other", task=["countdown:data=x"], data=str(file)))
+
+
+@pytest.mark.parametrize(("rank", "gpu"), [(1, 1), (5, 2)])
+def test_each_process_has_its_own_gpu_as_long_as_there_are_enough(
+    rank: int, gpu: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    take_own_gpu()
+    assert chosen == [gpu]
