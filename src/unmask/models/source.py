@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from unmask.models.masked_lm import MaskedLM
@@ -19,8 +19,8 @@ class ModelSource:
     """Folder or hub name of a LoRA adapter to merge into the model."""
     revision: str | None = None
     """Branch, tag or commit of a hub name."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """``auto``: the checkpoint's own."""
+    dtype: str = "auto"
+    """``float32``, ``bfloat16`` or ``float16``; ``auto``: the checkpoint's own."""
     device: str = "auto"
     """``auto``: this process's GPU, or the CPU where there is none."""
     device_map: str | None = None
