@@ -151,6 +151,8 @@ class RLArguments:
 
     config: Annotated[str, tyro.conf.Positional]
     """YAML file of RLConfig fields."""
+    dry_run: bool = False
+    """Print what the run would do (batches, forward passes, memory) and stop; no weights are read."""
 
 
 def rl(arguments: list[str]) -> None:
@@ -159,9 +161,22 @@ def rl(arguments: list[str]) -> None:
     from unmask.config import read_config
     from unmask.rl.run import RLConfig, train
 
-    final = train(read_config(RLConfig, arguments[0], arguments[1:]))
+    config = read_config(RLConfig, arguments[0], [a for a in arguments[1:] if a != "--dry-run"])
+    if "--dry-run" in arguments:
+        from unmask.rl.plan import dry_run
+
+        print(dry_run(config))
+        return
+    final = train(config)
     if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
         print(f"checkpoint  {final}")
+
+
+def info(arguments: list[str]) -> None:
+    from unmask.info import InfoArguments
+    from unmask.info import info as show
+
+    show(tyro.cli(InfoArguments, args=arguments, prog="unmask info"))
 
 
 @dataclass
@@ -208,7 +223,7 @@ def export_checkpoint(arguments: list[str]) -> None:
         raise UserError(f"{output} exists: give a new folder")
     with writing_to(output, "folder"):
         output.parent.mkdir(parents=True, exist_ok=True)
-        print(f"checkpoint  {export(load(a.checkpoint), output)}")
+        print(f"checkpoint  {export(load(a.checkpoint, device='cpu'), output)}")
 
 
 def bench(arguments: list[str]) -> None:
@@ -219,13 +234,19 @@ def bench(arguments: list[str]) -> None:
     BENCHMARKS[arguments[0]](arguments[1:])
 
 
+def lm_eval(arguments: list[str]) -> None:
+    from unmask.evaluation.harness import command
+
+    command(arguments)
+
+
 @dataclass
 class GradeArguments:
     """Grade completions made elsewhere: JSON lines with question, completion and ground_truth."""
 
     file: Annotated[str, tyro.conf.Positional]
     task: str
-    """Task spec, e.g. ``countdown`` or ``sudoku``."""
+    """Task spec, e.g. ``countdown``, ``sudoku``, ``gsm8k`` or ``math500``."""
     extraction: str | None = None
     """``default``, or ``published`` for the rules of the released evaluation; by default both are shown."""
 
@@ -302,12 +323,14 @@ def demo(arguments: list[str]) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "generate": (generate, "decode one prompt and watch the canvas fill"),
+    "info": (info, "what a checkpoint is, its self-test, the memory that decoding and training take"),
     "eval": (evaluate, "score a model on tasks under decoders: records, table, figure"),
     "sft": (sft, "train on worked responses with the masked diffusion loss"),
     "rl": (rl, "train on rewards with GRPO along the decoder's trajectories"),
     "report": (report_runs, "curves of reinforcement-learning runs"),
     "export": (export_checkpoint, "merge a checkpoint's adapter into a plain checkpoint"),
     "bench": (bench, "decode, rl: time and memory; gap: objectives against what was sampled"),
+    "lm-eval": (lm_eval, "lm-evaluation-harness's own command line, with --model unmask"),
     "grade": (grade, "grade completions made elsewhere"),
     "demo": (demo, "the shipped model under each decoder"),
 }

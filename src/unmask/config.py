@@ -19,17 +19,12 @@ T = TypeVar("T")
 def read_config(cls: type[T], path: str | Path, arguments: list[str] | None = None) -> T:
     """A dataclass from a YAML file, then flags (``--steps 2``) over it.
 
+    The key ``base`` names another file, beside this one, whose values hold where this one sets none.
+
     Raises:
         UserError: for an unreadable file, an unknown key (with the nearest one), or a value of the wrong type.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the config {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a table of settings: write lines of key: value")
+    values = _read(Path(path))
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
         if key not in hints:
@@ -43,6 +38,24 @@ def read_config(cls: type[T], path: str | Path, arguments: list[str] | None = No
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: add it")
     return tyro.cli(cls, args=arguments or [], default=cls(**values), prog=f"unmask … {path}")
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The values of a file over those of its ``base``."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the config {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} is not a table of settings: write lines of key: value")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str) or path in above:
+        raise UserError(f"base of {path} is {base!r}: give another file, which does not lead back here")
+    return {**_read(path.parent / base, (*above, path)), **values}
 
 
 def save_config(config: Any, path: Path) -> None:

@@ -14,6 +14,7 @@ size G appear.
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +29,8 @@ from transformers import PreTrainedModel
 
 from unmask.adapters import LORA_TARGETS, adapter_config
 from unmask.models.head import CACHED, LAUNCHED
+from unmask.models.load import skeleton
+from unmask.models.masked_lm import MaskedLM
 
 
 @dataclass(frozen=True)
@@ -95,21 +98,16 @@ class _Live(TorchDispatchMode):
         self.now -= size
 
 
-def skeleton(kind: type[PreTrainedModel], config: Any, dtype: torch.dtype, lora: int = 0, targets: str = "") -> Any:
-    """The model without data, on the meta device; ``lora`` > 0 gives it an adapter."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            model: Any = kind(config)
-    finally:
-        torch.set_default_dtype(before)
-    if lora:
-        from peft import get_peft_model
+def _outlined(kind: type[PreTrainedModel], config: Any, load: Load, train: bool) -> Any:
+    """The model without data, with its adapter if one is trained."""
+    model = skeleton(kind, config, load.dtype)
+    if not (train and load.lora):
+        return model
+    from peft import get_peft_model
 
-        with torch.device("meta"):
-            model = get_peft_model(model, adapter_config(lora, lora, targets))
-    return model
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
+        return get_peft_model(model, adapter_config(load.lora, load.lora, load.targets))
 
 
 def _peak(kind: type[PreTrainedModel], config: Any, load: Load, layers: int, train: bool) -> int:
@@ -122,7 +120,7 @@ def _peak(kind: type[PreTrainedModel], config: Any, load: Load, layers: int, tra
         config.layer_types = config.layer_types[:1] * layers
     for special in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, special, None)
-    model = skeleton(kind, config, load.dtype, load.lora if train else 0, load.targets)
+    model = _outlined(kind, config, load, train)
     with FakeTensorMode(allow_non_fake_inputs=True):
         for module in model.modules():
             for store in (module._parameters, module._buffers):
@@ -157,15 +155,17 @@ def _pieces(load: Load, vocabulary: int) -> float:
     return 3 * 4.0 * min(max(logits, positions), positions * vocabulary)
 
 
-def decoding_need(kind: type[PreTrainedModel], config: Any, load: Load) -> Need:
-    """Bytes for decoding ``rows`` rows at a time."""
+def decoding_need(lm: MaskedLM, load: Load) -> Need:
+    """Bytes for decoding ``rows`` rows at a time; ``lm`` may be an ``outline``."""
+    kind, config = type(lm.model), lm.model.config
     weights = sum(p.numel() * p.element_size() for p in skeleton(kind, config, load.dtype).parameters())
     return Need(weights, activations=_peak(kind, config, load, 2, train=False), head=_pieces(load, config.vocab_size))
 
 
-def training_need(kind: type[PreTrainedModel], config: Any, load: Load) -> Need:
+def training_need(lm: MaskedLM, load: Load) -> Need:
     """Bytes for reinforcement learning on one process, the rollout included (it needs less than the update)."""
-    model = skeleton(kind, config, load.dtype, load.lora, load.targets)
+    kind, config = type(lm.model), lm.model.config
+    model = _outlined(kind, config, load, train=True)
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     two, three = (_peak(kind, config, load, n, train=True) for n in (2, 3))

@@ -36,7 +36,7 @@ class EvalConfig(ModelSource):
     """What to evaluate."""
 
     task: list[str] = field(default_factory=lambda: ["sudoku", "countdown"])
-    """Task specs, e.g. ``sudoku countdown:numbers=4``."""
+    """Task specs, e.g. ``sudoku countdown:numbers=4 gsm8k math500``."""
     data: str | None = None
     """A file of test problems for the only task given: the same as ``--task NAME:data=PATH``."""
     decoder: list[str] = field(default_factory=lambda: ["full", "semi-ar", "eoser", "ass", "eoser-ass", "hybrid"])
@@ -120,9 +120,9 @@ def task_prompts(lm: MaskedLM, task: Task, problems: Sequence[Problem], shots: i
     for example in task.problems("train", shots, seed) if shots else ():
         if example.response is None:
             raise UserError(
-                f"task {task.name} has no worked responses here: leave --shots out, or use its compact style"
+                f"task {task.name} has no worked responses in this form: leave --shots out, or try style=compact"
             )
-        examples.append((task.instruction(example), example.response))
+        examples.append((task.instruction(example), task.prefill + example.response))
     return [lm.chat(task.instruction(p), task.prefill, examples) for p in problems]
 
 

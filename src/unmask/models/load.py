@@ -72,11 +72,7 @@ def load(
             raise UserError(f"{name} is an adapter itself: name its base model in --model, or leave --adapter out")
         return _merged(load(_base_of(folder), dtype, device, **own), folder)
     config = read_json(folder / "config.json", name)
-    family = config.get("model_type")
-    code = family not in FAMILIES and trust_remote_code and "auto_map" in config
-    if family not in FAMILIES and not code:
-        hint = "" if "auto_map" not in config else "; or run the checkpoint's own code with --trust-remote-code"
-        raise UserError(f"{unknown('model family', str(family), FAMILIES)}{hint}")
+    kind = _family(config, trust_remote_code)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise UserError(f"{name} holds no .safetensors weights: convert the checkpoint to safetensors first")
@@ -86,12 +82,12 @@ def load(
     verbosity = get_verbosity()
     set_verbosity_error()  # what its report warns of is refused below, in one sentence
     try:
-        if code:
+        if kind is None:
             model: Any = remote.load(folder, config, settings)
             tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=True, local_files_only=True)
         else:
-            model = _in_tree(FAMILIES[str(family)], folder, name, config, settings)
-            tokenizer = _tokenizer(folder, str(family), name)
+            model = _in_tree(kind, folder, name, config, settings)
+            tokenizer = _tokenizer(folder, kind, name)
         if not load_in_4bit and device_map is None:
             model = model.to(settings["device_map"][""])
     except (*_LOADING, AssertionError) as error:
@@ -101,6 +97,41 @@ def load(
     lm = MaskedLM.wrap(model.eval(), tokenizer, name, fingerprint(weights))
     lm.self_test()
     return lm if adapter is None else _merged(lm, find_folder(adapter, None, False))
+
+
+def outline(name: str, dtype: str = "auto", revision: str | None = None) -> MaskedLM:
+    """A checkpoint's shape, ids and tokenizer without its weights: a model on the meta device. Adapters count as their base.
+
+    Raises:
+        UserError: as ``load``, for what can be seen without weights.
+    """
+    folder = find_folder(name, revision, weights=False)
+    if (folder / "adapter_config.json").is_file():
+        return outline(_base_of(folder), dtype)
+    config = read_json(folder / "config.json", name)
+    kind = _family(config, False)
+    assert kind is not None and kind.config_class is not None
+    stated = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    try:
+        settings = kind.config_class.from_pretrained(folder)
+        tokenizer = _tokenizer(folder, kind, name)
+        model = skeleton(kind, settings, DTYPES.get(stated if dtype == "auto" else dtype, torch.float32))
+    except _LOADING as error:
+        raise UserError(f"cannot read {name}: {_first_line(error)}") from None
+    return MaskedLM.wrap(model.eval(), tokenizer, name)
+
+
+def _family(config: dict[str, Any], trust_remote_code: bool) -> type[PreTrainedModel] | None:
+    """The class of a config.json; None for one of an unknown family whose own code is trusted. Raises UserError."""
+    family = str(config.get("model_type"))
+    if family in FAMILIES:
+        return FAMILIES[family]
+    if "auto_map" not in config:
+        raise unknown("model family", family, FAMILIES)
+    if not trust_remote_code:
+        hint = "or run the checkpoint's own code with --trust-remote-code"
+        raise UserError(f"{unknown('model family', family, FAMILIES)}; {hint}")
+    return None
 
 
 def find_folder(name: str, revision: str | None = None, remote_code: bool = False, weights: bool = True) -> Path:
@@ -198,10 +229,10 @@ def _in_tree(
     return model
 
 
-def _tokenizer(folder: Path, family: str, name: str) -> PreTrainedTokenizerBase:
+def _tokenizer(folder: Path, kind: type[PreTrainedModel], name: str) -> PreTrainedTokenizerBase:
     if (folder / "tokenizer.json").is_file():
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if family == "Dream" and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+    if kind is bidirectional.DreamModel and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
         return Qwen2Tokenizer.from_pretrained(
             folder, local_files_only=True
         )  # its own class is Qwen2's under another name
@@ -242,6 +273,17 @@ def _merged(lm: MaskedLM, adapter: Path) -> MaskedLM:
     lm = replace(lm, model=model.eval(), name=str(adapter), weights=fingerprint(sorted(adapter.glob("*.safetensors"))))
     lm.self_test()
     return lm
+
+
+def skeleton(kind: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> Any:
+    """A model without data, on the meta device."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return kind(config)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _first_line(error: BaseException) -> str:

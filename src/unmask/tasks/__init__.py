@@ -8,12 +8,14 @@ from typing import Any
 from unmask.spec import build, split_spec, unknown
 from unmask.tasks.base import Grade, Problem, Task
 from unmask.tasks.countdown import Countdown
+from unmask.tasks.gsm8k import GSM8K
+from unmask.tasks.math500 import MATH500
 from unmask.tasks.reasoning_gym import ReasoningGym
 from unmask.tasks.sudoku import Sudoku
 
 __all__ = ["TASKS", "Grade", "Problem", "Task", "make_task"]
 
-TASKS: dict[str, type[Task]] = {"countdown": Countdown, "sudoku": Sudoku}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (Countdown, Sudoku, GSM8K, MATH500)}
 
 
 def make_task(spec: str, defaults: Mapping[str, Mapping[str, Any]]) -> Task:

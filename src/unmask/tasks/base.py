@@ -48,7 +48,7 @@ class Task(ABC):
     extraction: Literal["default", "published"] = "default"
     """How an answer is found in a completion. ``published`` repeats the rules of the released evaluation."""
     data: str | None = None
-    """A file of test problems to use instead of generated ones."""
+    """A local source instead of the task's own: a file of test problems; where the task says so, a folder with splits."""
 
     def problems(self, split: str, limit: int | None, seed: int = 0) -> list[Problem]:
         """The first ``limit`` problems of a split (``None``: all, where the split is finite).
@@ -60,17 +60,21 @@ class Task(ABC):
             raise UserError(f"task {self.name} has no split {split!r}: choose from {', '.join(self.splits)}")
         if limit is not None and limit < 1:
             raise UserError(f"the number of problems is {limit}: give 1 or more")
-        if self.data is not None:
-            if split != "test":
-                raise UserError(f"data={self.data} holds test problems: split {split!r} is only generated")
-            try:
-                found = list(self.load(self.data))
-            except (OSError, UnicodeDecodeError, csv.Error) as error:
-                raise UserError(f"cannot read the data file {self.data}: {error}") from None
-            if not found:
-                raise UserError(f"the data file {self.data} holds no problems")
-            return found if limit is None else found[:limit]
-        return self.generate(split, limit, seed)
+        if self.data is None:
+            return self.generate(split, limit, seed)
+        found = self.read(self.data, split, seed)
+        if not found:
+            raise UserError(f"the data file {self.data} holds no problems")
+        return found if limit is None else found[:limit]
+
+    def read(self, path: str, split: str, seed: int) -> list[Problem]:
+        """All problems of a split out of ``data``: here a file of test problems."""
+        if split != "test":
+            raise UserError(f"data={path} holds test problems: split {split!r} is only generated")
+        try:
+            return list(self.load(path))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"cannot read the data file {path}: {error}") from None
 
     @property
     def prefill(self) -> str:

@@ -1,0 +1,171 @@
+"""How likely a text is under a masked diffusion model: a bound by sampled masks, and whether greedy filling writes it.
+
+The model gives no log p(y | x) in closed form. LLaDA (arXiv 2502.09992, Eq. 6 and Algorithm 3) evaluates with a lower bound:
+with l uniform in 1..L, and M drawn from the sets of l of the L positions of y,
+
+    log p(y | x) >= E [ (L / l) * sum over i in M of log p(y_i | x, y with M masked) ]
+
+It equals the mean, over all orders, of writing y one token at a time. The context x is never masked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unmask.decoding.canvas import Canvases
+from unmask.decoding.decode import Decoding, guided
+from unmask.decoding.decoder import Decoder
+from unmask.models.head import Head, score_tokens
+from unmask.models.masked_lm import MaskedLM
+from unmask.spec import UserError
+
+Pair = tuple[list[int], list[int]]  # token ids of a context and of the continuation behind it
+
+
+def content_seed(seed: int, *content: Any) -> int:
+    """A seed below 2^62 that depends on nothing but ``seed`` and the content (JSON values)."""
+    digest = hashlib.sha256(json.dumps([seed, *content], sort_keys=True, default=str).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 2
+
+
+def mask_sets(length: int, samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Sets of positions to mask, and the factors that make the weighted sum of their log-probabilities the bound.
+
+    Where all 2^L - 1 sets are no more than ``samples``, these are all of them and the bound is exact. Else l runs over an even
+    grid that one draw shifts, so that every l is met equally often, and the positions are drawn without replacement.
+
+    Returns:
+        (R, L) bool and (R,) float64.
+    """
+    if 2**length - 1 <= samples:
+        masks = (torch.arange(1, 2**length)[:, None] >> torch.arange(length)) % 2 == 1
+        counts = masks.sum(1)
+        alike = torch.tensor([math.comb(length, n) for n in counts.tolist()])
+        return masks, 1 / (counts * alike).double()
+    generator = torch.Generator().manual_seed(seed)
+    grid = (torch.arange(samples) + torch.rand((), generator=generator, dtype=torch.float64)) / samples
+    counts = (grid * length).long().clamp(max=length - 1) + 1
+    rank = torch.rand(samples, length, generator=generator).argsort(1).argsort(1)
+    return rank < counts[:, None], length / (counts * samples).double()
+
+
+def fitted(lm: MaskedLM, pair: Pair) -> Pair:
+    """The pair within the model's length: too long a context loses its beginning.
+
+    Raises:
+        UserError: where the continuation alone is too long, or a mask token stands in the text.
+    """
+    context, continuation = pair
+    room = lm.max_length - len(continuation)
+    if room < 0:
+        raise UserError(f"a text of {len(continuation)} tokens is to be scored, but {lm.name} takes {lm.max_length}")
+    if lm.mask_id in context or lm.mask_id in continuation:
+        token = lm.tokenizer.convert_ids_to_tokens(lm.mask_id)
+        raise UserError(f"a text to be scored holds the mask token {token}: remove it")
+    return context[max(0, len(context) - room) :], continuation
+
+
+def batches(pairs: Sequence[Pair], size: int) -> Iterator[list[int]]:
+    """Indexes of at most ``size`` pairs with continuations of one length; like contexts stand next to each other."""
+    order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][1]), len(pairs[i][0]), pairs[i][0]))
+    for _, members in itertools.groupby(order, lambda i: len(pairs[i][1])):
+        alike = list(members)
+        yield from (alike[a : a + size] for a in range(0, len(alike), size))
+
+
+def _left_padded(lm: MaskedLM, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Rows of token ids as (B, T) int64 and (B, T) bool (False = padding), on the CPU."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[lm.pad_id] * (width - len(r)) + list(r) for r in rows], dtype=torch.int64)
+    spare = torch.tensor([[width - len(r)] for r in rows])
+    return ids, torch.arange(width) >= spare
+
+
+@torch.no_grad()
+def bounds(
+    lm: MaskedLM, pairs: Sequence[Pair], samples: int, seed: int, batch_size: int, cfg_scale: float = 0.0
+) -> list[float]:
+    """Lower bounds on log p(continuation | context) in nats, of pairs with continuations of one length.
+
+    Args:
+        samples: mask sets a pair. seed: with the pair's content it settles which, whatever stands beside it.
+        batch_size: rows of one forward pass; rows that masking makes equal are computed once.
+        cfg_scale: classifier-free guidance, as in ``Decoder``.
+
+    Raises:
+        UserError: where the model's logits are not finite.
+    """
+    length = len(pairs[0][1])
+    if not length:
+        return [0.0] * len(pairs)
+    ids, visible = _left_padded(lm, [context + continuation for context, continuation in pairs])
+    found = [mask_sets(length, samples, content_seed(seed, *pair)) for pair in pairs]
+    masks, weights = (torch.cat(parts) for parts in zip(*found, strict=True))
+    owner = torch.arange(len(pairs)).repeat_interleave(len(masks) // len(pairs))
+    width, total = ids.shape[1], torch.zeros(len(pairs), dtype=torch.float64)
+    for part in torch.arange(len(masks)).split(batch_size):
+        rows, seen = ids[owner[part]], visible[owner[part]]
+        row, column = masks[part].nonzero(as_tuple=True)
+        column = column + width - length
+        targets = rows[row, column].to(lm.device)
+        rows[row, column] = lm.mask_id
+        distinct, home = torch.cat([rows, seen.long()], 1).unique(dim=0, return_inverse=True)
+        rows, seen = distinct[:, :width], distinct[:, width:].bool()
+
+        def reduce(head: Head, hidden: Tensor, targets: Tensor = targets) -> Tensor:
+            return score_tokens(head, hidden, targets)[0]
+
+        logprob = guided(
+            lm,
+            rows.to(lm.device),
+            None if seen.all() else seen.to(lm.device),
+            (home[row] * width + column).to(lm.device),
+            reduce,
+            prompt=width - length,
+            w=cfg_scale,
+        )
+        total.index_add_(0, owner[part][row], weights[part][row] * logprob.cpu().double())
+    if not total.isfinite().all():
+        raise UserError("the model's log-probabilities are not finite: try dtype=float32, or check its weights")
+    return [float(t) for t in total]
+
+
+def greedily_written(lm: MaskedLM, pairs: Sequence[Pair], cfg_scale: float = 0.0) -> list[bool]:
+    """Whether greedy decoding of as many tokens, one a pass and the surest first, writes the continuation.
+
+    The pairs' continuations are of one length. A row ends with its first wrong token, which would stand; equal contexts
+    share a row.
+    """
+    length = len(pairs[0][1])
+    if not length:
+        return [True] * len(pairs)
+    contexts = {tuple(context): 0 for context, _ in pairs}
+    number = {context: n for n, context in enumerate(contexts)}
+    homes = [number[tuple(context)] for context, _ in pairs]
+    targets = torch.tensor([continuation for _, continuation in pairs], device=lm.device)
+    prompt, visible = (t.to(lm.device) for t in _left_padded(lm, list(contexts)))
+    loop = Decoding(lm, Decoder(max_new_tokens=length, steps=length, cfg_scale=cfg_scale), early_stop=False)
+    seeds = torch.zeros(len(contexts), dtype=torch.int64, device=lm.device)
+    rows = Canvases.new(prompt, visible, length, lm.mask_id, seeds, range(len(contexts)))
+    right = list(range(len(pairs)))
+    for _ in range(length):
+        loop.advance(rows)
+        place = {n: i for i, n in enumerate(rows.numbers)}
+        at = torch.tensor([place[homes[p]] for p in right], device=lm.device)
+        agrees = ((rows.canvas[at] == targets[right]) | (rows.step[at] < 0)).all(1).tolist()
+        right = [p for p, fine in zip(right, agrees, strict=True) if fine]
+        awaited = {homes[p] for p in right}
+        leave = [i for i, n in enumerate(rows.numbers) if n not in awaited]
+        if leave:
+            rows, _ = loop.split(rows, leave)
+        if not right:
+            break
+    return [p in right for p in range(len(pairs))]

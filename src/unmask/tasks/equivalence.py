@@ -1,0 +1,187 @@
+"""Whether two LaTeX answers mean the same, decided by math-verify in a process of its own.
+
+Its own time-out rests on a signal, which works in the main thread of a POSIX program only, and nothing bounds its memory. So
+one helper process answers question by question; it is ended and replaced when it takes too long, and its memory is limited
+where the system can. Text that is long, deeply nested, builds huge numbers or uses commands outside a list never gets there.
+
+math-verify's reader of plain expressions and sympy's conversion of strings evaluate text as Python; even the numbers of a
+LaTeX answer take that way. So in the helper sympy's ``parse_expr`` is replaced by one that reads numerals and names and
+refuses all else, and the ``eval`` behind it refuses whatever may still lead there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from functools import lru_cache
+from typing import IO, Any
+
+MAX_LATEX = 300  # characters; no answer of MATH has more than 160
+MAX_DEPTH = 12
+MAX_DIGITS = 40
+SECONDS = 5.0
+START_SECONDS = 120.0
+MEMORY = 2 << 30  # bytes
+
+_LIST = """frac dfrac tfrac cfrac sqrt cdot times div pm mp pi circ degree infty cup cap setminus in notin emptyset varnothing
+    left right big Big bigl bigr lfloor rfloor lceil rceil langle rangle lvert rvert vert mid begin end text mbox textbf
+    mathrm mathbf mathbb mathcal displaystyle quad qquad ldots dots cdots le leq ge geq lt gt ne neq approx equiv to
+    sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln exp alpha beta gamma delta epsilon varepsilon zeta
+    eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda
+    Xi Sigma Phi Psi Omega overline bar hat vec prime binom"""
+_COMMANDS = frozenset(_LIST.split())
+_TEXT = re.compile(r"\\(?:text|mbox|textbf|mathrm|mathbf|mathbb|mathcal)\s*\{[^{}]*\}")
+_ENVIRONMENT = re.compile(r"\\(?:begin|end)\s*\{([^{}]*)\}")
+_TOWER = re.compile(r"\^[\s({]*[0-9.]+[\s)}]*(?:\^|!)|\^[\s({]*[0-9]{4}|[0-9]{4}[\s)}]*!|![\s)}]*!|[)}]\s*!")
+
+
+def readable(text: str) -> bool:
+    """Whether a LaTeX answer is short, shallow and plain enough to be given to math-verify."""
+    if len(text) > MAX_LATEX or re.search(rf"[0-9]{{{MAX_DIGITS}}}", text):
+        return False
+    if any(e not in ("pmatrix", "bmatrix", "matrix") for e in _ENVIRONMENT.findall(text)):
+        return False
+    bare = _TEXT.sub(" ", text)
+    if not _COMMANDS.issuperset(re.findall(r"\\([a-zA-Z]+)", bare)) or _TOWER.search(bare):
+        return False
+    if "\\binom" in bare and re.search("[0-9]{3}", bare):
+        return False
+    if re.search(r"d\s*[a-zA-Z\\]", re.sub(r"\\[a-zA-Z]+", r"\\", bare)):  # a differential: not an answer
+        return False
+    depth = deepest = 0
+    for character in text:
+        depth += (character in "{([") - (character in "})]")
+        deepest = max(deepest, depth)
+    return deepest <= MAX_DEPTH
+
+
+@lru_cache(maxsize=8192)
+def equivalent(truth: str, answer: str) -> bool:
+    """Whether ``answer`` means the same as ``truth``; False where that cannot be told within bounds. Never raises on text.
+
+    Raises:
+        RuntimeError: if the helper process cannot be started at all.
+    """
+    return readable(truth) and readable(answer) and _helper.ask(truth, answer)
+
+
+class _Helper:
+    """The helper process of this process (a fork starts its own)."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+        self.owner = 0
+        self.lock = threading.Lock()
+
+    def ask(self, truth: str, answer: str) -> bool:
+        with self.lock:
+            if self.process is None or self.owner != os.getpid():
+                self.start()
+            return self.exchange(json.dumps([truth, answer]), SECONDS) == "1"
+
+    def start(self) -> None:
+        code = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
+        self.owner = os.getpid()
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, __file__, *sys.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+        )
+        if self.exchange("", START_SECONDS) != "ready":
+            raise RuntimeError(f"the process that compares formulas did not start: try {sys.executable} {__file__}")
+
+    def exchange(self, line: str, seconds: float) -> str:
+        """Send a line and wait for one; a process that is late or gone is ended, and the answer is empty."""
+        process = self.process
+        assert process is not None and process.stdin is not None and process.stdout is not None
+        late = threading.Event()
+
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(seconds, end)
+        timer.start()
+        try:
+            if line:
+                process.stdin.write(line + "\n")
+                process.stdin.flush()
+            reply = process.stdout.readline().strip()
+        except (OSError, ValueError):
+            reply = ""
+        finally:
+            timer.cancel()
+            timer.join()
+        if late.is_set() or not reply:
+            process.kill()
+            process.communicate()
+            self.process = None
+        return reply
+
+
+_helper = _Helper()
+
+
+def _serve(questions: IO[str], replies: IO[str]) -> None:
+    """The helper: a JSON pair [truth, answer] a line in, ``1`` or ``0`` a line out."""
+    import logging
+
+    import math_verify
+    from math_verify.parser import LatexExtractionConfig
+    from sympy import Float, Integer, Symbol
+    from sympy.parsing import sympy_parser
+
+    def atom(text: str, *_: Any, **__: Any) -> Any:
+        if re.fullmatch(r"[0-9]+", text):
+            return Integer(int(text))
+        if re.fullmatch(r"[0-9]*\.[0-9]+|[0-9]+\.", text):
+            return Float(text)
+        if text.isidentifier():  # sympy's own modules read names so when they are imported late
+            return Symbol(text)
+        raise ValueError("only numerals and names are read from text")
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ValueError("text is not evaluated here")
+
+    sympy_parser.parse_expr, sympy_parser.eval_expr = atom, refuse
+    logging.disable()
+    target = [LatexExtractionConfig(boxed_match_priority=0)]
+
+    def parsed(text: str) -> list[Any]:
+        return math_verify.parse(f"\\boxed{{{text}}}", target, parsing_timeout=None)
+
+    print("ready", file=replies, flush=True)
+    for line in questions:
+        try:
+            truth, answer = json.loads(line)
+            same = math_verify.verify(parsed(truth), parsed(answer), timeout_seconds=None)
+        except Exception:  # noqa: BLE001  (a formula that sympy stumbles over equals nothing)
+            same = False
+        print(int(bool(same)), file=replies, flush=True)
+
+
+def _limit_memory() -> None:
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if hard == resource.RLIM_INFINITY or hard > MEMORY:
+        try:
+            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, hard))
+        except (ValueError, OSError):
+            return
+
+
+if __name__ == "__main__":
+    _limit_memory()
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    sys.stdout = sys.stderr  # whatever prints, prints elsewhere
+    _serve(sys.stdin, channel)
