@@ -188,7 +188,7 @@ def test_faulty_sources_are_named(tmp_path: Path) -> None:
         make_task(f"gsm8k:data={tmp_path}/a.jsonl", {}).problems("train", 3)
     with pytest.raises(UserError, match="cannot read the data file"):
         make_task(f"gsm8k:data={tmp_path}/a.jsonl", {}).problems("test", 3)
-    with pytest.raises(UserError, match=r"has no test\.jsonl, \.json or \.parquet"):
+    with pytest.raises(UserError, match=r"give a folder with test\.jsonl, \.json or \.parquet"):
         make_task(f"gsm8k:data={tmp_path}", {}).problems("test", 3)
 
 

@@ -15,8 +15,8 @@ from unmask.decoding.canvas import Canvases
 from unmask.decoding.decode import Decoding
 from unmask.decoding.sampling import candidates
 from unmask.models import head as head_module
-from unmask.models.head import Head, score_tokens, token_logprob
 from unmask.models.backbone import KVCache
+from unmask.models.head import Head, score_tokens, token_logprob
 
 pytestmark = pytest.mark.usefixtures("no_global_randomness")
 

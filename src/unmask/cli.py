@@ -141,8 +141,12 @@ def sft(arguments: list[str]) -> None:
     from unmask.config import read_config
     from unmask.sft import SFTConfig, train
 
-    final = train(read_config(SFTConfig, arguments[0], arguments[1:]))
-    print(f"checkpoint  {final}")
+    _say_where(train(read_config(SFTConfig, arguments[0], arguments[1:])))
+
+
+def _say_where(final: Path) -> None:
+    if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
+        print(f"checkpoint  {final}")
 
 
 @dataclass
@@ -167,9 +171,7 @@ def rl(arguments: list[str]) -> None:
 
         print(dry_run(config))
         return
-    final = train(config)
-    if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
-        print(f"checkpoint  {final}")
+    _say_where(train(config))
 
 
 def info(arguments: list[str]) -> None:

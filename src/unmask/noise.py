@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 def sample_times(batch: int, generator: torch.Generator, t_min: float = 1e-3) -> Tensor:
@@ -38,12 +37,11 @@ def corrupt(
     return ids.masked_fill(masked, mask_id), masked
 
 
-def diffusion_loss(logits: Tensor, targets: Tensor, t: Tensor, tokens: Tensor | int) -> Tensor:
+def diffusion_loss(logprob: Tensor, t: Tensor, tokens: Tensor | int) -> Tensor:
     """1/t-weighted cross-entropy (LLaDA, Eq. 3), a scalar in nats a token.
 
     Args:
-        logits: (N, V) at the masked positions. targets: (N,) int64.
-        t: (N,) the masking time of each position's row. tokens: the number of maskable tokens in the batch.
+        logprob: (N,) log-probabilities of the right tokens at the masked positions. t: (N,) the masking time of each
+            position's row. tokens: the number of maskable tokens in the batch.
     """
-    nll = F.cross_entropy(logits.float(), targets, reduction="none")
-    return (nll / t).sum() / tokens
+    return -(logprob / t).sum() / tokens

@@ -2,31 +2,38 @@
 
 Each example is a prompt and a response; the response ends with its end-of-turn token and is filled with EOS up to the canvas
 length, and by default the filling is learned like any other token. In a share of the rows the prompt is masked too
-(whole-sequence pre-training). All randomness of a step is drawn from a generator seeded by (seed, step, rank), so a resumed
-run continues exactly as the uninterrupted one would have.
+(whole-sequence pre-training). All noise of a step is drawn from one generator seeded by (seed, step, rank), its micro-batches
+in turn, so a resumed run continues exactly as the uninterrupted one would have.
 """
 
 from __future__ import annotations
 
+import math
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 
+from unmask.adapters import LORA_TARGETS, adapted, adapter_config
+from unmask.models.head import Head, score_tokens
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.scratch import new_model
 from unmask.noise import corrupt, diffusion_loss, sample_times
 from unmask.optim import MuonAdamW
-from unmask.runs import claim, export
+from unmask.runs import check_reporters, claim, export
+from unmask.sft_data import OVERLONG, Collate, Examples, FillCollate, read_chat
 from unmask.spec import UserError, check_at_least, check_positive
-from unmask.tasks import make_task
 
 EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+_OPTIMIZERS = ("muon", "adamw")
+_ATTENTION = ("sdpa", "eager")
+_SCHEDULES = ("warmup_stable_decay", "constant_with_warmup", "linear", "cosine")
 
 
 @dataclass
@@ -35,35 +42,60 @@ class SFTConfig:
 
     output: str
     """The run folder: checkpoints, logs, and ``final`` (a plain checkpoint) at the end."""
-    tasks: list[str]
-    """Task specs whose worked responses are learned, in equal shares, e.g. ``sudoku:style=compact``."""
+    tasks: list[str] = field(default_factory=list)
+    """Task specs whose worked responses are learned, in equal shares, e.g. ``sudoku:style=compact``; or give ``data``."""
+    data: str | None = None
+    """Chat data instead of tasks: a hub data set, or a .json, .jsonl or .parquet file or folder, with the columns messages,
+    prompt + completion, or those of s1K."""
     model: str | None = None
     """Start from this model; or give ``new_model``."""
     new_model: dict[str, Any] | None = None
     """Start from random weights: LLaDAConfig fields (``d_model``, ``n_layers``, …)."""
+    dtype: str = "float32"
+    """Dtype of the model's weights, as ``load`` takes it; bfloat16 for adapters on large models (their own stay float32)."""
     problems: list[int] = field(default_factory=lambda: [20_000])
     """Training problems: one number for every task, or one for each. A smaller set is repeated to give equal shares."""
     validation_problems: int = 128
     """Validation problems a task."""
     canvas: list[int] = field(default_factory=lambda: [128])
-    """Canvas lengths, taken in turn step by step. A response that does not fit is left out of that step's loss."""
-    steps: int = 1000
+    """Canvas lengths for tasks, taken in turn step by step. A response that does not fit is left out of that step's loss."""
+    max_length: int = 4096
+    """Tokens of a row of ``data``, prompt and response; every row is filled with EOS up to it."""
+    overlong: str = "refuse"
+    """Rows of ``data`` longer than that: ``refuse`` them, ``truncate`` the response, or ``drop`` the row."""
+    validation_share: float = 0.01
+    """Share of ``data``'s prompts that are held out for validation, at least one; 0 for none."""
+    lora_r: int | None = None
+    """Rank of a low-rank adapter (LoRA, arXiv 2106.09685) to train; ``none`` trains all weights."""
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    lora_target_modules: str = LORA_TARGETS
+    """Regular expression over module names; by default every matrix of every block."""
+    steps: int | None = None
+    """Updates; or give ``epochs``."""
+    epochs: float | None = None
+    """Passes over the data; or give ``steps``."""
     batch_size: int = 64
-    """Examples a step on each process."""
+    """Examples of one forward pass on each process."""
+    gradient_accumulation_steps: int = 1
+    """Forward passes of one update."""
     learning_rate: float = 2e-3
     warmup_steps: int = 100
+    lr_scheduler: str = "warmup_stable_decay"
+    """``warmup_stable_decay`` (constant, then linear to zero), ``constant_with_warmup``, ``linear`` or ``cosine``."""
     decay_share: float = 0.4
-    """The learning rate is constant, then falls linearly to zero over this last share of the steps."""
+    """The last share of the updates, over which ``warmup_stable_decay`` falls."""
     optimizer: str = "muon"
     """``muon`` (matrices; AdamW for the rest) or ``adamw``."""
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     prompt_masking: float = 0.25
-    """Share of rows in which the prompt is masked and learned too."""
+    """Share of rows in which the prompt is masked and learned too; 0 for fine-tuning as LLaDA does it."""
     eos_in_loss: bool = True
     """Learn the EOS filling after the response (LLaDA does); without it only the end-of-turn token is learned."""
     bf16: bool = True
-    """Autocast to bfloat16 (master weights stay float32)."""
+    """Autocast to bfloat16 (float32 weights stay float32)."""
+    gradient_checkpointing: bool = False
     compile: bool = False
     """torch.compile the trunk."""
     attention: str = "sdpa"
@@ -77,89 +109,58 @@ class SFTConfig:
     def __post_init__(self) -> None:
         if (self.model is None) == (self.new_model is None):
             raise UserError("give either model (a checkpoint to start from) or new_model (the shape of a new one)")
-        if self.optimizer not in ("muon", "adamw"):
-            raise UserError(f"optimizer is {self.optimizer!r}: give muon or adamw")
-        if self.attention not in ("sdpa", "eager"):
-            raise UserError(f"attention is {self.attention!r}: give sdpa or eager")
-        if not self.tasks or not self.canvas:
-            raise UserError("tasks and canvas each need at least one entry")
+        if bool(self.tasks) == (self.data is not None):
+            raise UserError("give either tasks (with worked responses) or data (a chat data set)")
+        if self.new_model is not None and (self.lora_r is not None or self.dtype != "float32"):
+            raise UserError(
+                f"lora_r={self.lora_r}, dtype={self.dtype} are for a model; a new_model trains whole, in float32"
+            )
+        for name, choices in (
+            ("optimizer", _OPTIMIZERS),
+            ("attention", _ATTENTION),
+            ("lr_scheduler", _SCHEDULES),
+            ("overlong", OVERLONG),
+        ):
+            if getattr(self, name) not in choices:
+                raise UserError(f"{name} is {getattr(self, name)!r}: give {', '.join(choices[:-1])} or {choices[-1]}")
         if len(self.problems) not in (1, len(self.tasks)) or min(self.problems) < 1:
             raise UserError(
                 f"problems is {self.problems}: give one number, or one for each of the {len(self.tasks)} tasks"
             )
-        check_at_least(self, 1, "validation_problems", "steps", "batch_size", "log_every", "eval_every", "save_every")
-        if min(self.canvas) < 1:
+        check_at_least(self, 1, "validation_problems", "batch_size", "gradient_accumulation_steps", "max_length")
+        check_at_least(self, 1, "lora_alpha", "log_every", "eval_every", "save_every")
+        check_at_least(self, 1, *(name for name in ("steps", "lora_r") if getattr(self, name) is not None))
+        if not self.canvas or min(self.canvas) < 1:
             raise UserError(f"canvas is {self.canvas}: give lengths of 1 or more")
-        check_positive(self, "learning_rate", "max_grad_norm")
-        if self.warmup_steps < 0 or not 0 <= self.weight_decay < 1:
+        if (self.steps is None) == (self.epochs is None):
+            raise UserError(f"steps is {self.steps}, epochs {self.epochs}: give one of them")
+        check_positive(self, "learning_rate", "max_grad_norm", *(() if self.epochs is None else ("epochs",)))
+        if self.warmup_steps < 0 or not 0 <= self.weight_decay < 1 or not 0 <= self.lora_dropout < 1:
             raise UserError(
-                f"warmup_steps={self.warmup_steps}, weight_decay={self.weight_decay}: give 0 or more, and below 1"
+                f"warmup_steps={self.warmup_steps}, weight_decay={self.weight_decay}, lora_dropout={self.lora_dropout}: "
+                "give 0 or more, and below 1 for the last two"
             )
-        for name in ("prompt_masking", "decay_share"):
+        for name in ("prompt_masking", "decay_share", "validation_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give a share between 0 and 1")
+        check_reporters(self.report_to)
 
-
-class Examples(Dataset[dict[str, list[int]]]):
-    """Tokenised prompts and responses of tasks, tasks interleaved so that any stretch holds equal shares."""
-
-    def __init__(self, lm: MaskedLM, specs: list[str], split: str, counts: list[int], seed: int) -> None:
-        end = lm.eos_id if lm.eot_id is None else lm.eot_id
-        per_task = []
-        for spec, count in zip(specs, counts, strict=True):
-            task = make_task(spec, lm.task_defaults)
-            problems = task.problems(split, count, seed)
-            if not problems or problems[0].response is None:
-                raise UserError(f"task {spec} has no worked responses to learn: use its compact style")
-            prompts = [lm.chat(task.instruction(p), task.prefill) for p in problems]
-            encode = lm.tokenizer
-            per_task.append(
-                [
-                    {"prompt": a, "response": [*b, end]}
-                    for a, b in zip(
-                        encode(prompts, add_special_tokens=False)["input_ids"],
-                        encode([p.response or "" for p in problems], add_special_tokens=False)["input_ids"],
-                        strict=True,
-                    )
-                ]
-            )
-        self.rows = [rows[i % len(rows)] for i in range(max(counts)) for rows in per_task]
-        self.prompt_width = max(len(r["prompt"]) for r in self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return self.rows[index]
-
-
-@dataclass
-class Collate:
-    """Left-padded prompts and EOS-filled responses of one width, so that a compiled model sees one shape."""
-
-    lm: MaskedLM
-    prompt_width: int
-    canvas: int
-
-    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-        """Returns ids (B, P+L), visible (B, P+L) bool, lengths (B,) of the responses with their end token."""
-        ids = torch.full((len(rows), self.prompt_width + self.canvas), self.lm.eos_id)
-        visible = torch.ones_like(ids, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            start = self.prompt_width - len(row["prompt"])
-            visible[i, :start] = False
-            ids[i, start : self.prompt_width] = torch.tensor(row["prompt"])
-            response = row["response"][: self.canvas]
-            ids[i, self.prompt_width : self.prompt_width + len(response)] = torch.tensor(response)
-        return {"ids": ids, "visible": visible, "lengths": torch.tensor([len(r["response"]) for r in rows])}
+    @property
+    def canvases(self) -> list[int]:
+        """Columns from a batch's first canvas column on: of chat data all, since each row's canvas starts elsewhere."""
+        return self.canvas if self.data is None else [self.max_length]
 
 
 class DiffusionTrainer(Trainer):
-    """transformers.Trainer with the masked diffusion loss, exact resume and validation at fixed masking times."""
+    """transformers.Trainer with the masked diffusion loss, exact resume and validation at fixed masking times.
+
+    ``prompt_width`` is the number of columns before the canvases: 0 where every row's canvas starts elsewhere.
+    """
 
     def __init__(self, lm: MaskedLM, config: SFTConfig, prompt_width: int, **kwargs: Any) -> None:
         super().__init__(model=lm.model, **kwargs)
         self.lm, self.config, self.prompt_width = lm, config, prompt_width
+        self._noise, self._noise_step = torch.Generator(), -1
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.config.optimizer == "adamw":
@@ -170,13 +171,19 @@ class DiffusionTrainer(Trainer):
             self.optimizer = MuonAdamW(net.parameters(), self.args.learning_rate, self.config.weight_decay, outside)
         return self.optimizer
 
+    def noise(self) -> torch.Generator:
+        """The generator of this step and rank; the micro-batches of a step draw from it in turn."""
+        step = self.state.global_step
+        if step != self._noise_step:
+            self._noise.manual_seed((self.config.seed * 1_000_003 + step) * 1009 + self.args.process_index)
+            self._noise_step = step
+        return self._noise
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        generator = torch.Generator().manual_seed(
-            (self.config.seed * 1_000_003 + self.state.global_step) * 1009 + self.args.process_index
-        )
-        canvas = self.config.canvas[self.state.global_step % len(self.config.canvas)]
+        generator = self.noise()
+        canvas = self.config.canvases[self.state.global_step % len(self.config.canvases)]
         t = sample_times(len(inputs["ids"]), generator)
         return self.loss_at(model, inputs, t, canvas, self.config.prompt_masking, generator)
 
@@ -189,43 +196,56 @@ class DiffusionTrainer(Trainer):
         prompt_masking: float,
         generator: torch.Generator,
     ) -> Tensor:
-        """The diffusion loss of a batch at masking times ``t`` (B,), its canvas cut to ``canvas`` tokens."""
+        """The diffusion loss of a batch at masking times ``t`` (B,), its canvas cut to ``canvas`` tokens.
+
+        The published loss, whose softmax runs over the whole vocabulary, the mask token included (decoding leaves it out).
+        It is computed piece by piece: no [masked tokens, vocabulary] tensor is made.
+        """
         width = self.prompt_width + canvas
-        ids, visible, lengths = inputs["ids"][:, :width], inputs["visible"][:, :width], inputs["lengths"]
-        place = torch.arange(width, device=ids.device)[None] - self.prompt_width  # 0 is the first canvas token
+        ids, lengths = inputs["ids"][:, :width], inputs["lengths"]
+        visible = inputs["visible"][:, :width] if "visible" in inputs else None
+        place = torch.arange(width, device=ids.device)[None] - inputs["starts"][:, None]  # 0 is the first canvas token
         with_prompt = torch.rand(len(ids), generator=generator) < prompt_masking
-        maskable = ((place >= 0) | with_prompt.to(ids.device)[:, None]) & visible & (lengths <= canvas)[:, None]
+        maskable = ((place >= 0) | with_prompt.to(ids.device)[:, None]) & (lengths <= canvas)[:, None]
+        if visible is not None:
+            maskable &= visible
         noisy, masked = corrupt(ids, t, maskable, self.lm.mask_id, generator)
         # Without eos_in_loss the filling is still masked like the rest: seen, it would give the response's length away.
         learned = maskable if self.config.eos_in_loss else maskable & (place < lengths[:, None])
         masked = masked & learned
-        logits = model(input_ids=noisy, attention_mask=visible, positions=masked).logits
-        rows = masked.nonzero()[:, 0]
-        return diffusion_loss(logits, ids[masked], t.to(ids.device)[rows], int(learned.sum().clamp(min=1)))
+        targets = ids[masked]
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[dict[str, Tensor]]:
-        """Every validation example once, the last batch short (training drops it)."""
-        examples: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        return DataLoader(examples, self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
+        def score(hidden: Tensor, embedding: Any, head: Callable[[Tensor], Tensor]) -> Tensor:
+            return score_tokens(Head.of(embedding, head, mask_id=-1), hidden, targets)[0]  # -1: no token is left out
+
+        logprob = model(input_ids=noisy, attention_mask=visible, positions=masked, reduce=score).logits
+        times = t.to(ids.device)[masked.nonzero()[:, 0]]
+        return diffusion_loss(logprob, times, learned.sum().clamp(min=1))
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Validation loss (nats a token, 1/t-weighted) at each of EVAL_TIMES on the longest canvas, and their mean."""
-        model = self._wrap_model(self.lm.model, training=False)
+        """Validation loss (nats a token, 1/t-weighted) at each of EVAL_TIMES on the longest canvas, and their mean.
+
+        Processes take batches in turn; a batch's noise is seeded by its number, so their count does not change the loss.
+        """
+        model = self.model_wrapped if self.is_fsdp_enabled else self.lm.model
         model.eval()
-        sums = torch.zeros(len(EVAL_TIMES))
-        examples = 0
-        for number, batch in enumerate(self.get_eval_dataloader(eval_dataset)):
-            batch = self._prepare_inputs(batch)
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        size, world = self.args.per_device_eval_batch_size, self.args.world_size
+        batches = [range(a, min(a + size, len(rows))) for a in range(0, len(rows), size)]
+        sums = torch.zeros(len(EVAL_TIMES), device=self.args.device)
+        # As many batches on every rank, so that FSDP's collectives meet; what is beyond the end is not counted.
+        for k in range(self.args.process_index, -(-len(batches) // world) * world, world):
+            number = k % len(batches)
+            batch = self._prepare_inputs(self.data_collator([rows[i] for i in batches[number]]))
             for i, time in enumerate(EVAL_TIMES):
                 t = torch.full((len(batch["ids"]),), time)
                 generator = torch.Generator().manual_seed(number * 10 + i)
                 with self.compute_loss_context_manager():
-                    loss = self.loss_at(model, batch, t, max(self.config.canvas), 0.0, generator)
-                sums[i] += loss.float().cpu() * len(batch["ids"])
-            examples += len(batch["ids"])
+                    loss = self.loss_at(model, batch, t, max(self.config.canvases), 0.0, generator)
+                sums[i] += loss.float() * len(batch["ids"]) * (k < len(batches))
         model.train()
-        means = (sums / examples).tolist()
+        means = (self.accelerator.reduce(sums) / len(rows)).tolist()
         metrics = {f"{metric_key_prefix}_loss_t{t}": m for t, m in zip(EVAL_TIMES, means, strict=True)}
         metrics[f"{metric_key_prefix}_loss"] = sum(means) / len(means)
         self.log(metrics)
@@ -236,74 +256,127 @@ class DiffusionTrainer(Trainer):
 _MAY_CHANGE = ("output", "log_every", "eval_every", "save_every", "report_to")
 
 
+@dataclass
+class Data:
+    """Rows to train and to validate on, their collator, the columns before the canvas, and a line to say."""
+
+    training: Sequence[Any]
+    validation: Sequence[Any]
+    collate: Collate | FillCollate
+    prompt_width: int = 0
+    line: str = ""
+
+
+def _task_data(lm: MaskedLM, config: SFTConfig) -> Data:
+    number, canvas = len(config.tasks), max(config.canvas)
+    counts = config.problems if len(config.problems) == number else config.problems * number
+    training = Examples(lm, config.tasks, "train", counts, config.seed)
+    validation = Examples(lm, config.tasks, "validation", [config.validation_problems] * number, 0)
+    longest = max(len(r["response"]) for r in training.rows)
+    if longest > canvas:
+        raise UserError(f"the longest response has {longest} tokens: raise canvas {config.canvas} to hold it")
+    width = max(training.prompt_width, validation.prompt_width)
+    if width + canvas > lm.max_length:
+        raise UserError(f"prompts of {width} tokens and a canvas of {canvas} exceed the model's {lm.max_length}")
+    return Data(training.rows, validation.rows, Collate(lm, width, canvas), width)
+
+
+def _chat_data(lm: MaskedLM, config: SFTConfig) -> Data:
+    if config.max_length > lm.max_length:
+        raise UserError(f"max_length is {config.max_length}, but {lm.name} takes {lm.max_length} tokens: lower it")
+    name = str(config.data)
+    found = read_chat(lm, name, config.max_length, config.overlong, config.validation_share)
+    line = (
+        f"{name}: {len(found.training)} training and {len(found.validation)} validation rows, {found.cut} of them cut to "
+        f"{config.max_length} tokens, {found.left_out} too long and left out"
+    )
+    return Data(found.training, found.validation, FillCollate(lm.eos_id, config.max_length), line=line)
+
+
+def _arguments(config: SFTConfig) -> TrainingArguments:
+    """The Trainer's settings, without what depends on the number of updates (see ``_set_length``)."""
+    cpu = not torch.cuda.is_available()
+    return TrainingArguments(
+        output_dir=config.output,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        lr_scheduler_type=config.lr_scheduler,
+        warmup_steps=config.warmup_steps,
+        bf16=config.bf16,
+        activation_checkpointing=config.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        use_cpu=cpu,
+        dataloader_pin_memory=not cpu,
+        dataloader_drop_last=True,
+        remove_unused_columns=False,
+        logging_steps=config.log_every,
+        eval_strategy="steps" if config.data is None or config.validation_share else "no",
+        eval_steps=config.eval_every,
+        save_steps=config.save_every,
+        save_total_limit=2,
+        report_to=config.report_to or "none",
+        seed=config.seed,
+        data_seed=config.seed,
+    )
+
+
+def _set_length(args: TrainingArguments, config: SFTConfig, rows: int) -> None:
+    """The number of updates, and where the learning rate begins to fall. Raises UserError for less data than a batch."""
+    together = config.batch_size * args.world_size
+    if rows < together:
+        raise UserError(
+            f"{rows} training examples do not fill a batch of {together}: raise problems, give more data, or lower batch_size"
+        )
+    updates = -(-(rows // together) // config.gradient_accumulation_steps)  # of one epoch
+    args.max_steps = config.steps if config.steps is not None else math.ceil(float(config.epochs or 0) * updates - 1e-9)
+    if config.lr_scheduler == "warmup_stable_decay":
+        decay = max(1, round(config.decay_share * args.max_steps))
+        args.lr_scheduler_kwargs = {"num_decay_steps": decay, "decay_type": "linear"}
+
+
 def train(config: SFTConfig) -> Path:
     """Run (or, if ``output`` holds a checkpoint, go on with) a supervised run; returns the final checkpoint's folder.
 
     Raises:
-        UserError: for an unknown model or task, or responses longer than every canvas.
+        UserError: for an unknown model, task or data set, or responses that do not fit.
     """
     output = Path(config.output)
-    checkpoint = claim(output, config, _MAY_CHANGE)
+    args = _arguments(config)
+    first = args.process_index == 0
+    checkpoint = claim(output, config, _MAY_CHANGE, first)
     if config.new_model is not None:
         lm = MaskedLM.wrap(*new_model(config.new_model, config.seed), name="new model")
     else:
-        lm = load(str(config.model))
+        lm = load(str(config.model), config.dtype)
     lm.model.config._attn_implementation = config.attention
-    per_task = len(config.tasks)
-    counts = config.problems if len(config.problems) == per_task else config.problems * per_task
-    training = Examples(lm, config.tasks, "train", counts, config.seed)
-    validation = Examples(lm, config.tasks, "validation", [config.validation_problems] * per_task, 0)
-    longest = max(len(r["response"]) for r in training.rows)
-    if longest > max(config.canvas):
-        raise UserError(f"the longest response has {longest} tokens: raise canvas {config.canvas} to hold it")
-    if len(training) < config.batch_size:
-        raise UserError(f"{len(training)} training examples do not fill a batch of {config.batch_size}: raise problems")
-    prompt_width = max(training.prompt_width, validation.prompt_width)
-    if prompt_width + max(config.canvas) > lm.max_length:
-        raise UserError(
-            f"prompts of {prompt_width} tokens and a canvas of {max(config.canvas)} exceed the model's {lm.max_length}"
-        )
+    with args.main_process_first():  # one process fetches a data set, the others find it
+        data = _task_data(lm, config) if config.data is None else _chat_data(lm, config)
+    _set_length(args, config, len(data.training))
+    if first and data.line:
+        print(data.line, file=sys.stderr)
     if config.compile:
-        lm.model.model.compile(dynamic=False)
-    cpu = not torch.cuda.is_available()
+        lm.model.base_model.compile(dynamic=False)
+    if config.lora_r is not None:
+        adapter = adapter_config(config.lora_r, config.lora_alpha, config.lora_target_modules, config.lora_dropout)
+        lm = adapted(lm, adapter, config.seed)
     trainer = DiffusionTrainer(
         lm,
         config,
-        prompt_width,
-        train_dataset=training,
-        eval_dataset=validation,
-        data_collator=Collate(lm, prompt_width, max(config.canvas)),
-        args=TrainingArguments(
-            output_dir=str(output),
-            max_steps=config.steps,
-            per_device_train_batch_size=config.batch_size,
-            per_device_eval_batch_size=config.batch_size,
-            learning_rate=config.learning_rate,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            lr_scheduler_type="warmup_stable_decay",
-            lr_scheduler_kwargs={  # constant, then linear to zero
-                "num_decay_steps": max(1, round(config.decay_share * config.steps)),
-                "decay_type": "linear",
-            },
-            warmup_steps=config.warmup_steps,
-            bf16=config.bf16,
-            use_cpu=cpu,
-            dataloader_pin_memory=not cpu,
-            dataloader_drop_last=True,
-            remove_unused_columns=False,
-            logging_steps=config.log_every,
-            eval_strategy="steps",
-            eval_steps=config.eval_every,
-            save_steps=config.save_every,
-            save_total_limit=2,
-            report_to=config.report_to or "none",
-            seed=config.seed,
-            data_seed=config.seed,
-        ),
+        data.prompt_width,
+        args=args,
+        train_dataset=data.training,
+        eval_dataset=data.validation,
+        data_collator=data.collate,
+        processing_class=lm.tokenizer,
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     final = output / "final"
     if trainer.is_world_process_zero():
-        export(lm, final)
+        # From the last checkpoint: whole also where the weights are sharded; an adapter is merged.
+        export(load(str(output / f"checkpoint-{args.max_steps}"), config.dtype, "cpu"), final)
+    trainer.accelerator.wait_for_everyone()
     return final

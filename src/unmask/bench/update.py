@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from unmask.adapters import adapter_config
 from unmask.bench.common import (
     GIB,
     Shape,
@@ -160,13 +161,7 @@ def random_rollout(config: BenchRL, lm: MaskedLM, steps: int) -> Rollout:
 
 def bench_trainer(config: BenchRL, objective: str) -> TrajectoryGRPOTrainer:
     """A trainer around the stand-in, ready for ``update``."""
-    adapter = None
-    if config.lora:
-        from peft import LoraConfig
-
-        from unmask.rl.run import LORA_TARGETS
-
-        adapter = LoraConfig(r=config.lora, lora_alpha=config.lora, target_modules=LORA_TARGETS)
+    adapter = adapter_config(config.lora, config.lora) if config.lora else None
     args = TrajectoryGRPOConfig(
         output_dir=tempfile.gettempdir(),
         objective=objective,

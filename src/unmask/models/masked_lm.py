@@ -144,11 +144,15 @@ class MaskedLM:
         for asked, answered in examples:
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
         messages.append({"role": "user", "content": user})
+        return self.render(messages) + prefill
+
+    def render(self, messages: list[dict[str, str]], answer: bool = True) -> str:
+        """Messages as the chat template writes them; with ``answer``, up to where the assistant's next turn begins."""
         # enable_thinking is Qwen3's: without it, its template asks for another format. Other templates pass it over.
         text = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, enable_thinking=False
+            messages, add_generation_prompt=answer, tokenize=False, enable_thinking=False
         )
-        return str(text) + prefill
+        return str(text)
 
     def encode(self, prompts: list[str], canvas: int = 0, width: int = 0) -> tuple[Tensor, Tensor]:
         """Prompts of any lengths as one left-padded batch, at least ``width`` tokens wide.

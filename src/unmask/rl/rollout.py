@@ -140,7 +140,7 @@ def prompt_rows(lm: MaskedLM, rows: Sequence[Row], split: str) -> list[Row]:
             )
         prompt = row.get("prompt")
         if isinstance(prompt, list):
-            prompt = lm.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            prompt = lm.render(prompt)
         if not isinstance(prompt, str):
             raise UserError(f"a row of the {split} data set has the prompt {prompt!r}: give text or a list of messages")
         found.append({**row, "prompt": prompt})

@@ -11,23 +11,19 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.integrations import get_available_reporting_integrations
 
+from unmask.adapters import LORA_TARGETS, adapter_config
 from unmask.files import read_lines, whole, writing_to
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
 from unmask.rl.config import GRPOSettings, TrajectoryGRPOConfig
 from unmask.rl.rewards import Row, load_reward, task_rewards
 from unmask.rl.trainer import TrajectoryGRPOTrainer
-from unmask.runs import claim, export
+from unmask.runs import check_reporters, claim, export
 from unmask.spec import UserError, check_at_least, check_positive, unknown
 from unmask.tasks import Task, make_task
 
 _SCHEDULES = ("constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt")
-
-
-# Every matrix of every block. (The released configuration names o_proj, gate_proj, down_proj, which no LLaDA checkpoint has.)
-LORA_TARGETS = r".*\.blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"
 
 
 @dataclass(kw_only=True)
@@ -49,8 +45,8 @@ class RLConfig(GRPOSettings):
     lora_alpha: int = 32
     lora_target_modules: str = LORA_TARGETS
     """Regular expression over module names; by default every matrix of every block."""
-    problems: int = 5000
-    """Training problems a task."""
+    problems: int | None = 5000
+    """Training problems a task; ``none`` takes all of a finite training split."""
     validation_problems: int = 64
     """Validation problems a task."""
     steps: int = 100
@@ -91,14 +87,14 @@ class RLConfig(GRPOSettings):
                 f"warmup_steps={self.warmup_steps}, weight_decay={self.weight_decay}, adam_beta2={self.adam_beta2}: "
                 "give 0 or more, and below 1 for the last two"
             )
-        for name in self.report_to:
-            if name not in get_available_reporting_integrations():
-                raise UserError(f"report_to names {name!r}, which is not installed: pip install it or leave it out")
+        check_reporters(self.report_to)
         if not 0 <= self.seed < 2**30:
             raise UserError(f"seed is {self.seed}: give 0 to {2**30 - 1}")
         if self.lora_r is not None and self.lora_r < 1:
             raise UserError(f"lora_r is {self.lora_r}: give a rank of 1 or more, or none to train all weights")
-        counts = ("problems", "validation_problems", "steps", "batch_size", "eval_every", "save_every", "lora_alpha")
+        if self.problems is not None and self.problems < 1:
+            raise UserError(f"problems is {self.problems}: give 1 or more, or none for all of a finite split")
+        counts = ("validation_problems", "steps", "batch_size", "eval_every", "save_every", "lora_alpha")
         check_at_least(self, 1, *counts)
         check_positive(self, "learning_rate", "max_grad_norm")
 
@@ -107,16 +103,20 @@ _MAY_CHANGE = ("output", "eval_every", "save_every", "report_to", "log_completio
 _TIMES = ("seconds_rollout", "seconds_update")
 
 
-def problem_rows(lm: MaskedLM, tasks: list[Task], split: str, count: int, seed: int) -> list[Row]:
-    """``count`` problems of every task as rows of ``prompt``, ``problem`` and ``task``, tasks taken in turn."""
-    columns = [
-        [
-            {"prompt": lm.chat(t.instruction(p), t.prefill), "problem": p, "task": t}
-            for p in t.problems(split, count, seed)
-        ]
-        for t in tasks
-    ]
-    return [row for rows in zip(*columns, strict=True) for row in rows]
+def problem_rows(lm: MaskedLM, tasks: list[Task], split: str, count: int | None, seed: int) -> list[Row]:
+    """``count`` problems of every task as rows of ``prompt``, ``problem`` and ``task``, tasks taken in turn.
+
+    Without a count, as many of each as the task with the fewest has. Raises UserError where a task has fewer than ``count``.
+    """
+    columns = []
+    for task in tasks:
+        problems = task.problems(split, count, seed)
+        if len(problems) < (count or 1):
+            raise UserError(f"task {task.name} has {len(problems)} {split} problems, not {count}: ask for fewer")
+        columns.append(
+            [{"prompt": lm.chat(task.instruction(p), task.prefill), "problem": p, "task": task} for p in problems]
+        )
+    return [row for rows in zip(*columns, strict=False) for row in rows]
 
 
 class RunLog(TrainerCallback):
@@ -230,9 +230,7 @@ def make_trainer(config: RLConfig, callbacks: list[TrainerCallback]) -> Trajecto
         args.reward_weights = args.reward_weights or weights
     adapter = None
     if config.lora_r is not None:
-        from peft import LoraConfig
-
-        adapter = LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, target_modules=config.lora_target_modules)
+        adapter = adapter_config(config.lora_r, config.lora_alpha, config.lora_target_modules)
     with writing_to(config.output):  # the Trainer makes its folder
         return TrajectoryGRPOTrainer(
             lm, functions, args, train_rows, validation, peft_config=adapter, callbacks=callbacks
@@ -259,6 +257,6 @@ def train(config: RLConfig) -> Path:
     final = Path(config.output) / "final"
     if trainer.is_world_process_zero():
         # From the last checkpoint: whole also where the weights are sharded; an adapter is merged.
-        export(load(str(Path(config.output) / f"checkpoint-{config.steps}"), config.dtype), final)
+        export(load(str(Path(config.output) / f"checkpoint-{config.steps}"), config.dtype, "cpu"), final)
     trainer.accelerator.wait_for_everyone()
     return final

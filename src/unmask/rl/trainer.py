@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from unmask.adapters import adapted
 from unmask.models.load import as_masked_lm
 from unmask.models.masked_lm import MaskedLM
 from unmask.rl.advantages import group_advantages, varied
@@ -90,23 +90,12 @@ class TrajectoryGRPOTrainer(Trainer):
         if args.compile:
             self.lm.model.base_model.compile()
         if peft_config is not None:
-            from peft import get_peft_model
-
             if getattr(peft_config, "lora_dropout", 0):
                 raise UserError(
                     f"lora_dropout is {peft_config.lora_dropout}: set it to 0, or the policy that is optimised is not the one "
                     "that sampled"
                 )
-            try:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(args.seed)  # the adapter's first weights
-                    adapted = get_peft_model(self.lm.model, peft_config)
-            except (ValueError, re.error) as error:
-                raise UserError(f"the adapter does not fit the model: {str(error).splitlines()[0]}") from None
-            base = Path(self.lm.name)
-            for adapter in adapted.peft_config.values():  # so that the adapter alone can be loaded
-                adapter.base_model_name_or_path = str(base.resolve()) if base.exists() else self.lm.name
-            self.lm = replace(self.lm, model=adapted)
+            self.lm = adapted(self.lm, peft_config, args.seed)
         # Trainer's own validation wants data sets of tensors; rows of text and problems go through ours.
         super().__init__(
             model=self.lm.model,

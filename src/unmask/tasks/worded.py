@@ -7,11 +7,11 @@ import json
 import random
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from unmask.hub import BUILDERS, load_split
 from unmask.spec import UserError
 from unmask.tasks import answers
 from unmask.tasks.base import Problem, Task, bucket
@@ -32,7 +32,6 @@ PROMPTS = {
     + FORM.replace("{answer}", "\\boxed{the final answer}"),
     "tags": FORM.replace("{answer}", "the final answer alone"),
 }
-SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -88,8 +87,7 @@ class Worded(Task):
         """Problems of the hub's data set; ``train`` and ``validation`` are cut from its training split."""
         source = "test" if split == "test" else "train"
         name, configuration = self.hub[source]
-        with _on_hub(name, self.name) as load_dataset:
-            rows = load_dataset(name, configuration, split=source)
+        rows = load_split(name, source, configuration, f"a local file or folder as {self.name}:data=PATH")
         found = self.cut(self.convert(rows, f"{name} ({source})"), split, seed)
         if limit is not None and limit > len(found) and split != "test":
             raise UserError(f"task {self.name} has {len(found)} {split} problems, not {limit}: ask for fewer")
@@ -101,25 +99,18 @@ class Worded(Task):
         if not folder.is_dir():
             return super().read(path, split, seed)
         source = "test" if split == "test" else "train"
-        files = [file for suffix in SUFFIXES if (file := folder / f"{source}{suffix}").is_file()]
+        files = [file for suffix in BUILDERS if (file := folder / f"{source}{suffix}").is_file()]
         if files:
             return self.cut(super().read(str(files[0]), "test", seed), split, seed)
-        import datasets
-
-        try:
-            name = self.hub[source][1] if (folder / "README.md").is_file() else None
-            rows = datasets.load_dataset(path, name, split=source)
-        except Exception as error:  # noqa: BLE001  (datasets raises whatever its readers raise)
-            first = str(error).strip().split("\n")[0] or type(error).__name__
-            raise UserError(
-                f"the folder {path} has no {source}.jsonl, .json or .parquet ({first}): put one there"
-            ) from None
+        configuration = self.hub[source][1] if (folder / "README.md").is_file() else None
+        wanted = f"a folder with {source}.jsonl, .json or .parquet, or a copy of the hub's"
+        rows = load_split(path, source, configuration, wanted)
         return self.cut(self.convert(rows, f"{path} ({source})"), split, seed)
 
     def load(self, path: str) -> Iterator[Problem]:
         suffix = Path(path).suffix
-        if suffix not in SUFFIXES:
-            raise UserError(f"data={path} is no {', '.join(SUFFIXES)} file: give one of these, or a folder")
+        if suffix not in BUILDERS:
+            raise UserError(f"data={path} is no {', '.join(BUILDERS)} file: give one of these, or a folder")
         if suffix == ".parquet":
             from pyarrow import ArrowInvalid, parquet
 
@@ -166,28 +157,3 @@ class Worded(Task):
     def whole(self, completion: str) -> str:
         """Prefill and completion up to its end token: what a format is judged by, as the prompt ends inside the answer."""
         return self.prefill + answers.cut_at_end(completion)
-
-
-@contextmanager
-def _on_hub(name: str, task: str) -> Iterator[Any]:
-    """``datasets.load_dataset``, which retries for half a minute without a network: one request decides beforehand.
-
-    Where the hub cannot be reached, what was loaded once is found in the local cache. Raises UserError otherwise.
-    """
-    import datasets
-    import huggingface_hub
-
-    was = huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    try:
-        huggingface_hub.HfApi().dataset_info(name, timeout=10)
-    except Exception:  # noqa: BLE001  (no network, no access, no such data set: the cache decides)
-        huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield datasets.load_dataset
-    except Exception as error:  # noqa: BLE001  (hub, network, cache and readers raise each their own)
-        raise UserError(
-            f"the data set {name} cannot be had from the hub ({type(error).__name__}): "
-            f"give a local file or folder as {task}:data=PATH"
-        ) from None
-    finally:
-        huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = was

@@ -1,0 +1,48 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) for training: which matrices, the first weights, the base model's name."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unmask.models.masked_lm import MaskedLM
+from unmask.spec import UserError
+
+# Every matrix of every block: LLaDA's names, then those of Qwen and Llama. The head outside the blocks is left alone.
+LORA_TARGETS = (
+    r"(.*\.)?(blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"
+    r"|layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj))"
+)
+
+
+def adapter_config(r: int, alpha: int, targets: str = LORA_TARGETS, dropout: float = 0.0) -> Any:
+    """A peft LoraConfig. ``targets`` is a regular expression over whole module names."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout)
+
+
+def adapted(lm: MaskedLM, config: Any, seed: int) -> MaskedLM:
+    """``lm`` with a new adapter of a peft config, its first weights drawn from ``seed``; only the adapter is trained.
+
+    The adapter names its base model by a whole path, so that a saved one can be loaded alone.
+
+    Raises:
+        UserError: if no module of the model is meant, or the targets are no regular expression.
+    """
+    from peft import get_peft_model
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model: Any = get_peft_model(lm.model, config)
+    except (ValueError, re.error) as error:
+        raise UserError(f"the adapter does not fit the model: {str(error).splitlines()[0]}") from None
+    base = Path(lm.name)
+    for adapter in model.peft_config.values():
+        adapter.base_model_name_or_path = str(base.resolve()) if base.exists() else lm.name
+    return replace(lm, model=model)

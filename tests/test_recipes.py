@@ -1,0 +1,117 @@
+"""Every recipe of configs/llada: its numbers, its dry run, and two updates on a small random LLaDA in two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from checkpoints import write_llada
+from recipes_run import small_rl
+from unmask import UserError, load
+from unmask.cli import main
+from unmask.config import read_config, save_config
+from unmask.rl.plan import dry_run
+from unmask.rl.run import RLConfig, make_trainer
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted(f for f in (ROOT / "configs" / "llada").glob("*.yaml") if not f.name.startswith("_"))
+RL = [f for f in RECIPES if not f.name.startswith("sft")]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made-up problems in the published forms, enough that the hash gives some to either split."""
+    folder = tmp_path_factory.mktemp("data")
+    for name in ("gsm8k", "math500"):
+        (folder / name).mkdir()
+    counts = [f"Ann has {n} pens and buys {n + 1} more. How many has she now?" for n in range(80)]
+    rows = [{"question": q, "answer": f"{n} + {n + 1}\n#### {2 * n + 1}"} for n, q in enumerate(counts)]
+    (folder / "gsm8k" / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    rows = [{"problem": q, "solution": f"\\boxed{{{2 * n + 1}}}"} for n, q in enumerate(counts)]
+    (folder / "math500" / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    rows = [{"question": q, "thinking_trajectories": ["count"], "attempt": str(n)} for n, q in enumerate(counts[:24])]
+    (folder / "s1k.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llada(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_llada(tmp_path_factory.mktemp("llada"), max_sequence_length=2048)
+
+
+def test_the_grid_is_whole_and_has_the_published_numbers() -> None:
+    names = {
+        f"{o}_{t}" for o in ("cj", "diffu", "one_step", "coupled") for t in ("countdown", "sudoku", "gsm8k", "math")
+    }
+    assert {f.stem for f in RL} == names and {f.stem for f in RECIPES} == {*names, "sft_s1k"}
+    for file in RL:
+        c = read_config(RLConfig, file)
+        objective, _, task = file.stem.rpartition("_")
+        assert c.objective == objective.replace("_", "-") and c.output == f"runs/llada/{file.stem}"
+        assert c.tasks[0].partition(":")[0] == {"math": "math500"}.get(task, task)
+        assert c.num_iterations == (12 if task in ("gsm8k", "math") else 8)
+        assert (c.num_generations, c.batch_size, c.rows_per_forward) == (6, 12, 6)
+        assert (c.epsilon, c.beta, c.temperature, c.learning_rate) == (0.5, 0.04, 1.0, 3e-6)
+        assert (c.lora_r, c.lora_alpha, c.weight_decay, c.adam_beta2, c.max_grad_norm) == (128, 64, 0.1, 0.99, 0.2)
+        assert c.steps % c.num_iterations == c.save_every % c.num_iterations == 0
+        assert c.decoder == ("eoser-ass" if objective == "cj" else "semi-ar:block_length=32")
+        assert c.model == "GSAI-ML/LLaDA-8B-Instruct" and c.max_completion_length == 128 and c.bf16
+
+
+def test_two_updates_of_every_recipe_on_two_processes(llada: str, data: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "tests" / "recipes_run.py"), llada, str(data), str(tmp_path), *map(str, RECIPES)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for file in RECIPES:
+        assert load(str(tmp_path / file.stem / "final"), "float32").self_test()
+        if file in RL:
+            lines = [json.loads(x) for x in (tmp_path / file.stem / "metrics.jsonl").read_text().splitlines()]
+            assert [x["step"] for x in lines if "loss" in x] == [1, 2]
+
+
+@pytest.mark.parametrize("file", RL, ids=lambda f: f.stem)
+def test_dry_runs_say_what_the_trainer_does(file: Path, llada: str, data: Path, tmp_path: Path) -> None:
+    c = small_rl(file, llada, data, tmp_path / "run")
+    said = dry_run(c)
+    assert not (tmp_path / "run").exists()
+    trainer = make_trainer(c, [])
+    rollout = trainer.sample([trainer.train_dataset[0]])  # type: ignore[index]
+    views = trainer._views(rollout, 0)
+    passes = -(-len(views) * 6 // c.rows_per_forward)
+    assert f"{len(views)} views × 6 rows: {passes} forward and backward passes" in said
+    assert f"NFE {int(rollout.trajectory.nfe.max())} a completion" in said
+    assert "1 processes × 6 completions = 6 an update: 1 prompts × 6" in said
+    assert ("1 forward passes for the old policy" in said or c.objective != "one-step") and "GiB a process" in said
+
+
+def test_dry_run_on_the_command_line(
+    llada: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    save_config(small_rl(RL[0], llada, data, tmp_path / "run"), tmp_path / "c.yaml")
+    assert main(["rl", str(tmp_path / "c.yaml"), "--dry-run", "--beta", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "8 processes × 6 completions = 48 an update: 8 prompts × 6" in out and "beta: 0.0" in out
+    assert "0 for the reference" in out
+    assert main(["rl", str(tmp_path / "c.yaml"), "--dry-run", "--batch-size", "7"]) == 2
+    assert "does not divide" in capsys.readouterr().err
+
+
+def test_base_files(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml\nbeta: 0.5\noutput: x\n")
+    (tmp_path / "b.yaml").write_text("beta: 0.1\ntasks: [sudoku]\nseed: 3\n")
+    c = read_config(RLConfig, tmp_path / "a.yaml", ["--seed", "4"])
+    assert (c.beta, c.seed, c.tasks) == (0.5, 4, ["sudoku"])
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(UserError, match="does not lead back"):
+        read_config(RLConfig, tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("bta: 1\n")
+    with pytest.raises(UserError, match="did you mean 'beta'"):
+        read_config(RLConfig, tmp_path / "a.yaml")

@@ -1,0 +1,331 @@
+"""Fine-tuning on chat data: what is learned, adapters, accumulation, resume, the recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import TrainerCallback, TrainingArguments
+
+from conftest import SHAPE, toy
+from test_sft_data import WIDTH, chat, no_shared_cache, read, turns, write  # noqa: F401  (a fixture for every test)
+from unmask import UserError, load
+from unmask.adapters import LORA_TARGETS, adapted, adapter_config
+from unmask.config import read_config
+from unmask.models.masked_lm import MaskedLM
+from unmask.noise import sample_times
+from unmask.sft import DiffusionTrainer, SFTConfig, _arguments, _set_length, train
+from unmask.sft_data import ChatRows, FillCollate
+
+ROOT = Path(__file__).parent.parent
+
+
+def config(output: Path, data: str, **changes: Any) -> SFTConfig:
+    values: dict[str, Any] = {
+        "output": str(output),
+        "data": data,
+        "max_length": WIDTH,
+        "validation_share": 0.1,
+        "steps": 4,
+        "batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "optimizer": "adamw",
+        "learning_rate": 1e-2,
+        "warmup_steps": 0,
+        "prompt_masking": 0.0,
+        "log_every": 1,
+        "eval_every": 2,
+        "save_every": 2,
+        "report_to": [],
+        "bf16": False,
+    }
+    return SFTConfig(**{**values, **changes})
+
+
+def trainer(tmp_path: Path, lm: MaskedLM, c: SFTConfig, rows: ChatRows, **settings: Any) -> DiffusionTrainer:
+    return DiffusionTrainer(
+        lm,
+        c,
+        0,
+        train_dataset=rows.training,
+        data_collator=FillCollate(lm.eos_id, c.max_length),
+        args=TrainingArguments(
+            output_dir=str(tmp_path / "t"), use_cpu=True, report_to="none", remove_unused_columns=False, **settings
+        ),
+    )
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eos_in_loss", [True, False])
+def test_loss_and_gradient_by_hand(tmp_path: Path, eos_in_loss: bool) -> None:
+    """Each row alone, without padding: response, end of turn and filling are masked and learned, the prompt never is.
+
+    The softmax by hand runs over the whole vocabulary, the mask token included.
+    """
+    lm = toy()
+    c = config(tmp_path, "x", eos_in_loss=eos_in_loss, model="tiny")
+    rows = read(lm, chat(tmp_path))
+    batch = FillCollate(lm.eos_id, WIDTH)(rows.training[:4])
+    lengths = [(len(r["prompt"]), len(r["response"])) for r in rows.training[:4]]
+    assert len({p for p, _ in lengths}) > 2
+    t = torch.tensor([0.3, 0.9, 0.5, 0.7])
+    lm.model.zero_grad()
+    found = trainer(tmp_path, lm, c, rows).loss_at(lm.model, batch, t, WIDTH, 0.0, torch.Generator().manual_seed(3))
+    found.backward()
+    gradient = {n: p.grad.clone() for n, p in lm.model.named_parameters() if p.grad is not None}
+
+    generator = torch.Generator().manual_seed(3)
+    torch.rand(4, generator=generator)  # which rows mask their prompt: none
+    draws = torch.rand(4, WIDTH, generator=generator)
+    lm.model.zero_grad()
+    total, tokens = torch.zeros(()), 0
+    kinds = set()
+    for i, (prompt, response) in enumerate(lengths):
+        ids = batch["ids"][i]
+        assert ids[:prompt].tolist() == rows.training[i]["prompt"].tolist()
+        assert ids[prompt + response - 1] == lm.eot_id and set(ids[prompt + response :].tolist()) == {lm.eos_id}
+        hidden = [j for j in range(prompt, WIDTH) if draws[i, j] < t[i]]
+        last = WIDTH if eos_in_loss else prompt + response
+        masked = [j for j in hidden if j < last]
+        kinds |= {int(ids[j]) for j in masked} & {lm.eos_id, lm.eot_id}
+        tokens += last - prompt
+        noisy = ids.clone()
+        noisy[hidden] = lm.mask_id
+        logits = lm.model(noisy[None]).logits[0]
+        total = total + F.cross_entropy(logits[masked], ids[masked], reduction="sum") / t[i]
+    (total / tokens).backward()
+    assert kinds == ({lm.eos_id, lm.eot_id} if eos_in_loss else {lm.eot_id})
+    assert float(found.detach()) == pytest.approx(float(total.detach()) / tokens, rel=1e-5)
+    for name, p in lm.model.named_parameters():
+        assert p.grad is not None and torch.allclose(gradient[name], p.grad, rtol=1e-3, atol=1e-5), name
+
+
+def test_nothing_masked_is_no_loss(tmp_path: Path) -> None:
+    lm = toy()
+    rows = read(lm, chat(tmp_path))
+    batch = FillCollate(lm.eos_id, WIDTH)(rows.training[:2])
+    t = torch.full((2,), 1e-9)
+    c = config(tmp_path, "x", model="tiny")
+    loss = trainer(tmp_path, lm, c, rows).loss_at(lm.model, batch, t, WIDTH, 0.0, torch.Generator().manual_seed(0))
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    assert all(p.grad is not None and not p.grad.any() for p in lm.model.parameters())
+
+
+def test_micro_batches_draw_from_one_generator_in_turn(tmp_path: Path) -> None:
+    """The gradient of an update of 2 micro-batches: the mean of their losses, noise of the step's generator in sequence."""
+    lm = toy()
+    c = config(tmp_path, "x", model="tiny", seed=7)
+    rows = read(lm, chat(tmp_path))
+    seen: list[dict[str, Any]] = []
+    gradients: list[dict[str, Any]] = []
+
+    class Grads(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            gradients.append({n: p.grad.clone() for n, p in lm.model.named_parameters()})
+
+    settings = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 2,
+        "max_grad_norm": 0.0,
+    }
+    t = trainer(tmp_path, lm, c, rows, learning_rate=0.0, save_strategy="no", **settings)
+    t.add_callback(Grads())
+    compute = t.compute_loss
+
+    def spy(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append({k: v.clone() for k, v in inputs.items()})
+        return compute(model, inputs, *args, **kwargs)
+
+    t.compute_loss = spy  # type: ignore[method-assign]
+    t.train()
+    assert len(seen) == 4 and len(gradients) == 2
+    for step in (0, 1):
+        generator = torch.Generator().manual_seed((7 * 1_000_003 + step) * 1009)
+        lm.model.zero_grad()
+        for batch in seen[2 * step : 2 * step + 2]:
+            (t.loss_at(lm.model, batch, sample_times(2, generator), WIDTH, 0.0, generator) / 2).backward()
+        for name, p in lm.model.named_parameters():
+            assert p.grad is not None and torch.allclose(gradients[step][name], p.grad, rtol=1e-4, atol=1e-6), name
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_run_resumes_exactly_and_ends_merged(
+    tmp_path: Path, toy_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With dropout, accumulation and more than one epoch: killed and resumed is uninterrupted, bit for bit."""
+    settings: dict[str, Any] = {"model": toy_folder, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.3}
+    settings |= {"steps": 8, "save_every": 5}
+    data = chat(tmp_path)
+    final = train(config(tmp_path / "whole", data, **settings))
+    assert "11 training and 1 validation rows, 0 of them cut" in capsys.readouterr().err
+    part = config(tmp_path / "part", data, **settings)
+    shutil.rmtree(train(part))
+    shutil.rmtree(tmp_path / "part" / "checkpoint-8")  # as if killed after update 5, in the second epoch of three
+    again = train(part)
+    whole, resumed = (load_file(f / "model.safetensors") for f in (final, again))
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole) and whole.keys() == resumed.keys()
+
+    assert not (final / "adapter_config.json").exists()
+    low = load_file(tmp_path / "whole" / "checkpoint-8" / "adapter_model.safetensors")
+    base = load_file(Path(toy_folder) / "model.safetensors")
+    moved = 0
+    for key, weight in base.items():
+        stem = f"base_model.model.{key.removesuffix('.weight')}.lora_"
+        if f"{stem}A.weight" in low:
+            change = low[f"{stem}B.weight"] @ low[f"{stem}A.weight"] * (8 / 4)
+            assert change.abs().max() > 1e-4
+            assert torch.allclose(whole[key], weight + change, atol=1e-6), key
+            moved += 1
+        else:
+            assert torch.equal(whole[key], weight), key
+    adapter = json.loads((tmp_path / "whole" / "checkpoint-8" / "adapter_config.json").read_text())
+    assert adapter["lora_dropout"] == 0.3 and Path(adapter["base_model_name_or_path"]) == Path(toy_folder)
+    assert moved == 7 * SHAPE["n_layers"]  # type: ignore[operator]
+    assert load(str(final)).name == str(final)
+
+
+def test_accumulation_is_part_of_the_run(tmp_path: Path, toy_folder: str) -> None:
+    """The number of updates of epochs, and the learning rate that ends at zero on the last of them."""
+    data = chat(tmp_path, 24)
+    c = config(tmp_path / "run", data, model=toy_folder, steps=None, epochs=1.5, lr_scheduler="linear", save_every=100)
+    train(c)
+    state = json.loads((tmp_path / "run" / "checkpoint-9" / "trainer_state.json").read_text())
+    # 22 training rows are 11 batches, hence 6 updates an epoch (the last of one batch), 9 in all.
+    assert state["global_step"] == state["max_steps"] == math.ceil(1.5 * math.ceil(11 / 2)) == 9
+    assert state["epoch"] == pytest.approx(1 + 6 / 11)
+    rates = [e["learning_rate"] for e in state["log_history"] if "learning_rate" in e]
+    assert rates == pytest.approx([1e-2 * (9 - i) / 9 for i in range(9)])
+    assert [e["step"] for e in state["log_history"] if "eval_loss" in e] == [2, 4, 6, 8, 9]
+    with pytest.raises(UserError, match="run with other batch_size, gradient_accumulation_steps"):
+        train(dataclasses.replace(c, batch_size=1, gradient_accumulation_steps=4))
+
+
+def test_fine_tuning_learns_when_to_stop(tmp_path: Path, toy_folder: str) -> None:
+    """One exchange, learned by an adapter: greedy decoding gives it back with its end of turn and the filling behind it."""
+    from unmask.decoding import decode, make_decoder
+
+    data = write(tmp_path / "one.jsonl", [{"messages": turns("say", "it is so")}] * 8)
+    changes = {
+        "model": toy_folder,
+        "lora_r": 16,
+        "max_length": 24,
+        "validation_share": 0.0,
+        "gradient_checkpointing": True,
+    }
+    changes |= {"batch_size": 8, "gradient_accumulation_steps": 1, "steps": 100, "log_every": 100, "save_every": 100}
+    lm = load(str(train(config(tmp_path / "run", data, lr_scheduler="linear", **changes))))
+    tokens = decode(lm, *lm.encode([lm.chat("say")]), make_decoder("full", max_new_tokens=19, steps=19)).tokens
+    assert lm.tokenizer.decode(tokens[0]) == "it is so<|eot_id|>" + "<|endoftext|>" * 10
+
+
+def test_adapters_reach_every_matrix_of_every_block() -> None:
+    reached = adapted(toy(), adapter_config(2, 4), 0).model
+    names = {
+        n.rsplit(".lora_A", 1)[0].removeprefix("base_model.model.")
+        for n, _ in reached.named_parameters()
+        if "lora_A" in n
+    }
+    assert names == {n for n, m in toy().model.named_modules() if isinstance(m, torch.nn.Linear) and ".blocks." in n}
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
+        assert re.fullmatch(LORA_TARGETS, f"model.layers.11.{name}")
+    for name in ("lm_head", "model.transformer.ff_out", "model.layers.1.input_layernorm", "model.embed_tokens"):
+        assert not re.fullmatch(LORA_TARGETS, name)
+    with pytest.raises(UserError, match="the adapter does not fit the model"):
+        adapted(toy(), adapter_config(2, 4, "nothing"), 0)
+    with pytest.raises(UserError, match="the adapter does not fit the model"):
+        adapted(toy(), adapter_config(2, 4, "("), 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ["sudoku"]}, "give either tasks .* or data"),
+        ({"data": None, "tasks": []}, "give either tasks .* or data"),
+        ({"epochs": 2.0}, "steps is 4, epochs 2.0: give one"),
+        ({"steps": None}, "steps is None, epochs None: give one"),
+        ({"steps": None, "epochs": 0.0}, "epochs is 0.0: give a positive"),
+        ({"overlong": "cut"}, "overlong is 'cut': give refuse, truncate or drop"),
+        ({"lr_scheduler": "wsd"}, "lr_scheduler is 'wsd': give warmup_stable_decay, "),
+        ({"lora_r": 0}, "lora_r is 0"),
+        ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
+        ({"validation_share": 1.5}, "validation_share is 1.5"),
+        ({"report_to": ["nowhere"]}, "report_to names 'nowhere'"),
+        ({"model": None, "new_model": {}, "lora_r": 2}, "a new_model trains whole"),
+    ],
+)
+def test_wrong_settings_name_the_fix(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config(tmp_path, **{"data": "x.jsonl", "model": "tiny", **changes})
+
+
+def test_runs_refuse_what_does_not_fit(tmp_path: Path, toy_folder: str) -> None:
+    data = chat(tmp_path)
+    with pytest.raises(UserError, match=r"max_length is 4096, but .* takes 1024 tokens: lower it"):
+        train(config(tmp_path / "a", data, model=toy_folder, max_length=4096))
+    with pytest.raises(UserError, match=r"11 training examples do not fill a batch of 12: .*lower batch_size"):
+        train(config(tmp_path / "b", data, model=toy_folder, batch_size=12))
+    with pytest.raises(UserError, match="leaves no row to train on"):
+        train(config(tmp_path / "c", data, model=toy_folder, validation_share=1.0))
+
+
+# ---- the recipe ------------------------------------------------------------------------------------------------------
+
+
+def test_the_s1k_recipe_is_the_published_one(tmp_path: Path, toy_folder: str) -> None:
+    """d1's settings; and the file, with a toy and two made-up rows in place of the 8B and s1K, runs."""
+    file = ROOT / "configs" / "llada" / "sft_s1k.yaml"
+    c = read_config(SFTConfig, file)
+    published = {
+        "model": "GSAI-ML/LLaDA-8B-Instruct",
+        "data": "simplescaling/s1K",
+        "max_length": 4096,
+        "overlong": "truncate",
+        "validation_share": 0.01,
+        "lora_r": 128,
+        "lora_alpha": 256,
+        "lora_dropout": 0.05,
+        "epochs": 20,
+        "batch_size": 1,
+        "gradient_accumulation_steps": 4,
+        "learning_rate": 1e-5,
+        "lr_scheduler": "linear",
+        "warmup_steps": 0,
+        "weight_decay": 0.1,
+        "max_grad_norm": 1.0,
+        "optimizer": "adamw",
+        "prompt_masking": 0.0,
+        "eos_in_loss": True,
+        "bf16": True,
+        "dtype": "bfloat16",
+    }
+    assert {name: getattr(c, name) for name in published} == published
+    names = [n for n, m in toy().model.named_modules() if isinstance(m, torch.nn.Linear)]
+    reached = {n.rsplit(".", 1)[1] for n in names if re.fullmatch(c.lora_target_modules, n)}
+    assert reached == {"q_proj", "k_proj", "v_proj"}
+    args = _arguments(c)
+    _set_length(args, c, 990)  # 1,000 rows, 1 % of them for validation, here on one process
+    assert args.max_steps == 20 * math.ceil(990 / 4) and (args.adam_beta1, args.adam_beta2) == (0.9, 0.999)
+
+    rows = [{"question": f"{i}?", "thinking_trajectories": ["well " * 60], "attempt": str(i)} for i in range(3)]
+    small = {"output": tmp_path / "run", "data": write(tmp_path / "s1k.jsonl", rows), "model": toy_folder}
+    small |= {"epochs": 1.0, "max_length": 256, "dtype": "float32", "bf16": "False", "lora-r": 4}
+    flags = [part for name, value in small.items() for part in (f"--{name}", str(value))]
+    flags[flags.index("--bf16") : flags.index("--bf16") + 2] = ["--no-bf16"]
+    c = read_config(SFTConfig, file, [*flags, "--report-to"])
+    assert (train(c) / "model.safetensors").exists()

@@ -1,0 +1,208 @@
+"""Chat data for fine-tuning: what is tokenised, what is cut or left out, what is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from conftest import toy
+from unmask import UserError
+from unmask.models.masked_lm import MaskedLM
+from unmask.models.scratch import CHAT_TEMPLATE
+from unmask.sft_data import ChatRows, read_chat
+
+WIDTH = 64
+
+
+@pytest.fixture(autouse=True)
+def no_shared_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[i % 2], "content": c} for i, c in enumerate(contents)]
+
+
+def chat(tmp_path: Path, count: int = 12) -> str:
+    rows = [{"messages": turns(f"say {'a' * (i % 5)}{i}", f"it is {i}" * (1 + i % 3))} for i in range(count)]
+    return write(tmp_path / "chat.jsonl", rows)
+
+
+def read(lm: MaskedLM, name: str, width: int = WIDTH, overlong: str = "refuse", share: float = 0.0) -> ChatRows:
+    return read_chat(lm, name, width, overlong, share)
+
+
+def texts(lm: MaskedLM, rows: ChatRows) -> list[tuple[str, str]]:
+    return [(lm.tokenizer.decode(r["prompt"]), lm.tokenizer.decode(r["response"])) for r in rows.training]
+
+
+HEADERS = (  # like LLaDA's: contents trimmed, a header for the answer in any case
+    "{% for m in messages %}{{ '#' + m['role'] + '\\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}{{ '#assistant\\n' }}"
+)
+NEWLINES = (  # like Qwen's: something after the end of the turn
+    "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<|endoftext|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "response"),
+    [
+        (CHAT_TEMPLATE, "<|user|>one<|assistant|> two<|eot_id|><|user|>three<|assistant|>", " four<|eot_id|>"),
+        (HEADERS, "#user\none<|eot_id|>#assistant\ntwo<|eot_id|>#user\nthree<|eot_id|>#assistant\n", "four<|eot_id|>"),
+        (NEWLINES, "user:one<|endoftext|>\nassistant: two<|endoftext|>\nuser:three<|endoftext|>\nassistant:", None),
+    ],
+)
+def test_messages_are_what_the_template_writes(
+    tmp_path: Path, template: str, prompt: str, response: str | None
+) -> None:
+    """All turns but the assistant's last are the prompt; the response ends with the template's own end of turn."""
+    lm = toy()
+    lm.tokenizer.chat_template = template
+    name = write(tmp_path / "a.jsonl", [{"messages": turns("one", " two", "three", " four")}])
+    (row,) = read(lm, name, 200).training
+    encode = lm.tokenizer
+    assert row["prompt"].tolist() == encode(prompt, add_special_tokens=False)["input_ids"]
+    expected = " four<|endoftext|>" if response is None else response
+    assert row["response"].tolist() == encode(expected, add_special_tokens=False)["input_ids"]
+    assert row["response"][-1] == (lm.eos_id if response is None else lm.eot_id)
+
+
+def test_pairs_of_text_and_of_messages(tmp_path: Path) -> None:
+    lm = toy()
+    text = write(tmp_path / "text.jsonl", [{"prompt": "<|user|>a<|eot_id|>b", "completion": "c"}])
+    assert texts(lm, read(lm, text)) == [("<|user|>a<|eot_id|>b", "c<|eot_id|>")]  # as it is, and the end of turn
+    file = tmp_path / "pairs.json"
+    file.write_text(json.dumps([{"prompt": turns("q"), "completion": turns("", "r")[1:], "other": 1}]))
+    assert texts(lm, read(lm, str(file))) == [("<|user|>q<|assistant|>", "r<|eot_id|>")]
+
+
+def test_s1k_rows(tmp_path: Path) -> None:
+    """Question, first trajectory and attempt in the tags that evaluation reads; the user's turn asks for them first."""
+    lm = toy()
+    row = {
+        "question": "2+2?",
+        "thinking_trajectories": ["two twos", "unused"],
+        "attempt": "4",
+        "solution": "4",
+        "cot": None,
+    }
+    folder = tmp_path / "s1k"
+    folder.mkdir()
+    datasets.Dataset.from_list([row]).to_parquet(str(folder / "train.parquet"))
+    for name in (str(folder), str(folder / "train.parquet")):
+        ((prompt, response),) = texts(lm, read(lm, name, 400))
+        assert response == "<reasoning>two twos</reasoning>\n<answer>4</answer><|eot_id|>"
+        assert prompt.startswith("<|user|>") and prompt.endswith("\n\n2+2?<|assistant|>")
+        tags = re.findall(r"</?\w+>", prompt)
+        assert tags == ["<reasoning>", "</reasoning>", "<answer>", "</answer>"]
+
+
+def test_overlong_rows(tmp_path: Path) -> None:
+    lm = toy()
+    name = write(
+        tmp_path / "a.jsonl",
+        [
+            {"prompt": "p" * 4, "completion": "r" * 5},  # 10 tokens with the end of turn
+            {"prompt": "p" * 4, "completion": "r" * 6},
+            {"prompt": "p" * 10, "completion": "r"},
+        ],
+    )
+    with pytest.raises(UserError, match=r"row 2 of .*has 4 prompt and 7 response tokens.*max_length 10"):
+        read(lm, name, 10)
+    cut = read(lm, name, 10, "truncate")
+    assert texts(lm, cut) == [("pppp", "rrrrr<|eot_id|>"), ("pppp", "rrrrrr")]
+    assert (cut.cut, cut.left_out) == (1, 1)  # of the third only the prompt would be left
+    dropped = read(lm, name, 10, "drop")
+    assert texts(lm, dropped) == [("pppp", "rrrrr<|eot_id|>")] and (dropped.cut, dropped.left_out) == (0, 2)
+    whole = read(lm, name, 12)
+    assert len(whole.training) == 3 and (whole.cut, whole.left_out) == (0, 0)
+    with pytest.raises(UserError, match=r"leaves no row to train on .*3 longer than max_length 4"):
+        read(lm, name, 4, "truncate")
+
+
+def test_validation_prompts_are_apart(tmp_path: Path) -> None:
+    """A tenth of the different prompts, whatever the order; rows that share a prompt stay together."""
+    lm = toy()
+    rows = [{"prompt": f"p{i % 40}", "completion": f"r{i}"} for i in range(80)]
+    found = read(lm, write(tmp_path / "a.jsonl", rows), share=0.1)
+    held, learned = ({lm.tokenizer.decode(r["prompt"]) for r in side} for side in (found.validation, found.training))
+    assert len(held) == 4 and len(found.validation) == 8 and not held & learned and len(found.training) == 72
+    again = read(lm, write(tmp_path / "b.jsonl", rows[::-1]), share=0.1)
+    assert {lm.tokenizer.decode(r["prompt"]) for r in again.validation} == held
+    assert len(read(lm, write(tmp_path / "c.jsonl", rows[:9]), share=0.01).validation) == 1
+    assert not read(lm, write(tmp_path / "d.jsonl", rows[:9]), share=0.0).validation
+
+
+GOOD = {"messages": turns("a", "b")}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"text": "a", "id": 1}], "has the columns id, text: rename them to messages or prompt .* or question"),
+        ([GOOD, {"messages": turns("a", " ")}], "row 2 of .*: the response is empty"),
+        ([{"messages": turns(" ", "b")}], "row 1 of .*: the prompt is empty"),
+        ([GOOD, {"messages": turns("a", "b", "c")}], "row 2 of .*: the last message is by 'user'"),
+        ([GOOD, {"messages": turns("", "b")[1:]}], "row 2 of .*: messages are no list of two or more"),
+        ([GOOD, {"messages": None}], "row 2 of .*: messages are no list"),
+        ([GOOD, {"messages": turns("a<|mdm_mask|>", "b")}], r"row 2 of .*holds the control token <\|mdm_mask\|>"),
+        ([GOOD, {"messages": turns("a", "b<|eot_id|>c")}], r"row 2 of .*holds the control token <\|eot_id\|>"),
+        ([GOOD, {"messages": turns("a<|endoftext|>", "b")}], r"row 2 of .*holds the control token <\|endoftext\|>"),
+        ([{"prompt": "a<|mdm_mask|>", "completion": "b"}], r"row 1 of .*holds the control token <\|mdm_mask\|>"),
+        ([{"prompt": "a", "completion": None}], "row 1 of .*: the response is empty"),
+        ([{"prompt": "a", "completion": 3}], "row 1 of .*: completion is int: give text"),
+        ([{"prompt": "a", "completion": turns("", "b")[1:]}], "row 1 of .*write both alike"),
+        ([{"prompt": turns("a"), "completion": turns("b", "c")}], "row 1 of .*completion holds 2 messages"),
+        (
+            [{"question": "a", "thinking_trajectories": [], "attempt": "b"}],
+            "row 1 of .*: thinking_trajectories is empty",
+        ),
+        ([{"question": "a", "thinking_trajectories": ["t"], "attempt": ""}], "row 1 of .*: attempt is empty"),
+    ],
+)
+def test_bad_rows_are_named(tmp_path: Path, toy_lm: MaskedLM, rows: list[dict[str, Any]], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read(toy_lm, write(tmp_path / "a.jsonl", rows))
+
+
+def test_data_that_cannot_be_read(tmp_path: Path, toy_lm: MaskedLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.csv").write_text("a,b\n")
+    with pytest.raises(UserError, match=r"a\.csv is no data file that can be read: give \.json"):
+        read(toy_lm, str(tmp_path / "a.csv"))
+    (tmp_path / "a.jsonl").write_text('{"messages": [')
+    with pytest.raises(UserError, match=r"cannot read .*a\.jsonl"):
+        read(toy_lm, str(tmp_path / "a.jsonl"))
+    with pytest.raises(UserError, match=r"cannot read .*empty: "):
+        (tmp_path / "empty").mkdir()
+        read(toy_lm, str(tmp_path / "empty"))
+
+    def offline(*_: Any, **__: Any) -> Any:
+        raise ConnectionError("Couldn't reach 'simplescaling/s1K' on the Hub\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(
+        UserError, match=r"cannot fetch the data set simplescaling/s1K \(Couldn't reach .*the Hub\): .*local copy"
+    ):
+        read(toy_lm, "simplescaling/s1K")
+    lm = toy()
+    lm.tokenizer.chat_template = None
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="toy has no chat template"):
+        read(lm, chat(tmp_path))
+    lm.tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(UserError, match=r"row 1 of .*the chat template of toy refuses the messages \(no\)"):
+        read(lm, chat(tmp_path))
+    lm.tokenizer.chat_template = "{{ 'a' if add_generation_prompt else 'b' }}"
+    with pytest.raises(UserError, match="otherwise than it asks for it"):
+        read(lm, chat(tmp_path))
