@@ -14,7 +14,7 @@ def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, flo
     p = successes / trials
     centre = (p + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half))  # p is inside, whatever the rounding
 
 
 def pooled_bootstrap(points: list[float], possible: list[float], draws: int = 2000) -> tuple[float, float]:

@@ -1,0 +1,101 @@
+"""A random checkpoint in each published layout goes the whole way: evaluated, trained with an adapter, merged, evaluated again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoints import WRITERS
+from unmask import load
+from unmask.cli import main
+from unmask.rl.run import RLConfig
+from unmask.rl.run import train as train_rl
+from unmask.sft import SFTConfig
+from unmask.sft import train as train_sft
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_whole_way(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    model = WRITERS[name](folder)
+
+    assert main(["info", model, "--max-new-tokens", "16"]) == 0
+    assert "self-test" in capsys.readouterr().out
+    assert main(["generate", "hello", "--model", model, "--decoder", "eoser-ass", "--max-new-tokens", "16"]) == 0
+
+    def evaluated(model: str, output: str, *flags: str) -> list[dict[str, object]]:
+        request = ["eval", "--model", model, "--task", "sudoku", "--decoder", "eoser-ass", "--limit", "3"]
+        request += ["--max-new-tokens", "16", "--dtype", "float32", "--output", str(tmp_path / output), *flags]
+        assert main(request) == 0
+        lines = (tmp_path / output / "records" / "sudoku--eoser-ass.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+    before = evaluated(model, "before")
+    assert len(before) == 3
+
+    rl = RLConfig(
+        output=str(tmp_path / "rl"),
+        model=model,
+        tasks=["sudoku"],
+        objective="cj",
+        decoder="eoser-ass",
+        lora_r=2,
+        problems=2,
+        validation_problems=2,
+        max_completion_length=16,
+        batch_size=4,
+        num_generations=4,
+        steps=2,
+        learning_rate=1e-2,
+        beta=0.01,
+        reward=["test_layouts:length"],
+        bf16=False,
+        eval_every=2,
+        save_every=1,
+        report_to=[],
+    )
+    final = str(train_rl(rl))
+    base, tuned = (load(m, "float32").model.state_dict() for m in (model, final))
+    changed = {k.split(".")[-2] for k in base if not torch.equal(base[k], tuned[k])}
+    matrices = {"q_proj", "k_proj", "v_proj", "up_proj"}
+    matrices |= {"attn_out", "ff_proj", "ff_out"} if name == "llada" else {"o_proj", "gate_proj", "down_proj"}
+    assert changed == matrices and base.keys() == tuned.keys()
+    outside = [k for k in base if k.endswith("transformer.ff_out.weight") or "embed" in k or "wte" in k]
+    assert outside and all(torch.equal(base[k], tuned[k]) for k in outside)
+    # A checkpoint's adapter, merged while loading, is what the run exported.
+    adapter = str(tmp_path / "rl" / "checkpoint-2")
+    assert evaluated(final, "final") == evaluated(adapter, "merged")
+    assert evaluated(model, "beside", "--adapter", adapter) == evaluated(final, "final")
+    assert main(["export", adapter, str(tmp_path / "exported")]) == 0
+    assert json.loads((tmp_path / "exported" / "config.json").read_text())["model_type"] == (
+        {"llada": "llada", "dream": "Dream", "qwen3-a2d": "a2d-qwen3"}[name]
+    )
+
+    chat = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "an"}]} for n in range(8)]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat))
+    sft = SFTConfig(
+        output=str(tmp_path / "sft"),
+        model=model,
+        dtype="float32",
+        data=str(tmp_path / "chat.jsonl"),
+        max_length=64,
+        lora_r=2,
+        steps=2,
+        batch_size=2,
+        warmup_steps=0,
+        optimizer="adamw",
+        prompt_masking=0.0,
+        eval_every=2,
+        save_every=2,
+        report_to=[],
+    )
+    assert load(str(train_sft(sft))).self_test()
+
+
+def length(prompts: list[str], completions: list[str], **_: object) -> list[float]:
+    """A reward that differs within a group."""
+    return [float(len(set(text))) for text in completions]
