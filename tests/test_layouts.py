@@ -1,4 +1,4 @@
-"""A random checkpoint in each published layout goes the whole way: evaluated, trained with an adapter, merged, evaluated again."""
+"""A random checkpoint in each published layout goes the whole way: evaluated, trained with an adapter, merged."""
 
 from __future__ import annotations
 
@@ -71,11 +71,14 @@ def test_the_whole_way(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert evaluated(final, "final") == evaluated(adapter, "merged")
     assert evaluated(model, "beside", "--adapter", adapter) == evaluated(final, "final")
     assert main(["export", adapter, str(tmp_path / "exported")]) == 0
-    assert json.loads((tmp_path / "exported" / "config.json").read_text())["model_type"] == (
-        {"llada": "llada", "dream": "Dream", "qwen3-a2d": "a2d-qwen3"}[name]
+    assert (
+        json.loads((tmp_path / "exported" / "config.json").read_text())["model_type"]
+        == ({"llada": "llada", "dream": "Dream", "qwen3-a2d": "a2d-qwen3"}[name])
     )
 
-    chat = [{"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "an"}]} for n in range(8)]
+    chat = [
+        {"messages": [{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": "an"}]} for n in range(8)
+    ]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat))
     sft = SFTConfig(
         output=str(tmp_path / "sft"),

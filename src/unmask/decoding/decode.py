@@ -117,7 +117,7 @@ class Decoding:
             order = uniform_noise(rows.seeds[row], rows.at[row], column, ORDER)
 
         def reduce(head: Head, hidden: Tensor) -> Candidates:
-            return candidates(head, hidden, decoder.temperature, noise, self.confidence.needs)
+            return candidates(head, hidden, decoder.temperature, noise, self.confidence.needs, decoder.top_p)
 
         start, stop = window or (0, rows.ids.shape[1])
         positions = row * (stop - start) + column + rows.width - start

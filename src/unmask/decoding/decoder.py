@@ -42,6 +42,8 @@ class Decoder:
     eos_tokens: Literal["eos", "eos+eot"] = "eos"
     """Which end tokens ``reject`` and ``suppress`` mean: the canvas-filling EOS, or the end-of-turn token too."""
     temperature: float = 0.0
+    top_p: float = 1.0
+    """Sample among the most likely tokens whose probabilities first exceed this (no effect at temperature 0)."""
     cfg_scale: float = 0.0
     """Classifier-free guidance w: logits = u + (w + 1)(c - u), u with the prompt masked. Doubles the passes."""
     threshold: float | None = None
@@ -62,12 +64,14 @@ class Decoder:
         checks = {
             "gamma_min": 0 <= self.gamma_min <= 1,
             "temperature": 0 <= self.temperature < float("inf"),
+            "top_p": 0 < self.top_p <= 1,
             "cfg_scale": 0 <= self.cfg_scale < float("inf"),
             "threshold": self.threshold is None or 0 < self.threshold <= 1,
         }
         ranges = {
             "gamma_min": "0 to 1",
             "temperature": "0 or more",
+            "top_p": "above 0 up to 1",
             "cfg_scale": "0 or more",
             "threshold": "above 0 up to 1",
         }
@@ -117,6 +121,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "hard-eos": {"eos": "suppress"},
     "threshold": {"block_length": 32, "threshold": 0.9},
     "hybrid": {"schedule": "ascending", "block_length": 32},
+    "dream": {"confidence": "entropy", "temperature": 0.2, "top_p": 0.95},  # and one token a step
 }
 
 
@@ -147,4 +152,7 @@ def make_decoder(spec: str, **defaults: Any) -> Decoder:
         raise unknown("decoder", str(name), PRESETS)
     if "name" in parameters:
         raise UserError(f"a decoder on the command line is named by its spec: drop name={parameters['name']}")
-    return build(Decoder, {**defaults, **PRESETS[name], **values, "name": label}, f"decoder {name!r}")
+    values = {**defaults, **PRESETS[name], **values, "name": label}
+    if name == "dream" and values.get("schedule", "uniform") == "uniform":
+        values.setdefault("steps", values.get("max_new_tokens", Decoder.max_new_tokens))
+    return build(Decoder, values, f"decoder {name!r}")

@@ -14,6 +14,7 @@ from unmask.models.head import LANE, Head, rescale
 
 # Streams of random numbers that one step draws for each position.
 TOKEN, ORDER = 0, 1
+NUCLEUS = 2**24  # logits that are sorted at a time
 GOLDEN = -0x61C8864680B583EB  # splitmix64's increment as a signed integer
 
 
@@ -53,7 +54,12 @@ class Candidates:
 
 
 def candidates(
-    head: Head, hidden: Tensor, temperature: float, noise: Tensor | None, needs: frozenset[str] = frozenset()
+    head: Head,
+    hidden: Tensor,
+    temperature: float,
+    noise: Tensor | None,
+    needs: frozenset[str] = frozenset(),
+    top_p: float = 1.0,
 ) -> Candidates:
     """The most likely token of every position (temperature 0), or one sampled from softmax(logits / temperature).
 
@@ -63,9 +69,13 @@ def candidates(
     Args:
         hidden: (N, d) final hidden states. noise: (N,) float64 in [0, 1), or None at temperature 0.
         needs: ``second`` and ``entropy``, where a confidence reads them.
+        top_p: below 1, tokens are sampled among the most likely ones whose probabilities (at ``temperature``) first exceed
+            it (nucleus sampling, arXiv 1904.09751); this sorts the vocabulary. Scores and log-probabilities do not know of it.
     """
     noises = [None] * len(head.parts(hidden)) if noise is None else head.parts(noise)
-    found = [_candidates(head, h, temperature, n, needs) for h, n in zip(head.parts(hidden), noises, strict=True)]
+    found = [
+        _candidates(head, h, temperature, n, needs, top_p) for h, n in zip(head.parts(hidden), noises, strict=True)
+    ]
     if len(found) == 1:
         return found[0]
     columns: dict[str, Any] = {}
@@ -75,7 +85,7 @@ def candidates(
 
 
 def _candidates(
-    head: Head, hidden: Tensor, temperature: float, noise: Tensor | None, needs: frozenset[str]
+    head: Head, hidden: Tensor, temperature: float, noise: Tensor | None, needs: frozenset[str], top_p: float
 ) -> Candidates:
     # One entry a piece of the vocabulary, each on the scale of its largest logit.
     tops, masses, products, lanes = [], [], [], []
@@ -125,9 +135,12 @@ def _candidates(
         spread = (share * torch.stack(products, 1)).sum(1) - (torch.special.entr(share) * mass).sum(1)
         entropy = (rest.log1p() - spread * probability) / math.log(size)
     if noise is not None:
-        scale = share ** (1 / temperature)
-        weights = torch.cat([lane.double() * scale[:, i : i + 1] for i, lane in enumerate(lanes)], 1)
-        drawn, logit = _draw(head, hidden, whole, weights, top, temperature, noise)
+        if top_p < 1:
+            drawn, logit = _draw_nucleus(head, hidden, temperature, top_p, noise)
+        else:
+            scale = share ** (1 / temperature)
+            weights = torch.cat([lane.double() * scale[:, i : i + 1] for i, lane in enumerate(lanes)], 1)
+            drawn, logit = _draw(head, hidden, whole, weights, top, temperature, noise)
         logprob = torch.where(drawn == token, logprob, logit - top + logprob)
         token = drawn
     return Candidates(token, logprob.to(tops[0]), probability, second, entropy)
@@ -175,3 +188,20 @@ def _draw(
     # A rounded sum may point at an impossible token; the likeliest one of the lane stands in.
     at = torch.where(inner.gather(1, at) > 0, at, inner.argmax(1, keepdim=True))
     return (lane * LANE + at)[:, 0], logits.gather(1, at)[:, 0]
+
+
+def _draw_nucleus(head: Head, hidden: Tensor, temperature: float, top_p: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """A token (N,) among the nucleus of each row, and its logit."""
+    tokens, logits = [], []
+    rows = max(1, NUCLEUS // sum(x.shape[1] for _, x in head.pieces(hidden[:1])))  # sorted at a time
+    for h, n in zip(hidden.split(rows), noise.split(rows), strict=True):
+        ordered = (
+            torch.cat([x.clone() for _, x in head.pieces(h)], 1).double().sort(dim=1, descending=True, stable=True)
+        )
+        weight = (ordered.values / temperature).softmax(1)
+        cdf = weight.cumsum(1)
+        kept = weight.masked_fill(cdf - weight > top_p, 0.0)  # the first always stays
+        at = _pick(kept.cumsum(1), n)
+        tokens.append(ordered.indices.gather(1, at)[:, 0])
+        logits.append(ordered.values.gather(1, at)[:, 0])
+    return torch.cat(tokens), torch.cat(logits)
