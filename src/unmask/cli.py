@@ -331,7 +331,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "rl": (rl, "train on rewards with GRPO along the decoder's trajectories"),
     "report": (report_runs, "curves of reinforcement-learning runs"),
     "export": (export_checkpoint, "merge a checkpoint's adapter into a plain checkpoint"),
-    "bench": (bench, "decode, rl: time and memory; gap: objectives against what was sampled"),
+    "bench": (bench, "decode, rl: time and memory; memory: the formula; gap: objectives against samples"),
     "lm-eval": (lm_eval, "lm-evaluation-harness's own command line, with --model unmask"),
     "grade": (grade, "grade completions made elsewhere"),
     "demo": (demo, "the shipped model under each decoder"),

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from unmask.bench.decoding import BenchDecode, bench_decode
+from unmask.bench.memory import BenchMemory, bench_memory
+from unmask.bench.memory import table as memory_table
 from unmask.bench.update import BenchRL, bench_rl
 from unmask.evaluation.report import COLOURS, MARKERS, markdown, save_figure
 from unmask.files import whole
@@ -159,4 +161,11 @@ def _gap(arguments: list[str]) -> None:
     _print(title, headings, rows, config.output)
 
 
-BENCHMARKS: dict[str, Callable[[list[str]], None]] = {"decode": _decode, "rl": _rl, "gap": _gap}
+def _memory(arguments: list[str]) -> None:
+    config, result = _run(BenchMemory, bench_memory, "memory", arguments)
+    shape = f"{config.n_layers} layers of {config.d_model}, V = {config.vocabulary}"
+    title = f"peak memory, {shape}, P = {config.prompt}, S = {config.steps}"
+    _print(title, *memory_table(result), config.output)
+
+
+BENCHMARKS: dict[str, Callable[[list[str]], None]] = {"decode": _decode, "rl": _rl, "gap": _gap, "memory": _memory}

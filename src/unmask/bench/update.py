@@ -159,8 +159,8 @@ def random_rollout(config: BenchRL, lm: MaskedLM, steps: int) -> Rollout:
     return Rollout(trajectory.to(config.device), advantages.to(config.device), active, seeds)
 
 
-def bench_trainer(config: BenchRL, objective: str) -> TrajectoryGRPOTrainer:
-    """A trainer around the stand-in, ready for ``update``."""
+def bench_trainer(config: BenchRL, objective: str, autocast: bool = False) -> TrajectoryGRPOTrainer:
+    """A trainer around the stand-in, ready for ``update``; ``autocast`` to bfloat16 whatever the weights."""
     adapter = adapter_config(config.lora, config.lora) if config.lora else None
     args = TrajectoryGRPOConfig(
         output_dir=tempfile.gettempdir(),
@@ -170,7 +170,7 @@ def bench_trainer(config: BenchRL, objective: str) -> TrajectoryGRPOTrainer:
         per_device_train_batch_size=2,
         rows_per_forward=config.rows_per_forward,
         max_replay_gap=float("inf"),
-        bf16=config.bf16,
+        bf16=config.bf16 or autocast,
         activation_checkpointing=config.gradient_checkpointing,
         max_steps=1,
         use_cpu=config.device == "cpu",
