@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -9,12 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from checkpoints import write_llada
 from recipes_run import small_rl
 from unmask import UserError, load
 from unmask.cli import main
 from unmask.config import read_config, save_config
+from unmask.rl.objectives import ViewRows
 from unmask.rl.plan import dry_run
 from unmask.rl.run import RLConfig, make_trainer
 
@@ -78,17 +81,21 @@ def test_two_updates_of_every_recipe_on_two_processes(llada: str, data: Path, tm
 
 @pytest.mark.parametrize("file", RL, ids=lambda f: f.stem)
 def test_dry_runs_say_what_the_trainer_does(file: Path, llada: str, data: Path, tmp_path: Path) -> None:
-    c = small_rl(file, llada, data, tmp_path / "run")
+    c = dataclasses.replace(small_rl(file, llada, data, tmp_path / "run"), rows_per_forward=4)
     said = dry_run(c)
     assert not (tmp_path / "run").exists()
     trainer = make_trainer(c, [])
     rollout = trainer.sample([trainer.train_dataset[0]])  # type: ignore[index]
     views = trainer._views(rollout, 0)
-    passes = -(-len(views) * 6 // c.rows_per_forward)
+    passes = len(trainer._jobs(ViewRows.of(views), torch.ones(6, dtype=torch.bool)))
     assert f"{len(views)} views × 6 rows: {passes} forward and backward passes" in said
     assert f"NFE {int(rollout.trajectory.nfe.max())} a completion" in said
     assert "1 processes × 6 completions = 6 an update: 1 prompts × 6" in said
-    assert ("1 forward passes for the old policy" in said or c.objective != "one-step") and "GiB a process" in said
+    old = {"cj": 0, "one-step": passes}.get(
+        c.objective, passes * c.num_iterations
+    )  # fresh views are scored for each update
+    reference = passes * (c.num_iterations if trainer.objective.fresh else 1)
+    assert f"{old} forward passes for the old policy, {reference} for the reference" in said and "GiB a process" in said
 
 
 def test_dry_run_on_the_command_line(
