@@ -12,7 +12,7 @@ from unmask.rl.run import train as train_rl
 from unmask.sft import SFTConfig
 from unmask.sft import train as train_sft
 
-SMALL = {"report_to": [], "lora_r": 2, "dtype": "float32", "eval_every": 2, "save_every": 2}
+SMALL = {"report_to": [], "lora_r": 2, "eval_every": 2, "save_every": 2}
 
 
 def small_rl(file: Path, model: str, data: Path, output: Path) -> RLConfig:

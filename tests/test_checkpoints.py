@@ -18,6 +18,7 @@ from checkpoints import WRITERS, write_llada
 from unmask import MaskedLM, UserError, decode, load, make_decoder
 from unmask.models import bidirectional
 from unmask.models.backbone import KVCache
+from unmask.models.load import _HUB_FILES, outline
 from unmask.models.remote import RemoteLM
 from unmask.runs import export
 
@@ -323,3 +324,62 @@ def test_foreign_code_runs_only_when_asked_and_only_if_sound(folders: dict[str, 
         load(str(foreign(tmp_path / "blind", folders["llada"], "0 * around")), trust_remote_code=True)
     with pytest.raises(UserError, match=r"own code fails: NameError"):
         load(str(foreign(tmp_path / "fails", folders["llada"], "nothing")), trust_remote_code=True)
+
+
+# ---- adapters that are not what they seem --------------------------------------------------------------------------
+
+
+def test_strange_adapters(folders: dict[str, str], tmp_path: Path) -> None:
+    lm = load(folders["llada"], "float32")
+    plain = {k: v.clone() for k, v in lm.model.state_dict().items()}
+    adapted = get_peft_model(lm.model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "good")
+    good = load(folders["llada"], "float32", adapter=str(tmp_path / "good"))
+    assert any(not torch.equal(plain[k], v) for k, v in good.model.state_dict().items())
+    other = load(write_llada(tmp_path / "other", seed=2), "float32", adapter=str(tmp_path / "good"))
+    assert good.info()["weights"] != other.info()["weights"] != load(folders["llada"], "float32").info()["weights"]
+
+    def strange(name: str) -> Path:
+        shutil.copytree(tmp_path / "good", tmp_path / name)
+        return tmp_path / name
+
+    file = strange("keys") / "adapter_model.safetensors"
+    save_file({k.replace("q_proj", "k_proj"): v for k, v in load_file(file).items()}, file)
+    with pytest.raises(UserError, match=r"does not belong to .*keys differ"):
+        load(folders["llada"], adapter=str(tmp_path / "keys"))
+    file = strange("pickle") / "adapter_model.safetensors"
+    torch.save(load_file(file), file.with_suffix(".bin"))
+    file.unlink()
+    with pytest.raises(UserError, match=r"holds no \.safetensors"):
+        load(folders["llada"], adapter=str(tmp_path / "pickle"))
+    folder = strange("cycle")
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": str(folder)}))
+    with pytest.raises(UserError, match="its own base model"):
+        load(str(folder))
+    with pytest.raises(UserError, match=r"holds no adapter_config\.json"):
+        load(folders["llada"], adapter=folders["dream"])
+    with pytest.raises(UserError, match="unknown adapter 'nothing'"):
+        load(folders["llada"], adapter="nothing")
+
+
+def test_what_is_fetched_without_weights_is_enough(folders: dict[str, str], tmp_path: Path) -> None:
+    for name, folder in folders.items():
+        there = tmp_path / name
+        there.mkdir()
+        for pattern in _HUB_FILES:
+            for file in Path(folder).glob(pattern):
+                shutil.copy(file, there)
+        assert outline(str(there)).info()["mask_id"] == load(folder).mask_id
+
+
+def test_more_refusals(folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, changes in (("dream", {"max_position_embeddings": None}), ("llada", {"vocab_size": "a"})):
+        for read in (load, outline):
+            with pytest.raises(UserError, match=r"cannot (load|read)"):
+                read(str(broken(folders[name], tmp_path / f"{name}-{read.__name__}", **changes)))
+    with pytest.raises(UserError, match=r"mask token is 323, its config.json says 5"):
+        load(str(broken(folders["dream"], tmp_path / "masks", mask_token_id=5)))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes each have"):
+        load(folders["llada"], device_map="auto")

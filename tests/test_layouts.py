@@ -68,7 +68,9 @@ def test_the_whole_way(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert outside and all(torch.equal(base[k], tuned[k]) for k in outside)
     # A checkpoint's adapter, merged while loading, is what the run exported.
     adapter = str(tmp_path / "rl" / "checkpoint-2")
-    assert evaluated(final, "final") == evaluated(adapter, "merged")
+    tuned_records = evaluated(final, "final")
+    assert [r["completion"] for r in tuned_records] != [r["completion"] for r in before]
+    assert tuned_records == evaluated(adapter, "merged")
     assert evaluated(model, "beside", "--adapter", adapter) == evaluated(final, "final")
     assert main(["export", adapter, str(tmp_path / "exported")]) == 0
     assert (

@@ -79,16 +79,18 @@ def test_two_updates_of_every_recipe_on_two_processes(llada: str, data: Path, tm
             assert [x["step"] for x in lines if "loss" in x] == [1, 2]
 
 
+@pytest.mark.parametrize("cfg", ["", "cfg_scale=0.5"])
 @pytest.mark.parametrize("file", RL, ids=lambda f: f.stem)
-def test_dry_runs_say_what_the_trainer_does(file: Path, llada: str, data: Path, tmp_path: Path) -> None:
+def test_dry_runs_say_what_the_trainer_does(file: Path, cfg: str, llada: str, data: Path, tmp_path: Path) -> None:
     c = dataclasses.replace(small_rl(file, llada, data, tmp_path / "run"), rows_per_forward=4)
+    c = dataclasses.replace(c, decoder=c.decoder + ("," if ":" in c.decoder else ":") * bool(cfg) + cfg)
     said = dry_run(c)
     assert not (tmp_path / "run").exists()
     trainer = make_trainer(c, [])
     rollout = trainer.sample([trainer.train_dataset[0]])  # type: ignore[index]
     views = trainer._views(rollout, 0)
     passes = len(trainer._jobs(ViewRows.of(views), torch.ones(6, dtype=torch.bool)))
-    assert f"{len(views)} views × 6 rows: {passes} forward and backward passes" in said
+    assert f"{len(views)} views × 6 rows: {passes} forward and backward passes of up to {8 if cfg else 4} rows" in said
     assert f"NFE {int(rollout.trajectory.nfe.max())} a completion" in said
     assert "1 processes × 6 completions = 6 an update: 1 prompts × 6" in said
     old = {"cj": 0, "one-step": passes}.get(
@@ -102,13 +104,28 @@ def test_dry_run_on_the_command_line(
     llada: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
-    save_config(small_rl(RL[0], llada, data, tmp_path / "run"), tmp_path / "c.yaml")
+    recipe = next(f for f in RL if f.stem == "cj_gsm8k")
+    save_config(small_rl(recipe, llada, data, tmp_path / "run"), tmp_path / "c.yaml")
     assert main(["rl", str(tmp_path / "c.yaml"), "--dry-run", "--beta", "0"]) == 0
     out = capsys.readouterr().out
     assert "8 processes × 6 completions = 48 an update: 8 prompts × 6" in out and "beta: 0.0" in out
     assert "0 for the reference" in out
-    assert main(["rl", str(tmp_path / "c.yaml"), "--dry-run", "--batch-size", "7"]) == 2
-    assert "does not divide" in capsys.readouterr().err
+    assert main(["rl", "--dry-run", str(tmp_path / "c.yaml")]) == 0
+    for flags, message in (
+        (["--batch-size", "7"], "does not divide"),
+        (["--dtype", "weird"], "unknown dtype 'weird'"),
+        (["--lora-target-modules", "nothing"], "does not fit the model"),
+        (["--lora-target-modules", "(("], "does not fit the model"),
+        (["--validation-problems", "5000"], "validation problems"),
+        (["--lora-r", "None"], "would be trained in bfloat16"),
+        (["--decoder", "dream"], "set top_p=1"),
+        (["--reward-weights", "1", "2"], "2 reward_weights for the reward functions"),
+    ):
+        assert main(["rl", str(tmp_path / "c.yaml"), "--dry-run", *flags]) == 2
+        assert message in capsys.readouterr().err
+    monkeypatch.delenv("WORLD_SIZE")
+    assert main(["rl", str(tmp_path / "c.yaml"), "--lora-r", "None"]) == 2  # and without the dry run
+    assert "would be trained in bfloat16" in capsys.readouterr().err
 
 
 def test_base_files(tmp_path: Path) -> None:

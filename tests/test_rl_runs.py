@@ -268,12 +268,14 @@ def test_every_rl_config_loads_and_runs(file: Path, tmp_path: Path, toy_folder: 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "two_nodes"])
 def test_distributed_configs_load(name: str) -> None:
-    """accelerate reads them without complaint, and the layer that FSDP wraps exists."""
+    """accelerate reads them without complaint; what FSDP wraps by default are the blocks of every family."""
     from accelerate.commands.config.config_args import load_config_from_file
 
-    from unmask.models import llada
+    from unmask.models import bidirectional, llada
 
     found = load_config_from_file(str(ROOT / "configs" / "distributed" / f"{name}.yaml"))
     assert found.num_processes == 8 * found.num_machines and found.mixed_precision == "no"
     if name == "fsdp2":
-        assert hasattr(llada, found.fsdp_config["fsdp_transformer_layer_cls_to_wrap"])
+        assert "fsdp_transformer_layer_cls_to_wrap" not in found.fsdp_config
+        for family in (llada.LLaDAModelLM, *bidirectional.MODELS):
+            assert any(name.endswith(("Block", "DecoderLayer")) for name in family._no_split_modules)

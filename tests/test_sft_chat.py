@@ -280,7 +280,7 @@ def test_runs_refuse_what_does_not_fit(tmp_path: Path, toy_folder: str) -> None:
         train(config(tmp_path / "a", data, model=toy_folder, max_length=4096))
     with pytest.raises(UserError, match=r"11 training examples do not fill a batch of 12: .*lower batch_size"):
         train(config(tmp_path / "b", data, model=toy_folder, batch_size=12))
-    with pytest.raises(UserError, match="leaves no row to train on"):
+    with pytest.raises(UserError, match="leaves 0 rows to train on"):
         train(config(tmp_path / "c", data, model=toy_folder, validation_share=1.0))
 
 
@@ -329,3 +329,23 @@ def test_the_s1k_recipe_is_the_published_one(tmp_path: Path, toy_folder: str) ->
     flags[flags.index("--bf16") : flags.index("--bf16") + 2] = ["--no-bf16"]
     c = read_config(SFTConfig, file, [*flags, "--report-to"])
     assert (train(c) / "model.safetensors").exists()
+
+
+def test_a_finished_run_stays_as_it_is(toy_folder: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n}?", "completion": "ab"} for n in range(20)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    c = SFTConfig(
+        output=str(tmp_path / "run"),
+        model=toy_folder,
+        data=str(tmp_path / "rows.jsonl"),
+        max_length=32,
+        steps=2,
+        batch_size=2,
+        prompt_masking=0.0,
+        report_to=[],
+    )
+    before = load_file(train(c) / "model.safetensors")
+    shutil.rmtree(tmp_path / "run" / "final")
+    after = load_file(train(c) / "model.safetensors")  # made again from the last checkpoint
+    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert all(torch.equal(before[k], after[k]) for k in before)

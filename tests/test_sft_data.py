@@ -127,7 +127,7 @@ def test_overlong_rows(tmp_path: Path) -> None:
     assert texts(lm, dropped) == [("pppp", "rrrrr<|eot_id|>")] and (dropped.cut, dropped.left_out) == (0, 2)
     whole = read(lm, name, 12)
     assert len(whole.training) == 3 and (whole.cut, whole.left_out) == (0, 0)
-    with pytest.raises(UserError, match=r"leaves no row to train on .*3 longer than max_length 4"):
+    with pytest.raises(UserError, match=r"leaves 0 rows to train on .*3 are longer than max_length 4"):
         read(lm, name, 4, "truncate")
 
 
@@ -192,7 +192,7 @@ def test_data_that_cannot_be_read(tmp_path: Path, toy_lm: MaskedLM, monkeypatch:
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(
-        UserError, match=r"cannot fetch the data set simplescaling/s1K \(Couldn't reach .*the Hub\): .*local copy"
+        UserError, match=r"data set simplescaling/s1K cannot be had from the hub \(Couldn't reach .*\): .*local copy"
     ):
         read(toy_lm, "simplescaling/s1K")
     lm = toy()

@@ -12,6 +12,6 @@ if [ $# -lt 1 ]; then
   exit 2
 fi
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# One launcher a node; it starts a process on every GPU. A job that was cut off goes on when it is submitted again.
-srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d \
+# One launcher a node (srun does not take --cpus-per-task from sbatch by itself); it starts a process on every GPU. A job that was cut off goes on when it is submitted again.
+srun --cpus-per-task "$SLURM_CPUS_PER_TASK" torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d \
   --rdzv-endpoint "$first:29500" -m unmask "$@"

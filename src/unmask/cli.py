@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from unmask.models.source import ModelSource
-from unmask.spec import UserError, convert, unknown
+from unmask.spec import UserError, convert, split_spec, unknown
 
 if TYPE_CHECKING:
     from unmask.evaluation.evaluate import EvalConfig
@@ -144,8 +144,13 @@ def sft(arguments: list[str]) -> None:
     _say_where(train(read_config(SFTConfig, arguments[0], arguments[1:])))
 
 
+def _speaks() -> bool:
+    """One of several processes does."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _say_where(final: Path) -> None:
-    if os.environ.get("RANK", "0") == "0":  # one of several processes speaks
+    if _speaks():
         print(f"checkpoint  {final}")
 
 
@@ -160,18 +165,22 @@ class RLArguments:
 
 
 def rl(arguments: list[str]) -> None:
+    dry = "--dry-run" in arguments
+    arguments = [a for a in arguments if a != "--dry-run"]
     if not arguments or arguments[0].startswith("-"):
         tyro.cli(RLArguments, args=arguments, prog="unmask rl")
     from unmask.config import read_config
     from unmask.rl.run import RLConfig, train
 
-    config = read_config(RLConfig, arguments[0], [a for a in arguments[1:] if a != "--dry-run"])
-    if "--dry-run" in arguments:
-        from unmask.rl.plan import dry_run
-
-        print(dry_run(config))
+    config = read_config(RLConfig, arguments[0], arguments[1:])
+    if not dry:
+        _say_where(train(config))
         return
-    _say_where(train(config))
+    from unmask.rl.plan import dry_run
+
+    said = dry_run(config)
+    if _speaks():
+        print(said)
 
 
 def info(arguments: list[str]) -> None:
@@ -265,9 +274,15 @@ def grade_file(task: Task, path: str) -> list[Grade]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            problem, completion = task.completion_truth(row), str(row["completion"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}:{number} lacks a right question, completion or ground_truth ({error!r})") from None
+            problem, completion = task.completion_truth(row), row["completion"]
+            if not isinstance(completion, str):
+                raise ValueError(f"completion is {completion!r}, not text")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+            raise UserError(
+                f"{path}:{number} is no JSON object with the question, completion and ground_truth of a {task.name} problem "
+                f"({what}): repair the line"
+            ) from None
         grades.append(task.grade(problem, completion))
     return grades
 
@@ -279,7 +294,10 @@ def grade(arguments: list[str]) -> None:
     from unmask.tasks import make_task
 
     asked = make_task(a.task, {})
-    for reading in [a.extraction] if a.extraction else ["default", "published"]:
+    named = "extraction" in split_spec(a.task)[1]
+    if named and a.extraction is not None:
+        raise UserError(f"--extraction {a.extraction} and --task {a.task} both name one: give it once")
+    for reading in [asked.extraction] if named else [a.extraction] if a.extraction else ["default", "published"]:
         task = replace(asked, extraction=convert(reading, Literal["default", "published"], "extraction"))
         grades = grade_file(task, a.file)
         solved = sum(g.solved for g in grades)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from unmask.files import whole
+from unmask.files import read_yaml, whole
 from unmask.spec import UserError, convert, unknown
 
 T = TypeVar("T")
@@ -42,14 +42,7 @@ def read_config(cls: type[T], path: str | Path, arguments: list[str] | None = No
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The values of a file over those of its ``base``."""
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the config {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is not a table of settings: write lines of key: value")
+    values = read_yaml(path, "the config" if not above else f"the base of {above[-1]},")
     base = values.pop("base", None)
     if base is None:
         return values

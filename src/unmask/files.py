@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from unmask.spec import UserError
 
 
@@ -49,6 +51,33 @@ def write_json(path: Path, value: Any) -> None:
     """Indented JSON, whole or not at all."""
     with whole(path) as partial:
         partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML in which a key may stand once."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """A YAML file of settings. Raises UserError, which calls the file ``what``, where it is none."""
+    try:
+        found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {what} {path}: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UserError(f"{what} {path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{what} {path} is not a table of settings: write lines of key: value")
+    return found
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,10 @@ def load_split(name: str, split: str, configuration: str | None = None, instead:
     import huggingface_hub
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # what it would say stands in the sentence
     path = Path(name)
+    if not path.exists() and (path.suffix in BUILDERS or name.startswith(("/", "."))):
+        raise UserError(f"there is no file {name}: give {instead}, or the name of a data set on the hub")
     if path.is_file() and path.suffix not in BUILDERS:
         raise UserError(f"{name} is no data file that can be read: give {', '.join(BUILDERS)} or a folder of them")
     was = huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
@@ -37,7 +41,9 @@ def load_split(name: str, split: str, configuration: str | None = None, instead:
         cause = error.__cause__ or error
         reason = (str(cause).strip() or repr(cause)).splitlines()[0]
         if path.exists():
-            raise UserError(f"cannot read the {split} split of {name} ({reason}): give {instead}") from None
+            raise UserError(
+                f"cannot read the {split} split of {name} ({reason}): repair it, or give {instead}"
+            ) from None
         raise UserError(f"the data set {name} cannot be had from the hub ({reason}): give {instead}") from None
     finally:
         huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = was
@@ -45,9 +51,12 @@ def load_split(name: str, split: str, configuration: str | None = None, instead:
 
 def _reachable(name: str) -> bool:
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         HfApi().dataset_info(name, timeout=10)
-    except Exception:  # noqa: BLE001  (no network, no access, no such data set: the cache decides)
+    except RepositoryNotFoundError:
+        raise
+    except Exception:  # noqa: BLE001  (no network, no access: the cache decides)
         return False
     return True

@@ -10,13 +10,12 @@ from typing import Annotated, Any
 import torch
 import tyro
 
-from unmask.memory import Load, Need, decoding_need, training_need
-from unmask.models.load import DTYPES, find_folder, outline, read_json
+from unmask.memory import GIB, Load, Need, decoding_need, training_need
+from unmask.models.load import find_folder, outline, read_json
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.source import ModelSource
 from unmask.spec import UserError, check_at_least
 
-GIB = 2**30
 DECODING = (
     "alg",
     "alg_temp",
@@ -114,19 +113,20 @@ def info(a: InfoArguments) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    if a.weights:
-        lm = a.load()
-    else:
-        if a.dtype not in (*DTYPES, "auto"):
-            raise UserError(f"unknown dtype {a.dtype!r}: choose from auto, {', '.join(DTYPES)}")
-        lm = outline(a.model, a.dtype, a.revision)
+    if a.trust_remote_code or a.load_in_4bit:
+        raise UserError(
+            "info reads a checkpoint's shape, which foreign code and quantised weights do not show: leave them out"
+        )
+    if not a.weights and a.adapter is not None:
+        raise UserError(f"--no-weights reads no adapter: leave --adapter {a.adapter} out")
+    lm = a.load() if a.weights else outline(a.model, a.dtype, a.revision)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 132)
     table = Table(box=None, show_header=False, title=lm.name, title_justify="left")
     for name, value in facts(lm).items():
         table.add_row(name, value)
     defaults = find_folder(a.model, a.revision, weights=False) / "generation_config.json"
     if defaults.is_file():
-        own = read_json(defaults, a.model)
+        own = read_json(defaults)
         table.add_row("own defaults", json.dumps({k: v for k, v in own.items() if k in DECODING and v is not None}))
     if a.weights:
         found = lm.self_test()

@@ -3,12 +3,12 @@
     decoding = weights + activations + head
     training = weights + gradients + optimiser + reference + activations + head + views
 
-weights: parameters × bytes (an adapter's are float32). gradients, optimiser: trained parameters × bytes, once and twice
-(AdamW). reference: a second copy of the weights, where all of them are trained and ``beta`` > 0. activations: a + b × layers
-for ``rows_per_forward`` rows; a and b are read off by tracing the model's own layers, two and three of them, forward and
-backward, on tensors without data. head: three float32 pieces of the logits, and the gradient of the whole head where it is
-trained. views: the token ids of every step of every completion: the only term in which the number of steps S and the group
-size G appear.
+weights: parameters × bytes (an adapter's are float32). gradients, optimiser: trained parameters × bytes, once (and once
+more in DDP's buckets, with several processes) and twice (AdamW). reference: a second copy of the weights, where all of them are
+trained and ``beta`` > 0. activations: a + b × layers for ``rows_per_forward`` rows; a and b are read off by tracing the model's
+own layers, two and three of them, forward and backward, on tensors without data. head: three float32 pieces of the logits,
+and the gradient of the whole head where it is trained. views: the token ids of every step of every completion: the only term
+in which the number of steps S and the group size G appear.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from unmask.adapters import LORA_TARGETS, adapter_config
+from unmask.adapters import LORA_TARGETS, adapter_config, fitting
 from unmask.models.head import CACHED, LAUNCHED
 from unmask.models.load import skeleton
 from unmask.models.masked_lm import MaskedLM
+
+GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Load:
         dtype: of the weights. rows: of one forward pass. prompt, length: tokens of a row, P and L.
         lora: rank of the adapter that is trained, 0 for all weights. targets: its modules, a regular expression.
         autocast: to bfloat16. checkpointing: of activations, a block at a time. reference: whether beta > 0.
-        completions, steps: in one update, on one process. cuda: whether pieces are those of a GPU.
+        completions, steps: in one update, on one process. processes: of the run. cuda: whether pieces are those of a GPU.
     """
 
     dtype: torch.dtype
@@ -72,6 +74,7 @@ class Load:
     reference: bool = False
     completions: int = 1
     steps: int = 1
+    processes: int = 1
     cuda: bool = False
 
 
@@ -105,7 +108,7 @@ def _outlined(kind: type[PreTrainedModel], config: Any, load: Load, train: bool)
         return model
     from peft import get_peft_model
 
-    with torch.device("meta"), warnings.catch_warnings():
+    with torch.device("meta"), warnings.catch_warnings(), fitting():
         warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
         return get_peft_model(model, adapter_config(load.lora, load.lora, load.targets))
 
@@ -174,6 +177,12 @@ def training_need(lm: MaskedLM, load: Load) -> Need:
         embedding = model.get_output_embeddings().weight
         head += embedding.numel() * embedding.element_size()
     tokens = load.prompt + load.length
-    need = Need(weights, two + (three - two) * (config.num_hidden_layers - 2), head, trained, 2 * trained)
+    need = Need(
+        weights,
+        two + (three - two) * (config.num_hidden_layers - 2),
+        head,
+        trained * min(2, load.processes),
+        2 * trained,
+    )
     views = float(load.completions * load.steps * (8 * tokens + load.length))
     return replace(need, reference=weights if load.reference and not load.lora else 0.0, views=views)

@@ -26,6 +26,8 @@ def claim(output: Path, config: Any, may_change: Collection[str], write: bool = 
     Raises:
         UserError: if the folder cannot be written, or holds checkpoints of a run with other settings.
     """
+    if not str(output).strip(". ") and write:
+        raise UserError(f"output is {str(output)!r}: give a folder of its own")
     # The Trainer writes trainer_state.json last, so a checkpoint without it was cut off.
     complete = [p for p in output.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
     newest = max(complete, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
@@ -53,6 +55,7 @@ def export(lm: MaskedLM, folder: Path) -> Path:
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     lm.model.save_pretrained(partial)
+    lm.tokenizer.init_kwargs.pop("auto_map", None)  # names Python files that are not saved
     lm.tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

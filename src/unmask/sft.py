@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from unmask.adapters import LORA_TARGETS, adapted, adapter_config
+from unmask.adapters import LORA_TARGETS, adapted, adapter_config, check_precision
 from unmask.models.head import Head, score_tokens
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
@@ -347,15 +347,16 @@ def train(config: SFTConfig) -> Path:
     output = Path(config.output)
     args = _arguments(config)
     first = args.process_index == 0
-    checkpoint = claim(output, config, _MAY_CHANGE, first)
     if config.new_model is not None:
         lm = MaskedLM.wrap(*new_model(config.new_model, config.seed), name="new model")
     else:
         lm = load(str(config.model), config.dtype)
+        check_precision(lm, config.lora_r)
     lm.model.config._attn_implementation = config.attention
     with args.main_process_first():  # one process fetches a data set, the others find it
         data = _task_data(lm, config) if config.data is None else _chat_data(lm, config)
     _set_length(args, config, len(data.training))
+    checkpoint = claim(output, config, _MAY_CHANGE, first)
     if first and data.line:
         print(data.line, file=sys.stderr)
     if config.compile:
@@ -373,10 +374,12 @@ def train(config: SFTConfig) -> Path:
         data_collator=data.collate,
         processing_class=lm.tokenizer,
     )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    last = output / f"checkpoint-{args.max_steps}"
+    if checkpoint != last:  # the Trainer would take a finished run one step further
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     final = output / "final"
     if trainer.is_world_process_zero():
         # From the last checkpoint: whole also where the weights are sharded; an adapter is merged.
-        export(load(str(output / f"checkpoint-{args.max_steps}"), config.dtype, "cpu"), final)
+        export(load(str(last), config.dtype, "cpu"), final)
     trainer.accelerator.wait_for_everyone()
     return final

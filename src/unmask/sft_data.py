@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -146,21 +146,25 @@ def read_chat(lm: MaskedLM, name: str, max_length: int, overlong: str, validatio
         overlong: what to do with longer rows. ``truncate`` cuts the response's end; a row whose prompt alone fills
             max_length has nothing left to learn and is left out.
         validation_share: share of the different prompts (at least one) whose rows are for validation: those with the
-            smallest hashes, so the choice depends neither on the order of the rows nor on the tokenizer.
+            smallest hashes, so the choice depends neither on the order of the rows nor on the tokenizer or max_length.
 
     Raises:
         UserError: for unknown columns, a row that cannot be learned (with its number, from 1), or no row left.
     """
-    found: list[tuple[str, Row]] = []
-    cut = left_out = 0
     table = load_split(name, "train", instead=f"the path of a local copy ({', '.join(BUILDERS)} or a folder)")
     columns, read = _format(table.column_names, name)
+    exchanges, cut, left_out = [], 0, 0
     for number, raw in enumerate(table.select_columns(columns), 1):
-        try:
-            exchange = read(raw)
+        with _of_row(number, name):
+            exchanges.append(read(raw))
+    keys = [hashlib.sha256(json.dumps(e.prompt).encode()).hexdigest() for e in exchanges]
+    different = sorted(set(keys))
+    held = set(different[: max(1, round(validation_share * len(different)))] if validation_share else ())
+    training: list[Row] = []
+    validation: list[Row] = []
+    for number, (key, exchange) in enumerate(zip(keys, exchanges, strict=True), 1):
+        with _of_row(number, name):
             prompt, response = tokenised(lm, exchange)
-        except UserError as error:
-            raise UserError(f"row {number} of {name}: {error}") from None
         if len(prompt) + len(response) > max_length:
             if overlong == "refuse":
                 raise UserError(
@@ -173,17 +177,22 @@ def read_chat(lm: MaskedLM, name: str, max_length: int, overlong: str, validatio
             response = response[: max_length - len(prompt)]
             cut += 1
         row = {"prompt": np.array(prompt, dtype=np.int32), "response": np.array(response, dtype=np.int32)}
-        key = hashlib.sha256(json.dumps(exchange.prompt).encode()).hexdigest()
-        found.append((key, row))
-    keys = sorted({key for key, _ in found})
-    held = set(keys[: max(1, round(validation_share * len(keys)))] if validation_share else ())
-    training, validation = ([row for key, row in found if (key in held) == side] for side in (False, True))
-    if not training:
+        (validation if key in held else training).append(row)
+    if not training or (held and not validation):
         raise UserError(
-            f"{name} leaves no row to train on ({len(validation)} are for validation, {left_out} longer than max_length "
-            f"{max_length}): give more rows or another max_length or validation_share"
+            f"{name} leaves {len(training)} rows to train on and {len(validation)} for validation, {left_out} are longer than "
+            f"max_length {max_length}: give more rows or another max_length or validation_share"
         )
     return ChatRows(training, validation, cut, left_out)
+
+
+@contextmanager
+def _of_row(number: int, name: str) -> Iterator[None]:
+    """Puts the row's number before a UserError of the block."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"row {number} of {name}: {error}") from None
 
 
 def end_token(lm: MaskedLM) -> int:
@@ -231,10 +240,7 @@ def _rendered(lm: MaskedLM, prompt: list[Message], response: str) -> list[str]:
     if lm.tokenizer.chat_template is None:
         raise UserError(f"{lm.name} has no chat template: give prompt and completion as text, or another model")
     last = {"role": "assistant", "content": response}
-    try:
-        before, whole = lm.render(prompt), lm.render([*prompt, last], answer=False)
-    except (TemplateError, ValueError, TypeError) as error:
-        raise UserError(f"the chat template of {lm.name} refuses the messages ({error}): change them") from None
+    before, whole = lm.render(prompt), lm.render([*prompt, last], answer=False)
     if not whole.startswith(before):
         raise UserError(
             f"the chat template of {lm.name} writes the assistant's turn otherwise than it asks for it: give prompt and "

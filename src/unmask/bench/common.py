@@ -22,7 +22,6 @@ from unmask.models.masked_lm import MaskedLM
 from unmask.models.scratch import character_tokenizer
 from unmask.spec import UserError, check_at_least
 
-GIB = 2**30
 CLEAR = Path("/proc/self/clear_refs")
 
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from unmask.bench.common import (
-    GIB,
     Shape,
     answer,
     gemm_peak,
@@ -31,6 +30,7 @@ from unmask.decoding.canvas import Canvases
 from unmask.decoding.decode import Decoding
 from unmask.evaluation.evaluate import environment, task_prompts
 from unmask.files import claim_result, write_json
+from unmask.memory import GIB
 from unmask.models.load import DTYPES, load
 from unmask.models.masked_lm import MaskedLM
 from unmask.spec import UserError, check_at_least, unknown

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import torch
 
-from unmask.bench.common import GIB, Shape, answer, measure_apart, peak_bytes, reset_peak, stand_in
+from unmask.bench.common import Shape, answer, measure_apart, peak_bytes, reset_peak, stand_in
 from unmask.bench.update import BenchRL, bench_trainer, random_rollout
 from unmask.decoding import decode, make_decoder
 from unmask.evaluation.evaluate import environment
 from unmask.files import claim_result, write_json
-from unmask.memory import Load, decoding_need, training_need
+from unmask.memory import GIB, Load, decoding_need, training_need
 from unmask.models.masked_lm import MaskedLM
 from unmask.spec import UserError, check_at_least
 
@@ -133,10 +133,8 @@ def _do(config: BenchMemory, work: str, length: int, completions: int, before: f
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
     peak = peak_bytes(config.device) - before
-    plain: Any = trainer.lm.model.get_base_model() if update.lora else trainer.lm.model
-    if update.lora:
-        plain = stand_in(config, update.dtype, config.device).model  # without the adapter
-    return replace(trainer.lm, model=plain), peak
+    # The formula wants the model without the adapter.
+    return stand_in(config, update.dtype, config.device) if update.lora else trainer.lm, peak
 
 
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:

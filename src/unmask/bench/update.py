@@ -13,7 +13,6 @@ from torch import Tensor
 
 from unmask.adapters import adapter_config
 from unmask.bench.common import (
-    GIB,
     Shape,
     answer,
     free_bytes,
@@ -30,6 +29,7 @@ from unmask.decoding import make_decoder
 from unmask.decoding.plan import uniform
 from unmask.evaluation.evaluate import environment
 from unmask.files import claim_result, write_json
+from unmask.memory import GIB
 from unmask.models.masked_lm import MaskedLM
 from unmask.rl.config import TrajectoryGRPOConfig
 from unmask.rl.objectives import ViewRows

@@ -9,10 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from unmask.decoding.confidence import CONFIDENCES
 from unmask.decoding.plan import Plan, ascending, uniform
+from unmask.files import read_yaml
 from unmask.spec import UserError, build, split_spec, unknown
 
 
@@ -139,12 +138,7 @@ def make_decoder(spec: str, **defaults: Any) -> Decoder:
     values: dict[str, Any] = dict(parameters)
     label = spec.strip()
     if name.endswith((".yaml", ".yml")):
-        try:
-            read = yaml.safe_load(Path(name).read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise UserError(f"cannot read the decoder file {name}: {error}") from None
-        if not isinstance(read, dict):
-            raise UserError(f"the decoder file {name} is not a table of settings: write lines of key: value")
+        read = read_yaml(Path(name), "the decoder file")
         label = str(read.pop("name", Path(name).stem)) + label.removeprefix(name)
         name = read.pop("preset", "full")
         values = {**read, **parameters}

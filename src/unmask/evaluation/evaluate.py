@@ -67,6 +67,8 @@ class EvalConfig(ModelSource):
         check_at_least(self, 0, "shots")
         if not 0 <= self.seed < 2**30:
             raise UserError(f"seed is {self.seed}: give 0 to {2**30 - 1}")
+        if not self.output.strip(". "):
+            raise UserError(f"output is {self.output!r}: give a folder of its own")
         if not self.task or not self.decoder:
             raise UserError("give at least one task and one decoder")
         self.task_specs()

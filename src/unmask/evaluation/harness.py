@@ -98,8 +98,8 @@ class UnmaskLM(TemplateLM):
         if pretrained is not None:
             arguments["pretrained"] = pretrained.name if isinstance(pretrained, MaskedLM) else pretrained
         self.settings = HarnessSettings.read(arguments)
-        spec = self.settings.decoder.replace(";", ",")
-        self.decoder = make_decoder(spec, max_new_tokens=self.settings.max_new_tokens)
+        self.spec = self.settings.decoder.replace(";", ",")
+        self.decoder = make_decoder(self.spec, max_new_tokens=self.settings.max_new_tokens)
         self.processes = join()
         if self.processes.world > 1 and self.settings.device != "cpu":
             self.settings = replace(self.settings, device="auto")  # each process its own
@@ -223,11 +223,11 @@ class UnmaskLM(TemplateLM):
         for name in kwargs.keys() - READ_KWARGS - {"max_new_tokens", "max_tokens", "max_completion_tokens"}:
             warning_once(log, "unmask does not read %s in generation_kwargs: set the decoder instead", name)
         asked = normalize_gen_kwargs(kwargs, self.decoder.max_new_tokens)
-        changes: dict[str, Any] = {"max_new_tokens": asked["max_gen_toks"]}
-        if asked["do_sample"] and "temperature" in kwargs:
-            changes["temperature"] = float(kwargs["temperature"])
         try:
-            return self.decoder.replace(**changes)
+            decoder = make_decoder(self.spec, max_new_tokens=asked["max_gen_toks"])
+            if asked["do_sample"] and "temperature" in kwargs:
+                decoder = decoder.replace(temperature=float(kwargs["temperature"]))
+            return decoder
         except UserError as error:
             raise UserError(
                 f"{error}; the canvas is the task's max_gen_toks, which --gen_kwargs max_gen_toks=N sets"

@@ -31,7 +31,7 @@ class KVCache:
 
     def take(self, rows: Tensor) -> None:
         """Keep these rows, (n,) int64."""
-        self.layers = [(k[rows], v[rows]) for k, v in self.layers]
+        self.layers = [(k[rows.to(k.device)], v[rows.to(v.device)]) for k, v in self.layers]
 
 
 def placed(

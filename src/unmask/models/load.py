@@ -7,12 +7,14 @@ import importlib.util
 import json
 import os
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
@@ -32,8 +34,18 @@ FAMILIES: dict[str, type[PreTrainedModel]] = {
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "merges.txt", "*.model"]
-_LOADING = (OSError, RuntimeError, ValueError, TypeError, KeyError, ArithmeticError, AttributeError, SafetensorError)
+_HUB_FILES = ["*.json", "*.jinja", "merges.txt", "*.model"]
+_LOADING = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    KeyError,
+    ArithmeticError,
+    AttributeError,
+    SafetensorError,
+    StrictDataclassError,  # of configurations
+)
 
 
 def load(
@@ -59,23 +71,48 @@ def load(
         UserError: one sentence, for an unknown name, a hub that cannot be reached, an unsupported family, missing files, wrong
             keys or shapes, or a failed self-test.
     """
-    if dtype not in (*DTYPES, "auto"):
-        raise unknown("dtype", dtype, [*DTYPES, "auto"])
-    folder = find_folder(name, revision, trust_remote_code)
-    own: dict[str, Any] = {
-        "device_map": device_map,
-        "load_in_4bit": load_in_4bit,
-        "trust_remote_code": trust_remote_code,
-    }
-    if (folder / "adapter_config.json").is_file():
-        if adapter is not None:
-            raise UserError(f"{name} is an adapter itself: name its base model in --model, or leave --adapter out")
-        return _merged(load(_base_of(folder), dtype, device, **own), folder)
-    config = read_json(folder / "config.json", name)
+    check_dtype(dtype)
+    adapters = [] if adapter is None else [find_folder(adapter, adapter=True)]
+    folder, own = _beneath(find_folder(name, revision, trust_remote_code))
+    if own and adapter is not None:
+        raise UserError(f"{name} is an adapter itself: name its base model in --model, or leave --adapter out")
+    lm = _plain(name if not own else str(folder), folder, dtype, device, device_map, load_in_4bit, trust_remote_code)
+    for part in own:
+        lm = replace(_merged(lm, part), name=name)
+    for part in adapters:
+        lm = replace(_merged(lm, part), name=f"{name} + {adapter}")
+    return lm
+
+
+def _beneath(folder: Path) -> tuple[Path, list[Path]]:
+    """The plain checkpoint under a folder, and the adapters on the way to it, the lowest first."""
+    adapters: list[Path] = []
+    while (folder / "adapter_config.json").is_file():
+        if folder.resolve() in adapters:
+            raise UserError(f"the adapter {folder} is its own base model: set base_model_name_or_path to another")
+        adapters.insert(0, folder.resolve())
+        base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+        if not base or not isinstance(base, str):
+            raise UserError(
+                f"the adapter {folder} names no base model: set base_model_name_or_path in its adapter_config.json"
+            )
+        folder = find_folder(base)
+    return folder, adapters
+
+
+def _plain(
+    name: str,
+    folder: Path,
+    dtype: str,
+    device: str,
+    device_map: str | dict[str, Any] | None,
+    load_in_4bit: bool,
+    trust_remote_code: bool,
+) -> MaskedLM:
+    """A checkpoint that is no adapter."""
+    config = read_json(folder / "config.json")
     kind = _family(config, trust_remote_code)
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise UserError(f"{name} holds no .safetensors weights: convert the checkpoint to safetensors first")
+    weights = _weight_files(folder, name)
     settings = _placement(name, device, device_map, load_in_4bit)
     settings["dtype"] = DTYPES.get(dtype, "auto")
     disable_progress_bar()
@@ -96,7 +133,13 @@ def load(
         set_verbosity(verbosity)
     lm = MaskedLM.wrap(model.eval(), tokenizer, name, fingerprint(weights))
     lm.self_test()
-    return lm if adapter is None else _merged(lm, find_folder(adapter, None, False))
+    return lm
+
+
+def check_dtype(dtype: str) -> None:
+    """Raises UserError for a dtype that weights cannot be loaded in."""
+    if dtype not in (*DTYPES, "auto"):
+        raise unknown("dtype", dtype, [*DTYPES, "auto"])
 
 
 def outline(name: str, dtype: str = "auto", revision: str | None = None) -> MaskedLM:
@@ -105,10 +148,9 @@ def outline(name: str, dtype: str = "auto", revision: str | None = None) -> Mask
     Raises:
         UserError: as ``load``, for what can be seen without weights.
     """
-    folder = find_folder(name, revision, weights=False)
-    if (folder / "adapter_config.json").is_file():
-        return outline(_base_of(folder), dtype)
-    config = read_json(folder / "config.json", name)
+    check_dtype(dtype)
+    folder, _ = _beneath(find_folder(name, revision, weights=False))
+    config = read_json(folder / "config.json")
     kind = _family(config, False)
     assert kind is not None and kind.config_class is not None
     stated = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
@@ -134,21 +176,32 @@ def _family(config: dict[str, Any], trust_remote_code: bool) -> type[PreTrainedM
     return None
 
 
-def find_folder(name: str, revision: str | None = None, remote_code: bool = False, weights: bool = True) -> Path:
+def find_folder(
+    name: str, revision: str | None = None, remote_code: bool = False, weights: bool = True, adapter: bool = False
+) -> Path:
     """The folder of a shipped model, of a path, or of a hub name, which is downloaded to the hub's cache if it is not there.
 
     Args:
         remote_code: fetch Python files too. weights: without them, only what describes the model.
+        adapter: whether an adapter is looked for, not a model.
 
     Raises:
         UserError: for a name that is none of these, or a hub that does not give it.
     """
     folder = SHIPPED.get(name, Path(name))
     if folder.is_dir():
+        if revision is not None:
+            raise UserError(f"revision={revision} belongs to a hub name, and {name} is a folder here: leave it out")
+        if adapter and not (folder / "adapter_config.json").is_file():
+            raise UserError(f"{name} holds no adapter_config.json: give the folder of an adapter saved by peft")
         if not any((folder / f"{kind}config.json").is_file() for kind in ("", "adapter_")):
             raise UserError(f"{name} holds no config.json: give the folder of a saved checkpoint")
         return folder
     if not _HUB_NAME.fullmatch(name) or folder.exists() or name.startswith("."):
+        if folder.exists():
+            raise UserError(f"{name} is a file: give the folder of a checkpoint")
+        if adapter:
+            raise UserError(f"unknown adapter {name!r}: give the path of an adapter's folder, or a hub name")
         raise UserError(
             f"unknown model {name!r}: give {', '.join(SHIPPED)}, the path of a checkpoint folder, or a hub name like "
             "GSAI-ML/LLaDA-8B-Instruct"
@@ -156,12 +209,10 @@ def find_folder(name: str, revision: str | None = None, remote_code: bool = Fals
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-    files = _HUB_FILES + ["*.py"] * remote_code
+    files = [*_HUB_FILES, *["*.safetensors"] * weights, *["*.py"] * remote_code]
     instead = "give the path of a folder that holds the checkpoint"
     try:
-        return Path(
-            snapshot_download(name, revision=revision, allow_patterns=files if weights else ["*.json", "*.jinja"])
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except GatedRepoError:
         raise UserError(f"the hub wants a log-in for {name}: run hf auth login, or {instead}") from None
     except RepositoryNotFoundError:
@@ -170,19 +221,24 @@ def find_folder(name: str, revision: str | None = None, remote_code: bool = Fals
         raise UserError(f"cannot fetch {name} from the hub ({_first_line(error)}): {instead}") from None
 
 
-def read_json(path: Path, name: str) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A checkpoint's JSON file. Raises UserError where it is no JSON object."""
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): repair or fetch it again") from None
     if not isinstance(found, dict):
-        raise UserError(f"{path} of {name} is not a JSON object: repair or fetch it again")
+        raise UserError(f"{path} is not a JSON object: repair or fetch it again")
     return found
 
 
 def _placement(name: str, device: str, device_map: Any, load_in_4bit: bool) -> dict[str, Any]:
     """Keyword arguments of ``from_pretrained`` that say where the weights go and how."""
+    if device_map is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            f"device_map={device_map} spreads one model over all devices, but {os.environ['WORLD_SIZE']} processes each have "
+            "one: start a single process, or leave it out"
+        )
     if device_map is not None and device != "auto":
         raise UserError(f"device={device} and device_map={device_map} contradict each other: give one of them")
     if device == "auto":
@@ -191,7 +247,8 @@ def _placement(name: str, device: str, device_map: Any, load_in_4bit: bool) -> d
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device!r} cannot be used: {_first_line(error)}") from None
+        reason = _first_line(error).split(" device type at start")[0]  # (what follows lists twenty kinds)
+        raise UserError(f"device {device!r} cannot be used ({reason}): give cpu, cuda or cuda:N") from None
     settings: dict[str, Any] = {"device_map": {"": device} if device_map is None else device_map}
     if load_in_4bit:
         if importlib.util.find_spec("bitsandbytes") is None:
@@ -205,6 +262,28 @@ def _placement(name: str, device: str, device_map: Any, load_in_4bit: bool) -> d
             llm_int8_skip_modules=["model.transformer.ff_out", "lm_head"],  # the heads; a block's ff_out is quantised
         )
     return settings
+
+
+def _weight_files(folder: Path, name: str) -> list[Path]:
+    """The safetensors files of a folder. Raises UserError where there are none, or one is missing or damaged."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{name} holds no .safetensors weights: fetch them, or convert the checkpoint to safetensors")
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is damaged ({error}): fetch it again") from None
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+            raise UserError(f"{index} has no weight_map of keys to files: fetch it again")
+        missing = sorted(set(shards.values()) - {file.name for file in files})
+        if missing:
+            raise UserError(f"{name} lacks {', '.join(missing)}, which its index names: fetch it again")
+    return files
 
 
 def _in_tree(
@@ -230,13 +309,19 @@ def _in_tree(
 
 
 def _tokenizer(folder: Path, kind: type[PreTrainedModel], name: str) -> PreTrainedTokenizerBase:
-    if (folder / "tokenizer.json").is_file():
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if kind is bidirectional.DreamModel and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return Qwen2Tokenizer.from_pretrained(
-            folder, local_files_only=True
-        )  # its own class is Qwen2's under another name
-    raise UserError(f"{name} holds no tokenizer.json: save the tokenizer beside the weights")
+    whole = (folder / "tokenizer.json").is_file()
+    parts = all((folder / file).is_file() for file in ("vocab.json", "merges.txt"))
+    dream = kind is bidirectional.DreamModel  # its tokenizer class is Qwen2's under another name
+    if not whole and not (dream and parts):
+        raise UserError(f"{name} holds no tokenizer.json: save the tokenizer beside the weights")
+    try:
+        if dream:
+            return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # noqa: BLE001  (the tokenizers library raises nothing narrower)
+        raise UserError(
+            f"the tokenizer of {name} cannot be read ({_first_line(error)}): fetch its tokenizer files again"
+        ) from None
 
 
 def as_masked_lm(model: MaskedLM | PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None = None) -> MaskedLM:
@@ -250,27 +335,29 @@ def as_masked_lm(model: MaskedLM | PreTrainedModel | str, tokenizer: PreTrainedT
     return MaskedLM.wrap(model, tokenizer, model.config.name_or_path or "model")
 
 
-def _base_of(adapter: Path) -> str:
-    """The base model that an adapter names."""
-    base = read_json(adapter / "adapter_config.json", str(adapter)).get("base_model_name_or_path")
-    if not base:
-        raise UserError(
-            f"the adapter {adapter} names no base model: set base_model_name_or_path in its adapter_config.json"
-        )
-    return str(base)
-
-
 def _merged(lm: MaskedLM, adapter: Path) -> MaskedLM:
     """The model with an adapter merged into its weights (kept beside them where those are quantised)."""
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
 
+    files = sorted(adapter.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"the adapter {adapter} holds no .safetensors weights: save it again as safetensors")
     try:
-        adapted = PeftModel.from_pretrained(lm.model, adapter, local_files_only=True)  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of keys, which are compared below
+            adapted = PeftModel.from_pretrained(lm.model, adapter, local_files_only=True)  # type: ignore[arg-type]
+        there, wanted = set(load_peft_weights(str(adapter), device="cpu")), set(get_peft_model_state_dict(adapted))
+        if there != wanted:
+            strange = sorted(there ^ wanted)
+            raise UserError(
+                f"the adapter {adapter} does not belong to {lm.name}: {', '.join(strange[:2])} ({len(strange)} keys differ)"
+            )
         quantised = getattr(lm.model, "is_loaded_in_4bit", False)
         model: Any = adapted if quantised else adapted.merge_and_unload()
     except _LOADING as error:
         raise UserError(f"cannot load the adapter {adapter}: {_first_line(error)}") from None
-    lm = replace(lm, model=model.eval(), name=str(adapter), weights=fingerprint(sorted(adapter.glob("*.safetensors"))))
+    lm = replace(lm, model=model.eval(), name=f"{lm.name} + {adapter}", weights=f"{lm.weights}+{fingerprint(files)}")
     lm.self_test()
     return lm
 
@@ -287,7 +374,11 @@ def skeleton(kind: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> An
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
+    text = (str(error).strip() or repr(error)).splitlines()[0]
+    if "ignore_mismatched_sizes" in text:
+        return "its weights have other shapes than its config.json says"
+    plain = isinstance(error, (OSError, ValueError, RuntimeError)) or type(error) is Exception
+    return text if plain else f"{type(error).__name__}: {text}"
 
 
 def fingerprint(files: list[Path], samples: int = 64, size: int = 1 << 16) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -53,6 +54,12 @@ class MaskedLM:
             found = getattr(tokenizer, field)
             return found if found is not None else getattr(config, field, None)
 
+        masks = {m for m in (tokenizer.mask_token_id, getattr(config, "mask_token_id", None)) if m is not None}
+        if len(masks) == 2:
+            raise UserError(
+                f"{name} is refused: its tokenizer's mask token is {tokenizer.mask_token_id}, its config.json says "
+                f"{config.mask_token_id}: set both alike"
+            )
         mask_id, eos_id, pad_id = read("mask_token_id"), read("eos_token_id"), read("pad_token_id")
         for what, value in (("mask", mask_id), ("end-of-sequence", eos_id)):
             if not isinstance(value, int):
@@ -149,9 +156,14 @@ class MaskedLM:
     def render(self, messages: list[dict[str, str]], answer: bool = True) -> str:
         """Messages as the chat template writes them; with ``answer``, up to where the assistant's next turn begins."""
         # enable_thinking is Qwen3's: without it, its template asks for another format. Other templates pass it over.
-        text = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=answer, tokenize=False, enable_thinking=False
-        )
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=answer, tokenize=False, enable_thinking=False
+            )
+        except (TemplateError, ValueError, TypeError) as error:
+            raise UserError(
+                f"the chat template of {self.name} refuses the messages ({error}): change them, or repair the template"
+            ) from None
         return str(text)
 
     def encode(self, prompts: list[str], canvas: int = 0, width: int = 0) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(kw_only=True)
 class ModelSource:
-    """Which model, and how it is loaded. Every command that takes a model takes these."""
+    """Which model, and how it is loaded: what the commands that decode or inspect take."""
 
     model: str = "tiny"
     """A shipped model's name, a hub name (``GSAI-ML/LLaDA-8B-Instruct``), or the folder of a checkpoint or adapter."""

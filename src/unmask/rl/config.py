@@ -23,6 +23,7 @@ class GRPOSettings:
     max_completion_length: int = 128
     """Canvas length in tokens."""
     temperature: float = 1.0
+    """Of the rollouts, unless the decoder sets its own."""
     num_generations: int = 8
     """Completions a prompt, the group."""
     num_iterations: int = 1
@@ -74,12 +75,25 @@ class GRPOSettings:
             raise UserError(
                 f"cache={self.rollout_decoder().cache} samples from an approximation of the policy: leave it out of the decoder"
             )
+        if self.rollout_decoder().top_p < 1:
+            raise UserError(
+                f"top_p={self.rollout_decoder().top_p} samples from a cut distribution, not from the policy: set top_p=1 in "
+                f"the decoder {self.decoder}"
+            )
         if self.compile and self.rollout_decoder().threshold is not None:
             raise UserError(
                 "compile needs batches of one shape, and under a threshold rows leave at different times: switch it off"
             )
         if self.rollout_decoder().temperature == 0:
             raise UserError("temperature is 0, so all completions of a group are equal: give a temperature above 0")
+
+    def check_batch(self, completions: int) -> None:
+        """Raises UserError where the groups do not fill a process's ``completions`` of an update."""
+        if completions % self.num_generations:
+            raise UserError(
+                f"num_generations={self.num_generations} does not divide the batch of {completions} completions a process: "
+                "change one of them"
+            )
 
     def rollout_decoder(self) -> Decoder:
         return make_decoder(
@@ -104,11 +118,7 @@ class TrajectoryGRPOConfig(GRPOSettings, TrainingArguments):  # type: ignore[mis
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check()
-        if self.per_device_train_batch_size % self.num_generations:
-            raise UserError(
-                f"num_generations={self.num_generations} does not divide the batch of {self.per_device_train_batch_size} "
-                "completions a process: change one of them"
-            )
+        self.check_batch(self.per_device_train_batch_size)
         if self.gradient_accumulation_steps != 1:
             raise UserError(
                 f"gradient_accumulation_steps is {self.gradient_accumulation_steps}: raise per_device_train_batch_size "

@@ -9,17 +9,15 @@ import os
 import torch
 import yaml
 
+from unmask.adapters import check_precision
 from unmask.decoding import Decoder
-from unmask.memory import Load, training_need
-from unmask.models.load import DTYPES, outline
+from unmask.memory import GIB, Load, training_need
+from unmask.models.load import outline
 from unmask.rl.objectives import OBJECTIVES
-from unmask.rl.rewards import load_reward, task_rewards
+from unmask.rl.rewards import check_weights, load_reward, task_rewards
 from unmask.rl.run import RLConfig, problem_rows
-from unmask.spec import UserError
 from unmask.tasks import make_task
 from unmask.trajectory import Trajectory
-
-GIB = 2**30
 
 
 def _filled(decoder: Decoder) -> Trajectory:
@@ -35,37 +33,40 @@ def dry_run(config: RLConfig) -> str:
     The number of processes is that of the launcher (``WORLD_SIZE``). Weights are not read.
 
     Raises:
-        UserError: for what would stop the run before its first update.
+        UserError: for what would stop the run before its first update and can be seen without weights.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world, mu = int(os.environ.get("WORLD_SIZE", "1")), config.num_iterations
+    config.check_batch(config.batch_size)
     lm = outline(config.model, config.dtype)
+    check_precision(lm, config.lora_r)
     tasks = [make_task(spec, lm.task_defaults) for spec in config.tasks]
     rows = problem_rows(lm, tasks, "train", config.problems, config.seed + 1)
+    validation = problem_rows(lm, tasks, "validation", config.validation_problems, 0)
     rewards = [load_reward(r).__name__ for r in config.reward] or [f.__name__ for f, _ in task_rewards(tasks)]
+    check_weights(config.reward_weights, rewards)
+    texts = [row["prompt"] for row in (*rows, *validation)]
+    prompt = lm.encode(texts, config.max_completion_length)[0].shape[1]
     decoder, objective = config.rollout_decoder(), OBJECTIVES[config.objective]
-    prompt = lm.encode([row["prompt"] for row in rows], config.max_completion_length)[0].shape[1]
-    if config.batch_size % config.num_generations:
-        raise UserError(
-            f"num_generations={config.num_generations} does not divide the batch of {config.batch_size} completions a "
-            "process: change one of them"
-        )
-    completions, groups = config.batch_size * world, config.batch_size // config.num_generations * world
-    rollouts = math.ceil(config.steps / config.num_iterations)
-    steps, copies = decoder.plan.steps, 2 if decoder.cfg_scale else 1
-    chunks = math.ceil(config.batch_size / config.rows_per_forward)
-    every = len(list(objective.views(_filled(decoder), torch.zeros(1, dtype=torch.int64), 0)))
+    groups = config.batch_size // config.num_generations * world
+    rollouts = math.ceil(config.steps / mu)
+
+    def passes(sequences: int) -> int:
+        return math.ceil(sequences * config.batch_size / config.rows_per_forward)
+
+    steps, every = (
+        decoder.plan.steps,
+        len(list(objective.views(_filled(decoder), torch.zeros(1, dtype=torch.int64), 0))),
+    )
     views = min(every, config.steps_per_update or every)
-    passes = math.ceil(views * config.batch_size / config.rows_per_forward)
-    scored = math.ceil(every * config.batch_size / config.rows_per_forward)
-    fresh = config.num_iterations if objective.fresh else 1
-    old = 0 if objective.recorded or config.num_iterations == 1 else scored * fresh
-    reference = scored * fresh if config.beta > 0 else 0
-    mu = config.num_iterations
+    fresh = mu if objective.fresh else 1
+    old = 0 if objective.recorded or mu == 1 else passes(every) * fresh
+    reference = passes(every) * fresh if config.beta > 0 else 0
+    copies = 2 if decoder.cfg_scale else 1  # guidance doubles the rows of a pass
     need = training_need(
         lm,
         Load(
-            DTYPES.get(config.dtype, lm.model.dtype),
-            min(config.rows_per_forward, views * config.batch_size),
+            lm.model.dtype,
+            min(config.rows_per_forward, views * config.batch_size) * copies,
             prompt,
             config.max_completion_length,
             lora=config.lora_r or 0,
@@ -75,26 +76,30 @@ def dry_run(config: RLConfig) -> str:
             reference=config.beta > 0,
             completions=config.batch_size,
             steps=views,
+            processes=world,
             cuda=torch.cuda.is_available() or config.dtype != "float32",
         ),
     )
     parts = ", ".join(f"{k} {v / GIB:.2f}" for k, v in dataclasses.asdict(need).items() if v)
-    per_update = (chunks * steps * copies + old + reference) / mu + passes * copies
+    sampling = passes(1) * steps
+    all_passes = (sampling + old + reference) / mu + passes(views)
+    size = config.rows_per_forward * copies
     lines = [
         yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).rstrip(),
         "",
         f"model      {lm.name}: {lm.model.config.model_type}, {sum(p.numel() for p in lm.model.parameters()):,} parameters",
         f"rewards    {', '.join(rewards)}",
-        f"prompts    {len(rows)}, the longest {prompt} tokens; {rollouts * groups} drawn in the run "
-        f"({rollouts * groups / len(rows):.2f} epochs)",
-        f"batch      {world} processes × {config.batch_size} completions = {completions} an update: {groups} prompts × "
-        f"{config.num_generations}",
+        f"prompts    {len(rows)}, {rollouts * groups} drawn in the run ({rollouts * groups / len(rows):.2f} epochs); "
+        f"{len(validation)} for validation; the longest has {prompt} tokens",
+        f"batch      {world} processes × {config.batch_size} completions = {config.batch_size * world} an update: {groups} "
+        f"prompts × {config.num_generations}",
         f"updates    {config.steps}, {mu} on each of {rollouts} rollouts",
-        f"rollout    {steps} steps for {config.max_completion_length} tokens ({decoder.name}): NFE {steps * copies} a "
-        f"completion, {chunks * steps * copies} forward passes of up to {config.rows_per_forward} rows a process",
+        f"rollout    {steps} steps for {config.max_completion_length} tokens ({decoder.name}, T = {decoder.temperature:g}): "
+        f"NFE {steps * copies} a completion, {sampling} forward passes of up to {size} rows",
         f"scoring    {old} forward passes for the old policy, {reference} for the reference, once a rollout",
-        f"update     {views} views × {config.batch_size} rows: {passes * copies} forward and backward passes",
-        f"in all     {per_update:.1f} forward passes an update and process, {passes * copies} of them with a backward pass",
+        f"update     {views} views × {config.batch_size} rows: {passes(views)} forward and backward passes of up to {size} "
+        "rows",
+        f"in all     {all_passes:.1f} forward passes an update and process, {passes(views)} of them with a backward pass",
         f"memory     {need.total / GIB:.2f} GiB a process without sharding ({parts})",
     ]
     return "\n".join(lines)

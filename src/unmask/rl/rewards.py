@@ -70,6 +70,12 @@ def task_rewards(tasks: Sequence[Task]) -> list[tuple[Reward, float]]:
     return pairs
 
 
+def check_weights(weights: Sequence[float] | None, names: Sequence[str]) -> None:
+    """Raises UserError where there are weights, but not one for each reward function."""
+    if weights is not None and len(weights) != len(names):
+        raise UserError(f"{len(weights)} reward_weights for the reward functions {', '.join(names)}: give one each")
+
+
 def score(functions: Sequence[Reward], rows: list[Row], completions: list[str]) -> Tensor:
     """Every function's reward for every completion.
 

@@ -12,7 +12,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from unmask.adapters import LORA_TARGETS, adapter_config
+from unmask.adapters import LORA_TARGETS, adapter_config, check_precision
 from unmask.files import read_lines, whole, writing_to
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
@@ -35,9 +35,9 @@ class RLConfig(GRPOSettings):
     tasks: list[str]
     """Task specs whose problems are the prompts, in equal shares, e.g. ``sudoku countdown``."""
     model: str = "tiny"
-    """A shipped model's name or the path of a checkpoint folder."""
+    """A shipped model's name, a hub name, or the folder of a checkpoint or adapter (which is merged)."""
     dtype: str = "float32"
-    """Dtype of the weights, ``float32`` or ``bfloat16`` (for adapters on large models; an adapter's own stay float32)."""
+    """Dtype of the weights: ``float32``, for adapters also ``bfloat16`` (an adapter's own stay float32) or ``auto``."""
     reward: list[str] = field(default_factory=list)
     """Reward functions ``package.module:function`` instead of the tasks' own."""
     lora_r: int | None = None
@@ -219,10 +219,12 @@ def make_trainer(config: RLConfig, callbacks: list[TrainerCallback]) -> Trajecto
         data_seed=config.seed,
     )
     lm = load(config.model, config.dtype)
+    check_precision(lm, config.lora_r)
     lm.model.config._attn_implementation = config.attention
     tasks = [make_task(spec, lm.task_defaults) for spec in config.tasks]
-    train_rows = problem_rows(lm, tasks, "train", config.problems, config.seed + 1)
-    validation = problem_rows(lm, tasks, "validation", config.validation_problems, 0)
+    with args.main_process_first():  # one process fetches a data set, the others find it
+        train_rows = problem_rows(lm, tasks, "train", config.problems, config.seed + 1)
+        validation = problem_rows(lm, tasks, "validation", config.validation_problems, 0)
     if config.reward:
         functions = [load_reward(spec) for spec in config.reward]
     else:

@@ -32,7 +32,7 @@ from unmask.rl.objectives import (
     sample_views,
     token_weights,
 )
-from unmask.rl.rewards import Row, reward_name, score
+from unmask.rl.rewards import Row, check_weights, reward_name, score
 from unmask.rl.rollout import Rollout, RolloutSampler, prompt_rows, row_seeds, sample_trajectory, score_all, score_rows
 from unmask.spec import UserError
 from unmask.tasks.base import Reward
@@ -74,9 +74,7 @@ class TrajectoryGRPOTrainer(Trainer):
         weights = args.reward_weights or [1.0] * len(self.reward_funcs)
         if not self.reward_funcs:
             raise UserError("no reward function: give at least one")
-        if len(weights) != len(self.reward_funcs):
-            names = ", ".join(map(reward_name, self.reward_funcs))
-            raise UserError(f"{len(weights)} reward_weights for the reward functions {names}: give one each")
+        check_weights(weights, [*map(reward_name, self.reward_funcs)])
         self.reward_weights = torch.tensor(weights)
         self.lm = as_masked_lm(model, processing_class)
         self.decoder = args.rollout_decoder()

@@ -34,7 +34,9 @@ _NUMBER = re.compile(
     rf"(?<![\w.])(?P<sign>-\s*)?(?:(?P<whole>[0-9]+)\s+(?=[0-9]+\s*/))?(?P<value>{_DECIMAL})"
     rf"(?:\s*/\s*(?P<under>{_DECIMAL}))?"
 )
-_JOINED_AFTER = re.compile(r"\s*(?:[-+*/^:,]\s*[-(]*[0-9]|[<>])")  # an inequality is no number either
+_JOINED_AFTER = re.compile(  # an inequality is no number either, nor the start of 1e3, 0x1f, 3x
+    r"\s*(?:[-+*/^:,]\s*[-(]*[0-9]|[<>])|[eE][-+]?[0-9]|[xX][0-9a-fA-F]|[xyz]\b"
+)
 _JOINED_BEFORE = re.compile(r"[0-9)]\s*[-+*/^:,][-(\s]*\Z")
 
 

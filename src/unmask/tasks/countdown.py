@@ -107,7 +107,7 @@ class Countdown(Task):
             try:
                 row = json.loads(line)
                 yield self.problem(tuple(int(n) for n in row["input"].split(",")), int(row["output"]))
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UserError(
                     f'{path}:{number} is not a line like {{"input": "30,100,93", "output": "23"}}'
                 ) from None

@@ -1,8 +1,9 @@
 """Whether two LaTeX answers mean the same, decided by math-verify in a process of its own.
 
 Its own time-out rests on a signal, which works in the main thread of a POSIX program only, and nothing bounds its memory. So
-one helper process answers question by question; it is ended and replaced when it takes too long, and its memory is limited
-where the system can. Text that is long, deeply nested, builds huge numbers or uses commands outside a list never gets there.
+one helper process answers question by question; it is ended and replaced when it takes too long. Its processor time and
+memory are limited where the system can, so that an answer does not depend on what else the machine does. Text that is long,
+deeply nested, builds huge numbers or uses commands outside a list never gets there.
 
 math-verify's reader of plain expressions and sympy's conversion of strings evaluate text as Python; even the numbers of a
 LaTeX answer take that way. So in the helper sympy's ``parse_expr`` is replaced by one that reads numerals and names and
@@ -12,18 +13,24 @@ refuses all else, and the ``eval`` behind it refuses whatever may still lead the
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import threading
+import time
+from contextlib import suppress
 from functools import lru_cache
 from typing import IO, Any
+
+from unmask.spec import UserError
 
 MAX_LATEX = 300  # characters; no answer of MATH has more than 160
 MAX_DEPTH = 12
 MAX_DIGITS = 40
-SECONDS = 5.0
+CPU_SECONDS = 5  # of the helper, for one question
+WALL_SECONDS = 60.0  # for a question on a busy machine, or where processor time cannot be limited
 START_SECONDS = 120.0
 MEMORY = 2 << 30  # bytes
 
@@ -59,14 +66,24 @@ def readable(text: str) -> bool:
     return deepest <= MAX_DEPTH
 
 
-@lru_cache(maxsize=8192)
 def equivalent(truth: str, answer: str) -> bool:
     """Whether ``answer`` means the same as ``truth``; False where that cannot be told within bounds. Never raises on text.
 
     Raises:
-        RuntimeError: if the helper process cannot be started at all.
+        UserError: if the helper process cannot be started at all.
     """
-    return readable(truth) and readable(answer) and _helper.ask(truth, answer)
+    if not readable(truth) or not readable(answer):
+        return False
+    for _ in range(2):  # a machine that stood still gets a second chance
+        with suppress(TimeoutError):
+            return _asked(truth, answer)
+    return False
+
+
+@lru_cache(maxsize=8192)
+def _asked(truth: str, answer: str) -> bool:
+    """The helper's word. Raises TimeoutError (which is not remembered) where it did not come in time."""
+    return _helper.ask(truth, answer)
 
 
 class _Helper:
@@ -81,7 +98,7 @@ class _Helper:
         with self.lock:
             if self.process is None or self.owner != os.getpid():
                 self.start()
-            return self.exchange(json.dumps([truth, answer]), SECONDS) == "1"
+            return self.exchange(json.dumps([truth, answer]), WALL_SECONDS) == "1"
 
     def start(self) -> None:
         code = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
@@ -94,11 +111,15 @@ class _Helper:
             text=True,
             encoding="utf-8",
         )
-        if self.exchange("", START_SECONDS) != "ready":
-            raise RuntimeError(f"the process that compares formulas did not start: try {sys.executable} {__file__}")
+        try:
+            ready = self.exchange("", START_SECONDS)
+        except TimeoutError:
+            ready = ""
+        if ready != "ready":
+            raise UserError(f"the process that compares formulas did not start: try {sys.executable} {__file__}")
 
     def exchange(self, line: str, seconds: float) -> str:
-        """Send a line and wait for one; a process that is late or gone is ended, and the answer is empty."""
+        """Send a line and wait for one; empty from a process that is gone. Ends one that is late: TimeoutError."""
         process = self.process
         assert process is not None and process.stdin is not None and process.stdout is not None
         late = threading.Event()
@@ -123,6 +144,8 @@ class _Helper:
             process.kill()
             process.communicate()
             self.process = None
+        if late.is_set():
+            raise TimeoutError
         return reply
 
 
@@ -159,6 +182,7 @@ def _serve(questions: IO[str], replies: IO[str]) -> None:
 
     print("ready", file=replies, flush=True)
     for line in questions:
+        _limit("RLIMIT_CPU", math.ceil(time.process_time()) + CPU_SECONDS)  # the system ends it there
         try:
             truth, answer = json.loads(line)
             same = math_verify.verify(parsed(truth), parsed(answer), timeout_seconds=None)
@@ -167,21 +191,21 @@ def _serve(questions: IO[str], replies: IO[str]) -> None:
         print(int(bool(same)), file=replies, flush=True)
 
 
-def _limit_memory() -> None:
+def _limit(name: str, value: int) -> None:
+    """Limit this process, where the system can."""
     try:
         import resource
     except ImportError:  # not on this system
         return
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if hard == resource.RLIM_INFINITY or hard > MEMORY:
-        try:
-            resource.setrlimit(resource.RLIMIT_AS, (MEMORY, hard))
-        except (ValueError, OSError):
-            return
+    kind = getattr(resource, name)
+    _, hard = resource.getrlimit(kind)
+    if hard == resource.RLIM_INFINITY or hard > value:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(kind, (value, hard))
 
 
 if __name__ == "__main__":
-    _limit_memory()
+    _limit("RLIMIT_AS", MEMORY)
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     sys.stdout = sys.stderr  # whatever prints, prints elsewhere
     _serve(sys.stdin, channel)

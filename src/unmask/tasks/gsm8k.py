@@ -30,6 +30,8 @@ class GSM8K(Worded):
     def completion_truth(self, row: dict[str, Any]) -> Problem:
         """A null ground truth (the released files have two: the negative answers) lets no completion be right."""
         truth = row["ground_truth"]
+        if not isinstance(truth, (str, int, float, type(None))):
+            raise ValueError(f"ground_truth is {truth!r}, not a number")
         return self.made(row["question"], "" if truth is None else _plain(str(truth)), None)
 
     def grade(self, problem: Problem, completion: str) -> Grade:

@@ -40,6 +40,8 @@ class MATH500(Worded):
         return self.made(row["problem"] if "problem" in row else row["question"], str(answer), solution)
 
     def completion_truth(self, row: dict[str, Any]) -> Problem:
+        if not isinstance(row["ground_truth"], (str, int, float)):
+            raise ValueError(f"ground_truth is {row['ground_truth']!r}, not a formula")
         return self.made(row["question"], str(row["ground_truth"]), None)
 
     def grade(self, problem: Problem, completion: str) -> Grade:

@@ -124,7 +124,7 @@ class Worded(Task):
                 rows = (
                     json.loads(text) if suffix == ".json" else [json.loads(line) for line in text.split("\n") if line]
                 )
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"the data file {path} is not {suffix[1:].upper()}: {error}") from None
         if not isinstance(rows, list):
             raise UserError(f"the data file {path} is no list of problems: give one")
