@@ -380,6 +380,19 @@ def test_more_refusals(folders: dict[str, str], tmp_path: Path, monkeypatch: pyt
                 read(str(broken(folders[name], tmp_path / f"{name}-{read.__name__}", **changes)))
     with pytest.raises(UserError, match=r"mask token is 323, its config.json says 5"):
         load(str(broken(folders["dream"], tmp_path / "masks", mask_token_id=5)))
+    folder = broken(folders["llada"], tmp_path / "tokenizer")
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"the tokenizer of .* cannot be read"):
+        load(str(folder))
+    folder = broken(folders["llada"], tmp_path / "template")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": "{% for %}"}))
+    with pytest.raises(UserError, match=r"the chat template of .* refuses the messages"):
+        load(str(folder)).chat("hello")
+    folder = broken(folders["llada"], tmp_path / "index")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="has no weight_map"):
+        load(str(folder))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="2 processes each have"):
         load(folders["llada"], device_map="auto")

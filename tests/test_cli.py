@@ -60,6 +60,14 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["eval", "--dtype", "float8"], ["unknown dtype"]),
         (["sft", "no.yaml"], ["cannot read the config no.yaml"]),
         (["grade", "no.jsonl", "--task", "countdown"], ["cannot read no.jsonl"]),
+        (["generate", "x", "--adapter", "nothing"], ["unknown adapter 'nothing'"]),
+        (["generate", "x", "--revision", "v1"], ["revision=v1 belongs to a hub name"]),
+        (["generate", "x", "--model", "/proc/version"], ["is a file"]),
+        (["eval", "--output", ""], ["output is ''"]),
+        (["eval", "--task", "gsm8k", "countdown", "--data", "x.jsonl"], ["data"]),
+        (["rl", "--dry-run", "no.yaml"], ["cannot read the config no.yaml"]),
+        (["info", "tiny", "--load-in-4bit"], ["leave them out"]),
+        (["info", "tiny", "--no-weights", "--adapter", "x"], ["reads no adapter"]),
     ],
 )
 def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], said: list[str]) -> None:
@@ -68,6 +76,50 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments:
     if arguments[0] == "eval" and "--output" not in arguments:
         arguments = [*arguments, "--output", str(tmp_path / "out")]
     fails(capsys, arguments, *said)
+
+
+FILES = {
+    "deep.json": "[" * 100_000,
+    "deep.yaml": "a: " + "[" * 5_000,
+    "twice.yaml": "steps: 1\noutput: x\nsteps: 2\n",
+    "no_base.yaml": "base: nothing.yaml\n",
+    "number.jsonl": '{"question": "q", "completion": 5, "ground_truth": "1"}\n',
+    "truth.jsonl": '{"question": "q", "completion": "5", "ground_truth": {"a": 1}}\n',
+    "lacks.jsonl": '{"question": "q", "completion": "5"}\n',
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["eval", "--task", "gsm8k", "--data", "deep.json", "--output", "out"], ["deep.json is not JSON"]),
+        (["eval", "--task", "countdown", "--data", "deep.json", "--output", "out"], ["deep.json:1 is not a line like"]),
+        (["rl", "deep.yaml"], ["the config deep.yaml is not YAML"]),
+        (["rl", "twice.yaml"], ["the key 'steps' stands twice", "line 3"]),
+        (["rl", "no_base.yaml"], ["cannot read the base of no_base.yaml, nothing.yaml"]),
+        (["generate", "x", "--decoder", "twice.yaml"], ["the decoder file twice.yaml", "stands twice"]),
+        (["grade", "number.jsonl", "--task", "gsm8k"], ["number.jsonl:1", "completion is 5, not text"]),
+        (["grade", "truth.jsonl", "--task", "gsm8k"], ["truth.jsonl:1", "not a number"]),
+        (["grade", "truth.jsonl", "--task", "math500"], ["truth.jsonl:1", "not a formula"]),
+        (["grade", "lacks.jsonl", "--task", "gsm8k"], ["'ground_truth' is missing"]),
+        (
+            ["grade", "lacks.jsonl", "--task", "gsm8k:extraction=published", "--extraction", "default"],
+            ["both name one"],
+        ),
+    ],
+)
+def test_damaged_files(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    said: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
+    fails(capsys, arguments, *said)
+    assert {p.name for p in tmp_path.iterdir()} == set(FILES)
 
 
 def test_unknown_flag_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,7 +177,7 @@ def test_grade(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     default, published = capsys.readouterr().out.split("countdown, published")
     assert "2 of 3" in default and "1 of 3" in published
     file.write_text('{"question": "q"}\n')
-    fails(capsys, ["grade", str(file), "--task", "countdown"], ":1 lacks")
+    fails(capsys, ["grade", str(file), "--task", "countdown"], ":1 is no JSON object")
     file.write_text(json.dumps({**rows[0], "ground_truth": [[8, 3, 5], "29"]}))
     fails(capsys, ["grade", str(file), "--task", "countdown"], "is not [[numbers], target]")
     fails(capsys, ["grade", str(file), "--task", "countdown", "--extraction", "x"], "choose from default, published")
