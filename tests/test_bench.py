@@ -80,7 +80,7 @@ def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("rl", "gap", "decode"):
         assert main(["bench", command, "--output", "/proc/nothing/x.json"]) == 2
         assert "cannot write to" in capsys.readouterr().err
-    assert main(["bench", "decoding"]) == 2 and "choose from decode, gap, rl" in capsys.readouterr().err
+    assert main(["bench", "decoding"]) == 2 and "choose from decode, gap, memory, rl" in capsys.readouterr().err
     assert main(["bench"]) == 2
 
 
