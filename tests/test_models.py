@@ -224,11 +224,12 @@ class BlindToMasks(LLaDAModelLM):
 @pytest.mark.parametrize(
     ("kind", "message"), [(Causal, "does not see tokens to the right"), (BlindToMasks, "left padding changes")]
 )
-def test_self_test_refuses_faulty_models(kind: type[LLaDAModelLM], message: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_self_test_refuses_faulty_models(kind: type[LLaDAModelLM], message: str, dtype: torch.dtype) -> None:
     lm = toy()
     faulty = kind(lm.model.config).eval()
     faulty.load_state_dict(lm.model.state_dict())
-    lm.model = faulty
+    lm.model = faulty.to(dtype)
     with pytest.raises(UserError, match=message):
         lm.self_test()
 
