@@ -122,11 +122,23 @@ def test_damaged_files(
     assert {p.name for p in tmp_path.iterdir()} == set(FILES)
 
 
-def test_unknown_flag_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as error:
-        main(["eval", "--taks", "sudoku"])
-    assert error.value.code == 2
-    assert "Traceback" not in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["eval", "--taks", "sudoku"], ["unrecognized options: --taks", "did you mean --task?"]),
+        (["eval", "--limit", "abc"], ["error parsing --limit", "'abc'", "see unmask eval --help"]),
+        (["eval", "stray"], ["unrecognized options: stray"]),
+        (["eval", "--output"], ["missing value for argument '--output'"]),
+        (["grade"], ["unmask grade lacks an argument and --task"]),
+        (["export"], ["unmask export lacks 2 arguments"]),
+        (["rl"], ["unmask rl lacks an argument"]),
+        (["rl", "CONFIG", "--compile", "false"], ["--name or --no-name", "see unmask rl"]),
+        (["bench", "decode", "--nothing"], ["unrecognized options: --nothing", "see unmask bench decode --help"]),
+    ],
+)
+def test_flags_that_cannot_be_read(capsys: pytest.CaptureFixture[str], arguments: list[str], said: list[str]) -> None:
+    config = str(ROOT / "configs" / "tiny" / "cj_sudoku.yaml")
+    fails(capsys, [config if a == "CONFIG" else a for a in arguments], *said)
 
 
 def test_generate_prints_plain_text_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

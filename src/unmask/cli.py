@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from unmask.flags import read_flags
 from unmask.models.source import ModelSource
 from unmask.spec import UserError, convert, split_spec, unknown
 
@@ -41,7 +42,7 @@ class GenerateArguments(ModelSource):
 
 
 def generate(arguments: list[str]) -> None:
-    a = tyro.cli(GenerateArguments, args=arguments, prog="unmask generate")
+    a = read_flags(GenerateArguments, arguments, prog="unmask generate")
     import torch
     from rich.console import Console
 
@@ -67,7 +68,7 @@ def generate(arguments: list[str]) -> None:
 def evaluate(arguments: list[str]) -> None:
     from unmask.evaluation.evaluate import EvalConfig
 
-    _run_evaluation(tyro.cli(EvalConfig, args=arguments, prog="unmask eval"))
+    _run_evaluation(read_flags(EvalConfig, arguments, prog="unmask eval"))
 
 
 def _run_evaluation(config: EvalConfig) -> None:
@@ -137,7 +138,7 @@ class SFTArguments:
 
 def sft(arguments: list[str]) -> None:
     if not arguments or arguments[0].startswith("-"):
-        tyro.cli(SFTArguments, args=arguments, prog="unmask sft")
+        read_flags(SFTArguments, arguments, prog="unmask sft")
     from unmask.config import read_config
     from unmask.sft import SFTConfig, train
 
@@ -168,7 +169,7 @@ def rl(arguments: list[str]) -> None:
     dry = "--dry-run" in arguments
     arguments = [a for a in arguments if a != "--dry-run"]
     if not arguments or arguments[0].startswith("-"):
-        tyro.cli(RLArguments, args=arguments, prog="unmask rl")
+        read_flags(RLArguments, arguments, prog="unmask rl")
     from unmask.config import read_config
     from unmask.rl.run import RLConfig, train
 
@@ -187,7 +188,7 @@ def info(arguments: list[str]) -> None:
     from unmask.info import InfoArguments
     from unmask.info import info as show
 
-    show(tyro.cli(InfoArguments, args=arguments, prog="unmask info"))
+    show(read_flags(InfoArguments, arguments, prog="unmask info"))
 
 
 @dataclass
@@ -201,7 +202,7 @@ class ReportArguments:
 
 
 def report_runs(arguments: list[str]) -> None:
-    a = tyro.cli(ReportArguments, args=arguments, prog="unmask report")
+    a = read_flags(ReportArguments, arguments, prog="unmask report")
     if not a.runs:
         raise UserError("no run given: name at least one run folder")
     from unmask.rl.report import report
@@ -224,7 +225,7 @@ class ExportArguments:
 
 
 def export_checkpoint(arguments: list[str]) -> None:
-    a = tyro.cli(ExportArguments, args=arguments, prog="unmask export")
+    a = read_flags(ExportArguments, arguments, prog="unmask export")
     from unmask.files import writing_to
     from unmask.models.load import load
     from unmask.runs import export
@@ -288,7 +289,7 @@ def grade_file(task: Task, path: str) -> list[Grade]:
 
 
 def grade(arguments: list[str]) -> None:
-    a = tyro.cli(GradeArguments, args=arguments, prog="unmask grade")
+    a = read_flags(GradeArguments, arguments, prog="unmask grade")
     from unmask.evaluation.report import percent
     from unmask.evaluation.statistics import pooled_bootstrap, wilson
     from unmask.tasks import make_task
@@ -323,7 +324,7 @@ DEMO_DECODERS = ["full", "semi-ar", "eoser", "full:steps=7", "ass", "eoser-ass",
 
 
 def demo(arguments: list[str]) -> None:
-    a = tyro.cli(DemoArguments, args=arguments, prog="unmask demo")
+    a = read_flags(DemoArguments, arguments, prog="unmask demo")
     from unmask.evaluation.evaluate import EvalConfig
     from unmask.models.load import load
     from unmask.tasks import make_task

@@ -7,10 +7,10 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tyro
 import yaml
 
 from unmask.files import read_yaml, whole
+from unmask.flags import read_flags
 from unmask.spec import UserError, convert, unknown
 
 T = TypeVar("T")
@@ -37,7 +37,8 @@ def read_config(cls: type[T], path: str | Path, arguments: list[str] | None = No
     ]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: add it")
-    return tyro.cli(cls, args=arguments or [], default=cls(**values), prog=f"unmask … {path}")
+    prog = f"unmask {cls.__name__.removesuffix('Config').lower()} {path}"
+    return read_flags(cls, arguments or [], prog, default=cls(**values))
 
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import tyro
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -19,13 +18,14 @@ from unmask.bench.memory import table as memory_table
 from unmask.bench.update import BenchRL, bench_rl
 from unmask.evaluation.report import COLOURS, MARKERS, markdown, save_figure
 from unmask.files import whole
+from unmask.flags import read_flags
 from unmask.rl.gap import BenchGap, bench_gap
 
 Row = list[str]
 
 
 def _run(kind: Any, work: Callable[..., dict[str, Any]], name: str, arguments: list[str]) -> tuple[Any, dict[str, Any]]:
-    config = tyro.cli(kind, args=arguments, prog=f"unmask bench {name}")
+    config = read_flags(kind, arguments, f"unmask bench {name}")
     with Console(stderr=True).status("") as status:
         return config, work(config, status.update)
 
