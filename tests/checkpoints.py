@@ -1,18 +1,24 @@
-"""Small random checkpoints in the published layouts: names of files, keys, config fields and special tokens as on the hub."""
+"""Random checkpoints in the published layouts: names of files, keys, config fields and special tokens as on the hub.
+
+``python tests/checkpoints.py FOLDER`` writes one of LLaDA-8B's own size.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedModel
 
 from unmask.models.bidirectional import A2DQwen3Config, A2DQwen3LMHeadModel, DreamConfig, DreamModel
 from unmask.models.llada import LLaDAConfig, LLaDAModelLM
+from unmask.models.load import skeleton
 
 CHAT = (
     "{{% for message in messages %}}{{{{ {start} + message['role'] + {after} + message['content'] + {end} }}}}{{% endfor %}}"
@@ -172,10 +178,43 @@ def write_llada(folder: Path, seed: int = 1, **changes: Any) -> str:
     config = {**LLADA, **changes}
     torch.manual_seed(seed)
     _save(LLaDAModelLM(LLaDAConfig(**config)).bfloat16(), folder, config, "60KB")
+    _llada_tokenizer(folder)
+    return str(folder)
+
+
+def _llada_tokenizer(folder: Path) -> None:
     special = {300: "<|startoftext|>", 301: "<|endoftext|>", 302: "[CLS]", 303: "[gMASK]", 320: "<|mdm_mask|>"}
     special |= {346: "<|start_header_id|>", 347: "<|end_header_id|>", 348: "<|eot_id|>"}
     settings = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     _fast_tokenizer(folder, special, {"chat_template": LLADA_CHAT, "model_max_length": 10**30, **settings})
+
+
+def write_llada_8b(folder: Path) -> str:
+    """A random checkpoint of LLaDA-8B's own size, 15 GiB in six shards, made a shard at a time; most of its ids are unused."""
+    shape = {"d_model": 4096, "n_heads": 32, "n_kv_heads": 32, "n_layers": 32, "mlp_hidden_size": 12288}
+    config = {**LLADA, **shape, "vocab_size": 126464, "embedding_size": 126464, "max_sequence_length": 4096}
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(
+        2**24, generator=generator
+    )  # the same numbers, turned, in every matrix: drawing 8 billion takes long
+    index: dict[str, str] = {}
+    shard: dict[str, torch.Tensor] = {}
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = skeleton(LLaDAModelLM, LLaDAConfig(**config), torch.bfloat16).state_dict()
+    for number, (key, parameter) in enumerate(keys.items(), 1):
+        parts = -(-parameter.numel() // noise.numel())
+        turns = torch.randint(2**24, (parts,), generator=generator).tolist()
+        flat = torch.cat([noise.roll(turn) for turn in turns])[: parameter.numel()].view(parameter.shape)
+        scaled = torch.ones(parameter.shape) if flat.dim() == 1 else flat * flat.shape[1] ** -0.5
+        shard[key] = scaled.bfloat16().contiguous()
+        if number == len(keys) or sum(t.nbytes for t in shard.values()) > 2.9e9:
+            name = f"model-{len(set(index.values())) + 1:05d}-of-00006.safetensors"
+            save_file(shard, folder / name, metadata={"format": "pt"})
+            index |= dict.fromkeys(shard, name)
+            shard = {}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "config.json").write_text(json.dumps(config))
+    _llada_tokenizer(folder)
     return str(folder)
 
 
@@ -216,3 +255,7 @@ def write_qwen3_a2d(folder: Path, seed: int = 1, **changes: Any) -> str:
 
 
 WRITERS = {"llada": write_llada, "dream": write_dream, "qwen3-a2d": write_qwen3_a2d}
+
+
+if __name__ == "__main__":
+    print(write_llada_8b(Path(sys.argv[1])))

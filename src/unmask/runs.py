@@ -54,7 +54,7 @@ def export(lm: MaskedLM, folder: Path) -> Path:
     """Weights and tokenizer as a plain checkpoint that ``load`` takes, whole or not at all."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    lm.model.save_pretrained(partial)
+    lm.model.save_pretrained(partial, max_shard_size="5GB")
     lm.tokenizer.init_kwargs.pop("auto_map", None)  # names Python files that are not saved
     lm.tokenizer.save_pretrained(partial)
     shutil.rmtree(folder, ignore_errors=True)
