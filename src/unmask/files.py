@@ -86,11 +86,3 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     raw = path.read_bytes()
     return [json.loads(line) for line in raw[: raw.rfind(b"\n") + 1].splitlines()]
-
-
-def drop_cut_line(path: Path) -> None:
-    """Remove a last line that a crash cut off, before more is appended."""
-    if path.exists():
-        raw = path.read_bytes()
-        if not raw.endswith(b"\n") and raw:
-            path.write_bytes(raw[: raw.rfind(b"\n") + 1])

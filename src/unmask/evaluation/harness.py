@@ -157,14 +157,7 @@ class UnmaskLM(TemplateLM):
         """The prompt of a conversation; without a generation prompt it ends inside its last message."""
         if self.tokenizer.chat_template is None:
             raise UserError(f"{self.lm.name} has no chat template: leave --apply_chat_template out")
-        text = self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-            enable_thinking=False,  # as in MaskedLM.chat
-        )
-        return str(text)
+        return self.lm.render(chat_history, answer=add_generation_prompt, unfinished=not add_generation_prompt)
 
     def get_model_info(self) -> dict[str, Any]:
         """For lm-eval's results file: everything that a figure depends on here."""

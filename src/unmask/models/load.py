@@ -78,9 +78,9 @@ def load(
         raise UserError(f"{name} is an adapter itself: name its base model in --model, or leave --adapter out")
     lm = _plain(name if not own else str(folder), folder, dtype, device, device_map, load_in_4bit, trust_remote_code)
     for part in own:
-        lm = replace(_merged(lm, part), name=name)
+        lm = _merged(lm, part, name)
     for part in adapters:
-        lm = replace(_merged(lm, part), name=f"{name} + {adapter}")
+        lm = _merged(lm, part, f"{name} + {adapter}")
     return lm
 
 
@@ -335,8 +335,8 @@ def as_masked_lm(model: MaskedLM | PreTrainedModel | str, tokenizer: PreTrainedT
     return MaskedLM.wrap(model, tokenizer, model.config.name_or_path or "model")
 
 
-def _merged(lm: MaskedLM, adapter: Path) -> MaskedLM:
-    """The model with an adapter merged into its weights (kept beside them where those are quantised)."""
+def _merged(lm: MaskedLM, adapter: Path, name: str) -> MaskedLM:
+    """The model, now called ``name``, with an adapter merged into its weights (kept beside them where they are quantised)."""
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils import load_peft_weights
 
@@ -357,7 +357,7 @@ def _merged(lm: MaskedLM, adapter: Path) -> MaskedLM:
         model: Any = adapted if quantised else adapted.merge_and_unload()
     except _LOADING as error:
         raise UserError(f"cannot load the adapter {adapter}: {_first_line(error)}") from None
-    lm = replace(lm, model=model.eval(), name=f"{lm.name} + {adapter}", weights=f"{lm.weights}+{fingerprint(files)}")
+    lm = replace(lm, model=model.eval(), name=name, weights=f"{lm.weights}+{fingerprint(files)}")
     lm.self_test()
     return lm
 

@@ -153,12 +153,24 @@ class MaskedLM:
         messages.append({"role": "user", "content": user})
         return self.render(messages) + prefill
 
-    def render(self, messages: list[dict[str, str]], answer: bool = True) -> str:
-        """Messages as the chat template writes them; with ``answer``, up to where the assistant's next turn begins."""
+    def render(self, messages: list[dict[str, str]], answer: bool = True, unfinished: bool = False) -> str:
+        """Messages as the chat template writes them.
+
+        Args:
+            answer: go on to where the assistant's next turn begins.
+            unfinished: end inside the last message instead of behind it.
+
+        Raises:
+            UserError: where the template cannot be used for them.
+        """
         # enable_thinking is Qwen3's: without it, its template asks for another format. Other templates pass it over.
         try:
             text = self.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=answer, tokenize=False, enable_thinking=False
+                messages,
+                add_generation_prompt=answer,
+                continue_final_message=unfinished,
+                tokenize=False,
+                enable_thinking=False,
             )
         except (TemplateError, ValueError, TypeError) as error:
             raise UserError(
