@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -246,10 +247,9 @@ def bench(arguments: list[str]) -> None:
     BENCHMARKS[arguments[0]](arguments[1:])
 
 
-def lm_eval(arguments: list[str]) -> None:
-    from unmask.evaluation.harness import command
-
-    command(arguments)
+def _elsewhere(module: str) -> Callable[[list[str]], None]:
+    """The ``command`` of a module, imported when it is called."""
+    return lambda arguments: import_module(module).command(arguments)
 
 
 @dataclass
@@ -349,9 +349,10 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "sft": (sft, "train on worked responses with the masked diffusion loss"),
     "rl": (rl, "train on rewards with GRPO along the decoder's trajectories"),
     "report": (report_runs, "curves of reinforcement-learning runs"),
+    "study": (_elsewhere("unmask.study.command"), "a grid of trainings and evaluations with equal budgets, resumable"),
     "export": (export_checkpoint, "merge a checkpoint's adapter into a plain checkpoint"),
     "bench": (bench, "decode, rl: time and memory; memory: the formula; gap: objectives against samples"),
-    "lm-eval": (lm_eval, "lm-evaluation-harness's own command line, with --model unmask"),
+    "lm-eval": (_elsewhere("unmask.evaluation.harness"), "lm-evaluation-harness's own command line, with --model unmask"),
     "grade": (grade, "grade completions made elsewhere"),
     "demo": (demo, "the shipped model under each decoder"),
 }
@@ -383,7 +384,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"unmask: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        resumes = arguments[0] in ("eval", "sft", "rl", "demo")
+        resumes = arguments[0] in ("eval", "sft", "rl", "study", "tune", "demo")
         advice = "; what is written stays, and the same command goes on from there" if resumes else ""
         print(f"\nunmask: interrupted{advice}", file=sys.stderr)
         return 130

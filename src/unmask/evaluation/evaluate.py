@@ -22,6 +22,7 @@ import torch
 
 from unmask import __version__
 from unmask.decoding import Decoder, decode_each, make_decoder
+from unmask.evaluation.curves import curves, kept_trajectories
 from unmask.evaluation.processes import Processes, join, take_own_gpu
 from unmask.evaluation.records import Record, as_lines, merge, shard, slug, summarise
 from unmask.files import write_json, writing_to
@@ -59,6 +60,8 @@ class EvalConfig(ModelSource):
     """torch.compile the model; all forward passes then have one shape."""
     output: str = "runs/eval"
     """Run folder. A second call with the same settings goes on or just prints the result."""
+    trajectories: bool = False
+    """Records also keep every token, the step that committed it and its log-probability; ``unmask report`` draws them."""
     diagnostics: bool = False
     """Also measure EOS confidence and the EOS share of commits over the steps, and draw them."""
 
@@ -198,6 +201,7 @@ def run_cell(request: Request, cell: Cell, indexes: list[int], config: EvalConfi
         lengths, nfe = lm.lengths(trajectory.tokens).tolist(), trajectory.nfe.tolist()
         seconds = (time.perf_counter() - start) / len(numbers)
         committed = (trajectory.step >= 0).sum(1).tolist()
+        kept = kept_trajectories(trajectory) if config.trajectories else [{}] * len(numbers)
         records = []
         for row, number in enumerate(numbers):
             problem = cell.problems[indexes[number]]
@@ -212,6 +216,7 @@ def run_cell(request: Request, cell: Cell, indexes: list[int], config: EvalConfi
                     "committed": committed[row],
                     "length": lengths[row],
                     "seconds": round(seconds, 6),
+                    **kept[row],
                 }
             )
         yield records
@@ -301,7 +306,11 @@ def _finish(request: Request, config: EvalConfig, world: int) -> dict[str, Any]:
                 "and no other run writes to, and start again"
             )
         names = {"task": cell.task_spec, "decoder": cell.decoder_spec, "score_name": cell.task.score_name}
-        cells.append({**names, **summarise(list(records.values()))})
+        found = summarise(list(records.values()))
+        if config.trajectories:
+            steps = cell.decoder.plan.steps if cell.decoder.threshold is None else None
+            found["curves"] = curves(list(records.values()), request.lm.end_ids, steps)
+        cells.append({**names, **found})
     facts = {**environment(), "processes": world}
     summary = {"config": request.resolved, "environment": facts, "cells": cells}
     if config.diagnostics:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from dataclasses import dataclass
 
 import torch
 import yaml
@@ -27,6 +28,43 @@ def _filled(decoder: Decoder) -> Trajectory:
     return Trajectory(prompt, prompt == 0, tokens, plan, torch.zeros(plan.shape), 1, decoder.config())
 
 
+@dataclass(frozen=True)
+class Work:
+    """What one completion takes in a run, in forward passes of one row.
+
+    Attributes:
+        steps: of its sampling. every: views of the objective; views: those that an update scores, with a backward pass.
+        old, reference: how often all views are scored once more in a rollout, for the old policy and the reference.
+        copies: rows that stand for one (guidance: 2).
+    """
+
+    steps: int
+    every: int
+    views: int
+    old: int
+    reference: int
+    copies: int
+
+    def passes(self, updates: int, rollouts: int) -> int:
+        """Forward passes (NFE) of one completion of every rollout, in all."""
+        return self.copies * (rollouts * (self.steps + self.every * (self.old + self.reference)) + updates * self.views)
+
+
+def work_of(config: RLConfig) -> Work:
+    """The work of a run with these settings."""
+    decoder, objective = config.rollout_decoder(), OBJECTIVES[config.objective]
+    every = len(list(objective.views(_filled(decoder), torch.zeros(1, dtype=torch.int64), 0)))
+    fresh = config.num_iterations if objective.fresh else 1
+    return Work(
+        steps=decoder.plan.steps,
+        every=every,
+        views=min(every, config.steps_per_update or every),
+        old=0 if objective.recorded or config.num_iterations == 1 else fresh,
+        reference=fresh if config.beta > 0 else 0,
+        copies=2 if decoder.cfg_scale else 1,
+    )
+
+
 def dry_run(config: RLConfig) -> str:
     """The resolved configuration, batch arithmetic, forward passes an update and memory of one process, as text.
 
@@ -46,22 +84,15 @@ def dry_run(config: RLConfig) -> str:
     check_weights(config.reward_weights, rewards)
     texts = [row["prompt"] for row in (*rows, *validation)]
     prompt = lm.encode(texts, config.max_completion_length)[0].shape[1]
-    decoder, objective = config.rollout_decoder(), OBJECTIVES[config.objective]
+    decoder, work = config.rollout_decoder(), work_of(config)
     groups = config.batch_size // config.num_generations * world
     rollouts = math.ceil(config.steps / mu)
 
     def passes(sequences: int) -> int:
         return math.ceil(sequences * config.batch_size / config.rows_per_forward)
 
-    steps, every = (
-        decoder.plan.steps,
-        len(list(objective.views(_filled(decoder), torch.zeros(1, dtype=torch.int64), 0))),
-    )
-    views = min(every, config.steps_per_update or every)
-    fresh = mu if objective.fresh else 1
-    old = 0 if objective.recorded or mu == 1 else passes(every) * fresh
-    reference = passes(every) * fresh if config.beta > 0 else 0
-    copies = 2 if decoder.cfg_scale else 1  # guidance doubles the rows of a pass
+    old, reference = passes(work.every) * work.old, passes(work.every) * work.reference
+    steps, views, copies = work.steps, work.views, work.copies
     need = training_need(
         lm,
         Load(

@@ -1,0 +1,54 @@
+"""The command line of ``unmask study``."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from unmask.flags import read_flags
+
+
+@dataclass
+class StudyArguments:
+    """A grid of trainings and evaluations, resumable. Keys of the file may follow as flags: ``--jobs 2 --output DIR``."""
+
+    config: Annotated[str, tyro.conf.Positional]
+    """YAML file of a study."""
+
+
+def command(arguments: list[str]) -> None:
+    """``unmask study CONFIG``."""
+    if not arguments or arguments[0].startswith("-"):
+        read_flags(StudyArguments, arguments, prog="unmask study")
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from unmask.config import read_config
+    from unmask.study.grid import StudyConfig
+    from unmask.study.run import study
+
+    config = read_config(StudyConfig, arguments[0], arguments[1:])
+    console = Console(stderr=True)
+    text = TextColumn("[dim]{task.fields[working]}")
+    bar = Progress(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), text, console=console)
+    line = bar.add_task("", total=None, working="")
+    said = -1
+
+    def progress(done: int, total: int, working: list[str]) -> None:
+        nonlocal said
+        bar.start()
+        bar.update(line, completed=done, total=total, working=", ".join(working))
+        if not console.is_terminal and done != said:
+            print(f"{done} of {total} jobs done; at work: {', '.join(working) or 'none'}", file=sys.stderr, flush=True)
+            said = done
+
+    try:
+        study(config, Path(arguments[0]).parent, progress)
+    finally:
+        bar.stop()
+    print((Path(config.output) / "table.md").read_text(), end="")
+    print(f"\nfigures: unmask report {config.output}", file=sys.stderr)

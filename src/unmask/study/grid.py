@@ -1,0 +1,217 @@
+"""A study's file as the list of its jobs: what is trained, what is evaluated, and what tells the cells apart.
+
+A value that is a list where one is expected is an axis; a table's axes are multiplied, and the tables of a list stand beside
+each other. What two tables have in common is run once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from unmask.config import read_config
+from unmask.decoding import Decoder, make_decoder
+from unmask.evaluation.evaluate import EvalConfig
+from unmask.evaluation.records import slug
+from unmask.rl.run import RLConfig
+from unmask.spec import UserError, build, check_at_least, unknown
+
+Table = dict[str, Any]
+SEEDS = ("seed", "train.seed")
+"""The axes that a summary pools instead of comparing."""
+_CHOSEN_HERE = ("output", "data", "diagnostics", "compile")
+
+
+@dataclass
+class StudyConfig:
+    """A grid of evaluations, of the models that a grid of trainings makes where there is one."""
+
+    output: str
+    """The study's folder."""
+    evaluate: Annotated[list[dict[str, Any]], tyro.conf.Suppress]
+    """Tables of ``unmask eval`` settings and Decoder fields."""
+    train: Annotated[list[dict[str, Any]], tyro.conf.Suppress] = field(default_factory=list)
+    """Tables of ``unmask rl`` settings; ``base`` names a file, beside this one, whose values hold where a table sets none."""
+    compare: list[str] = field(default_factory=list)
+    """Axes along which cells are compared with their first value; by default all."""
+    jobs: int = 1
+    """Jobs at a time, each in a process of its own; the cores are shared out, and GPUs are taken in turn."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "jobs")
+        if not str(self.output).strip(". "):
+            raise UserError(f"output is {self.output!r}: give a folder of its own")
+        if not self.evaluate:
+            raise UserError("evaluate needs at least one table, with the tasks and decoders to evaluate")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One evaluation under one decoder: its settings, and its key: a hash of all that decides its records."""
+
+    evaluation: EvalConfig
+    decoder: Decoder
+    named: Table
+    """The settings as the study's file names them, ``decoder`` without what other axes add to it."""
+    training: RLConfig | None
+    key: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process does: train, where there is something to train, then evaluate the cells."""
+
+    name: str
+    training: RLConfig | None
+    cells: list[Cell]
+
+
+def _key(*settings: Any) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _product(table: Mapping[str, Any], is_axis: Mapping[str, bool]) -> Iterator[Table]:
+    """The table with every axis at each of its values. Raises UserError for an axis without values."""
+    axes = [k for k in table if is_axis[k]]
+    for key in axes:
+        if not table[key]:
+            raise UserError(f"{key} is an empty list: give at least one value")
+    for values in itertools.product(*(table[k] for k in axes)):
+        yield {**table, **dict(zip(axes, values, strict=True))}
+
+
+def _trainings(config: StudyConfig, beside: Path) -> list[RLConfig]:
+    hints = typing.get_type_hints(RLConfig)
+    found: dict[str, RLConfig] = {}
+    for table in config.train:
+        table = dict(table)
+        base = table.pop("base", None)
+        values = _base(beside / str(base)) if base is not None else {}
+        for key in table:
+            if key not in hints or key == "output":
+                raise unknown("key in train", key, [h for h in hints if h != "output"])
+        takes_list = {k: "list" in str(hints[k]) for k in table}
+        axes = {
+            k: isinstance(v, list) and (not takes_list[k] or (bool(v) and all(isinstance(e, list) for e in v)))
+            for k, v in table.items()
+        }
+        for settings in _product(table, axes):
+            run = build(RLConfig, {**values, **settings, "output": "none"}, "train")
+            found[_key(dataclasses.asdict(run))] = run
+    return list(found.values())
+
+
+def _base(path: Path) -> Table:
+    return dataclasses.asdict(read_config(RLConfig, path))
+
+
+def _evaluations(config: StudyConfig) -> list[tuple[EvalConfig, Decoder, Table]]:
+    """Every evaluation of one task under one decoder, with the settings that the file names."""
+    of_evaluation = {f.name for f in dataclasses.fields(EvalConfig)} - set(_CHOSEN_HERE)
+    of_decoder = {f.name for f in dataclasses.fields(Decoder)} - {"name"} - of_evaluation
+    found = []
+    for table in config.evaluate:
+        for key in table:
+            if key not in of_evaluation | of_decoder:
+                raise unknown("key in evaluate", key, of_evaluation | of_decoder)
+        table = {"task": EvalConfig().task, "decoder": EvalConfig().decoder, **table}
+        for settings in _product(table, {k: isinstance(v, list) for k, v in table.items()}):
+            extra = {k: v for k, v in settings.items() if k in of_decoder}
+            spec = str(settings["decoder"])
+            if extra:
+                spec += ("," if ":" in spec else ":") + ",".join(f"{k}={v}" for k, v in extra.items())
+            values = {k: v for k, v in settings.items() if k in of_evaluation}
+            values |= {"task": [str(settings["task"])], "decoder": [spec], "trajectories": True, "output": "none"}
+            evaluation = build(EvalConfig, values, "evaluate")
+            found.append((evaluation, make_decoder(spec, max_new_tokens=evaluation.max_new_tokens), settings))
+    return found
+
+
+def jobs_of(config: StudyConfig, beside: Path) -> list[Job]:
+    """The jobs in the order of the file, trainings by seed first: a study cut short has whole seeds.
+
+    Args:
+        beside: the folder of the study's file, where ``base`` is looked for.
+
+    Raises:
+        UserError: for an unknown key or a value that a setting cannot take.
+    """
+    trainings, evaluations = _trainings(config, beside), _evaluations(config)
+    if trainings and any("model" in named for _, _, named in evaluations):
+        raise UserError("evaluate names a model beside train: the models are those that train makes")
+    trainings.sort(key=lambda t: t.seed)  # stable
+    jobs: list[Job] = []
+    seen: set[str] = set()
+    for training in (None, *trainings):
+        cells = []
+        for evaluation, decoder, named in evaluations:
+            if training is not None:
+                evaluation = dataclasses.replace(evaluation, model="(trained)")
+            elif trainings:
+                evaluation = dataclasses.replace(evaluation, model=trainings[0].model)
+            key = _cell_key(training, evaluation, decoder)
+            if key not in seen:
+                seen.add(key)
+                cells.append(Cell(evaluation, decoder, named, training, key))
+        if training is not None:
+            label = f"{training.objective}--{training.decoder}--seed{training.seed}"
+            jobs.append(Job(slug(f"{label}-{cells[0].key[:8]}"), training, cells))
+        else:
+            jobs += [Job(slug(f"{c.evaluation.task[0]}--{c.decoder.name}-{c.key[:8]}"), None, [c]) for c in cells]
+    return jobs
+
+
+def _cell_key(training: RLConfig | None, evaluation: EvalConfig, decoder: Decoder) -> str:
+    """Names do not count (``full`` and ``full:cfg_scale=0`` are one decoder), nor do fields at their defaults, so that
+    settings which are added later leave what is finished as it is."""
+    tables = []
+    for settings in (training, evaluation, decoder):
+        fields = dataclasses.fields(settings) if settings else ()
+        values = {f.name: getattr(settings, f.name) for f in fields if getattr(settings, f.name) != _default(f)}
+        tables.append({k: v for k, v in values.items() if settings is training or k not in ("name", "decoder")})
+    return _key(*tables)
+
+
+def _default(f: dataclasses.Field[Any]) -> Any:
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def labels(jobs: list[Job]) -> tuple[dict[str, Table], dict[str, list[Any]]]:
+    """What tells the cells apart, by key, and the axes with their values in the order of the file.
+
+    A setting is an axis where cells differ in it. Task and decoder always are; those of the training have a prefix and are
+    None for the model that no training has touched.
+    """
+    named = {k for job in jobs for c in job.cells for k in c.named} - {"task", "decoder"}
+    tables: dict[str, Table] = {}
+    for job in jobs:
+        trained = (
+            {} if job.training is None else {k: v for k, v in dataclasses.asdict(job.training).items() if k != "output"}
+        )
+        for cell in job.cells:
+            table: Table = {"task": cell.evaluation.task[0], "decoder": str(cell.named["decoder"])}
+            table |= {
+                k: getattr(cell.evaluation, k, None) if hasattr(cell.evaluation, k) else getattr(cell.decoder, k)
+                for k in sorted(named)
+            }
+            table |= {f"train.{k}": v for k, v in trained.items()}
+            tables[cell.key] = table
+    keys = list(dict.fromkeys(k for t in tables.values() for k in t))
+    axes: dict[str, list[Any]] = {}
+    for key in keys:
+        values = list({json.dumps(t[key]): t[key] for t in tables.values() if key in t}.values())
+        if len(values) > 1 or key in ("task", "decoder"):
+            axes[key] = values
+    if any(job.training for job in jobs):  # what is trained is said also where only one thing is
+        for key in ("train.objective", "train.decoder"):
+            axes.setdefault(key, [t[key] for t in tables.values() if key in t][:1])
+    return {key: {k: t.get(k) for k in axes} for key, t in tables.items()}, axes

@@ -1,0 +1,213 @@
+"""What the cells of a study say: means with intervals over problems and seeds, paired differences, corrected for their number.
+
+Everything here is a function of ``cells.jsonl`` and deterministic.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unmask.evaluation.report import markdown as markdown_table
+from unmask.evaluation.report import percent
+from unmask.evaluation.statistics import Bootstrap, holm, wilson
+from unmask.files import read_lines
+from unmask.spec import UserError
+from unmask.study.grid import SEEDS, Table
+
+METRICS = ("solved", "score")
+
+
+def read_cells(folder: Path) -> list[Table]:
+    """The lines of a study's cells.jsonl. Raises UserError where there are none, or the file is damaged."""
+    try:
+        cells = read_lines(folder / "cells.jsonl")
+    except ValueError:
+        raise UserError(f"{folder / 'cells.jsonl'} is damaged: give a whole study") from None
+    if not cells:
+        raise UserError(f"{folder} holds no finished cell of a study (cells.jsonl): let it run first")
+    return cells
+
+
+class Group:
+    """One setting under all its seeds: (seeds, problems) arrays."""
+
+    def __init__(self, cell: Table, lines: Sequence[Table]) -> None:
+        self.cell, self.lines = cell, lines
+        self.problems = tuple(line["problems"] for line in lines)
+        self.solved = [np.array([c == "1" for c in line["solved"]], dtype=float) for line in lines]
+        self.points = [np.array(line["points"], dtype=float) for line in lines]
+        self.possible = [np.array(line["possible"], dtype=float) for line in lines]
+
+    def share(self, metric: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        """Numerators and denominators of a metric, an array a seed."""
+        if metric == "solved":
+            return self.solved, [np.ones_like(s) for s in self.solved]
+        return self.points, self.possible
+
+    def mean(self, metric: str) -> float:
+        above, below = self.share(metric)
+        return float(sum(a.sum() for a in above) / sum(b.sum() for b in below))
+
+    def column(self, name: str) -> np.ndarray:
+        return np.concatenate([line[name] for line in self.lines])
+
+
+def _groups(cells: Sequence[Table]) -> dict[str, Group]:
+    """The cells of equal settings, seeds aside, by their settings as text."""
+    found: dict[str, list[Table]] = {}
+    for line in cells:
+        setting = {k: v for k, v in line["cell"].items() if k not in SEEDS}
+        found.setdefault(json.dumps(setting), []).append(line)
+    return {key: Group(json.loads(key), lines) for key, lines in found.items()}
+
+
+def summarise_study(cells: Sequence[Table], compare: Sequence[str] = ()) -> Table:
+    """The summary of a study.
+
+    Args:
+        cells: lines of cells.jsonl in the order of the study.
+        compare: axes along which every cell is compared with the one at the axis's first value; by default all.
+
+    Returns:
+        ``axes`` with their values, ``cells`` with 95 % intervals, paired ``differences``, the ``note`` on their number, and
+        ``budgets``: what all trained cells have alike.
+    """
+    groups = _groups(cells)
+    axes = {
+        k: list({json.dumps(g.cell[k]): g.cell[k] for g in groups.values()}.values())
+        for k in next(iter(groups.values())).cell
+    }
+    bootstrap = Bootstrap()
+    chosen = list(compare) or [axis for axis, values in axes.items() if len(values) > 1 and axis != "task"]
+    differences = [d for axis in chosen if axis in axes for d in _differences(axis, axes[axis][0], groups, bootstrap)]
+    trained = [g.lines[0]["budget"] for g in groups.values() if "updates" in g.lines[0]["budget"]]
+    return {
+        "axes": axes,
+        "cells": [_cell(group, bootstrap) for group in groups.values()],
+        "differences": differences,
+        "note": _note(differences, [len(g.lines) for g in groups.values()]),
+        "budgets": {
+            k: trained[0][k] if len({b[k] for b in trained}) == 1 else None
+            for k in ("updates", "rollouts", "training_passes")
+            if trained
+        },
+    }
+
+
+def _cell(group: Group, bootstrap: Bootstrap) -> Table:
+    nfe, committed = group.column("nfe"), group.column("committed")
+    row: Table = {"cell": group.cell, "seeds": len(group.lines), "problems": len(group.solved[0])}
+    for metric in METRICS:
+        low, high = np.quantile(bootstrap.draws(*group.share(metric), group.problems), [0.025, 0.975])
+        row |= {metric: group.mean(metric), f"{metric}_interval": [float(low), float(high)]}
+    if row["seeds"] == 1:  # as in the tables of an evaluation; and right where all or none are solved
+        row["solved_interval"] = list(wilson(int(group.solved[0].sum()), row["problems"]))
+    return {
+        **row,
+        "score_name": group.lines[0]["score_name"],
+        "nfe": float(nfe.mean()),
+        "tokens_per_forward": float(committed.mean() / nfe.mean()),
+        "length": float(group.column("length").mean()),
+        "budget": group.lines[0]["budget"],
+    }
+
+
+def _differences(axis: str, first: Any, groups: dict[str, Group], bootstrap: Bootstrap) -> list[Table]:
+    """Every cell against the one that has the axis's first value and is else the same, on the same problems and seeds."""
+    found = []
+    for group in groups.values():
+        # The starting model has no settings of a training, whatever the axis.
+        other = groups.get(json.dumps({**group.cell, axis: first}))
+        if other is None or other is group or other.problems != group.problems:
+            continue
+        row: Table = {"axis": axis, "cell": group.cell, "against": other.cell}
+        for metric in METRICS:
+            draws = bootstrap.draws(*group.share(metric), group.problems) - bootstrap.draws(
+                *other.share(metric), other.problems
+            )
+            low, high = np.quantile(draws, [0.025, 0.975])
+            row |= {
+                metric: group.mean(metric) - other.mean(metric),
+                f"{metric}_interval": [float(low), float(high)],
+                f"{metric}_p": bootstrap.p(draws),
+            }
+        row["nfe"] = [float(group.column("nfe").mean()), float(other.column("nfe").mean())]
+        found.append(row)
+    for metric in METRICS:
+        for row, adjusted in zip(found, holm([r[f"{metric}_p"] for r in found]), strict=True):
+            row[f"{metric}_holm"] = adjusted
+    return found
+
+
+def _note(differences: Sequence[Table], seeds: Sequence[int]) -> str:
+    by_axis = [sum(d["axis"] == axis for d in differences) for axis in dict.fromkeys(d["axis"] for d in differences)]
+    text = (
+        f"{sum(by_axis)} comparisons. An interval speaks of one comparison alone: of twenty without any true difference one is "
+        "expected to leave zero out. Holm's p holds for all comparisons along one axis together."
+    )
+    if max(seeds) > 1:
+        text += (
+            f" Problems and seeds are both resampled; from {max(seeds)} seeds their spread is known badly, and the bootstrap "
+            "understates it."
+        )
+    return text
+
+
+def _plain(value: Any) -> str:
+    return "–" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def markdown(summary: Table) -> str:
+    """The summary as Markdown: cells, budgets, differences, note."""
+    axes = list(summary["axes"])
+    trained = any("updates" in c["budget"] for c in summary["cells"])
+    headings = [*axes, "seeds", "NFE", "solved % [95 %]", "score % [95 %]", "tokens/forward", "length"]
+    rows = []
+    for c in summary["cells"]:
+        row = [_plain(c["cell"][a]) for a in axes] + [str(c["seeds"]), f"{c['nfe']:.1f}".removesuffix(".0")]
+        row += [percent(c[m], c[f"{m}_interval"]) for m in METRICS]
+        row += [f"{c['tokens_per_forward']:.1f}", f"{c['length']:.1f}"]
+        if trained:
+            row.append(f"{c['budget'].get('training_passes', 0) / 1000:.0f}")
+        rows.append(row)
+    text = markdown_table(headings + ["passes in training (thousands)"] * trained, rows, left=len(axes))
+    problems = sorted({c["problems"] for c in summary["cells"]})
+    text += f"\n{' or '.join(map(str, problems))} problems a cell and seed. "
+    alike = [f"{v:,} {k.replace('_', ' ')}" for k, v in summary["budgets"].items() if v is not None]
+    differ = [k.replace("_", " ") for k, v in summary["budgets"].items() if v is None]
+    if alike:
+        text += f"Every training has {' and '.join(alike)}. "
+    if differ:
+        text += f"They differ in {' and '.join(differ)}. "
+    text += summary["note"] + "\n"
+    for axis in dict.fromkeys(d["axis"] for d in summary["differences"]):
+        text += f"\nAgainst the first {axis}:\n\n" + _difference_table(axis, axes, summary["differences"])
+    return text
+
+
+def _difference_table(axis: str, axes: Sequence[str], differences: Sequence[Table]) -> str:
+    others = [a for a in axes if a != axis]
+    headings = [
+        *others,
+        axis,
+        "against",
+        "NFE",
+        "solved, points [95 %]",
+        "p (Holm)",
+        "score, points [95 %]",
+        "p (Holm)",
+    ]
+    rows = []
+    for d in (d for d in differences if d["axis"] == axis):
+        row = [_plain(d["cell"][a]) for a in (*others, axis)] + [_plain(d["against"][axis])]
+        row.append(f"{d['nfe'][0]:.1f} / {d['nfe'][1]:.1f}")
+        for m in METRICS:
+            low, high = d[f"{m}_interval"]
+            row += [f"{100 * d[m]:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]", f"{d[f'{m}_holm']:.2g}"]
+        rows.append(row)
+    return markdown_table(headings, rows, left=len(others) + 2)
