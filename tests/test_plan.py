@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unmask import Plan, UserError, ascending, uniform
+from unmask import Plan, UserError, ascending, make_decoder, uniform
 
 LENGTHS = [16, 31, 100, 128, 200, 256, 300]
 
@@ -40,6 +40,26 @@ def test_hybrid_as_announced() -> None:
     assert plan.steps == 20
     assert plan.commits == (1, 2, 4, 8, 17) * 4
     assert plan.horizon == (32,) * 5 + (64,) * 5 + (96,) * 5 + (128,) * 5
+
+
+def test_bounded_commits_by_hand() -> None:
+    assert ascending(128, max_commit=64).commits == (1, 2, 4, 8, 16, 32, 32, 33)
+    assert ascending(128, max_commit=32).commits == (1, 2, 4, 8, 16, 24, 24, 24, 25)
+    assert ascending(128, max_commit=16).commits == (1, 2, 4, 8) + (14,) * 7 + (15,)
+    assert ascending(128, max_commit=1).commits == (1,) * 128
+    assert ascending(128, max_commit=65) == ascending(128)  # the bound does not bind, so the paper's clock stays
+    assert ascending(128, max_commit=64).progress[2] == 7 / 128
+    assert ascending(64, block_length=32, max_commit=8).commits == (1, 2, 4, 6, 6, 6, 7) * 2
+    assert ascending(128, 2, max_commit=64).horizon == (95,) * 7 + (128,)
+
+
+@given(st.integers(1, 600), st.integers(1, 600))
+def test_bounded_commits_are_few_and_small(length: int, most: int) -> None:
+    plan = ascending(length, max_commit=most)
+    check(plan, length)
+    assert max(plan.commits) <= most
+    head = [2**s for s in range(10) if 2**s < most]
+    assert plan.steps <= len(head) + -(-length // most) + 1
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -100,6 +120,8 @@ def test_ascending_invariants(length: int, data: st.DataObject) -> None:
         (lambda: uniform(8, 3, 4), "give one of 2, 4, 6, 8"),
         (lambda: ascending(12, block_length=7), "give one of 1, 2, 3, 4, 6, 12"),
         (lambda: ascending(16, blocks=2, block_length=8), "exclude each other"),
+        (lambda: ascending(16, max_commit=0), "max_commit is 0: give 1 or more"),
+        (lambda: make_decoder("full:max_commit=8"), "belongs to the ascending schedule"),
     ],
 )
 def test_impossible_plans_name_the_choices(make: object, message: str) -> None:

@@ -33,6 +33,8 @@ class Decoder:
     """Blocks of this many tokens, left to right."""
     blocks: int = 1
     """Ascending only: the paper's block form (the largest commits peeled off to the right)."""
+    max_commit: int | None = None
+    """Ascending only: no step commits more than this many tokens; there are more steps instead."""
     confidence: str = "low-confidence"
     eos: Literal["keep", "reject", "suppress"] = "keep"
     """``reject``: EOSER. ``suppress``: end tokens only once nothing else is left."""
@@ -60,6 +62,8 @@ class Decoder:
             )
         if self.schedule == "uniform" and self.blocks != 1:
             raise UserError(f"blocks={self.blocks} belongs to the ascending schedule: use block_length here")
+        if self.schedule == "uniform" and self.max_commit is not None:
+            raise UserError(f"max_commit={self.max_commit} belongs to the ascending schedule: use steps here")
         checks = {
             "gamma_min": 0 <= self.gamma_min <= 1,
             "temperature": 0 <= self.temperature < float("inf"),
@@ -89,7 +93,7 @@ class Decoder:
     @cached_property
     def plan(self) -> Plan:
         if self.schedule == "ascending":
-            return ascending(self.max_new_tokens, self.blocks, self.block_length)
+            return ascending(self.max_new_tokens, self.blocks, self.block_length, self.max_commit)
         if self.steps is not None:
             return uniform(self.max_new_tokens, self.steps, self.block_length)
         default = self.max_new_tokens if self.threshold is not None else max(1, self.max_new_tokens // 2)

@@ -110,44 +110,55 @@ def uniform(length: int, steps: int, block_length: int | None = None) -> Plan:
     )
 
 
-def _powers(length: int) -> list[int]:
-    """1, 2, 4, … with the rest on the last of floor(log2 length) steps (one step below length 4)."""
+def _powers(length: int, most: int | None) -> list[int]:
+    """1, 2, 4, … with the rest on the last of floor(log2 length) steps (one step below length 4).
+
+    With ``most``, doubling ends below it and the rest is spread over as few steps as it allows, the larger ones last.
+    """
     steps = max(1, length.bit_length() - 1)
     head = [2**s for s in range(steps - 1)]
-    return [*head, length - sum(head)]
+    if most is None or length - sum(head) <= most:
+        return [*head, length - sum(head)]
+    head = [p for p in head if p < most]
+    rest = length - sum(head)
+    return [*head, *reversed(_spread(rest, -(-rest // most)))]
 
 
-def ascending(length: int, blocks: int = 1, block_length: int | None = None) -> Plan:
+def ascending(length: int, blocks: int = 1, block_length: int | None = None, max_commit: int | None = None) -> Plan:
     """Ascending step size (ASS).
 
     ``blocks=1`` opens the whole canvas from the start. ``blocks=b`` peels the b-1 largest commits off to the right as
     blocks of one step each: horizon[s] = done[max(s, S-b)]. ``block_length=B`` is the hybrid: blocks of B left to right,
-    each filled by ascending steps. Progress is the fraction committed once the step is done: (2^(s+1)-1)/2^S as in the
-    paper, done/L in the hybrid.
+    each filled by ascending steps. ``max_commit`` bounds what a step commits, at the price of more steps. Progress is the
+    fraction committed once the step is done: (2^(s+1)-1)/2^S as in the paper, done/L in the hybrid and under a bound.
 
     Raises:
-        UserError: for ``blocks`` outside 1 … S, both forms at once, or a block length that does not divide the canvas.
+        UserError: for ``blocks`` outside 1 … S, both forms at once, a block length that does not divide the canvas, or a
+            bound below 1.
     """
     _check_length(length)
+    if max_commit is not None and max_commit < 1:
+        raise UserError(f"max_commit is {max_commit}: give 1 or more, or none")
     if block_length is not None:
         if blocks != 1:
             raise UserError("blocks and block_length exclude each other in an ascending plan: give one of them")
         count = _check_block(length, block_length)
-        commits = _powers(block_length) * count
+        commits = _powers(block_length, max_commit) * count
         each = len(commits) // count
         return Plan(
             tuple(commits),
             tuple((s // each + 1) * block_length for s in range(len(commits))),
             tuple(d / length for d in accumulate(commits)),
         )
-    commits = _powers(length)
+    commits = _powers(length, max_commit)
     steps, done = len(commits), list(accumulate(commits))
     if not 1 <= blocks <= steps:
         raise UserError(
             f"blocks is {blocks} for a canvas of {length} tokens in {steps} ascending steps: give 1 to {steps}"
         )
+    bounded = commits != _powers(length, None)
     return Plan(
         tuple(commits),
         tuple(done[max(s, steps - blocks)] for s in range(steps)),
-        tuple((2 ** (s + 1) - 1) / 2**steps for s in range(steps)),
+        tuple(done[s] / length if bounded else (2 ** (s + 1) - 1) / 2**steps for s in range(steps)),
     )

@@ -28,6 +28,8 @@ from unmask.spec import UserError, build, check_at_least, unknown
 Table = dict[str, Any]
 SEEDS = ("seed", "train.seed")
 """The axes that a summary pools instead of comparing."""
+_NAMES = ("name", "decoder", "batch_size")
+"""Settings of an evaluation that change no record."""
 _CHOSEN_HERE = ("output", "data", "diagnostics", "compile")
 
 
@@ -177,7 +179,7 @@ def _cell_key(training: RLConfig | None, evaluation: EvalConfig, decoder: Decode
     for settings in (training, evaluation, decoder):
         fields = dataclasses.fields(settings) if settings else ()
         values = {f.name: getattr(settings, f.name) for f in fields if getattr(settings, f.name) != _default(f)}
-        tables.append({k: v for k, v in values.items() if settings is training or k not in ("name", "decoder")})
+        tables.append({k: v for k, v in values.items() if settings is training or k not in _NAMES})
     return _key(*tables)
 
 
@@ -191,7 +193,7 @@ def labels(jobs: list[Job]) -> tuple[dict[str, Table], dict[str, list[Any]]]:
     A setting is an axis where cells differ in it. Task and decoder always are; those of the training have a prefix and are
     None for the model that no training has touched.
     """
-    named = {k for job in jobs for c in job.cells for k in c.named} - {"task", "decoder"}
+    named = {k for job in jobs for c in job.cells for k in c.named} - {"task", *_NAMES}
     tables: dict[str, Table] = {}
     for job in jobs:
         trained = (

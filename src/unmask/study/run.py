@@ -241,8 +241,6 @@ def _run(
                     del slots[slot]
                     _check_end(job, process.exitcode, output, cells)
                     finished += 1
-                    if progress:
-                        progress(finished, total, [job.name for _, _, job in slots.values()])
                     continue
                 if kind == "error":
                     raise UserError(f"job {job.name}: {line['says']}")
@@ -252,6 +250,8 @@ def _run(
                     elif job.name not in runs.lines:
                         trained = {k: v for k, v in tables[job.cells[0].key].items() if k.startswith("train.")}
                         runs.add({"key": job.name, "train": trained, **line})
+        if progress:
+            progress(finished, total, [])
     finally:
         for process, pipe, _ in slots.values():
             process.terminate()

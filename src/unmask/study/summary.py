@@ -38,6 +38,7 @@ class Group:
 
     def __init__(self, cell: Table, lines: Sequence[Table]) -> None:
         self.cell, self.lines = cell, lines
+        self.trained = "updates" in lines[0]["budget"]
         self.problems = tuple(line["problems"] for line in lines)
         self.solved = [np.array([c == "1" for c in line["solved"]], dtype=float) for line in lines]
         self.points = [np.array(line["points"], dtype=float) for line in lines]
@@ -78,13 +79,15 @@ def summarise_study(cells: Sequence[Table], compare: Sequence[str] = ()) -> Tabl
         ``budgets``: what all trained cells have alike.
     """
     groups = _groups(cells)
-    axes = {
-        k: list({json.dumps(g.cell[k]): g.cell[k] for g in groups.values()}.values())
-        for k in next(iter(groups.values())).cell
-    }
     bootstrap = Bootstrap()
+    axes = _axes(groups)
     chosen = list(compare) or [axis for axis, values in axes.items() if len(values) > 1 and axis != "task"]
-    differences = [d for axis in chosen if axis in axes for d in _differences(axis, axes[axis][0], groups, bootstrap)]
+    differences = [
+        d for axis in chosen if axis in axes for d in _differences(axis, {axis: axes[axis][0]}, groups, bootstrap)
+    ]
+    untrained = {k: None for k in axes if k.startswith("train.")}
+    if untrained:
+        differences += _differences("training", untrained, groups, bootstrap)
     trained = [g.lines[0]["budget"] for g in groups.values() if "updates" in g.lines[0]["budget"]]
     return {
         "axes": axes,
@@ -97,6 +100,17 @@ def summarise_study(cells: Sequence[Table], compare: Sequence[str] = ()) -> Tabl
             if trained
         },
     }
+
+
+def _axes(groups: dict[str, Group]) -> dict[str, list[Any]]:
+    """Every axis with its values; those of a training are the trained models' own."""
+    found: dict[str, dict[str, Any]] = {}
+    for group in groups.values():
+        for axis, value in group.cell.items():
+            values = found.setdefault(axis, {})
+            if not axis.startswith("train.") or group.trained:
+                values[json.dumps(value)] = value
+    return {axis: list(values.values()) for axis, values in found.items()}
 
 
 def _cell(group: Group, bootstrap: Bootstrap) -> Table:
@@ -117,24 +131,28 @@ def _cell(group: Group, bootstrap: Bootstrap) -> Table:
     }
 
 
-def _differences(axis: str, first: Any, groups: dict[str, Group], bootstrap: Bootstrap) -> list[Table]:
-    """Every cell against the one that has the axis's first value and is else the same, on the same problems and seeds."""
+def _differences(axis: str, first: Table, groups: dict[str, Group], bootstrap: Bootstrap) -> list[Table]:
+    """Every cell against the one that has the axis's ``first`` value and is else the same, on the same problems and seeds.
+
+    A model that no training has touched has one seed; it stands beside each seed of a trained one.
+    """
     found = []
     for group in groups.values():
-        # The starting model has no settings of a training, whatever the axis.
-        other = groups.get(json.dumps({**group.cell, axis: first}))
-        if other is None or other is group or other.problems != group.problems:
+        other = groups.get(json.dumps({**group.cell, **first}))
+        if other is None or other is group:
+            continue
+        if axis == "training":
+            other = Group(other.cell, [*other.lines] * len(group.lines))
+        if other.problems != group.problems:
             continue
         row: Table = {"axis": axis, "cell": group.cell, "against": other.cell}
         for metric in METRICS:
-            draws = bootstrap.draws(*group.share(metric), group.problems) - bootstrap.draws(
-                *other.share(metric), other.problems
-            )
-            low, high = np.quantile(draws, [0.025, 0.975])
+            ours, theirs = (bootstrap.draws(*g.share(metric), g.problems) for g in (group, other))
+            low, high = np.quantile(ours - theirs, [0.025, 0.975])
             row |= {
                 metric: group.mean(metric) - other.mean(metric),
                 f"{metric}_interval": [float(low), float(high)],
-                f"{metric}_p": bootstrap.p(draws),
+                f"{metric}_p": bootstrap.p(ours - theirs),
             }
         row["nfe"] = [float(group.column("nfe").mean()), float(other.column("nfe").mean())]
         found.append(row)
@@ -186,28 +204,24 @@ def markdown(summary: Table) -> str:
         text += f"They differ in {' and '.join(differ)}. "
     text += summary["note"] + "\n"
     for axis in dict.fromkeys(d["axis"] for d in summary["differences"]):
-        text += f"\nAgainst the first {axis}:\n\n" + _difference_table(axis, axes, summary["differences"])
+        text += f"\nAgainst {'the untrained model' if axis == 'training' else f'the first {axis}'}:\n\n"
+        text += _difference_table(axis, axes, summary["differences"])
     return text
 
 
 def _difference_table(axis: str, axes: Sequence[str], differences: Sequence[Table]) -> str:
-    others = [a for a in axes if a != axis]
-    headings = [
-        *others,
-        axis,
-        "against",
-        "NFE",
-        "solved, points [95 %]",
-        "p (Holm)",
-        "score, points [95 %]",
-        "p (Holm)",
-    ]
+    named = [*(a for a in axes if a != axis), *([] if axis == "training" else [axis])]
+    headings = [*named, *([] if axis == "training" else ["against"]), "NFE"]
+    for metric in METRICS:
+        headings += [f"{metric}, points [95 %]", "p (Holm)"]
     rows = []
     for d in (d for d in differences if d["axis"] == axis):
-        row = [_plain(d["cell"][a]) for a in (*others, axis)] + [_plain(d["against"][axis])]
+        row = [_plain(d["cell"][a]) for a in named]
+        if axis != "training":
+            row.append(_plain(d["against"][axis]))
         row.append(f"{d['nfe'][0]:.1f} / {d['nfe'][1]:.1f}")
         for m in METRICS:
             low, high = d[f"{m}_interval"]
             row += [f"{100 * d[m]:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]", f"{d[f'{m}_holm']:.2g}"]
         rows.append(row)
-    return markdown_table(headings, rows, left=len(others) + 2)
+    return markdown_table(headings, rows, left=len(axes) + (axis != "training"))
