@@ -35,13 +35,14 @@ def command(arguments: list[str]) -> None:
     console = Console(stderr=True)
     text = TextColumn("[dim]{task.fields[working]}")
     bar = Progress(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), text, console=console)
-    line = bar.add_task("", total=None, working="")
     said = -1
 
     def progress(done: int, total: int, working: list[str]) -> None:
         nonlocal said
-        bar.start()
-        bar.update(line, completed=done, total=total, working=", ".join(working))
+        if not bar.tasks:  # only now: a mistake in the request leaves nothing but its sentence
+            bar.start()
+            bar.add_task("", total=total, working="")
+        bar.update(bar.tasks[0].id, completed=done, working=", ".join(working))
         if not console.is_terminal and done != said:
             print(f"{done} of {total} jobs done; at work: {', '.join(working) or 'none'}", file=sys.stderr, flush=True)
             said = done
@@ -49,6 +50,7 @@ def command(arguments: list[str]) -> None:
     try:
         study(config, Path(arguments[0]).parent, progress)
     finally:
-        bar.stop()
+        if bar.tasks:
+            bar.stop()
     print((Path(config.output) / "table.md").read_text(), end="")
     print(f"\nfigures: unmask report {config.output}", file=sys.stderr)

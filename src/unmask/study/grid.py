@@ -24,13 +24,14 @@ from unmask.evaluation.evaluate import EvalConfig
 from unmask.evaluation.records import slug
 from unmask.rl.run import RLConfig
 from unmask.spec import UserError, build, check_at_least, unknown
+from unmask.tasks import make_task
 
 Table = dict[str, Any]
 SEEDS = ("seed", "train.seed")
 """The axes that a summary pools instead of comparing."""
 _NAMES = ("name", "decoder", "batch_size")
 """Settings of an evaluation that change no record."""
-_CHOSEN_HERE = ("output", "data", "diagnostics", "compile")
+_CHOSEN_HERE = ("output", "data", "diagnostics", "compile", "trajectories")
 
 
 @dataclass
@@ -107,6 +108,8 @@ def _trainings(config: StudyConfig, beside: Path) -> list[RLConfig]:
             for k, v in table.items()
         }
         for settings in _product(table, axes):
+            if "tasks" not in {**values, **settings}:
+                raise UserError("train lacks tasks: add it, or a base that has it")
             run = build(RLConfig, {**values, **settings, "output": "none"}, "train")
             found[_key(dataclasses.asdict(run))] = run
     return list(found.values())
@@ -127,6 +130,7 @@ def _evaluations(config: StudyConfig) -> list[tuple[EvalConfig, Decoder, Table]]
                 raise unknown("key in evaluate", key, of_evaluation | of_decoder)
         table = {"task": EvalConfig().task, "decoder": EvalConfig().decoder, **table}
         for settings in _product(table, {k: isinstance(v, list) for k, v in table.items()}):
+            make_task(str(settings["task"]), {})  # refuses what is none
             extra = {k: v for k, v in settings.items() if k in of_decoder}
             spec = str(settings["decoder"])
             if extra:

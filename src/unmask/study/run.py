@@ -25,6 +25,7 @@ from unmask.files import read_lines, whole, write_json, writing_to
 from unmask.spec import UserError
 from unmask.study.grid import Job, StudyConfig, Table, jobs_of, labels
 
+_START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 Progress = Callable[[int, int, list[str]], None]
 
 
@@ -61,7 +62,10 @@ def run_job(job: Job, folder: Path, done: set[str], report: Callable[[str, Table
         summary = evaluate(config)
         records = [r for path in sorted((output / "records").glob("*.jsonl")) for r in read_records(path)]
         passes = cell.decoder.plan.steps * (2 if cell.decoder.cfg_scale else 1)
-        report("cell", {"key": cell.key, "budget": {"nfe": passes, **budget}, **compact(records, summary)})
+        report(
+            "cell",
+            {"key": cell.key, "budget": {"nfe": passes, **budget}, **compact(cell.evaluation.model, records, summary)},
+        )
     for checkpoint in (folder / "training").glob("checkpoint-*"):
         shutil.rmtree(checkpoint)  # for going on with the training only; ``final`` stays
 
@@ -78,14 +82,14 @@ def training_budget(config: Any) -> dict[str, int]:
     }
 
 
-def compact(records: list[Table], summary: Table) -> Table:
+def compact(model: str, records: list[Table], summary: Table) -> Table:
     """A cell's line from its records: one entry a problem, in the order of the problems."""
     (cell,) = summary["cells"]
     ids = hashlib.sha256("\n".join(str(r["id"]) for r in records).encode()).hexdigest()[:16]
     columns = {k: [r[k] for r in records] for k in ("points", "possible", "nfe", "length", "committed")}
     return {
         "score_name": cell["score_name"],
-        "model": {k: summary["config"]["model"][k] for k in ("name", "weights", "dtype")},
+        "model": {"name": model, **{k: summary["config"]["model"][k] for k in ("weights", "dtype")}},
         "problems": ids,
         "solved": "".join("01"[bool(r["solved"])] for r in records),
         **columns,
@@ -95,8 +99,10 @@ def compact(records: list[Table], summary: Table) -> Table:
     }
 
 
-def _process(job: Job, folder: Path, done: set[str], threads: int, pipe: Connection) -> None:
+def _process(job: Job, folder: Path, done: set[str], threads: int, gpu: str | None, pipe: Connection) -> None:
     """A job's process: what it prints goes to log.txt, what it finds through the pipe; it ends when its parent does."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     folder.mkdir(parents=True, exist_ok=True)
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
@@ -210,7 +216,8 @@ def _run(
     """All jobs that lack a cell, ``at_once`` of them at a time."""
     waiting = [job for job in jobs if any(c.key not in cells.lines for c in job.cells)]
     total, finished = len(jobs), len(jobs) - len(waiting)
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context(_START)
+    context.set_forkserver_preload([__name__])  # imports once, not in every job
     threads = max(1, (os.cpu_count() or 1) // at_once)
     gpus = _gpus()
     slots: dict[int, tuple[Any, Connection, Job]] = {}
@@ -222,9 +229,8 @@ def _run(
                 job = waiting.pop(0)
                 ours, theirs = context.Pipe()
                 folder, done = output / "jobs" / job.name, {c.key for c in job.cells if c.key in cells.lines}
-                process = context.Process(target=_process, args=(job, folder, done, threads, theirs))
-                if gpus:
-                    os.environ["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+                gpu = gpus[slot % len(gpus)] if gpus else None
+                process = context.Process(target=_process, args=(job, folder, done, threads, gpu, theirs))
                 process.start()
                 theirs.close()
                 slots[slot] = (process, ours, job)
