@@ -74,49 +74,23 @@ def evaluate(arguments: list[str]) -> None:
 
 def _run_evaluation(config: EvalConfig) -> None:
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TaskID,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     from unmask.evaluation import report
     from unmask.evaluation.evaluate import evaluate
     from unmask.evaluation.processes import AgreedError, join
+    from unmask.evaluation.progress import progress_bars
 
     processes = join()
     if processes.rank:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C comes to all, and rank 0 has a word for it
     elif processes.world > 1:  # another rank's end comes as SIGTERM; the terminal shall have its cursor back
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    columns = (
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    bar = Progress(*columns, console=Console(stderr=True))
-    lines: dict[str, TaskID] = {}
-
-    def progress(label: str, done: int, total: int) -> None:
-        bar.start()  # only now: a mistake in the request leaves nothing but its sentence
-        if label not in lines:
-            lines[label] = bar.add_task(label, total=total)
-        bar.update(lines[label], completed=done)
-
     try:
-        summary = evaluate(config, progress)
+        with progress_bars() as progress:
+            summary = evaluate(config, progress)
     except AgreedError:
         processes.leave_to_first()
         raise
-    finally:
-        if lines:
-            bar.stop()
     if processes.rank:
         return
     output = Path(config.output)
@@ -190,29 +164,6 @@ def info(arguments: list[str]) -> None:
     from unmask.info import info as show
 
     show(read_flags(InfoArguments, arguments, prog="unmask info"))
-
-
-@dataclass
-class ReportArguments:
-    """Curves of reinforcement-learning runs: reward, validation accuracy, length, replay gap over the updates."""
-
-    runs: Annotated[list[str], tyro.conf.Positional]
-    """Run folders; those that differ in nothing but the seed share one line with a band."""
-    output: str | None = None
-    """Where the figure goes; by default the first run's folder."""
-
-
-def report_runs(arguments: list[str]) -> None:
-    a = read_flags(ReportArguments, arguments, prog="unmask report")
-    if not a.runs:
-        raise UserError("no run given: name at least one run folder")
-    from unmask.rl.report import report
-
-    folders = [Path(run) for run in a.runs]
-    table, figures = report(folders, Path(a.output or a.runs[0]))
-    print(table)
-    for figure in figures:
-        print(f"figure  {figure}")
 
 
 @dataclass
@@ -345,14 +296,19 @@ def demo(arguments: list[str]) -> None:
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "generate": (generate, "decode one prompt and watch the canvas fill"),
     "info": (info, "what a checkpoint is, its self-test, the memory that decoding and training take"),
+    "view": (_elsewhere("unmask.view.command"), "one HTML page that shows a canvas filling, decoders side by side"),
     "eval": (evaluate, "score a model on tasks under decoders: records, table, figure"),
     "sft": (sft, "train on worked responses with the masked diffusion loss"),
     "rl": (rl, "train on rewards with GRPO along the decoder's trajectories"),
-    "report": (report_runs, "curves of reinforcement-learning runs"),
+    "report": (_elsewhere("unmask.report.command"), "figures and one HTML file of evaluations, trainings and studies"),
+    "tune": (_elsewhere("unmask.evaluation.tune"), "the best decoder for a task within a budget of forward passes"),
     "study": (_elsewhere("unmask.study.command"), "a grid of trainings and evaluations with equal budgets, resumable"),
     "export": (export_checkpoint, "merge a checkpoint's adapter into a plain checkpoint"),
     "bench": (bench, "decode, rl: time and memory; memory: the formula; gap: objectives against samples"),
-    "lm-eval": (_elsewhere("unmask.evaluation.harness"), "lm-evaluation-harness's own command line, with --model unmask"),
+    "lm-eval": (
+        _elsewhere("unmask.evaluation.harness"),
+        "lm-evaluation-harness's own command line, with --model unmask",
+    ),
     "grade": (grade, "grade completions made elsewhere"),
     "demo": (demo, "the shipped model under each decoder"),
 }

@@ -1,0 +1,57 @@
+"""What the model held at every masked position before every step of a decode: the likeliest tokens and their probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from unmask.decoding.decode import guided
+from unmask.models.head import Head
+from unmask.models.masked_lm import MaskedLM
+from unmask.trajectory import Trajectory
+
+
+def likeliest(head: Head, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The most likely tokens, best first, and their probabilities at temperature 1.
+
+    Args:
+        hidden: (N, d) final hidden states.
+
+    Returns:
+        (N, count) int64 and (N, count) float64.
+    """
+    found = []
+    for h in head.parts(hidden):
+        tokens, logits, totals = [], [], []
+        for a, piece in head.pieces(h):
+            totals.append(piece.double().logsumexp(1))
+            top = piece.double().topk(min(count, piece.shape[1]))
+            tokens.append(top.indices + a)
+            logits.append(top.values)
+        best = torch.cat(logits, 1).topk(count)
+        total = torch.stack(totals, 1).logsumexp(1)
+        found.append((torch.cat(tokens, 1).gather(1, best.indices), (best.values - total[:, None]).exp()))
+    chosen, probabilities = zip(*found, strict=True)
+    return torch.cat(chosen), torch.cat(probabilities)
+
+
+@torch.no_grad()
+def held(lm: MaskedLM, trajectory: Trajectory, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Before each step of a trajectory of one row: ``likeliest`` at its masked positions (M, count), from left to right.
+
+    One forward pass a step (two with guidance), each of the whole row, also where a cache decoded.
+    """
+    width = trajectory.prompt.shape[1]
+    for s in range(trajectory.steps):
+        state = trajectory.state(s)
+        ids = torch.cat([trajectory.prompt, state], 1)
+        positions = (state[0] == lm.mask_id).nonzero()[:, 0] + width
+
+        def reduce(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            return likeliest(head, hidden, count)
+
+        cfg = trajectory.decoder["cfg_scale"]
+        tokens, probabilities = guided(lm, ids, trajectory.visible, positions, reduce, prompt=width, w=cfg)
+        yield tokens.cpu(), probabilities.cpu()

@@ -1,0 +1,162 @@
+"""Decodes as data, and the data as one HTML file that asks nobody for anything."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import re
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from unmask.decoding import Decoder
+from unmask.decoding.stream import END, MASK
+from unmask.files import whole
+from unmask.models.masked_lm import MaskedLM
+from unmask.trajectory import Trajectory
+
+LIMIT = 5_000_000  # bytes of a page
+SIGNS = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥", "\x7f": "␡"}
+INVISIBLE = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp", "Zs"}  # Unicode's categories
+BYTES = {c: b for b, c in bytes_to_unicode().items()}  # the alphabet of byte-level tokenizers
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One decode as the page shows it.
+
+    Attributes:
+        trajectory: of one row. candidates: before each step, the likeliest tokens of the masked positions (M, K) int64 and
+            their probabilities (M, K), as ``held`` yields them.
+        solved: None where nobody graded. recorded: the completion of the record that this decode repeats.
+    """
+
+    decoder: Decoder
+    trajectory: Trajectory
+    candidates: list[tuple[Tensor, Tensor]]
+    text: str
+    solved: bool | None
+    recorded: str | None
+
+
+def visible(text: str) -> str:
+    """A token's text with every character to be seen: ␣ ⏎ ⇥ ␀, ⟨200B⟩ for what has no glyph, ◌ under a combining mark."""
+
+    def glyph(c: str) -> str:
+        if c in SIGNS or c < " ":
+            return SIGNS.get(c) or chr(0x2400 + ord(c))
+        return f"⟨{ord(c):X}⟩" if unicodedata.category(c) in INVISIBLE else c
+
+    shown = "".join(map(glyph, text))
+    return "◌" + shown if shown and unicodedata.category(shown[0]).startswith("M") else shown
+
+
+def sign(lm: MaskedLM, token: int) -> str:
+    """How a token is shown. Of half a character the bytes: ⟨E2 82⟩."""
+    if token == lm.mask_id:
+        return MASK
+    if token in lm.end_ids:
+        return END
+    text, piece = str(lm.tokenizer.decode([token])), str(lm.tokenizer.convert_ids_to_tokens(token))
+    if "\ufffd" in text:
+        if single := re.fullmatch("<0x([0-9A-F]{2})>", piece):
+            return f"⟨{single[1]}⟩"
+        if all(c in BYTES for c in piece):
+            return "⟨" + " ".join(f"{BYTES[c]:02X}" for c in piece) + "⟩"
+    return visible(text or piece)
+
+
+def page_data(lm: MaskedLM, prompt: str, panels: Sequence[Panel], every: int = 1) -> dict[str, Any]:
+    """What the page's script reads.
+
+    A token's number is its place in ``vocabulary``; ``ends`` names those that end a text. ``held`` (such numbers) and
+    ``chances`` (probabilities times 65535) are base64 of little-endian integers, K a cell: first of the committed cells, from
+    left to right, as the model held them before the step that committed them; then before step 0, ``every``, 2 ``every``, …
+    of the cells that were masked.
+    """
+    shown = [part.flatten().cpu() for p in panels for part in (p.trajectory.tokens, *(c for c, _ in p.candidates))]
+    ids = torch.cat(shown).unique()
+    pieces = lm.tokenizer.convert_ids_to_tokens
+    width = "<u2" if len(ids) <= 2**16 else "<u4"
+    return {
+        "model": lm.name,
+        "weights": lm.weights,
+        "prompt": prompt,
+        "vocabulary": {"ids": ids.tolist(), "texts": [sign(lm, t) for t in ids.tolist()]},
+        "ends": {i: str(pieces(t)) for i, t in enumerate(ids.tolist()) if t in lm.end_ids},
+        "every": every,
+        "wide": width == "<u4",
+        "panels": [_panel_data(panel, ids, every, width) for panel in panels],
+    }
+
+
+def _panel_data(panel: Panel, ids: Tensor, every: int, width: str) -> dict[str, Any]:
+    trajectory, plan = panel.trajectory, panel.decoder.plan
+    step = trajectory.step[0].cpu()
+    masked = [(step < 0) | (step >= s) for s in range(trajectory.steps)]  # before step s
+    commits = [(s, int(masked[s][:i].sum())) for i, s in enumerate(step.tolist()) if s >= 0]
+    tokens, chances = (
+        torch.cat([torch.stack([part[s][row] for s, row in commits]), *part[::every]])
+        for part in zip(*panel.candidates, strict=True)
+    )
+    return {
+        "decoder": panel.decoder.name,
+        "cache": panel.decoder.cache != "none",
+        "steps": trajectory.steps,
+        "nfe": int(trajectory.nfe),
+        "text": panel.text,
+        "solved": panel.solved,
+        "recorded": panel.recorded,
+        "token": torch.searchsorted(ids, trajectory.tokens[0].cpu()).tolist(),
+        "step": step.tolist(),
+        "logprob": [round(v, 6) for v in trajectory.logprob[0].tolist()],
+        "horizon": [plan.horizon[bisect_right(plan.done, int((~m).sum()))] for m in masked],
+        "candidates": tokens.shape[1],
+        "held": _base64(torch.searchsorted(ids, tokens), width),
+        "chances": _base64((chances * 65535).round(), "<u2"),
+    }
+
+
+def _base64(values: Tensor, kind: str) -> str:
+    return base64.b64encode(values.numpy().astype(kind).tobytes()).decode()
+
+
+def render(data: dict[str, Any]) -> str:
+    """The page. Whatever the texts hold, they stand in it as JSON without a ``<``."""
+    folder = resources.files("unmask.view")
+    title = f"{data['model']} · {', '.join(panel['decoder'] for panel in data['panels'])}"
+    parts = {
+        "title": html.escape("".join(c if c.isprintable() else " " for c in title)),
+        "style": (folder / "page.css").read_text("utf-8"),
+        "script": (folder / "page.js").read_text("utf-8"),
+        "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
+    }
+    template = (folder / "page.html").read_text("utf-8")
+    return re.sub("@(title|style|script|data)@", lambda found: parts[found[1]], template)
+
+
+def write_page(path: Path, lm: MaskedLM, prompt: str, panels: Sequence[Panel], limit: int = LIMIT) -> tuple[int, int]:
+    """Write the page, whole or not at all. Where it would exceed ``limit`` bytes, masked cells keep their candidates of every
+    n-th step only.
+
+    Returns:
+        The page's size in bytes, and n.
+    """
+    steps = max(panel.trajectory.steps for panel in panels)
+    for every in count(1):
+        page = render(page_data(lm, prompt, panels, every)).encode()
+        if len(page) <= limit or every >= steps:
+            break
+    with whole(path) as partial:
+        partial.write_bytes(page)
+    return len(page), every

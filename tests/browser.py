@@ -1,0 +1,83 @@
+"""Pages in a headless Chromium: what a reader would see, do and be asked for. A test is skipped where there is no browser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import html5lib
+import pytest
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+
+
+def page_data(page: str) -> dict[str, Any]:
+    """The JSON that a page carries in ``<script id="data">``, if it is valid HTML5 and asks for no other file."""
+    root = html5lib.HTMLParser(strict=True, namespaceHTMLElements=False).parse(page)
+    assert not [e for e in root.iter() if e.get("src") or not (e.get("href") or "#").startswith(("#", "data:"))]
+    data, script = root.iter("script")
+    assert data.get("id") == "data" and data.get("type") == "application/json" and "use strict" in (script.text or "")
+    return json.loads(data.text or "")
+
+
+@contextmanager
+def open_page(
+    path: Path,
+    width: int = 1200,
+    height: int = 900,
+    *,
+    fragment: str = "",
+    colours: Literal["light", "dark"] = "light",
+    still: bool = True,
+    touch: bool = False,
+) -> Iterator[tuple[Any, list[str]]]:
+    """A local HTML file in a window of ``width`` x ``height`` CSS pixels.
+
+    Args:
+        fragment: what stands behind ``#``. colours: the reader's scheme. still: the reader asks for reduced motion.
+        touch: a touch screen instead of a mouse.
+
+    Yields:
+        The page (playwright's) and a list of problems, which fills with uncaught errors, what the console calls an error or a
+        warning, and every request but the one for the file itself (they are refused).
+    """
+    playwright = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        pytest.skip(f"no browser is installed (looked for {', '.join(BROWSERS)})")
+    problems: list[str] = []
+    address = path.resolve().as_uri()
+
+    def pass_on(route: Any) -> None:
+        if route.request.url.split("#")[0] == address:
+            route.continue_()
+        else:
+            problems.append(f"request: {route.request.url}")
+            route.abort()
+
+    def say(message: Any) -> None:
+        if message.type in ("error", "warning"):
+            problems.append(f"console: {message.text}")
+
+    with playwright.sync_playwright() as engine:
+        browser = engine.chromium.launch(executable_path=program, args=FLAGS)
+        try:
+            page = browser.new_page(
+                viewport={"width": width, "height": height},
+                color_scheme=colours,
+                reduced_motion="reduce" if still else "no-preference",
+                has_touch=touch,
+            )
+            page.set_default_timeout(10_000)
+            page.on("pageerror", lambda error: problems.append(f"error: {error}"))
+            page.on("console", say)
+            page.route("**/*", pass_on)
+            page.goto(address + (f"#{fragment}" if fragment else ""))
+            yield page, problems
+        finally:
+            browser.close()

@@ -1,0 +1,224 @@
+"""The denoising page: what it holds is the decode, whatever the texts are, and a reader can move through it."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from browser import open_page, page_data
+from conftest import PROMPTS
+from unmask.decoding import decode, make_decoder
+from unmask.models import head
+from unmask.models.head import Head
+from unmask.models.masked_lm import MaskedLM
+from unmask.trajectory import Trajectory
+from unmask.view.candidates import held, likeliest
+from unmask.view.page import LIMIT, Panel, render, sign, visible, write_page
+from unmask.view.page import page_data as page_data_of
+
+SPECS = ["semi-ar:block_length=8", "eoser-ass", "threshold:block_length=8,threshold=0.5", "full:cfg_scale=0.5,steps=5"]
+
+
+def make_panel(lm: MaskedLM, spec: str, length: int = 16, early_stop: bool = False) -> Panel:
+    decoder = make_decoder(spec, max_new_tokens=length)
+    ids, mask = lm.encode([lm.chat(PROMPTS[0])])
+    found = decode(lm, ids, mask, decoder, torch.Generator().manual_seed(0), early_stop=early_stop)
+    return Panel(decoder, found, list(held(lm, found, 5)), lm.text(found.tokens)[0], None, None)
+
+
+def candidates_of(data: dict[str, Any], panel: dict[str, Any]) -> tuple[dict[int, Any], dict[tuple[int, int], Any]]:
+    """By committed cell, and by (step, masked cell): [(token id, probability), …], as the page's script reads them."""
+    ids, wide = data["vocabulary"]["ids"], "<u4" if data["wide"] else "<u2"
+    tokens = np.frombuffer(base64.b64decode(panel["held"]), wide).reshape(-1, panel["candidates"])
+    chances = np.frombuffer(base64.b64decode(panel["chances"]), "<u2").reshape(-1, panel["candidates"]) / 65535
+    rows = iter([[(ids[t], p) for t, p in zip(*row, strict=True)] for row in zip(tokens, chances, strict=True)])
+    step = panel["step"]
+    committed = {i: next(rows) for i, s in enumerate(step) if s >= 0}
+    kept = range(0, panel["steps"], data["every"])
+    masked = {(s, i): next(rows) for s in kept for i, at in enumerate(step) if at < 0 or at >= s}
+    assert next(rows, None) is None
+    return committed, masked
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_page_holds_the_trajectory_and_what_greedy_decoding_took(toy_lm: MaskedLM, spec: str) -> None:
+    panel = make_panel(toy_lm, spec, early_stop=True)
+    data = page_data(render(page_data_of(toy_lm, "the prompt", [panel])))
+    (shown,), trajectory = data["panels"], panel.trajectory
+    ids = data["vocabulary"]["ids"]
+    assert [ids[t] for t in shown["token"]] == trajectory.tokens[0].tolist()
+    assert shown["step"] == trajectory.step[0].tolist()
+    assert shown["logprob"] == pytest.approx(trajectory.logprob[0].tolist(), abs=1e-6)
+    assert (shown["nfe"], shown["steps"], shown["decoder"]) == (int(trajectory.nfe), trajectory.steps, spec)
+    names = toy_lm.tokenizer.convert_ids_to_tokens
+    assert {ids[int(t)]: name for t, name in data["ends"].items()} == {t: names(t) for t in ids if t in toy_lm.end_ids}
+    assert (data["prompt"], data["weights"], shown["text"]) == ("the prompt", toy_lm.weights, panel.text)
+    committed, masked = candidates_of(data, shown)
+    for i, likely in committed.items():
+        assert likely == masked[shown["step"][i], i]
+        assert likely[0][0] == trajectory.tokens[0, i]
+        assert likely[0][1] == pytest.approx(float(trajectory.logprob[0, i].exp()), abs=1e-4)
+
+
+def test_what_is_never_committed_stays_masked(tiny_lm: MaskedLM) -> None:
+    panel = make_panel(tiny_lm, "semi-ar:block_length=16", 96, early_stop=True)
+    data = page_data_of(tiny_lm, "", [panel])
+    committed, masked = candidates_of(data, data["panels"][0])
+    never = (panel.trajectory.step[0] < 0).nonzero()[:, 0].tolist()
+    assert never and not set(never) & set(committed)
+    assert all(data["vocabulary"]["texts"][data["panels"][0]["token"][i]] == "·" for i in never)
+    assert {i for s, i in masked if s == panel.trajectory.steps - 1} > set(never)
+
+
+def test_chances_are_the_softmax(toy_lm: MaskedLM) -> None:
+    panel = make_panel(toy_lm, "semi-ar:block_length=8,temperature=1")
+    trajectory = panel.trajectory
+    width = trajectory.prompt.shape[1]
+    data = page_data_of(toy_lm, "", [panel], every=3)
+    _, masked = candidates_of(data, data["panels"][0])
+    assert {s for s, _ in masked} == {0, 3, 6}
+    for s in (0, 3, 6):
+        state = torch.cat([trajectory.prompt, trajectory.state(s)], 1)
+        with torch.no_grad():
+            chances = toy_lm.logits(state, None, torch.arange(width, width + 16)[None])[0].softmax(-1)
+        for i in (trajectory.state(s)[0] == toy_lm.mask_id).nonzero()[:, 0].tolist():
+            best = chances[i].topk(5)
+            assert [t for t, _ in masked[s, i]] == best.indices.tolist()
+            assert [p for _, p in masked[s, i]] == pytest.approx(best.values.tolist(), abs=1e-5)
+
+
+def test_open_cells_are_those_of_the_plan(toy_lm: MaskedLM) -> None:
+    blocks = page_data_of(toy_lm, "", [make_panel(toy_lm, "semi-ar:block_length=8")])["panels"][0]
+    assert blocks["horizon"] == [8] * 4 + [16] * 4
+    panel = page_data_of(toy_lm, "", [make_panel(toy_lm, SPECS[2])])["panels"][0]
+    assert all(h == (8 if sum(0 <= at < s for at in panel["step"]) < 8 else 16) for s, h in enumerate(panel["horizon"]))
+
+
+@pytest.mark.parametrize("black_box", [False, True])
+def test_any_cut_of_the_vocabulary_gives_the_same(monkeypatch: pytest.MonkeyPatch, black_box: bool) -> None:
+    weight, hidden = torch.randn(300, 8, dtype=torch.float64), torch.randn(7, 8, dtype=torch.float64)
+    logits = (hidden @ weight.T).index_fill(1, torch.tensor([5]), -torch.inf)
+    monkeypatch.setattr(head, "CACHED", (3, 128))  # three rows and 64 tokens at a time
+    tokens, chances = likeliest(Head(lambda h: h @ weight.T, 5, None if black_box else weight), hidden, 4)
+    best = logits.softmax(1).topk(4)
+    assert torch.equal(tokens, best.indices)
+    torch.testing.assert_close(chances, best.values)
+
+
+# ---- hostile texts ---------------------------------------------------------------------------------------------------
+
+HOSTILE = {
+    "</script><script>document.title='gone'</script>": "</script><script>document.title='gone'</script>",
+    "<!--<b onclick='x'>\"&amp;": "<!--<b␣onclick='x'>\"&amp;",
+    "@data@@script@\\1\\g<0>": "@data@@script@\\1\\g<0>",
+    "\n": "⏎",
+    " a\tb\r\n": "␣a⇥b␍⏎",
+    "\x00\x1b\x7f\x85": "␀␛␡⟨85⟩",
+    "\u0301": "◌\u0301",
+    "\u202e\u200b\u2028\ue000": "⟨202E⟩⟨200B⟩⟨2028⟩⟨E000⟩",
+    "": "piece",
+    "\u05d0\U0001f600": "\u05d0\U0001f600",
+}
+
+
+class HostileTokenizer:
+    """Its tokens from 10 on are ``HOSTILE``'s keys; 8 and 9 are parts of a character, in two alphabets."""
+
+    def __init__(self) -> None:
+        self.texts = dict(enumerate(["\ufffd", "\ufffd", *HOSTILE], 8))
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.texts.get(i, "x") for i in ids)
+
+    def convert_ids_to_tokens(self, token: int) -> str:
+        return {8: "âĤ", 9: "<0xAC>"}.get(token, "piece")
+
+
+@pytest.fixture
+def hostile(toy_lm: MaskedLM) -> tuple[MaskedLM, Panel]:
+    """A decode that wrote nothing but hostile tokens."""
+    lm = replace(toy_lm, tokenizer=HostileTokenizer())  # type: ignore[arg-type]
+    panel = make_panel(toy_lm, "ass")
+    length = len(lm.tokenizer.texts)  # type: ignore[attr-defined]
+    tokens = panel.trajectory.tokens.clone()
+    tokens[0, :length] = torch.arange(8, 8 + length)
+    text = lm.text(tokens[:, :length])[0]
+    return lm, replace(panel, trajectory=replace(panel.trajectory, tokens=tokens), text=text, recorded=text + "\ud83d")
+
+
+def test_hostile_texts_survive(hostile: tuple[MaskedLM, Panel], tmp_path: Path) -> None:
+    lm, panel = hostile
+    nasty = panel.text + "</style></title>"
+    data = page_data(render(page_data_of(lm, nasty, [replace(panel, decoder=panel.decoder.replace(name=nasty))])))
+    assert data["prompt"] == data["panels"][0]["decoder"] == nasty
+    assert (data["panels"][0]["text"], data["panels"][0]["recorded"]) == (panel.text, panel.recorded)
+    texts = [data["vocabulary"]["texts"][t] for t in data["panels"][0]["token"]]
+    assert texts[: 2 + len(HOSTILE)] == ["⟨E2 82⟩", "⟨AC⟩", *HOSTILE.values()]
+    write_page(tmp_path / "page.html", lm, nasty, [panel])
+    with open_page(tmp_path / "page.html") as (page, problems):
+        assert page.title() == "toy · ass"
+        assert page.locator(".canvas .cell span").all_text_contents()[: len(texts)][2:4] == list(HOSTILE.values())[:2]
+        assert page.locator("#prompt pre").text_content() == nasty
+        page.locator(".canvas .cell").first.hover()  # not what greedy decoding took
+        assert page.locator(".inspector li").count() == 5 and page.locator(".taken").count() == 0
+        assert problems == []
+
+
+def test_masks_and_ends_have_signs(toy_lm: MaskedLM) -> None:
+    assert sign(toy_lm, toy_lm.mask_id) == "·"
+    assert {sign(toy_lm, t) for t in toy_lm.end_ids} == {"∎"}
+    assert visible("a b") == "a␣b" and visible("\ufffd") == "\ufffd"
+
+
+# ---- size ------------------------------------------------------------------------------------------------------------
+
+
+def made_up(length: int, vocabulary: int) -> tuple[MaskedLM, Panel]:
+    """A decode of one token a step with candidates that nobody computed."""
+    generator = torch.Generator().manual_seed(0)
+    decoder = make_decoder(f"full:steps={length}", max_new_tokens=length)
+    ids = torch.randint(3, vocabulary, (1, length), generator=generator)
+    step = torch.randperm(length, generator=generator)[None].to(torch.int16)
+    prompt = torch.zeros(1, 1, dtype=torch.int64)
+    trajectory = Trajectory(prompt, prompt == 0, ids, step, -torch.rand(1, length), 2, decoder.config())
+    draws = [torch.randint(3, vocabulary, (n, 5), generator=generator) for n in range(length, 0, -1)]
+    tokenizer = SimpleNamespace(decode=lambda ids: f"word{ids[0]}", convert_ids_to_tokens=str)
+    lm: Any = SimpleNamespace(name="made up", weights="none", mask_id=2, end_ids=(0, 1), tokenizer=tokenizer)
+    return lm, Panel(
+        decoder, trajectory, [(d, torch.rand(d.shape, generator=generator)) for d in draws], "", None, None
+    )
+
+
+@pytest.mark.parametrize("vocabulary", [60_000, 126_000])
+def test_a_long_decode_fits(tmp_path: Path, vocabulary: int) -> None:
+    lm, panel = made_up(256, vocabulary)
+    size, every = write_page(tmp_path / "page.html", lm, "", [panel, panel])
+    assert every == 1 and size == (tmp_path / "page.html").stat().st_size < LIMIT
+    data = page_data((tmp_path / "page.html").read_text())
+    assert data["wide"] == (vocabulary > 2**16)
+    _, masked = candidates_of(data, data["panels"][1])
+    assert [t for t, _ in masked[7, int(panel.trajectory.step[0].argmax())]] in panel.candidates[7][0].tolist()
+
+
+def test_a_page_that_would_be_too_large_is_thinned(tmp_path: Path) -> None:
+    lm, panel = made_up(64, 1000)
+    whole, _ = write_page(tmp_path / "page.html", lm, "", [panel])
+    size, every = write_page(tmp_path / "page.html", lm, "", [panel], limit=whole - 1)
+    assert every == 2 and size < whole
+    data = page_data((tmp_path / "page.html").read_text())
+    committed, masked = candidates_of(data, data["panels"][0])
+    assert len(committed) == 64 and {s for s, _ in masked} == set(range(0, 64, 2))
+    with open_page(tmp_path / "page.html", fragment="step=7") as (page, problems):
+        cell = int(panel.trajectory.step[0].argmax())
+        page.locator(".canvas .cell").nth(cell).hover()
+        assert "Held before step 7:" in page.locator(".inspector").inner_text()
+        top = data["vocabulary"]["ids"].index(masked[6, cell][0][0])
+        assert page.locator(".inspector li b").first.inner_text() == data["vocabulary"]["texts"][top]
+        assert "one step in 2" in page.locator("#notes").inner_text() and not problems

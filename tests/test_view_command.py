@@ -1,0 +1,182 @@
+"""``unmask view``: prompts, problems and records come out as other commands decode them; mistakes are one sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from browser import page_data
+from unmask.evaluation.evaluate import EvalConfig, evaluate
+from unmask.spec import UserError
+from unmask.view.command import ViewArguments, command
+from unmask.view.jobs import Settings
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an evaluation."""
+    output = tmp_path_factory.mktemp("view") / "run"
+    config = EvalConfig(
+        task=["countdown", "sudoku"], decoder=["semi-ar:steps=12", "full-random:steps=8"], limit=3, seed=1
+    )
+    config.max_new_tokens, config.early_stop, config.output = 96, False, str(output)
+    evaluate(config)
+    return output
+
+
+def records_of(run: Path, decoder: str, task: str = "countdown") -> Path:
+    return next((run / "records").glob(f"{task}--{decoder}*.jsonl"))
+
+
+def viewed(output: Path) -> dict[str, Any]:
+    return page_data(output.read_text())
+
+
+def test_records_are_decoded_again(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files, output = [records_of(run, "semi-ar"), records_of(run, "full-random")], tmp_path / "page.html"
+    command([*map(str, files), "--index", "2", "--output", str(output)])
+    data = viewed(output)
+    for panel, file in zip(data["panels"], files, strict=True):
+        record = next(r for r in map(json.loads, file.read_text().splitlines()) if r["index"] == 2)
+        assert panel["text"] == panel["recorded"] == record["completion"]
+        assert (panel["nfe"], panel["solved"], data["prompt"]) == (record["nfe"], record["solved"], record["prompt"])
+        assert sum(s >= 0 for s in panel["step"]) == record["committed"] == 96
+    said = capsys.readouterr()
+    assert said.out == f"page  {output}  ({output.stat().st_size / 1e6:.2f} MB)\n" and said.err == ""
+    task = ["--task", "countdown", "--index", "2", "--seed", "1", "--max-new-tokens", "96", "--output", str(output)]
+    command([*task, "--no-early-stop", "--decoder", "semi-ar:steps=12", "full-random:steps=8"])
+    again = viewed(output)["panels"]
+    assert [{**p, "recorded": None} for p in data["panels"]] == again
+
+
+def test_the_model_is_the_records_own_where_no_other_is_named() -> None:
+    settings = Settings("base + lora", "w", "bfloat16", "lora", "main", True, 0, True)
+    own = settings.source(ViewArguments())
+    assert (own.model, own.adapter, own.revision, own.dtype) == ("base", "lora", "main", "bfloat16")
+    assert own.load_in_4bit and not own.trust_remote_code
+    other = settings.source(ViewArguments(model="there", dtype="float32"))
+    assert (other.model, other.adapter, other.revision, other.dtype) == ("there", None, None, "float32")
+    assert not other.load_in_4bit and settings.source(ViewArguments(adapter="mine")).adapter == "mine"
+
+
+def test_a_text_that_differs_from_the_record_is_said(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "run" / "records"
+    other.mkdir(parents=True)
+    (other.parent / "config.json").write_text((run / "config.json").read_text())
+    file = other / records_of(run, "semi-ar").name
+    rows = [json.loads(line) for line in records_of(run, "semi-ar").read_text().splitlines()]
+    file.write_text("".join(json.dumps({**r, "completion": "something else"}) + "\n" for r in rows))
+    command([str(file), "--output", str(tmp_path / "page.html")])
+    (panel,) = viewed(tmp_path / "page.html")["panels"]
+    assert panel["recorded"] == "something else" != panel["text"] and panel["solved"] is None
+    assert "semi-ar:steps=12 writes another text now" in capsys.readouterr().out
+
+
+def test_a_prompt_gives_what_generate_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from unmask.cli import generate
+
+    same = ["make 29 from 3 8 5", "--decoder", "full:steps=8,temperature=1", "--seed", "3", "--max-new-tokens", "32"]
+    command([*same, "--prefill", "<reasoning>3", "--output", str(tmp_path / "page.html")])
+    capsys.readouterr()
+    generate([*same, "--prefill", "<reasoning>3"])
+    data = viewed(tmp_path / "page.html")
+    assert data["panels"][0]["text"] == capsys.readouterr().out.removesuffix("\n")
+    assert data["prompt"] == "<|user|>make 29 from 3 8 5<|assistant|><reasoning>3"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "0 prompts: give one text"),
+        (["a", "b"], "2 prompts: give one text"),
+        (["nothing.jsonl"], "nothing.jsonl does not exist: give a records file"),
+        (["RECORDS", "text"], "mixes records files and text"),
+        (["RECORDS"] * 5, "5 records files: a page shows one to 4"),
+        (["a", "--decoder", *["ass"] * 5], "5 decoders"),
+        (["a", "--decoder", "asss"], "did you mean 'ass'"),
+        (["a", "--index", "1"], "index is 1, but there is only the prompt given: leave it out"),
+        (["a", "--task", "sudoku"], "prompt is ['a'], but the task decides that"),
+        (["--task", "sudokku"], "did you mean 'sudoku'"),
+        (["--task", "countdown", "--index", "-1"], "index is -1"),
+        (["--task", "countdown", "--data", "x"], "unrecognized options: --data"),
+        (["a", "--candidates", "0"], "candidates is 0: give 1 to 20"),
+        (["a", "--seed", "-1"], "seed is -1"),
+        (["a", "--output", "/proc/nothing/x.html"], "cannot write to /proc/nothing/x.html"),
+        (["a", "--max-new-tokens", "4000"], "at most 2048 together"),
+        (["RECORDS", "--decoder", "full"], "decoder is ['full'], but the records decide that: leave it out"),
+        (["RECORDS", "--max-new-tokens", "32"], "max_new_tokens is 32, but"),
+        (["RECORDS", "--seed", "4"], "seed is 4, but"),
+        (["RECORDS", "--no-early-stop"], "early_stop is False, but"),
+        (["RECORDS", "--index", "3"], "no record of problem 3 (it has 3)"),
+        (["RECORDS", "SUDOKU"], "hold different prompts at index 0"),
+        (["RECORDS", "--model", "TOY"], "but toy has"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    run: Path, toy_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("toy").symlink_to(toy_folder)
+    names = {
+        "RECORDS": str(records_of(run, "semi-ar")),
+        "SUDOKU": str(records_of(run, "semi-ar", "sudoku")),
+        "TOY": "toy",
+    }
+    with pytest.raises(UserError) as error:
+        command([names.get(a, a) for a in arguments])
+    assert said in str(error.value) and "\n" not in str(error.value)
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("config", "records", "said"),
+    [
+        (None, "", "No such file"),
+        ("{", "", "Expecting property name"),
+        ("[]", "", "does not say how"),
+        ('{"model": {}, "tasks": {}, "decoders": {}}', "", "it lacks 'name'"),
+        ("same", "{", "holds no record of problem 0 (it has 0)"),
+        ("same", "{\n", "is damaged"),
+        ("same", '{"index": 0}\n', "a line lacks 'id'"),
+        ("same", "[]\n", "is damaged"),
+    ],
+)
+def test_damaged_runs(run: Path, tmp_path: Path, config: str | None, records: str, said: str) -> None:
+    file = tmp_path / "records" / records_of(run, "semi-ar").name
+    file.parent.mkdir()
+    file.write_text(records)
+    if config is not None:
+        (tmp_path / "config.json").write_text((run / "config.json").read_text() if config == "same" else config)
+    with pytest.raises(UserError, match=r"evaluate again|give another") as error:
+        command([str(file), "--output", str(tmp_path / "page.html")])
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_records_of_two_models_are_refused(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "other")
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["weights"] = "another"
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    files = [records_of(run, "semi-ar"), records_of(tmp_path / "other", "semi-ar")]
+    with pytest.raises(UserError, match="were made by different models: make a page of each"):
+        command([*map(str, files), "--output", str(tmp_path / "page.html")])
+
+
+def test_the_output_is_tried_before_the_model_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ViewArguments, "load", None)
+    with pytest.raises(UserError, match="give another --output"):
+        command(["x", "--output", str(tmp_path)])
+
+
+def test_a_records_file_under_another_name_is_refused(run: Path, tmp_path: Path) -> None:
+    copy = run / "records" / "copy.jsonl"
+    copy.write_text(records_of(run, "semi-ar").read_text())
+    with pytest.raises(UserError, match=r"it lacks 'copy\.jsonl'"):
+        command([str(copy), "--output", str(tmp_path / "page.html")])
+    copy.unlink()

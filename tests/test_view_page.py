@@ -1,0 +1,191 @@
+"""The denoising page in a browser: a reader moves through the decode, and nobody else hears of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from browser import open_page
+from unmask.decoding import decode, make_decoder
+from unmask.models.masked_lm import MaskedLM
+from unmask.view.candidates import held
+from unmask.view.page import Panel, write_page
+
+
+@pytest.fixture(scope="module")
+def page_file(tiny_lm: MaskedLM, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Panel]]:
+    """Two decoders of unlike length on one prompt."""
+    file = tmp_path_factory.mktemp("page") / "page.html"
+    panels = []
+    for spec in ("semi-ar:block_length=16", "ass"):
+        decoder = make_decoder(spec, max_new_tokens=32)
+        ids, mask = tiny_lm.encode([tiny_lm.chat("make 29 from 3 8 5")])
+        found = decode(tiny_lm, ids, mask, decoder)
+        candidates = list(held(tiny_lm, found, 5))
+        panels.append(Panel(decoder, found, candidates, tiny_lm.text(found.tokens)[0], spec == "ass", None))
+    write_page(file, tiny_lm, "make 29 from 3 8 5", panels)
+    return file, panels
+
+
+@pytest.fixture
+def opened(page_file: tuple[Path, list[Panel]]) -> Iterator[tuple[Any, list[Panel]]]:
+    with open_page(page_file[0], fragment="step=3&colour=confidence&cell=2") as (page, problems):
+        yield page, page_file[1]
+        assert problems == []
+
+
+def masked_counts(page: Any) -> list[int]:
+    return [page.locator(".canvas").nth(n).locator(".masked").count() for n in range(page.locator(".canvas").count())]
+
+
+def expected(panels: list[Panel], step: int) -> list[int]:
+    return [int((p.trajectory.step >= step).sum()) for p in panels]
+
+
+def test_the_address_restores_a_moment(opened: tuple[Any, list[Panel]]) -> None:
+    page, panels = opened
+    assert masked_counts(page) == expected(panels, 3)
+    assert page.locator("#now").inner_text() == "step 3 of 16" and page.locator("[value=confidence]").is_checked()
+    assert page.locator("[aria-pressed=true]").evaluate_all("all => all.map(c => c.dataset.cell)") == ["1", "1"]
+    page.keyboard.press("ArrowRight")
+    page.wait_for_url("**#step=4&colour=confidence&cell=2")
+    page.evaluate("location.hash = 'step=99&colour=nonsense'")
+    page.wait_for_function("document.getElementById('now').textContent === 'step 16 of 16'")
+    assert page.locator("[value=step]").is_checked() and page.locator(".canvas .chosen").count() == 0
+
+
+def test_slider_and_keys_move_all_canvases(opened: tuple[Any, list[Panel]]) -> None:
+    page, panels = opened
+    for key, step in [
+        ("Home", 0),
+        ("ArrowRight", 1),
+        ("ArrowRight", 2),
+        ("ArrowLeft", 1),
+        ("ArrowLeft", 0),
+        ("ArrowLeft", 0),
+    ]:
+        page.keyboard.press(key)
+        assert masked_counts(page) == expected(panels, step)
+    assert page.locator(".canvas .fresh").count() == 0
+    page.locator("#step").fill("2")
+    assert masked_counts(page) == expected(panels, 2)
+    fresh = page.locator(".canvas").first.locator(".fresh").evaluate_all("all => all.map(c => +c.dataset.cell)")
+    assert fresh == (panels[0].trajectory.step[0] == 1).nonzero()[:, 0].tolist()
+    closed = page.locator(".canvas").first.locator(".closed").evaluate_all("all => all.map(c => +c.dataset.cell)")
+    assert closed == list(range(16, 32))
+    page.locator("#step").focus()
+    page.keyboard.press("End")
+    assert masked_counts(page) == [0, 0] and page.locator("#now").inner_text() == "step 16 of 16"
+    facts = page.locator("dl").all_inner_texts()
+    assert ["16" in facts[0], "✗ not solved" in facts[0], "✓ solved" in facts[1]] == [True] * 3
+    assert "32 of 32, done in 5 steps" in facts[1]
+    assert [t.strip() for t in page.locator("article pre").all_inner_texts()] == [p.text for p in panels]
+
+
+def test_play_runs_to_the_end_and_stops(opened: tuple[Any, list[Panel]]) -> None:
+    page, _ = opened
+    page.clock.install()
+    page.reload()
+    page.locator("#play").click()
+    assert "Pause" in page.locator("#play").inner_text()
+    page.clock.run_for(1300)
+    assert page.locator("#now").inner_text() == "step 5 of 16"  # 9 s over 16 steps
+    page.keyboard.press("Home")  # a hand on the clock stops it
+    assert "Play" in page.locator("#play").inner_text()
+    page.locator("h1").click()
+    page.keyboard.press("Space")
+    page.clock.run_for(60_000)
+    assert page.locator("#now").inner_text() == "step 16 of 16" and "Play" in page.locator("#play").inner_text()
+    page.locator("#play").click()
+    assert page.locator("#now").inner_text() == "step 0 of 16"  # from the start again
+    page.keyboard.press("Escape")
+    page.locator("h1").click()
+    page.keyboard.press("Space")
+    page.clock.run_for(5_000)
+    assert page.locator("#now").inner_text() == "step 0 of 16"
+
+
+def rgb(share: float) -> str:
+    """The colour of a share on the page's scale."""
+    stops = ["2e1e3b", "413d7b", "37659e", "348fa7", "40b7ad", "8ad9b1", "d5f2df"]
+    low = min(int(share * 6), 5)
+    ends = (bytes.fromhex(stops[low]), bytes.fromhex(stops[low + 1]))
+    return (
+        f"rgb({','.join(str(math.floor(a + (b - a) * (share * 6 - low) + 0.5)) for a, b in zip(*ends, strict=True))})"
+    )
+
+
+def test_the_switch_changes_the_colours(opened: tuple[Any, list[Panel]]) -> None:
+    page, panels = opened
+    cells = page.locator(".canvas").first.locator(".cell")
+
+    def colours() -> list[str]:
+        return cells.evaluate_all("all => all.map(c => c.style.getPropertyValue('--paint'))")
+
+    by_confidence, step = colours(), panels[0].trajectory.step[0]
+    held_now, place = panels[0].candidates[3][1][:, 0].tolist(), 0
+    for i, paint in enumerate(by_confidence):
+        masked = int(step[i]) >= 3
+        assert paint == rgb(held_now[place] if masked else float(panels[0].trajectory.logprob[0, i].exp()))
+        place += masked
+    page.get_by_text("commit step").click()
+    assert colours() == ["" if s >= 3 else rgb(s / 15) for s in step.tolist()]
+    assert page.locator("#low").inner_text() == "first step"
+    page.keyboard.press("ArrowRight")  # the radio's own key
+    assert colours() == by_confidence
+
+
+def test_a_cell_shows_its_candidates(opened: tuple[Any, list[Panel]]) -> None:
+    page, panels = opened
+    step = panels[0].trajectory.step[0]
+    late, early = int(step.argmax()), int((step == 0).int().argmax())
+    cells, card = page.locator(".canvas").first.locator(".cell"), page.locator(".inspector").first
+
+    def rows() -> list[str]:
+        return card.locator("li b").evaluate_all("all => all.map(b => b.title.match(/token (\\d+)/)[1])")
+
+    cells.nth(late).hover()
+    at = int((step[:late] >= 3).sum())
+    assert "masked. Held before step 4:" in card.inner_text()
+    assert rows() == list(map(str, panels[0].candidates[3][0][at].tolist()))
+    cells.nth(early).hover()
+    at = early  # all were masked before the first step
+    assert cells.nth(early).evaluate("cell => cell.classList.contains('chosen')")
+    assert "committed in step 1 at" in card.inner_text()
+    assert rows() == list(map(str, panels[0].candidates[0][0][at].tolist())) and card.locator(".taken").count() == 1
+    page.mouse.move(1, 1)
+    assert card.inner_text().startswith("Cell 2:")  # the chosen one again
+    page.locator(".canvas").nth(1).locator(".cell").nth(7).click()
+    assert all(t.startswith("Cell 8:") for t in page.locator(".inspector").all_inner_texts())
+    page.keyboard.press("ArrowRight")  # a click leaves the arrows with the steps
+    assert page.locator("#now").inner_text() == "step 4 of 16"
+    cells.nth(7).focus()
+    for key, cell in [
+        ("ArrowRight", 9),
+        ("ArrowLeft", 8),
+        ("Home", 1),
+        ("ArrowLeft", 1),
+        ("End", 32),
+        ("ArrowRight", 32),
+    ]:
+        page.keyboard.press(key)
+        assert card.inner_text().startswith(f"Cell {cell}:") and page.locator("#now").inner_text() == "step 4 of 16"
+    page.keyboard.press("ArrowUp")
+    assert int(card.inner_text().split(":")[0].split()[1]) < 32
+    page.mouse.move(1, 1)
+    page.keyboard.press("Escape")
+    assert card.inner_text().startswith("Point at a cell")
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_a_phone_shows_it_without_scrolling_sideways(page_file: tuple[Path, list[Panel]], colours: Any) -> None:
+    with open_page(page_file[0], 360, 740, fragment="step=2", colours=colours, touch=True) as (page, problems):
+        assert page.evaluate("document.documentElement.scrollWidth") == 360
+        page.locator(".canvas .cell").first.tap()
+        assert page.locator(".inspector").first.inner_text().startswith("Cell 1:")
+        dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 23, 26)"
+        assert dark == (colours == "dark") and problems == []
