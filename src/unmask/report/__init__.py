@@ -1,0 +1,1 @@
+"""``unmask report``: what evaluations, studies and training runs left, as figures and one HTML file."""

@@ -1,0 +1,149 @@
+"""Folders as ``unmask eval``, ``unmask rl`` and ``unmask study`` leave them, small and with known numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from unmask.evaluation.records import as_lines, slug, summarise
+from unmask.files import write_json
+from unmask.report.collect import Result
+
+HOSTILE = "full:note=<b>&\"'</script><script>x</script>"
+STEPS = 4
+
+
+def curves(shift: float = 0.0) -> dict[str, Any]:
+    order: list[list[float | None]] = [[0.0] * 32 for _ in range(16)]
+    for position in range(32):
+        order[position % STEPS * 4][position] = 1.0
+    for row in order:
+        row[31] = None
+    return {
+        "commits": [8.0] * STEPS,
+        "eos_share": [0.0, 0.25 + shift, None, 1.0],
+        "end_confidence": [None, 0.5, None, 0.75],
+        "other_confidence": [1.0, 0.9, 0.8 + shift, None],
+        "order": order,
+    }
+
+
+def records(count: int, solved: int, nfe: int, length: int = 20) -> list[dict[str, Any]]:
+    """The first ``solved`` of them solved; lengths count up from ``length``."""
+    return [
+        {
+            "index": i,
+            "id": f"p{i}",
+            "completion": '"length": 9999',
+            "solved": i < solved,
+            "points": float(i < solved),
+            "possible": 2.0,
+            "nfe": nfe,
+            "committed": 32,
+            "length": length + i,
+            "seconds": 0.5,
+        }
+        for i in range(count)
+    ]
+
+
+def evaluation(folder: Path, cells: dict[str, list[dict[str, Any]]], task: str = "sudoku", **more: Any) -> Path:
+    """A folder as ``unmask eval`` leaves it; ``more`` goes into every cell of its summary."""
+    config = {"model": {"name": "toy"}, "split": "test"}
+    names = {"task": task, "score_name": "cell accuracy"}
+    found = [{**names, "decoder": decoder, **summarise(rows), **more} for decoder, rows in cells.items()]
+    (folder / "records").mkdir(parents=True)
+    for decoder, rows in cells.items():
+        (folder / "records" / f"{slug(task)}--{slug(decoder)}.jsonl").write_text(as_lines(rows))
+    write_json(folder / "config.json", config)
+    write_json(folder / "summary.json", {"config": config, "environment": {"unmask": "1"}, "cells": found})
+    return folder
+
+
+def metrics(start: float) -> list[dict[str, float]]:
+    lines = [{"step": s, "reward": start + s / 10, "length": 20.0, "replay_gap": 1e-3, "nfe": 7.0} for s in range(1, 5)]
+    solved = [{"step": s, "eval_sudoku_solved": v} for s, v in ((0, 0.25), (2, start), (4, start))]
+    return [{"step": 0, "eval_reward": 0.1}, *lines, *solved]
+
+
+def lines(values: Sequence[dict[str, Any]]) -> str:
+    return "".join(json.dumps(v) + "\n" for v in values)
+
+
+def run(folder: Path, seed: int, **config: Any) -> Path:
+    """A folder as ``unmask rl`` leaves it."""
+    folder.mkdir(parents=True)
+    values = {"objective": "cj", "decoder": "ass", "seed": seed, "output": str(folder), "batch_size": 8, **config}
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    (folder / "metrics.jsonl").write_text(lines(metrics(0.5 + seed / 10)))
+    (folder / "times.jsonl").write_text(
+        lines([{"step": s, "seconds_rollout": 2.0, "seconds_update": 1.0} for s in (1, 2)])
+    )
+    return folder
+
+
+def cell(
+    decoder: str, solved: str, objective: str | None = None, seed: int | None = None, **more: Any
+) -> dict[str, Any]:
+    count = len(solved)
+    axes = {"task": "sudoku", "decoder": decoder, "train.objective": objective, "train.decoder": objective and "ass"}
+    budget = {"updates": 30, "rollouts": 1920, "training_passes": 12345} if objective else {}
+    return {
+        "cell": {**axes, "train.seed": seed},
+        "score_name": "cell accuracy",
+        "budget": {"nfe": 7, **budget},
+        "problems": "hash",
+        "solved": solved,
+        "points": [float(c) for c in solved],
+        "possible": [1.0] * count,
+        "nfe": [7] * count,
+        "length": [30 + i for i in range(count)],
+        "committed": [32] * count,
+        "seconds": 1.5,
+        "environment": {"unmask": "1"},
+        **more,
+    }
+
+
+def study(folder: Path) -> Path:
+    """Cells and runs as ``unmask study`` leaves them, without the summary that follows from them."""
+    cells = [
+        cell("full", "0000000000", curves=curves()),
+        cell("ass", "0100000000"),
+        cell("full", "1111111110", "cj", 0, curves=curves(0.5)),
+        cell("full", "1111111111", "cj", 1),
+        cell("full", "1100000000", "diffu", 0),
+    ]
+    folder.mkdir(parents=True)
+    (folder / "cells.jsonl").write_text(lines(cells))
+    train = {"train.objective": "cj", "train.decoder": "ass"}
+    runs = [
+        {
+            "key": f"cj--seed{seed}",
+            "train": {**train, "train.seed": seed},
+            "budget": {"updates": 30, "rollouts": 1920, "training_passes": 12345},
+            "metrics": metrics(0.1 * seed),
+            "seconds": {"rollout": 60.0, "update": 30.0},
+        }
+        for seed in (0, 1)
+    ]
+    (folder / "runs.jsonl").write_text(lines(runs))
+    return folder
+
+
+CELLS = {"full": records(10, 9, 64), "ass": records(10, 4, 7), HOSTILE: records(10, 6, 20)}
+
+
+def result(nfe: float, solved: float, seeds: int = 1) -> Result:
+    numbers = {"nfe": nfe, "solved": solved, "problems": 10, "seeds": seeds, "tokens_per_forward": 1.0, "length": 1.0}
+    score = {
+        "score_name": "s",
+        "score": solved,
+        "score_interval": [solved, solved],
+        "solved_interval": [solved, solved],
+    }
+    return Result("f", "t", f"{nfe:g}-{solved:g}", {}, {**numbers, **score})
