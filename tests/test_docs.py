@@ -45,6 +45,7 @@ SMALL = {
     "eval": ["--limit", "2", "--max-new-tokens", "32"],
     "demo": ["--limit", "2"],
     "info": ["--max-new-tokens", "8"],
+    "tune": ["--limit", "8", "--test-limit", "8", "--max-new-tokens", "16", "--budget", "2"],
 }
 
 
@@ -58,7 +59,10 @@ def test_readme_commands_run(
         assert (ROOT / arguments[1]).exists()  # test_training and test_rl_runs run every config
         return
     if arguments[0] == "report":
-        assert all(run.startswith("runs/") for run in arguments[1:])  # test_rl_runs reports a run
+        assert all(run.startswith("runs/") for run in arguments[1:])  # test_report reports such folders
+        return
+    if arguments[0] == "study":
+        assert (ROOT / arguments[1]).exists()  # test_study reads every one
         return
     if arguments[0] == "lm-eval":
         assert arguments[1:4] == ["run", "--model", "unmask"]  # test_harness runs one; this task is on the hub
@@ -68,7 +72,7 @@ def test_readme_commands_run(
     if arguments[0] == "grade":
         (tmp_path / arguments[1]).write_text('{"question": "q", "completion": "1", "ground_truth": [[1, 1], 2]}\n')
     monkeypatch.chdir(tmp_path)
-    for flag in ("--limit", "--max-new-tokens"):
+    for flag in ("--limit", "--max-new-tokens", "--budget"):
         if flag in arguments and arguments[0] in SMALL:
             at = arguments.index(flag)
             del arguments[at : at + 2]
