@@ -1,0 +1,303 @@
+"""``unmask tune``: the best decoder within a budget of forward passes a problem, by successive halving.
+
+Every candidate decodes a few validation problems; the better half goes on to twice as many, and so on. What is over the
+budget is out. The best of the last round and the best preset then decode test problems that the search has not seen. Every
+measurement is a line of ``measurements.jsonl``, so a killed search goes on where it stopped, and ends the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from unmask.evaluation.evaluate import Cell, EvalConfig, Progress, Request, environment, prepare, run_cell, task_prompts
+from unmask.evaluation.records import Record, summarise
+from unmask.evaluation.statistics import paired_difference
+from unmask.evaluation.tune_space import candidates, plan_passes
+from unmask.files import read_lines, whole, write_json, writing_to
+from unmask.flags import read_flags
+from unmask.models.source import ModelSource
+from unmask.spec import UserError, check_at_least
+
+FIRST_ROUND = 8
+"""Problems of the first round."""
+FINALISTS, PRESET_FINALISTS = 8, 3
+"""So many candidates and presets go on at least, as far as they are within the budget."""
+KEPT = ("index", "id", "solved", "points", "possible", "nfe", "committed", "length", "seconds")
+
+
+@dataclass(kw_only=True)
+class TuneConfig(ModelSource):
+    """Search for the decoder that is best on a task within a budget of forward passes."""
+
+    task: str
+    """Task spec, e.g. ``countdown`` or ``gsm8k:data=FOLDER``; it needs validation and test problems."""
+    budget: int
+    """Forward passes a problem, as a mean over the validation problems; guidance counts double."""
+    metric: Literal["solved", "score"] = "solved"
+    """What is best: the share of problems solved, or of points (Sudoku: cells)."""
+    cfg_scale: list[float] = field(default_factory=list)
+    """Strengths of guidance to try beside none, e.g. ``0.5 1``."""
+    limit: int = 128
+    """Validation problems of the last round; the first has 8."""
+    test_limit: int = 256
+    """Test problems for the winner and the best preset."""
+    max_new_tokens: int = 128
+    """Canvas length in tokens."""
+    early_stop: bool = True
+    """A row ends once its text is complete, as in ``generate`` and ``eval``. Without it a row takes its whole plan, as in the
+    rollouts of ``rl``."""
+    batch_size: int = 32
+    """Rows of one forward pass."""
+    seed: int = 0
+    """Seed of the problems, and of decoders in random order."""
+    output: str = "runs/tune"
+    """Run folder. A second call with the same settings goes on or just prints the result."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "budget", "limit", "test_limit", "max_new_tokens")
+        for scale in self.cfg_scale:
+            if not 0 < scale < float("inf"):
+                raise UserError(f"cfg_scale is {scale}: give positive numbers")
+        if self.cfg_scale and self.budget < 2:
+            raise UserError(
+                "budget is 1, and guidance takes 2 passes at least: give a budget of 2 or more, or leave --cfg-scale out"
+            )
+        self.evaluation(["full"])  # checks the settings that the two have in common
+
+    def evaluation(self, decoders: list[str]) -> EvalConfig:
+        """The same settings for decoding the validation problems."""
+        mine = {f.name for f in fields(self)} - {"task"}
+        shared = {f.name: getattr(self, f.name) for f in fields(EvalConfig) if f.name in mine}
+        return EvalConfig(**shared, task=[self.task], decoder=decoders, split="validation")
+
+
+# ---- the search, without a model -------------------------------------------------------------------------------------
+
+
+class Standing(NamedTuple):
+    """What a decoder has achieved: ``value`` in [0, 1], and its mean number of forward passes ``nfe``."""
+
+    name: str
+    value: float
+    nfe: float
+
+
+def pareto(standings: Sequence[Standing]) -> list[Standing]:
+    """Those that no other reaches with as few passes, by passes; of equals the first."""
+    front: list[Standing] = []
+    for standing in sorted(standings, key=lambda s: (s.nfe, -s.value)):
+        if not front or standing.value > front[-1].value:
+            front.append(standing)
+    return front
+
+
+def best(standings: Sequence[Standing]) -> Standing:
+    """The largest value; of ties the fewest passes, then the first."""
+    return min(standings, key=lambda s: (-s.value, s.nfe))
+
+
+def better_half(standings: Sequence[Standing], least: int) -> list[Standing]:
+    """Half of them, rounded up, or ``least``; in their order.
+
+    The Pareto front comes first, then the larger value. Few problems leave many ties: of equal values the front holds the
+    cheapest, so here more passes come first.
+    """
+    front = pareto(standings)
+    ranked = sorted(standings, key=lambda s: (s not in front, -s.value, -s.nfe))
+    kept = ranked[: max(least, (len(standings) + 1) // 2)]
+    return [s for s in standings if s in kept]
+
+
+def round_sizes(last: int) -> list[int]:
+    """Problems of each round: 8, 16, 32, … and ``last``."""
+    sizes = [last]
+    size = FIRST_ROUND
+    while size < last:
+        sizes.insert(-1, size)
+        size *= 2
+    return sizes
+
+
+def successive_halving(
+    names: Sequence[str],
+    sizes: Sequence[int],
+    measure: Callable[[Sequence[str], int], list[Standing]],
+    budget: float,
+    least: int,
+) -> list[Standing]:
+    """Who is within the budget after the last round.
+
+    Args:
+        sizes: problems of each round. measure: (names, problems) -> their standings on the first so many problems.
+        least: how many go on at least, as far as they are within the budget.
+    """
+    within: list[Standing] = []
+    for size in sizes:
+        within = [s for s in measure(names, size) if s.nfe <= budget]
+        names = [s.name for s in better_half(within, least)]
+    return within
+
+
+# ---- the search on a model -------------------------------------------------------------------------------------------
+
+
+class Measurements:
+    """What has been decoded: records by split and decoder, and a file of JSON lines, one a decoder's share of a round."""
+
+    def __init__(self, path: Path, request: Request, config: EvalConfig) -> None:
+        """Raises UserError where the file is damaged."""
+        self.path, self.request, self.config = path, request, config
+        self.found: dict[tuple[str, str], list[Record]] = {}
+        try:
+            lines = read_lines(path)
+            for line in lines:
+                if any(set(record) != set(KEPT) for record in line["records"]):
+                    raise ValueError("a record of something else")
+                self.found.setdefault((line["split"], line["decoder"]), []).extend(line["records"])
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is damaged: remove it, and the search starts again") from None
+        with whole(path) as partial:  # without what a killed run left of its last line
+            partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def records(self, split: str, cell: Cell, size: int) -> list[Record]:
+        """The first ``size`` records of a cell; those that are missing are decoded and become one line of the file.
+
+        Raises UserError where the file holds records of other problems.
+        """
+        records = self.found.setdefault((split, cell.decoder_spec), [])
+        if [r["id"] for r in records] != [p.id for p in cell.problems[: len(records)]]:
+            raise UserError(f"{self.path} holds records of other problems: give another --output")
+        todo = [i for i in cell.todo(set(range(len(records)))) if i < size]
+        if todo:
+            made = [record for batch in run_cell(self.request, cell, todo, self.config) for record in batch]
+            made = [{key: record[key] for key in KEPT} for record in sorted(made, key=lambda r: int(r["index"]))]
+            with writing_to(self.path.parent), self.path.open("a") as file:
+                file.write(json.dumps({"split": split, "decoder": cell.decoder_spec, "records": made}) + "\n")
+            records += made
+        return records[:size]
+
+
+def standing(name: str, records: Sequence[Record], metric: str) -> Standing:
+    """A decoder's standing on some problems."""
+    points, possible = shares(records, metric)
+    return Standing(name, sum(points) / sum(possible), sum(r["nfe"] for r in records) / len(records))
+
+
+def shares(records: Sequence[Record], metric: str) -> tuple[list[float], list[float]]:
+    """What each problem adds to the value, and what it could add."""
+    if metric == "solved":
+        return [float(r["solved"]) for r in records], [1.0] * len(records)
+    return [r["points"] for r in records], [r["possible"] for r in records]
+
+
+def tune(config: TuneConfig, progress: Progress | None = None) -> dict[str, Any]:
+    """Run or resume a search, and write its folder.
+
+    Args:
+        progress: called with (round, decoders measured, decoders in all).
+
+    Returns:
+        What ``front.json`` holds; docs/tune.md lists it.
+
+    Raises:
+        UserError: for anything wrong in the request, and where ``output`` holds a search with other settings.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("a search runs as one process: start it without torchrun or accelerate")
+    presets, others = candidates(config.budget, config.max_new_tokens, config.early_stop, config.cfg_scale)
+    evaluation = config.evaluation([*presets, *others])
+    request = prepare(evaluation)
+    cells = {("validation", cell.decoder_spec): cell for cell in request.cells}
+    task, seen = request.cells[0].task, request.cells[0].problems
+    unseen = task.problems("test", config.test_limit, config.seed)
+    prompts = task_prompts(request.lm, task, unseen)
+    request.lm.encode(prompts, config.max_new_tokens)  # refuses now what is too long
+    cells |= {("test", c.decoder_spec): replace(c, problems=unseen, prompts=prompts) for c in request.cells}
+    mine = ("budget", "metric", "cfg_scale", "test_limit")
+    settings = {**request.resolved, **{key: getattr(config, key) for key in mine}}
+    output = Path(config.output)
+    with writing_to(output):
+        output.mkdir(parents=True, exist_ok=True)
+        _claim(output / "config.json", json.loads(json.dumps(settings)))
+        done = Measurements(output / "measurements.jsonl", request, evaluation)
+
+    def measure(what: str, split: str, names: Sequence[str], size: int) -> list[Standing]:
+        found: list[Standing] = []
+        for name in names:
+            if progress:
+                progress(f"{what}, {size} problems", len(found), len(names))
+            found.append(standing(name, done.records(split, cells[split, name], size), config.metric))
+        if progress:
+            progress(f"{what}, {size} problems", len(names), len(names))
+        return found
+
+    def search(what: str, names: list[str], least: int) -> list[Standing]:
+        def of_round(names: Sequence[str], size: int) -> list[Standing]:
+            return measure(what, "validation", names, size)
+
+        return successive_halving(names, round_sizes(len(seen)), of_round, config.budget, least)
+
+    known = search("presets", presets, PRESET_FINALISTS)
+    finalists = [*known, *search("candidates", others, FINALISTS)]
+    winner, preset = best(finalists).name, best(known).name
+    measure("test", "test", list(dict.fromkeys((winner, preset))), len(unseen))
+
+    def entry(split: str, name: str) -> dict[str, Any]:
+        facts = {"decoder": name, "preset": name in presets, "plan": plan_passes(cells[split, name].decoder)}
+        return facts | summarise(done.found[split, name])
+
+    (ours, possible), (theirs, _) = (shares(done.found["test", name], config.metric) for name in (winner, preset))
+    difference, interval = paired_difference(ours, theirs, possible)
+    result = {
+        "config": settings,
+        "environment": environment(),
+        "rounds": round_sizes(len(seen)),
+        "candidates": [entry("validation", name) for name in (*presets, *others)],
+        "finalists": [s.name for s in finalists],
+        "front": [s.name for s in pareto(finalists)],
+        "winner": entry("validation", winner),
+        "best_preset": entry("validation", preset),
+        "test": {
+            "winner": entry("test", winner),
+            "best_preset": entry("test", preset),
+            "difference": difference,
+            "difference_interval": list(interval),
+        },
+        "forward_passes": {
+            split: sum(r["nfe"] for (where, _), records in done.found.items() if where == split for r in records)
+            for split in ("validation", "test")
+        },
+    }
+    with writing_to(output):
+        write_json(output / "front.json", result)
+    return result
+
+
+def _claim(path: Path, settings: dict[str, Any]) -> None:
+    """Make the folder this search's, or refuse one that belongs to other settings."""
+    if not path.exists():
+        write_json(path, settings)
+        return
+    try:
+        before = json.loads(path.read_text())
+        changed = sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k))
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{path} is damaged: remove it or give another --output") from None
+    if changed:
+        raise UserError(f"{path.parent} holds a search with other {', '.join(changed)}: give another --output")
+
+
+def command(arguments: list[str]) -> None:
+    """``unmask tune``."""
+    config = read_flags(TuneConfig, arguments, prog="unmask tune")
+    from unmask.evaluation import tune_report
+    from unmask.evaluation.progress import progress_bars
+
+    with progress_bars() as progress:
+        result = tune(config, progress)
+    tune_report.show(result, tune_report.write(result, config))

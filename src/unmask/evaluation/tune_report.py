@@ -1,0 +1,233 @@
+"""What a search leaves: the Pareto front as table and figure, the winner as a decoder file, and what to take."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from unmask.decoding import Decoder
+from unmask.evaluation.report import COLOURS, markdown, percent, save_figure
+from unmask.evaluation.tune import TuneConfig
+from unmask.files import whole, writing_to
+
+Result = dict[str, Any]
+HEADINGS = ["decoder", "plan", "NFE", "solved % [95 %]", "score % [95 %]", "problems", "what it is"]
+
+
+def write(result: Result, config: TuneConfig) -> list[Path]:
+    """front.md, front.png, front.svg and decoder.yaml into the run folder."""
+    output = Path(config.output)
+    said = f"{title(result)}\n\n{markdown(HEADINGS, rows(result))}\n" + "".join(
+        f"{line}\n" for line in sentences(result)
+    )
+    with writing_to(output):
+        for name, text in (("front.md", said), ("decoder.yaml", decoder_file(result, config))):
+            with whole(output / name) as partial:
+                partial.write_text(text, encoding="utf-8")
+        return [output / "front.md", *save_figure(front_figure(result), output / "front"), output / "decoder.yaml"]
+
+
+def show(result: Result, written: list[Path]) -> None:
+    """The table, the sentences and where the files are, on stdout."""
+    table = Table(title=title(result))
+    for i, heading in enumerate(HEADINGS):
+        table.add_column(heading, justify="right" if 0 < i < len(HEADINGS) - 1 else "left", overflow="fold")
+    for i, row in enumerate(rows(result)):
+        if i == len(result["front"]):
+            table.add_section()
+        table.add_row(*row)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    for line in sentences(result):
+        console.print(line, highlight=False, soft_wrap=True)
+    for path in written:
+        if path.suffix != ".svg":
+            console.print(
+                f"{'decoder' if path.suffix == '.yaml' else 'front'}  {path}", highlight=False, soft_wrap=True
+            )
+
+
+def title(result: Result) -> str:
+    """One line over the table."""
+    settings = result["config"]
+    task = next(iter(settings["tasks"]))
+    return (
+        f"{settings['model']['name']}, {task}: decoders within {settings['budget']} passes a problem, validation split"
+    )
+
+
+def rows(result: Result) -> list[list[str]]:
+    """The front by passes, then the presets that are not on it, with the problems that each came to."""
+    found = {entry["decoder"]: entry for entry in result["candidates"]}
+    presets = [entry for entry in found.values() if entry["preset"] and entry["decoder"] not in result["front"]]
+    presets.sort(key=lambda e: (-e["problems"], e["nfe"]))
+    return [_row(entry, result) for entry in (*(found[name] for name in result["front"]), *presets)]
+
+
+def _row(entry: Result, result: Result) -> list[str]:
+    what = [
+        name.replace("_", " ") for name in ("winner", "best_preset") if entry["decoder"] == result[name]["decoder"]
+    ] or ["preset"] * entry["preset"]
+    if entry["nfe"] > result["config"]["budget"]:
+        what.append("over the budget")
+    return [
+        entry["decoder"],
+        str(entry["plan"]),
+        f"{entry['nfe']:.1f}",
+        percent(entry["solved"], entry["solved_interval"]),
+        percent(entry["score"], entry["score_interval"]),
+        str(entry["problems"]),
+        ", ".join(what),
+    ]
+
+
+def sentences(result: Result) -> list[str]:
+    """What was done, what came out on unseen problems, and what to take."""
+    metric, test, passes = result["config"]["metric"], result["test"], result["forward_passes"]
+    winner, preset = test["winner"], test["best_preset"]
+
+    def said(entry: Result) -> str:
+        share = percent(entry[metric], entry[f"{metric}_interval"])
+        return f"{metric} {share} %, {entry['nfe']:.1f} passes a problem (its plan: {entry['plan']})"
+
+    lines = [
+        f"{len(result['candidates'])} decoders, rounds of {', '.join(map(str, result['rounds']))} validation problems: "
+        f"{passes['validation']:,} forward passes, and {passes['test']:,} on test.",
+        f"winner on validation: {winner['decoder']}: {said(result['winner'])}. As the best of many this figure is too high.",
+        f"winner on {winner['problems']} unseen test problems: {said(winner)}.",
+    ]
+    if winner["decoder"] != preset["decoder"]:
+        low, high = test["difference_interval"]
+        points = f"{100 * test['difference']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+        lines.append(f"best preset on the same: {preset['decoder']}: {said(preset)}.")
+        lines.append(f"winner - best preset, paired: {points}. {verdict(test)}")
+    else:
+        lines.append(f"No candidate was better than this preset on validation. Take {winner['decoder']}.")
+    budget = result["config"]["budget"]
+    if winner["nfe"] > budget:
+        lines.append(
+            f"On test the winner takes {winner['nfe']:.1f} passes a problem, more than the budget of {budget}; where that "
+            "matters, search again with a lower one."
+        )
+    return lines
+
+
+def verdict(test: Result) -> str:
+    """Which of the two to take, by their paired difference on unseen problems."""
+    low, high = test["difference_interval"]
+    winner, preset = test["winner"]["decoder"], test["best_preset"]["decoder"]
+    if low > 0:
+        return f"The winner is better. Take {winner}."
+    if test["difference"] > 0:
+        return f"The winner is ahead, but the interval holds 0: it may be chance. Take {winner}, and expect little."
+    if high >= 0:
+        return f"What the search found does not show on unseen problems. Take the preset {preset}{_passes(test)}."
+    return f"On unseen problems the preset is better. Take {preset}{_passes(test)}."
+
+
+def _passes(test: Result) -> str:
+    """What speaks for the winner all the same."""
+    ours, theirs = test["winner"]["nfe"], test["best_preset"]["nfe"]
+    return f", or the winner for {ours:.1f} passes instead of {theirs:.1f}" if ours < theirs else ""
+
+
+def decoder_file(result: Result, config: TuneConfig) -> str:
+    """The winner's fields, where they are not the defaults, under a comment of what it was chosen for."""
+    decoder = Decoder(**result["config"]["decoders"][result["winner"]["decoder"]])
+    chosen = {f.name: getattr(decoder, f.name) for f in fields(Decoder)}
+    chosen = {k: v for k, v in chosen.items() if k in ("name", "max_new_tokens") or v != getattr(Decoder, k)}
+    model, test, metric = result["config"]["model"], result["test"]["winner"], result["config"]["metric"]
+    share = percent(test[metric], test[f"{metric}_interval"])
+    facts = {
+        "task": config.task,
+        "model": f"{model['name']}, weights {model['weights']}",
+        "budget": f"{config.budget} forward passes a problem; the plan has {test['plan']}",
+        "test": f"{metric} {share} % of {test['problems']} unseen problems, {test['nfe']:.1f} passes each",
+        "command": command_line(config),
+    }
+    header = "".join(f"# {key}: {' '.join(str(value).split())}\n" for key, value in facts.items())
+    return header + yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True)
+
+
+def command_line(config: TuneConfig) -> str:
+    """The command that repeats a search."""
+    words = ["unmask", "tune"]
+    for f in fields(config):
+        value = getattr(config, f.name)
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        if value == default:
+            continue
+        flag = f.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
+def front_figure(result: Result) -> Figure:
+    """Value against passes: who came to the last round, the front through them, and what two of them reach on test."""
+    metric, budget = result["config"]["metric"], result["config"]["budget"]
+    found = {entry["decoder"]: entry for entry in result["candidates"]}
+    front = [found[name] for name in result["front"]]
+    figure, axis = plt.subplots(figsize=(9.5, 4.6))
+    axis.axvline(budget, color=COLOURS[7], linestyle=":", label=f"budget, {budget} passes")
+    rest = [found[name] for name in result["finalists"] if name not in result["front"]]
+    places = [(e["nfe"], 100 * e[metric]) for e in rest if not e["preset"]]
+    axis.scatter(
+        *zip(*places, strict=True) if places else ([], []), color=COLOURS[7], alpha=0.6, label="other finalists"
+    )
+    _points(axis, [e for e in rest if e["preset"]], metric, COLOURS[1], "s", "presets")
+    for name, colour, marker in (("winner", COLOURS[3], "*"), ("best_preset", COLOURS[2], "D")):
+        if name == "winner" or result["winner"] != result["best_preset"]:
+            _points(axis, [result["test"][name]], metric, colour, marker, f"{name.replace('_', ' ')} on test")
+    axis.plot([e["nfe"] for e in front], [100 * e[metric] for e in front], color=COLOURS[0])
+    _points(axis, front, metric, COLOURS[0], "o", "Pareto front:")
+    for number, entry in enumerate(front, 1):
+        place = (entry["nfe"], 100 * entry[metric])
+        axis.annotate(str(number), place, (5, 5), textcoords="offset points", weight="bold", color=COLOURS[0])
+        axis.plot([], [], linestyle="none", marker=f"${number}$", color=COLOURS[0], label=entry["decoder"])
+    axis.set_xscale("log", base=2)
+    axis.set_xlim(left=min(axis.get_xlim()[0], budget / 4))  # so that there are ticks
+    axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+    axis.set_ylim(bottom=0)
+    axis.set_xlabel("forward passes a problem (mean), log scale")
+    axis.set_ylabel(f"{metric} (%), {result['rounds'][-1]} validation problems")
+    axis.set_title(title(result), fontsize=10)
+    axis.grid(alpha=0.3)
+    drawn = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    last = ["Pareto front:", *(entry["decoder"] for entry in front)]
+    order = [label for label in drawn if label not in last] + last
+    axis.legend([drawn[label] for label in order], order, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    figure.tight_layout()
+    return figure
+
+
+def _points(axis: Axes, entries: list[Result], metric: str, colour: str, marker: str, label: str) -> None:
+    """Points with their 95 % intervals; none, no mark in the legend."""
+    if not entries:
+        return
+    values = [e[metric] for e in entries]
+    intervals = [e[f"{metric}_interval"] for e in entries]
+    errors = [[100 * abs(v - i[side]) for v, i in zip(values, intervals, strict=True)] for side in (0, 1)]
+    axis.errorbar(
+        [e["nfe"] for e in entries],
+        [100 * v for v in values],
+        yerr=errors,
+        fmt=marker,
+        color=colour,
+        elinewidth=1,
+        capsize=2,
+        markersize=12 if marker == "*" else 6,
+        label=label,
+    )

@@ -1,0 +1,133 @@
+"""The decoders that ``unmask tune`` tries within a budget of forward passes, as decoder specs.
+
+All are greedy and exact: no sampling, no cut distribution, no cache. So each of them may also lead a rollout.
+
+| family | what is varied |
+|---|---|
+| whole canvas | EOS rule × steps, at two paces × confidence |
+| blocks, left to right | block length × steps, at two paces × confidence |
+| threshold | EOS rule × threshold on the whole canvas; block length × threshold, at two thresholds × confidence |
+| ascending | number of blocks × EOS rule |
+| hybrid | block length × confidence |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from unmask.decoding import Decoder, make_decoder
+from unmask.decoding.decoder import PRESETS
+
+CONFIDENCES = ("low-confidence", "margin", "entropy")
+EOS_RULES = ("eoser:gamma_min=0.01", "eoser:gamma_min=0.1", "eoser:gamma_min=0.4", "hard-eos")
+ASCENDING_RULES = ("ass", "eoser-ass:gamma_min=0.01", "eoser-ass:gamma_min=0.1", "eoser-ass:gamma_min=0.4")
+THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+PARTS = (2, 4, 8, 16)
+"""Block lengths, as parts of the canvas."""
+PACES = (0.5, 1.0, 1.5, 2.0, 3.0)
+"""Steps of a plan as multiples of the budget. Those above 1 are for plans that early stop may end sooner."""
+COMPARED_PACES, COMPARED_THRESHOLDS = (1.0, 2.0), (0.7, 0.9)
+"""Where every confidence is tried."""
+LEAST = 0.25
+"""A plan of fewer passes than this share of the budget belongs to the search of a smaller budget."""
+
+
+def plan_passes(decoder: Decoder) -> int:
+    """Forward passes of a row that takes the whole plan; guidance counts double."""
+    return decoder.plan.steps * (2 if decoder.cfg_scale else 1)
+
+
+def candidates(budget: int, length: int, early_stop: bool, cfg_scales: list[float]) -> tuple[list[str], list[str]]:
+    """The decoders that may take ``budget`` passes a problem or less on a canvas of ``length`` tokens.
+
+    Args:
+        budget, length: 1 or more. early_stop: whether rows may end before their plan does.
+        cfg_scales: strengths of guidance to try beside none.
+
+    Returns:
+        Specs of the presets, and of all others. A preset whose plan is too long is also there with its steps brought down
+        to the budget. No two decode alike.
+    """
+    presets, others = list(_presets(budget, length)), list(_space(budget, length, early_stop))
+    for scale in cfg_scales:
+        others += [_with(spec, cfg_scale=scale) for spec in _space(budget // 2, length, early_stop)]
+    seen: set[Decoder] = set()
+
+    def fitting(specs: list[str], least: float) -> list[str]:
+        found = []
+        for spec in specs:
+            decoder = make_decoder(spec, max_new_tokens=length)
+            if _may_fit(decoder, budget, early_stop, least) and _alike(decoder) not in seen:
+                seen.add(_alike(decoder))
+                found.append(spec)
+        return found
+
+    return fitting(presets, 0.0), fitting(others, LEAST)
+
+
+def _presets(budget: int, length: int) -> Iterator[str]:
+    for name, settings in PRESETS.items():
+        parts, rest = divmod(length, settings.get("block_length", length))
+        if rest or settings.get("top_p", 1) < 1:
+            continue
+        yield name
+        if "schedule" not in settings:
+            yield from (_with(name, steps=steps) for steps in _steps(budget, length, parts, (1.0,)))
+
+
+def _space(passes: int, length: int, early_stop: bool) -> Iterator[str]:
+    blocks = [length // parts for parts in PARTS if length % parts == 0]
+    for start in ("full", *EOS_RULES):
+        for steps in _steps(passes, length, 1):
+            yield from _compared(_with(start, steps=steps), steps in _steps(passes, length, 1, COMPARED_PACES))
+        yield from (_with(start, threshold=threshold) for threshold in THRESHOLDS)
+    for block in blocks:
+        parts = length // block
+        for steps in _steps(passes, length, parts):
+            spec = _with("semi-ar", block_length=block, steps=steps)
+            yield from _compared(spec, steps in _steps(passes, length, parts, COMPARED_PACES))
+        for threshold in THRESHOLDS:
+            spec = _with("threshold", block_length=block, threshold=threshold)
+            yield from _compared(spec, threshold in COMPARED_THRESHOLDS)
+        yield from _compared(_with("hybrid", block_length=block), True)
+    for start in ASCENDING_RULES:
+        yield from (_with(start, blocks=blocks) for blocks in range(1, max(2, length.bit_length())))
+
+
+def _steps(passes: int, length: int, parts: int, paces: tuple[float, ...] = PACES) -> list[int]:
+    """Step counts at multiples of ``passes`` that ``parts`` blocks of one canvas can take."""
+    wanted = (min(int(passes * pace), length) // parts * parts for pace in paces)
+    return list(dict.fromkeys(steps for steps in wanted if steps))
+
+
+def _compared(spec: str, every: bool) -> Iterator[str]:
+    """The spec under ``every`` confidence, or as it is."""
+    yield spec
+    if every:
+        yield from (_with(spec, confidence=confidence) for confidence in CONFIDENCES[1:])
+
+
+def _with(spec: str, **parameters: Any) -> str:
+    more = ",".join(f"{key}={value}" for key, value in parameters.items())
+    return f"{spec}{',' if ':' in spec else ':'}{more}"
+
+
+def _may_fit(decoder: Decoder, budget: int, early_stop: bool, least: float) -> bool:
+    """Whether it is worth measuring how many passes it takes; a plan shorter than ``least`` budgets is not."""
+    passes = plan_passes(decoder)
+    several = decoder.plan.horizon[0] < decoder.plan.length
+    if decoder.threshold is not None:  # may finish a block in one pass
+        shortest = len(set(decoder.plan.horizon)) * (2 if decoder.cfg_scale else 1)
+        return shortest <= budget * (PACES[-1] if early_stop else 1)
+    stops = early_stop and (several or decoder.eos != "keep")
+    return least * budget <= passes <= budget * (PACES[-1] if stops else 1)
+
+
+def _alike(decoder: Decoder) -> Decoder:
+    """The same for decoders that decode alike: a plan that commits all that is open asks no confidence which."""
+    if decoder.plan.commits == decoder.plan.open:
+        decoder = decoder.replace(confidence="low-confidence", eos="keep")
+    if decoder.eos != "reject":
+        decoder = decoder.replace(gamma_min=0.0)
+    return decoder.replace(name="", steps=decoder.plan.steps if decoder.schedule == "uniform" else None)
