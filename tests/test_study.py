@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -163,7 +164,9 @@ def without_times(folder: Path) -> dict[str, Any]:
     return {"cells": lines, "runs": runs, "summary": summary, "table": (folder / "table.md").read_text()}
 
 
-def test_killed_twice_and_resumed_equals_uninterrupted(model: str, tmp_path: Path) -> None:
+def test_killed_twice_and_resumed_equals_uninterrupted(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     values: dict[str, Any] = {
         "train": [{**RL, "model": model, "objective": ["cj", "one-step"], "seed": [0, 1]}],
         "evaluate": [{"task": "countdown", "decoder": ["ass", "full:steps=4"], "limit": 5, "max_new_tokens": 16}],
@@ -191,10 +194,14 @@ def test_killed_twice_and_resumed_equals_uninterrupted(model: str, tmp_path: Pat
     line = next(c for c in found["cells"] if c["cell"]["train.objective"] == "cj")
     records = next(parts.glob(f"jobs/*/evaluations/{line['key']}/records/*.jsonl"))
     assert line["length"] == [r["length"] for r in read_records(records)]
-    # The same study again only prints; another one is refused; a larger one goes on.
+    # The same study again only prints; another one is refused, and so is a second one at the same time.
     assert main(["study", str(whole), "--jobs", "1"]) == 0
     other = write(tmp_path, evaluate=[{"task": "countdown", "decoder": "ass", "limit": 5, "max_new_tokens": 16}])
-    assert main(["study", str(other)]) == 2
+    assert main(["study", str(other)]) == 2 and "does not name" in capsys.readouterr().err
+    with (parts / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert main(["study", str(whole), "--output", str(parts)]) == 2
+    assert "another process runs a study" in capsys.readouterr().err
 
 
 def test_a_failing_job_is_named_and_the_rest_stays(
@@ -284,6 +291,19 @@ def test_cells_are_compared_with_equal_ones_alone() -> None:
     assert pairs == [("decoder", "b", 1), ("decoder", "b", 2), ("gamma", "a", 2), ("gamma", "b", 2)]
     only = summarise_study(cells, ["gamma"])["differences"]
     assert {d["axis"] for d in only} == {"gamma"} and all(d["solved_p"] == 1 for d in only)
+
+
+def test_seeds_are_paired_by_name() -> None:
+    """A study cut short: a has seeds 0 and 1, b has 1 and 2."""
+    cells = [
+        line("0000", 0, decoder="a"),
+        line("0011", 1, decoder="a"),
+        line("0111", 1, decoder="b"),
+        line("1111", 2, decoder="b"),
+    ]
+    (difference,) = summarise_study(cells)["differences"]
+    assert difference["solved"] == 0.25
+    assert summarise_study([cells[0], cells[3]])["differences"] == []
 
 
 def test_trained_models_stand_against_the_untrained_one() -> None:

@@ -7,6 +7,7 @@ The study's folder holds ``study.yaml``, ``cells.jsonl`` (a line a finished cell
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import math
@@ -15,7 +16,8 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -138,23 +140,24 @@ def _end_with_parent(pipe: Connection) -> None:
 
 
 class Lines:
-    """A study's cells.jsonl or runs.jsonl: appended as lines come, put into the study's order at the end."""
+    """A study's cells.jsonl or runs.jsonl: always whole, and in the order of the study, whatever is finished first."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        found = read_lines(path)
-        self.lines = {line["key"]: line for line in found}
-        with whole(path) as partial:  # without a line that was cut off
-            partial.write_text(_text(found))
+    def __init__(self, path: Path, keys: Sequence[str]) -> None:
+        """Raises UserError where the file is damaged, or holds lines that the study does not name."""
+        self.path, self.keys = path, keys
+        try:
+            self.lines = {line["key"]: line for line in read_lines(path)}
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path} is damaged: remove it, and what it held is run again") from None
+        if strangers := len(set(self.lines) - set(keys)):
+            raise UserError(
+                f"{path} holds {strangers} lines that this study does not name: give another output, or name them again"
+            )
 
     def add(self, line: Table) -> None:
         self.lines[line["key"]] = line
-        with self.path.open("a") as file:
-            file.write(_text([line]))
-
-    def sort(self, keys: list[str]) -> None:
         with whole(self.path) as partial:
-            partial.write_text(_text([self.lines[k] for k in keys if k in self.lines]))
+            partial.write_text(_text([self.lines[k] for k in self.keys if k in self.lines]))
 
 
 def _text(lines: list[Table]) -> str:
@@ -179,29 +182,34 @@ def study(config: StudyConfig, beside: Path, progress: Progress | None = None) -
         if axis not in axes:
             raise UserError(f"compare names {axis!r}, which does not vary: choose from {', '.join(axes)}")
     output = Path(config.output)
-    with writing_to(output, "output"):
-        output.mkdir(parents=True, exist_ok=True)
-        try:
-            cells, runs = Lines(output / "cells.jsonl"), Lines(output / "runs.jsonl")
-        except (ValueError, KeyError, TypeError):
-            raise UserError(
-                f"cells.jsonl or runs.jsonl of {output} is damaged: remove it, and its cells are run again"
-            ) from None
-        if strangers := set(cells.lines) - set(tables):
-            raise UserError(
-                f"{output} holds {len(strangers)} cells that this study does not name: give another output, or put them back"
-            )
-        save_config(config, output / "study.yaml")
-    _run(jobs, config.jobs, output, cells, runs, tables, progress)
     keys = [c.key for job in jobs for c in job.cells]
     with writing_to(output, "output"):
-        cells.sort(keys)
-        runs.sort([job.name for job in jobs])
+        output.mkdir(parents=True, exist_ok=True)
+    with _alone(output):
+        cells = Lines(output / "cells.jsonl", keys)
+        runs = Lines(output / "runs.jsonl", [job.name for job in jobs if job.training])
+        with writing_to(output, "output"):
+            save_config(config, output / "study.yaml")
+        _run(jobs, config.jobs, output, cells, runs, tables, progress)
         summary = summarise_study([cells.lines[k] for k in keys], config.compare)
-        write_json(output / "summary.json", summary)
-        with whole(output / "table.md") as partial:
-            partial.write_text(markdown(summary))
+        with writing_to(output, "output"):
+            write_json(output / "summary.json", summary)
+            with whole(output / "table.md") as partial:
+                partial.write_text(markdown(summary))
     return summary
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """Raises UserError where another process runs a study in this folder."""
+    with writing_to(output, "output"):
+        file = (output / "lock").open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process runs a study in {output}: wait for it, or give another output") from None
+        yield
 
 
 def _run(

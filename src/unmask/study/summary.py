@@ -6,7 +6,7 @@ Everything here is a function of ``cells.jsonl`` and deterministic.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,15 @@ class Group:
     def __init__(self, cell: Table, lines: Sequence[Table]) -> None:
         self.cell, self.lines = cell, lines
         self.trained = "updates" in lines[0]["budget"]
+        self.seeds = [tuple(line["cell"].get(k) for k in SEEDS) for line in lines]
         self.problems = tuple(line["problems"] for line in lines)
         self.solved = [np.array([c == "1" for c in line["solved"]], dtype=float) for line in lines]
         self.points = [np.array(line["points"], dtype=float) for line in lines]
         self.possible = [np.array(line["possible"], dtype=float) for line in lines]
+
+    def under(self, seeds: Collection[tuple[Any, ...]]) -> Group:
+        """The same under some of its seeds."""
+        return Group(self.cell, [line for line, own in zip(self.lines, self.seeds, strict=True) if own in seeds])
 
     def share(self, metric: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Numerators and denominators of a metric, an array a seed."""
@@ -132,7 +137,8 @@ def _cell(group: Group, bootstrap: Bootstrap) -> Table:
 
 
 def _differences(axis: str, first: Table, groups: dict[str, Group], bootstrap: Bootstrap) -> list[Table]:
-    """Every cell against the one that has the axis's ``first`` value and is else the same, on the same problems and seeds.
+    """Every cell against the one that has the axis's ``first`` value and is else the same, on the same problems and under the
+    seeds that both have.
 
     A model that no training has touched has one seed; it stands beside each seed of a trained one.
     """
@@ -143,6 +149,11 @@ def _differences(axis: str, first: Table, groups: dict[str, Group], bootstrap: B
             continue
         if axis == "training":
             other = Group(other.cell, [*other.lines] * len(group.lines))
+        else:
+            both = [seed for seed in group.seeds if seed in other.seeds]
+            if not both:
+                continue
+            group, other = group.under(both), other.under(both)
         if other.problems != group.problems:
             continue
         row: Table = {"axis": axis, "cell": group.cell, "against": other.cell}
