@@ -194,8 +194,8 @@ def _default(f: dataclasses.Field[Any]) -> Any:
 def labels(jobs: list[Job]) -> tuple[dict[str, Table], dict[str, list[Any]]]:
     """What tells the cells apart, by key, and the axes with their values in the order of the file.
 
-    A setting is an axis where cells differ in it. Task and decoder always are; those of the training have a prefix and are
-    None for the model that no training has touched.
+    A setting is an axis where cells of one task differ in it. Task and decoder always are; those of the training have a
+    prefix and are None for the model that no training has touched.
     """
     named = {k for job in jobs for c in job.cells for k in c.named} - {"task", *_NAMES}
     tables: dict[str, Table] = {}
@@ -215,7 +215,8 @@ def labels(jobs: list[Job]) -> tuple[dict[str, Table], dict[str, list[Any]]]:
     axes: dict[str, list[Any]] = {}
     for key in keys:
         values = list({json.dumps(t[key]): t[key] for t in tables.values() if key in t}.values())
-        if len(values) > 1 or key in ("task", "decoder"):
+        of_task = {(t["task"], json.dumps(t[key])) for t in tables.values() if key in t}
+        if len(of_task) > len({task for task, _ in of_task}) or key in ("task", "decoder"):
             axes[key] = values
     if any(job.training for job in jobs):  # what is trained is said also where only one thing is
         for key in ("train.objective", "train.decoder"):
