@@ -25,10 +25,10 @@ from unmask.config import read_config
 from unmask.evaluation.curves import POSITION_BINS, TIME_BINS, curves
 from unmask.evaluation.evaluate import EvalConfig, evaluate, task_prompts
 from unmask.evaluation.records import read_records
-from unmask.evaluation.statistics import Bootstrap, holm, paired_difference
+from unmask.evaluation.statistics import Bootstrap, holm, paired_difference, wilson
 from unmask.files import read_lines
 from unmask.rl.run import RLConfig
-from unmask.study.grid import StudyConfig, jobs_of, labels
+from unmask.study.grid import StudyConfig, _key, jobs_of, labels
 from unmask.study.run import compact, training_budget
 from unmask.study.summary import Group, read_cells, summarise_study
 
@@ -112,6 +112,7 @@ def test_what_is_finished_survives_new_settings(tmp_path: Path) -> None:
     other = jobs_of(StudyConfig("x", [{"task": "countdown", "decoder": "full", "cfg_scale": 1}]), tmp_path)
     keys = [jobs[0].cells[0].key for jobs in (plain, said, other)]
     assert keys[0] == keys[1] != keys[2]
+    assert keys[0] == _key({}, {"task": ["countdown"], "trajectories": True, "output": "none"}, {})
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "study").glob("*.yaml")), ids=lambda p: p.stem)
@@ -278,19 +279,26 @@ def test_seeds_with_other_problems_are_drawn_apart() -> None:
     spread = [float(np.std(Bootstrap().draws(*g.share("solved"), g.problems))) for g in (once, same, other)]
     assert spread[0] == pytest.approx(math.sqrt(0.25 / 100), rel=0.05)
     assert spread[1] == pytest.approx(spread[0], rel=0.03)
+    first, second = Bootstrap(), Bootstrap()  # what a cell is given does not depend on the cells before it
+    first.draws(*other.share("solved"), ("q", "p"))
+    assert np.array_equal(first.draws(*once.share("solved"), ("p",)), second.draws(*once.share("solved"), ("p",)))
     assert spread[2] == pytest.approx(spread[0] * math.sqrt(0.75), rel=0.05)  # Var = (1/2 + 1/4) of one seed's
 
 
 def test_cells_are_compared_with_equal_ones_alone() -> None:
     cells = [
         *[line("0011", decoder=d, gamma=g) for d in "ab" for g in (1, 2)],
-        line("0011", "other problems", decoder="c", gamma=1),
+        line("0011", problems="q", decoder="c", gamma=1),
     ]
-    cells[-1]["problems"] = "q"
     pairs = [(d["axis"], d["cell"]["decoder"], d["cell"]["gamma"]) for d in summarise_study(cells)["differences"]]
     assert pairs == [("decoder", "b", 1), ("decoder", "b", 2), ("gamma", "a", 2), ("gamma", "b", 2)]
     only = summarise_study(cells, ["gamma"])["differences"]
     assert {d["axis"] for d in only} == {"gamma"} and all(d["solved_p"] == 1 for d in only)
+
+
+def test_one_seed_has_the_interval_of_an_evaluation() -> None:
+    (cell,) = summarise_study([line("1111")])["cells"]
+    assert cell["solved_interval"] == list(wilson(4, 4)) and cell["solved_interval"][0] < 0.6
 
 
 def test_seeds_are_paired_by_name() -> None:
@@ -324,6 +332,7 @@ def test_holm_and_p_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
     assert holm([]) == [] and holm([0.6, 0.9]) == [1.0, 1.0]
     assert Bootstrap.p(np.array([-1.0, 1.0, 1.0, 1.0])) == pytest.approx(2 * 2 / 5)
+    assert Bootstrap.p(np.array([-1.0, -1.0, -1.0, 1.0])) == pytest.approx(2 * 2 / 5)
     assert Bootstrap.p(np.ones(99)) == pytest.approx(0.02) and Bootstrap.p(np.zeros(9)) == 1
 
 
@@ -371,6 +380,10 @@ def test_order_by_hand() -> None:
     assert all(order[i // 2, i] == 1 for i in range(32)) and order.sum() == 32
     half = curves([stopped], [1], steps=16)
     assert half["order"][0][31] is None and half["commits"] == [2] * 8 and half["eos_share"] == [0] * 8
+    ended = {"tokens": [5, 1, 1, 1], "steps": [0, 0, 1, 1], "logprobs": [0.0, math.log(0.5), math.log(0.25), 0.0]}
+    found = curves([ended], [1], steps=2)
+    assert found["eos_share"] == [0.5, 1] and found["end_confidence"] == [0.5, 0.625]
+    assert found["other_confidence"] == [1, None] and found["commits"] == [2, 2]
     # A threshold's rows have their own clock: eight steps are the whole decode.
     own = np.array(curves([stopped], [1], steps=None)["order"], dtype=float)
     assert own[14, 15] == 1

@@ -117,7 +117,7 @@ def _powers(length: int, most: int | None) -> list[int]:
     """
     steps = max(1, length.bit_length() - 1)
     head = [2**s for s in range(steps - 1)]
-    if most is None or length - sum(head) <= most:
+    if most is None:
         return [*head, length - sum(head)]
     head = [p for p in head if p < most]
     rest = length - sum(head)
