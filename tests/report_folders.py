@@ -91,7 +91,7 @@ def cell(
 ) -> dict[str, Any]:
     count = len(solved)
     axes = {"task": "sudoku", "decoder": decoder, "train.objective": objective, "train.decoder": objective and "ass"}
-    budget = {"updates": 30, "rollouts": 1920, "training_passes": 12345} if objective else {}
+    budget = {"updates": 30, "completions": 1920, "training_passes": 12345} if objective else {}
     return {
         "cell": {**axes, "train.seed": seed},
         "score_name": "cell accuracy",
@@ -125,7 +125,7 @@ def study(folder: Path) -> Path:
         {
             "key": f"cj--seed{seed}",
             "train": {**train, "train.seed": seed},
-            "budget": {"updates": 30, "rollouts": 1920, "training_passes": 12345},
+            "budget": {"updates": 30, "completions": 1920, "training_passes": 12345},
             "metrics": metrics(0.1 * seed),
             "seconds": {"rollout": 60.0, "update": 30.0},
         }

@@ -181,7 +181,7 @@ def measure_passes(
     for repeat, s in product(range(-1, config.repeats), chosen):  # -1 warms up
         rows = standing_at(lm, trajectory, s, seeds)
         open_ = loop.standing(rows)[2].flatten().nonzero()[:, 0]
-        ids = rows.ids.repeat(2 if decoder.cfg_scale else 1, 1)
+        ids = rows.ids.repeat(decoder.copies, 1)
         positions = open_ // length * ids.shape[1] + width + open_ % length
         ways: dict[str, Callable[[], Any]] = {
             "step": lambda rows=rows: loop.advance(rows),  # type: ignore[misc]

@@ -197,8 +197,7 @@ class Decoding:
         if not len(stay):
             self.cache, self.cached = None, -1
         elif self.cache is not None:
-            copies = 2 if self.decoder.cfg_scale else 1
-            self.cache.take(torch.cat([stay + i * len(rows) for i in range(copies)]))
+            self.cache.take(torch.cat([stay + i * len(rows) for i in range(self.decoder.copies)]))
         return rows.take(stay), rows.take(torch.tensor(leave, device=device))
 
 

@@ -101,6 +101,16 @@ class Decoder:
             default = self.max_new_tokens // self.block_length * max(1, self.block_length // 2)
         return uniform(self.max_new_tokens, default, self.block_length)
 
+    @property
+    def copies(self) -> int:
+        """Rows of a forward pass that one sequence takes: guidance adds one."""
+        return 2 if self.cfg_scale else 1
+
+    @property
+    def passes(self) -> int:
+        """Forward passes (NFE) that the plan allows a sequence; guidance counts twice."""
+        return self.plan.steps * self.copies
+
     def gamma(self, progress: float) -> float:
         """EOSER's factor at a clock reading in [0, 1]."""
         return self.gamma_min + (1 - self.gamma_min) * progress

@@ -14,7 +14,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ from unmask.models.masked_lm import MaskedLM
 from unmask.models.source import ModelSource
 from unmask.spec import UserError, check_at_least
 from unmask.tasks import Problem, Task, make_task
+
+_ELSEWHERE = ("output", "model", "task", "data", "decoder", "diagnostics", "compile")
+"""Fields of EvalConfig that config.json does not hold, or holds in another form."""
 
 
 @dataclass(kw_only=True)
@@ -168,10 +171,9 @@ def prepare(config: EvalConfig) -> Request:
         raise UserError(
             f"compile needs forward passes of one shape, and {cached[0]} has windows: leave one of them out"
         )
-    elsewhere = ("output", "model", "task", "data", "decoder", "diagnostics", "compile")
     resolved = {
         "model": lm.info(),
-        **{k: v for k, v in asdict(config).items() if k not in elsewhere},
+        **{k: v for k, v in asdict(config).items() if k not in _ELSEWHERE},
         "tasks": {spec: task.config() for spec, task in tasks.items()},
         "decoders": {spec: d.config() for spec, d in decoders.items()},
     }
@@ -325,14 +327,21 @@ def _finish(request: Request, config: EvalConfig, world: int) -> dict[str, Any]:
     return summary
 
 
+def _with_defaults(resolved: dict[str, Any]) -> dict[str, Any]:
+    """Settings that were written before a field was added, with what then held: its default."""
+    known = {f.name: f.default for f in fields(EvalConfig) if f.default is not MISSING and f.name not in _ELSEWHERE}
+    decoders = {spec: {**Decoder().config(), **d} for spec, d in resolved.get("decoders", {}).items()}
+    return {**known, **resolved, "decoders": decoders}
+
+
 def _claim(path: Path, resolved: dict[str, Any]) -> None:
     """Make the folder this evaluation's, or refuse if it already belongs to one with other settings."""
     now = json.loads(json.dumps(resolved))
     if not path.exists():
         write_json(path, now)
         return
-    before = json.loads(path.read_text())
-    changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+    before = _with_defaults(json.loads(path.read_text()))
+    changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k) and k != "batch_size")
     # More tasks or decoders may join a folder; what is there already must be unchanged.
     for key in ("tasks", "decoders"):
         shared = set(before.get(key, {})) & set(now[key])

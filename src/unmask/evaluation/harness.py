@@ -218,6 +218,7 @@ class UnmaskLM(TemplateLM):
         asked = normalize_gen_kwargs(kwargs, self.decoder.max_new_tokens)
         try:
             decoder = make_decoder(self.spec, max_new_tokens=asked["max_gen_toks"])
+            decoder = decoder.replace(max_new_tokens=asked["max_gen_toks"])  # also where a file names another
             if asked["do_sample"] and "temperature" in kwargs:
                 decoder = decoder.replace(temperature=float(kwargs["temperature"]))
             return decoder

@@ -75,6 +75,28 @@ class Bootstrap:
         return float(min(1.0, 2 * (tail + 1) / (len(draws) + 1)))
 
 
+def student_p(t: float, freedom: int) -> float:
+    """Two-sided p of Student's t with whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan(abs(t) / math.sqrt(freedom))
+    term = total = math.cos(angle) if freedom % 2 else 1.0
+    for k in range(3 if freedom % 2 else 2, freedom, 2):
+        term *= (k - 1) / k * math.cos(angle) ** 2
+        total += term
+    if freedom == 1:
+        total = 0.0
+    within = 2 / math.pi * (angle + math.sin(angle) * total) if freedom % 2 else math.sin(angle) * total
+    return max(0.0, 1 - within)
+
+
+def student_half_width(values: Sequence[float]) -> float:
+    """Half the 95 % interval of the mean of two or more values."""
+    low, high = 0.0, 1000.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_p(middle, len(values) - 1) > 0.05 else (low, middle)
+    return high * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down adjustment: below 0.05 where the error over all comparisons together is (Holm 1979)."""
     adjusted, largest = [0.0] * len(p_values), 0.0

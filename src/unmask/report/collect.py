@@ -13,9 +13,10 @@ import numpy as np
 from unmask.evaluation.records import slug
 from unmask.files import read_lines, read_yaml
 from unmask.spec import UserError
+from unmask.study import SEEDS
+from unmask.study.summary import plain, read_cells, summarise_study
 
 Curve = dict[int, float]
-SEEDS = ("seed", "train.seed")
 _NOT_SETTINGS = (*SEEDS, "output", "eval_every", "save_every", "report_to", "log_completions", "rows_per_forward")
 
 
@@ -159,14 +160,9 @@ def _mean(arrays: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _read_study(folder: Path, name: str, material: Material) -> None:
-    from unmask.study.summary import read_cells, summarise_study  # heavy: it knows how models are trained
-
     cells = read_cells(folder)
     config = read_yaml(folder / "study.yaml", "the study") if (folder / "study.yaml").is_file() else {}
-    if (folder / "summary.json").is_file():
-        summary = _json(folder / "summary.json")
-    else:
-        summary = summarise_study(cells, config.get("compare", []))
+    summary = summarise_study(cells, config.get("compare", []), config.get("baselines", []))
 
     def key(cell: dict[str, Any]) -> str:
         return json.dumps({k: v for k, v in sorted(cell.items()) if k not in SEEDS})
@@ -214,7 +210,7 @@ def _read_run(folder: Path, name: str, material: Material) -> None:
     if not entries:
         raise UserError(f"{folder / 'metrics.jsonl'} is empty: let the run make its first update")
     rollouts = sum("reward" in entry for entry in entries)
-    costs = {"updates": max(e["step"] for e in entries), "rollouts": rollouts * config["batch_size"]}
+    costs = {"updates": max(e["step"] for e in entries), "completions": rollouts * config["batch_size"]}
     times = read_lines(folder / "times.jsonl")
     if times:
         costs |= {key: sum(t.get(key, 0) for t in times) for key in ("seconds_rollout", "seconds_update")}
@@ -225,11 +221,6 @@ def _read_run(folder: Path, name: str, material: Material) -> None:
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------------
-
-
-def plain(value: Any) -> str:
-    """A setting's value as text."""
-    return "–" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _of_training(table: dict[str, Any]) -> list[str]:
@@ -291,5 +282,5 @@ def _label_runs(runs: Sequence[Run]) -> None:
     for origin, own in origins.items():
         keys = varying([r.settings for r in own]) or ["objective", "decoder"]
         for run in own:
-            words = ", ".join(plain(run.settings.get(k)) for k in keys)
+            words = setting({k: run.settings.get(k) for k in keys}, keys)
             run.label = f"{words} · {origin}" if origin and len(origins) > 1 else words

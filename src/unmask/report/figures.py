@@ -67,7 +67,7 @@ def accuracy(results: Sequence[Result]) -> Picture:
                 capsize=2.5,
                 label=legible(result.label),
             )
-        passes = [r.numbers["nfe"] for r in best]
+        passes = [places[id(r)] for r in best]
         left, right = _limits([r.numbers["nfe"] for r in own], len(best[0].label))
         heights = [100 * r.numbers["solved"] for r in best]
         axis.step(
@@ -85,7 +85,7 @@ def accuracy(results: Sequence[Result]) -> Picture:
     said = "; ".join(f"{task}: {_on_front([r for r in results if r.task == task])}" for task in tasks)
     caption = (
         "Problems solved against forward passes, with 95 % intervals. The stepped line is the Pareto front: nothing measured "
-        f"has both fewer passes and more solved. On it are, for {said}. Equal numbers of passes are set slightly apart."
+        f"has both fewer passes and more solved. On it are, for {said}. Equal or near numbers of passes are set slightly apart."
     )
     return picture("front", caption, figure)
 

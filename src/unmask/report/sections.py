@@ -65,8 +65,9 @@ def _sections(material: Material) -> Iterator[Section]:
     yield Section(
         "cost",
         "Cost",
-        "Passes, updates and completions are counted. Seconds are those of the machine that ran, with whatever else it did; "
-        "compare them within one folder at most.",
+        "Passes of an evaluation, updates and completions are counted; passes in training are those of full batches, without "
+        "validation. Seconds are those of the machine that ran, with whatever else it did; compare them within one folder at "
+        "most.",
         ([tables.evaluation_costs(results)] if results else []) + ([tables.training_costs(runs)] if runs else []),
     )
 

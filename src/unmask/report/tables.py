@@ -11,7 +11,7 @@ from unmask.report.collect import Result, Run, differing, plain, setting, varyin
 from unmask.report.curves import task_of
 
 _NOTHING = "–"
-_BUDGET = {"updates": "updates", "rollouts": "completions sampled", "training_passes": "passes in training"}
+_BUDGET = {"updates": "updates", "completions": "completions sampled", "training_passes": "passes in training, at most"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,10 @@ def results_tables(results: Sequence[Result]) -> list[Table]:
 
 
 def differences_title(rows: Sequence[dict[str, Any]]) -> str:
-    return f"{rows[0]['axis']}: each against {setting(rows[0]['against'], differing(rows[0]))}"
+    """What is compared: along an axis with its first value, at equal passes with several baselines."""
+    axis = rows[0]["axis"]
+    other = "the baseline of as many" if axis == "equal passes" else setting(rows[0]["against"], differing(rows[0]))
+    return f"{axis}: each against {other}"
 
 
 def differences_table(rows: Sequence[dict[str, Any]]) -> Table:

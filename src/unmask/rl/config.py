@@ -71,6 +71,11 @@ class GRPOSettings:
             )
         if not self.max_replay_gap > 0:
             raise UserError(f"max_replay_gap is {self.max_replay_gap}: give a positive number")
+        if self.rollout_decoder().max_new_tokens != self.max_completion_length:
+            raise UserError(
+                f"max_completion_length is {self.max_completion_length}, but decoder {self.decoder} has a canvas of "
+                f"{self.rollout_decoder().max_new_tokens} tokens: give the same, or leave it out of the decoder"
+            )
         if self.rollout_decoder().cache != "none":
             raise UserError(
                 f"cache={self.rollout_decoder().cache} samples from an approximation of the policy: leave it out of the decoder"

@@ -61,7 +61,7 @@ def work_of(config: RLConfig) -> Work:
         views=min(every, config.steps_per_update or every),
         old=0 if objective.recorded or config.num_iterations == 1 else fresh,
         reference=fresh if config.beta > 0 else 0,
-        copies=2 if decoder.cfg_scale else 1,
+        copies=decoder.copies,
     )
 
 

@@ -99,7 +99,7 @@ class RLConfig(GRPOSettings):
         check_positive(self, "learning_rate", "max_grad_norm")
 
 
-_MAY_CHANGE = ("output", "eval_every", "save_every", "report_to", "log_completions", "rows_per_forward")
+MAY_CHANGE = ("output", "eval_every", "save_every", "report_to", "log_completions", "rows_per_forward")
 _TIMES = ("seconds_rollout", "seconds_update")
 
 
@@ -250,7 +250,7 @@ def train(config: RLConfig) -> Path:
     log.trainer = trainer
     for unwanted in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(unwanted)
-    checkpoint = claim(Path(config.output), config, _MAY_CHANGE, trainer.is_world_process_zero())
+    checkpoint = claim(Path(config.output), config, MAY_CHANGE, trainer.is_world_process_zero())
     trainer.args.eval_on_start = checkpoint is None  # a resumed run has that line already
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -1,1 +1,7 @@
 """Studies: grids of trainings and evaluations with equal budgets, resumable, summarised over problems and seeds."""
+
+from typing import Any
+
+Table = dict[str, Any]
+SEEDS = ("seed", "train.seed")
+"""The axes that a summary pools instead of comparing."""

@@ -22,13 +22,11 @@ from unmask.config import read_config
 from unmask.decoding import Decoder, make_decoder
 from unmask.evaluation.evaluate import EvalConfig
 from unmask.evaluation.records import slug
-from unmask.rl.run import RLConfig
+from unmask.rl.run import MAY_CHANGE, RLConfig
 from unmask.spec import UserError, build, check_at_least, unknown
+from unmask.study import SEEDS, Table
 from unmask.tasks import make_task
 
-Table = dict[str, Any]
-SEEDS = ("seed", "train.seed")
-"""The axes that a summary pools instead of comparing."""
 _NAMES = ("name", "decoder", "batch_size")
 """Settings of an evaluation that change no record."""
 _CHOSEN_HERE = ("output", "data", "diagnostics", "compile", "trajectories")
@@ -45,7 +43,9 @@ class StudyConfig:
     train: Annotated[list[dict[str, Any]], tyro.conf.Suppress] = field(default_factory=list)
     """Tables of ``unmask rl`` settings; ``base`` names a file, beside this one, whose values hold where a table sets none."""
     compare: list[str] = field(default_factory=list)
-    """Axes along which cells are compared with their first value; by default all."""
+    """Axes along which cells are compared with their first value; by default all but the task."""
+    baselines: list[str] = field(default_factory=list)
+    """Decoders, as ``evaluate`` names them, with which every other one of as many passes is compared."""
     jobs: int = 1
     """Jobs at a time, each in a process of its own; the cores are shared out, and GPUs are taken in turn."""
 
@@ -67,6 +67,12 @@ class Cell:
     """The settings as the study's file names them, ``decoder`` without what other axes add to it."""
     training: RLConfig | None
     key: str
+
+    @property
+    def source(self) -> str:
+        """The model it is about, in so far as settings say it: for all cells of one, the weights must be the same."""
+        model = self.evaluation
+        return _key(_training_part(self.training), model.model, model.adapter, model.revision)
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,10 @@ def _trainings(config: StudyConfig, beside: Path) -> list[RLConfig]:
             if "tasks" not in {**values, **settings}:
                 raise UserError("train lacks tasks: add it, or a base that has it")
             run = build(RLConfig, {**values, **settings, "output": "none"}, "train")
-            found[_key(dataclasses.asdict(run))] = run
+            run.check_batch(run.batch_size)
+            found.setdefault(_key(_training_part(run)), run)
+    if len(models := {run.model for run in found.values()}) > 1:
+        raise UserError(f"train starts from {' and '.join(sorted(models))}: make a study of each")
     return list(found.values())
 
 
@@ -154,6 +163,8 @@ def jobs_of(config: StudyConfig, beside: Path) -> list[Job]:
     trainings, evaluations = _trainings(config, beside), _evaluations(config)
     if trainings and any("model" in named for _, _, named in evaluations):
         raise UserError("evaluate names a model beside train: the models are those that train makes")
+    if trainings and len({evaluation.seed for evaluation, _, _ in evaluations}) > 1:
+        raise UserError("evaluate varies the seed beside train: vary the seed of the trainings, on the same problems")
     trainings.sort(key=lambda t: t.seed)  # stable
     jobs: list[Job] = []
     seen: set[str] = set()
@@ -170,25 +181,44 @@ def jobs_of(config: StudyConfig, beside: Path) -> list[Job]:
                 cells.append(Cell(evaluation, decoder, named, training, key))
         if training is not None:
             label = f"{training.objective}--{training.decoder}--seed{training.seed}"
-            jobs.append(Job(slug(f"{label}-{cells[0].key[:8]}"), training, cells))
+            jobs.append(Job(slug(f"{label}-{_key(_training_part(training))[:8]}"), training, cells))
         else:
             jobs += [Job(slug(f"{c.evaluation.task[0]}--{c.decoder.name}-{c.key[:8]}"), None, [c]) for c in cells]
     return jobs
 
 
 def _cell_key(training: RLConfig | None, evaluation: EvalConfig, decoder: Decoder) -> str:
-    """Names do not count (``full`` and ``full:cfg_scale=0`` are one decoder), nor do fields at their defaults, so that
-    settings which are added later leave what is finished as it is."""
-    tables = []
-    for settings in (training, evaluation, decoder):
-        fields = dataclasses.fields(settings) if settings else ()
-        values = {f.name: getattr(settings, f.name) for f in fields if getattr(settings, f.name) != _default(f)}
-        tables.append({k: v for k, v in values.items() if settings is training or k not in _NAMES})
-    return _key(*tables)
+    """Names do not count: ``full`` and ``full:cfg_scale=0`` are one decoder."""
+    evaluated, decoded = (
+        {k: v for k, v in _changed(settings).items() if k not in _NAMES} for settings in (evaluation, decoder)
+    )
+    return _key(_training_part(training), evaluated, decoded)
+
+
+def _training_part(training: RLConfig | None) -> Table:
+    """The settings of a training that decide what comes out."""
+    return {} if training is None else {k: v for k, v in _changed(training).items() if k not in MAY_CHANGE}
+
+
+def _changed(settings: Any) -> Table:
+    """Fields that are not at their defaults: one that is added later leaves what is finished as it is."""
+    values = {f.name: (getattr(settings, f.name), _default(f)) for f in dataclasses.fields(settings)}
+    return {name: value for name, (value, default) in values.items() if value != default}
 
 
 def _default(f: dataclasses.Field[Any]) -> Any:
     return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def check_compared(config: StudyConfig, axes: dict[str, list[Any]]) -> None:
+    """Raises UserError where a comparison is asked for that there cannot be."""
+    vary = [axis for axis, values in axes.items() if len(values) > 1 and axis not in ("task", *SEEDS)]
+    for axis in config.compare:
+        if axis not in vary:
+            raise UserError(f"compare names {axis!r}: choose from what varies, {', '.join(vary) or 'which is nothing'}")
+    for decoder in config.baselines:
+        if decoder not in axes["decoder"]:
+            raise unknown("decoder of baselines", decoder, axes["decoder"])
 
 
 def labels(jobs: list[Job]) -> tuple[dict[str, Table], dict[str, list[Any]]]:
@@ -201,13 +231,14 @@ def labels(jobs: list[Job]) -> tuple[dict[str, Table], dict[str, list[Any]]]:
     tables: dict[str, Table] = {}
     for job in jobs:
         trained = (
-            {} if job.training is None else {k: v for k, v in dataclasses.asdict(job.training).items() if k != "output"}
+            {}
+            if job.training is None
+            else {k: v for k, v in dataclasses.asdict(job.training).items() if k not in MAY_CHANGE}
         )
         for cell in job.cells:
             table: Table = {"task": cell.evaluation.task[0], "decoder": str(cell.named["decoder"])}
             table |= {
-                k: getattr(cell.evaluation, k, None) if hasattr(cell.evaluation, k) else getattr(cell.decoder, k)
-                for k in sorted(named)
+                k: getattr(cell.evaluation if hasattr(cell.evaluation, k) else cell.decoder, k) for k in sorted(named)
             }
             table |= {f"train.{k}": v for k, v in trained.items()}
             tables[cell.key] = table

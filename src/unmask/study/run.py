@@ -20,12 +20,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unmask.config import save_config
 from unmask.files import read_lines, whole, write_json, writing_to
 from unmask.spec import UserError
-from unmask.study.grid import Job, StudyConfig, Table, jobs_of, labels
+from unmask.study import Table
+from unmask.study.grid import Job, StudyConfig, check_compared, jobs_of, labels
+
+if TYPE_CHECKING:
+    from unmask.rl.run import RLConfig
 
 _START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 Progress = Callable[[int, int, list[str]], None]
@@ -41,19 +45,13 @@ def run_job(job: Job, folder: Path, done: set[str], report: Callable[[str, Table
         done: keys of cells that need not be evaluated again.
     """
     from unmask.evaluation.evaluate import EvalConfig, evaluate
-    from unmask.evaluation.records import read_records
-    from unmask.rl.run import train
+    from unmask.evaluation.records import read_records, slug
 
-    folder.mkdir(parents=True, exist_ok=True)
     model, budget = None, {}
     if job.training is not None:
-        training = dataclasses.replace(job.training, output=str(folder / "training"))
-        budget = training_budget(training)
-        model = str(train(training))
-        times = read_lines(folder / "training" / "times.jsonl")
-        seconds = {k: round(sum(t[f"seconds_{k}"] for t in times), 3) for k in ("rollout", "update")}
-        metrics = read_lines(folder / "training" / "metrics.jsonl")
-        report("run", {"budget": budget, "metrics": metrics, "seconds": seconds})
+        budget = training_budget(job.training)
+        model, line = _trained(job.training, folder / "training")
+        report("run", {"budget": budget, **line})
     for cell in job.cells:
         if cell.key in done:
             continue
@@ -62,24 +60,35 @@ def run_job(job: Job, folder: Path, done: set[str], report: Callable[[str, Table
             cell.evaluation, output=str(output), model=model or cell.evaluation.model
         )
         summary = evaluate(config)
-        records = [r for path in sorted((output / "records").glob("*.jsonl")) for r in read_records(path)]
-        passes = cell.decoder.plan.steps * (2 if cell.decoder.cfg_scale else 1)
-        report(
-            "cell",
-            {"key": cell.key, "budget": {"nfe": passes, **budget}, **compact(cell.evaluation.model, records, summary)},
-        )
-    for checkpoint in (folder / "training").glob("checkpoint-*"):
-        shutil.rmtree(checkpoint)  # for going on with the training only; ``final`` stays
+        records = read_records(output / "records" / f"{slug(config.task[0])}--{slug(config.decoder[0])}.jsonl")
+        found = compact(cell.evaluation.model, records, summary)
+        report("cell", {"key": cell.key, "budget": {"nfe": cell.decoder.passes, **budget}, **found})
 
 
-def training_budget(config: Any) -> dict[str, int]:
-    """Updates, sampled completions, and forward passes of one row in sampling and updates together."""
+def _trained(config: RLConfig, folder: Path) -> tuple[str, Table]:
+    """The trained checkpoint, made now or before, and the line of its training. What only serves to go on is removed."""
+    from unmask.rl.run import train
+
+    final = folder / "final"  # whole, if it is there
+    if not final.is_dir():
+        train(dataclasses.replace(config, output=str(folder)))
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    times = read_lines(folder / "times.jsonl")
+    seconds = {k: round(sum(t[f"seconds_{k}"] for t in times), 3) for k in ("rollout", "update")}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "output"}
+    return str(final), {"settings": settings, "metrics": read_lines(folder / "metrics.jsonl"), "seconds": seconds}
+
+
+def training_budget(config: RLConfig) -> dict[str, int]:
+    """Updates, sampled completions, and the most forward passes of one row that sampling and updates together take: groups
+    without variance are not computed, a threshold may need fewer steps, and validation is not counted."""
     from unmask.rl.plan import work_of
 
     rollouts = math.ceil(config.steps / config.num_iterations)
     return {
         "updates": config.steps,
-        "rollouts": rollouts * config.batch_size,
+        "completions": rollouts * config.batch_size,
         "training_passes": work_of(config).passes(config.steps, rollouts) * config.batch_size,
     }
 
@@ -154,8 +163,16 @@ class Lines:
                 f"{path} holds {strangers} lines that this study does not name: give another output, or name them again"
             )
 
+    def label(self, name: str, tables: dict[str, Table]) -> None:
+        """Give every line the labels that it has in the study as it is now."""
+        self.lines = {key: {**line, name: tables[key]} for key, line in self.lines.items()}
+        self._write()
+
     def add(self, line: Table) -> None:
         self.lines[line["key"]] = line
+        self._write()
+
+    def _write(self) -> None:
         with whole(self.path) as partial:
             partial.write_text(_text([self.lines[k] for k in self.keys if k in self.lines]))
 
@@ -178,9 +195,7 @@ def study(config: StudyConfig, beside: Path, progress: Progress | None = None) -
 
     jobs = jobs_of(config, beside)
     tables, axes = labels(jobs)
-    for axis in config.compare:
-        if axis not in axes:
-            raise UserError(f"compare names {axis!r}, which does not vary: choose from {', '.join(axes)}")
+    check_compared(config, axes)
     output = Path(config.output)
     keys = [c.key for job in jobs for c in job.cells]
     with writing_to(output, "output"):
@@ -188,15 +203,48 @@ def study(config: StudyConfig, beside: Path, progress: Progress | None = None) -
     with _alone(output):
         cells = Lines(output / "cells.jsonl", keys)
         runs = Lines(output / "runs.jsonl", [job.name for job in jobs if job.training])
+        trained = {
+            job.name: {k: v for k, v in tables[job.cells[0].key].items() if k.startswith("train.")} for job in jobs
+        }
+        waiting = [job for job in jobs if not _finished(job, cells, runs)]
+        _check_problems(waiting)
         with writing_to(output, "output"):
             save_config(config, output / "study.yaml")
-        _run(jobs, config.jobs, output, cells, runs, tables, progress)
-        summary = summarise_study([cells.lines[k] for k in keys], config.compare)
+            cells.label("cell", tables)  # what is finished may have got another axis
+            runs.label("train", trained)
+            if waiting:  # what is there speaks of fewer cells
+                for name in ("summary.json", "table.md"):
+                    (output / name).unlink(missing_ok=True)
+        _run(waiting, len(jobs), config.jobs, output, cells, runs, tables, trained, progress)
+        _check_alike(jobs, cells)
+        summary = summarise_study([cells.lines[k] for k in keys], config.compare, config.baselines)
         with writing_to(output, "output"):
             write_json(output / "summary.json", summary)
             with whole(output / "table.md") as partial:
                 partial.write_text(markdown(summary))
     return summary
+
+
+def _finished(job: Job, cells: Lines, runs: Lines) -> bool:
+    return all(c.key in cells.lines for c in job.cells) and (job.training is None or job.name in runs.lines)
+
+
+def _check_alike(jobs: list[Job], cells: Lines) -> None:
+    """Raises UserError where cells that should share their model or their problems do not."""
+    seen: dict[tuple[str, ...], tuple[str, Any]] = {}
+    for cell in (c for job in jobs for c in job.cells):
+        line, e = cells.lines[cell.key], cell.evaluation
+        problems = (e.task[0], e.split, str(e.limit), str(e.seed))
+        for what, of, found in (
+            ("weights", (cell.source,), line["model"]["weights"]),
+            ("problems", problems, line["problems"]),
+        ):
+            before, same = seen.setdefault((what, *of), (cell.key, found))
+            if same != found:
+                raise UserError(
+                    f"cells {before} and {cell.key} were made with different {what}: something changed while the study ran; "
+                    "give another output"
+                )
 
 
 @contextmanager
@@ -209,24 +257,43 @@ def _alone(output: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another process runs a study in {output}: wait for it, or give another output") from None
+        except OSError as error:
+            raise UserError(f"cannot lock {output}: {error.strerror}; give an output on another file system") from None
         yield
 
 
+def _check_problems(jobs: list[Job]) -> None:
+    """Raises UserError where a model or its problems cannot be had: now, and not when a job's turn comes."""
+    from unmask.models.load import outline
+    from unmask.tasks import make_task
+
+    seen: set[tuple[Any, ...]] = set()
+    for evaluation, model in ((c.evaluation, j.training.model if j.training else None) for j in jobs for c in j.cells):
+        source = (model or evaluation.model, evaluation.dtype, evaluation.revision)
+        wanted = (*source, evaluation.task[0], evaluation.split, evaluation.limit, evaluation.seed)
+        if wanted in seen or evaluation.trust_remote_code:
+            continue
+        seen.add(wanted)
+        lm = outline(*source)
+        make_task(evaluation.task[0], lm.task_defaults).problems(evaluation.split, evaluation.limit, evaluation.seed)
+
+
 def _run(
-    jobs: list[Job],
+    waiting: list[Job],
+    total: int,
     at_once: int,
     output: Path,
     cells: Lines,
     runs: Lines,
     tables: dict[str, Table],
+    trained: dict[str, Table],
     progress: Progress | None,
 ) -> None:
-    """All jobs that lack a cell, ``at_once`` of them at a time."""
-    waiting = [job for job in jobs if any(c.key not in cells.lines for c in job.cells)]
-    total, finished = len(jobs), len(jobs) - len(waiting)
+    """The jobs that lack a cell, ``at_once`` of them at a time."""
+    finished = total - len(waiting)
     context: Any = multiprocessing.get_context(_START)
     context.set_forkserver_preload([__name__])  # imports once, not in every job
-    threads = max(1, (os.cpu_count() or 1) // at_once)
+    threads = max(1, len(os.sched_getaffinity(0)) // at_once)
     gpus = _gpus()
     slots: dict[int, tuple[Any, Connection, Job]] = {}
     try:
@@ -250,7 +317,7 @@ def _run(
                     continue
                 try:
                     kind, line = pipe.recv()
-                except EOFError:
+                except (EOFError, OSError):
                     process.join()
                     del slots[slot]
                     _check_end(job, process.exitcode, output, cells)
@@ -261,9 +328,8 @@ def _run(
                 with writing_to(output, "output"):
                     if kind == "cell":
                         cells.add({"cell": tables[line["key"]], **line})
-                    elif job.name not in runs.lines:
-                        trained = {k: v for k, v in tables[job.cells[0].key].items() if k.startswith("train.")}
-                        runs.add({"key": job.name, "train": trained, **line})
+                    else:
+                        runs.add({"key": job.name, "train": trained[job.name], **line})
         if progress:
             progress(finished, total, [])
     finally:

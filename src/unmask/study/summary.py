@@ -6,6 +6,7 @@ Everything here is a function of ``cells.jsonl`` and deterministic.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ import numpy as np
 
 from unmask.evaluation.report import markdown as markdown_table
 from unmask.evaluation.report import percent
-from unmask.evaluation.statistics import Bootstrap, holm, wilson
+from unmask.evaluation.statistics import Bootstrap, holm, student_half_width, student_p, wilson
 from unmask.files import read_lines
 from unmask.spec import UserError
-from unmask.study.grid import SEEDS, Table
+from unmask.study import SEEDS, Table
 
 METRICS = ("solved", "score")
 
@@ -59,6 +60,10 @@ class Group:
         above, below = self.share(metric)
         return float(sum(a.sum() for a in above) / sum(b.sum() for b in below))
 
+    def by_seed(self, metric: str) -> np.ndarray:
+        """The metric under each seed, (seeds,)."""
+        return np.array([a.sum() / b.sum() for a, b in zip(*self.share(metric), strict=True)])
+
     def column(self, name: str) -> np.ndarray:
         return np.concatenate([line[name] for line in self.lines])
 
@@ -72,12 +77,13 @@ def _groups(cells: Sequence[Table]) -> dict[str, Group]:
     return {key: Group(json.loads(key), lines) for key, lines in found.items()}
 
 
-def summarise_study(cells: Sequence[Table], compare: Sequence[str] = ()) -> Table:
+def summarise_study(cells: Sequence[Table], compare: Sequence[str] = (), baselines: Sequence[str] = ()) -> Table:
     """The summary of a study.
 
     Args:
         cells: lines of cells.jsonl in the order of the study.
-        compare: axes along which every cell is compared with the one at the axis's first value; by default all.
+        compare: axes along which every cell is compared with the one at the axis's first value; by default all but the task.
+        baselines: decoders with which every other one of as many passes is compared.
 
     Returns:
         ``axes`` with their values, ``cells`` with 95 % intervals, paired ``differences``, the ``note`` on their number, and
@@ -87,12 +93,10 @@ def summarise_study(cells: Sequence[Table], compare: Sequence[str] = ()) -> Tabl
     bootstrap = Bootstrap()
     axes = _axes(groups)
     chosen = list(compare) or [axis for axis, values in axes.items() if len(values) > 1 and axis != "task"]
-    differences = [
-        d for axis in chosen if axis in axes for d in _differences(axis, {axis: axes[axis][0]}, groups, bootstrap)
-    ]
     untrained = {k: None for k in axes if k.startswith("train.")}
-    if untrained:
-        differences += _differences("training", untrained, groups, bootstrap)
+    differences = [d for axis in chosen for d in _along(axis, {axis: axes[axis][0]}, groups, bootstrap)]
+    differences += _along("training", untrained, groups, bootstrap) if untrained else []
+    differences += _at_equal_passes(baselines, groups, bootstrap)
     trained = [g.lines[0]["budget"] for g in groups.values() if "updates" in g.lines[0]["budget"]]
     return {
         "axes": axes,
@@ -101,7 +105,7 @@ def summarise_study(cells: Sequence[Table], compare: Sequence[str] = ()) -> Tabl
         "note": _note(differences, [len(g.lines) for g in groups.values()]),
         "budgets": {
             k: trained[0][k] if len({b[k] for b in trained}) == 1 else None
-            for k in ("updates", "rollouts", "training_passes")
+            for k in ("updates", "completions", "training_passes")
             if trained
         },
     }
@@ -122,9 +126,12 @@ def _cell(group: Group, bootstrap: Bootstrap) -> Table:
     nfe, committed = group.column("nfe"), group.column("committed")
     row: Table = {"cell": group.cell, "seeds": len(group.lines), "problems": len(group.solved[0])}
     for metric in METRICS:
-        low, high = np.quantile(bootstrap.draws(*group.share(metric), group.problems), [0.025, 0.975])
-        row |= {metric: group.mean(metric), f"{metric}_interval": [float(low), float(high)]}
-    if row["seeds"] == 1:  # as in the tables of an evaluation; and right where all or none are solved
+        draws = bootstrap.draws(*group.share(metric), group.problems)
+        row |= {metric: group.mean(metric), f"{metric}_interval": _interval(draws, group.by_seed(metric))}
+    if row["seeds"] == 1 or row["solved"] in (
+        0,
+        1,
+    ):  # as in the tables of an evaluation; right where all or none are solved
         row["solved_interval"] = list(wilson(int(group.solved[0].sum()), row["problems"]))
     return {
         **row,
@@ -136,34 +143,73 @@ def _cell(group: Group, bootstrap: Bootstrap) -> Table:
     }
 
 
-def _differences(axis: str, first: Table, groups: dict[str, Group], bootstrap: Bootstrap) -> list[Table]:
+def _interval(draws: np.ndarray, by_seed: np.ndarray) -> list[float]:
+    """The bootstrap's 95 % interval, or that of the seeds' own values by Student's t where it reaches further: of few seeds a
+    bootstrap understates the spread."""
+    low, high = (float(q) for q in np.quantile(draws, [0.025, 0.975]))
+    if len(by_seed) > 1:
+        half, middle = student_half_width(by_seed.tolist()), float(by_seed.mean())
+        low, high = min(low, middle - half), max(high, middle + half)
+    return [low, high]
+
+
+def _p(draws: np.ndarray, by_seed: np.ndarray) -> float:
+    """The larger of the bootstrap's p and, of several seeds, that of a t test on their differences."""
+    p, spread = Bootstrap.p(draws), float(np.std(by_seed, ddof=1)) if len(by_seed) > 1 else 0.0
+    if not spread:
+        return p
+    return max(p, student_p(float(by_seed.mean()) / (spread / math.sqrt(len(by_seed))), len(by_seed) - 1))
+
+
+def _along(axis: str, first: Table, groups: dict[str, Group], bootstrap: Bootstrap) -> list[Table]:
     """Every cell against the one that has the axis's ``first`` value and is else the same, on the same problems and under the
     seeds that both have.
 
     A model that no training has touched has one seed; it stands beside each seed of a trained one.
     """
-    found = []
+    pairs = []
     for group in groups.values():
         other = groups.get(json.dumps({**group.cell, **first}))
         if other is None or other is group:
             continue
         if axis == "training":
             other = Group(other.cell, [*other.lines] * len(group.lines))
-        else:
-            both = [seed for seed in group.seeds if seed in other.seeds]
-            if not both:
-                continue
+        elif both := [seed for seed in group.seeds if seed in other.seeds]:
             group, other = group.under(both), other.under(both)
+        else:
+            continue
+        pairs.append((group, other))
+    return _compared(axis, pairs, bootstrap)
+
+
+def _at_equal_passes(baselines: Sequence[str], groups: dict[str, Group], bootstrap: Bootstrap) -> list[Table]:
+    """Every cell against the baseline decoder whose plan allows as many passes, on the same problems of the same model."""
+    pairs = []
+    for group in groups.values():
+        for other in groups.values():
+            alike = group.lines[0]["budget"]["nfe"] == other.lines[0]["budget"]["nfe"] and group.seeds == other.seeds
+            trainings = all(group.cell[k] == other.cell[k] for k in group.cell if k.startswith("train."))
+            is_baseline = other.cell["decoder"] in baselines and group.cell["decoder"] not in baselines
+            if is_baseline and alike and trainings and group.cell["task"] == other.cell["task"]:
+                pairs.append((group, other))
+                break
+    return _compared("equal passes", pairs, bootstrap)
+
+
+def _compared(axis: str, pairs: Sequence[tuple[Group, Group]], bootstrap: Bootstrap) -> list[Table]:
+    """The differences of pairs with the same problems, with Holm's adjustment over all of them."""
+    found = []
+    for group, other in pairs:
         if other.problems != group.problems:
             continue
         row: Table = {"axis": axis, "cell": group.cell, "against": other.cell}
         for metric in METRICS:
             ours, theirs = (bootstrap.draws(*g.share(metric), g.problems) for g in (group, other))
-            low, high = np.quantile(ours - theirs, [0.025, 0.975])
+            by_seed = group.by_seed(metric) - other.by_seed(metric)
             row |= {
                 metric: group.mean(metric) - other.mean(metric),
-                f"{metric}_interval": [float(low), float(high)],
-                f"{metric}_p": bootstrap.p(ours - theirs),
+                f"{metric}_interval": _interval(ours - theirs, by_seed),
+                f"{metric}_p": _p(ours - theirs, by_seed),
             }
         row["nfe"] = [float(group.column("nfe").mean()), float(other.column("nfe").mean())]
         found.append(row)
@@ -181,13 +227,14 @@ def _note(differences: Sequence[Table], seeds: Sequence[int]) -> str:
     )
     if max(seeds) > 1:
         text += (
-            f" Problems and seeds are both resampled; from {max(seeds)} seeds their spread is known badly, and the bootstrap "
-            "understates it."
+            f" Problems and seeds are both resampled. {max(seeds)} seeds say little of their spread, so each interval and p is "
+            "the more careful of the bootstrap's and Student's t over the seeds."
         )
     return text
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
+    """A setting's value as text."""
     return "–" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
@@ -198,13 +245,13 @@ def markdown(summary: Table) -> str:
     headings = [*axes, "seeds", "NFE", "solved % [95 %]", "score % [95 %]", "tokens/forward", "length"]
     rows = []
     for c in summary["cells"]:
-        row = [_plain(c["cell"][a]) for a in axes] + [str(c["seeds"]), f"{c['nfe']:.1f}".removesuffix(".0")]
+        row = [plain(c["cell"][a]) for a in axes] + [str(c["seeds"]), f"{c['nfe']:.1f}".removesuffix(".0")]
         row += [percent(c[m], c[f"{m}_interval"]) for m in METRICS]
         row += [f"{c['tokens_per_forward']:.1f}", f"{c['length']:.1f}"]
         if trained:
             row.append(f"{c['budget'].get('training_passes', 0) / 1000:.0f}")
         rows.append(row)
-    text = markdown_table(headings + ["passes in training (thousands)"] * trained, rows, left=len(axes))
+    text = markdown_table(headings + ["passes in training, at most (thousands)"] * trained, rows, left=len(axes))
     problems = sorted({c["problems"] for c in summary["cells"]})
     text += f"\n{' or '.join(map(str, problems))} problems a cell and seed. "
     alike = [f"{v:,} {k.replace('_', ' ')}" for k, v in summary["budgets"].items() if v is not None]
@@ -215,24 +262,26 @@ def markdown(summary: Table) -> str:
         text += f"They differ in {' and '.join(differ)}. "
     text += summary["note"] + "\n"
     for axis in dict.fromkeys(d["axis"] for d in summary["differences"]):
-        text += f"\nAgainst {'the untrained model' if axis == 'training' else f'the first {axis}'}:\n\n"
+        against = {"training": "the untrained model", "equal passes": "the baseline of as many passes"}
+        text += f"\nAgainst {against.get(axis, f'the first {axis}')}:\n\n"
         text += _difference_table(axis, axes, summary["differences"])
     return text
 
 
 def _difference_table(axis: str, axes: Sequence[str], differences: Sequence[Table]) -> str:
-    named = [*(a for a in axes if a != axis), *([] if axis == "training" else [axis])]
-    headings = [*named, *([] if axis == "training" else ["against"]), "NFE"]
+    other = {"training": None, "equal passes": "decoder"}.get(axis, axis)  # what the other cell is told by
+    named = [*(a for a in axes if a != other), *([other] if other else [])]
+    headings = [*named, *(["against"] if other else []), "NFE"]
     for metric in METRICS:
         headings += [f"{metric}, points [95 %]", "p (Holm)"]
     rows = []
     for d in (d for d in differences if d["axis"] == axis):
-        row = [_plain(d["cell"][a]) for a in named]
-        if axis != "training":
-            row.append(_plain(d["against"][axis]))
+        row = [plain(d["cell"][a]) for a in named]
+        if other:
+            row.append(plain(d["against"][other]))
         row.append(f"{d['nfe'][0]:.1f} / {d['nfe'][1]:.1f}")
         for m in METRICS:
             low, high = d[f"{m}_interval"]
             row += [f"{100 * d[m]:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]", f"{d[f'{m}_holm']:.2g}"]
         rows.append(row)
-    return markdown_table(headings, rows, left=len(axes) + (axis != "training"))
+    return markdown_table(headings, rows, left=len(named) + bool(other))
