@@ -11,17 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from browser import open_page, page_data
+from checkpoints import write_dream
 from conftest import PROMPTS
 from unmask.decoding import decode, make_decoder
 from unmask.models import head
 from unmask.models.head import Head
+from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
+from unmask.spec import UserError
 from unmask.trajectory import Trajectory
+from unmask.view import candidates
+from unmask.view import page as page_module
 from unmask.view.candidates import held, likeliest
-from unmask.view.page import LIMIT, Panel, render, sign, visible, write_page
-from unmask.view.page import page_data as page_data_of
+from unmask.view.page import LIMIT, Contents, Panel, render, sign, visible, write_page
 
 SPECS = ["semi-ar:block_length=8", "eoser-ass", "threshold:block_length=8,threshold=0.5", "full:cfg_scale=0.5,steps=5"]
 
@@ -31,6 +36,10 @@ def make_panel(lm: MaskedLM, spec: str, length: int = 16, early_stop: bool = Fal
     ids, mask = lm.encode([lm.chat(PROMPTS[0])])
     found = decode(lm, ids, mask, decoder, torch.Generator().manual_seed(0), early_stop=early_stop)
     return Panel(decoder, found, list(held(lm, found, 5)), lm.text(found.tokens)[0], None, None)
+
+
+def page_data_of(lm: MaskedLM, prompt: str, panels: list[Panel], every: int = 1) -> dict[str, Any]:
+    return Contents(lm, prompt, panels).data(every)
 
 
 def candidates_of(data: dict[str, Any], panel: dict[str, Any]) -> tuple[dict[int, Any], dict[tuple[int, int], Any]]:
@@ -105,11 +114,69 @@ def test_open_cells_are_those_of_the_plan(toy_lm: MaskedLM) -> None:
 def test_any_cut_of_the_vocabulary_gives_the_same(monkeypatch: pytest.MonkeyPatch, black_box: bool) -> None:
     weight, hidden = torch.randn(300, 8, dtype=torch.float64), torch.randn(7, 8, dtype=torch.float64)
     logits = (hidden @ weight.T).index_fill(1, torch.tensor([5]), -torch.inf)
-    monkeypatch.setattr(head, "CACHED", (3, 128))  # three rows and 64 tokens at a time
+    monkeypatch.setattr(head, "CACHED", (3, 128))  # 64 tokens at a time
+    monkeypatch.setattr(candidates, "ROWS", 3)
     tokens, chances = likeliest(Head(lambda h: h @ weight.T, 5, None if black_box else weight), hidden, 4)
     best = logits.softmax(1).topk(4)
     assert torch.equal(tokens, best.indices)
     torch.testing.assert_close(chances, best.values)
+
+
+def test_a_vocabulary_smaller_than_the_count_is_shown_whole() -> None:
+    weight, hidden = torch.randn(4, 8), torch.randn(3, 8)
+    tokens, chances = likeliest(Head(lambda h: h @ weight.T, 1, weight), hidden, 5)
+    assert chances.dtype == torch.float64 and tokens.sort(1).values.tolist() == [[0, 1, 2, 3]] * 3
+    torch.testing.assert_close(chances.sum(1), torch.ones(3, dtype=torch.float64), atol=1e-6, rtol=0)
+    assert tokens[:, 3].tolist() == [1] * 3 and not chances[:, 3].any()  # the mask token
+
+
+@pytest.mark.parametrize("black_box", [False, True])
+def test_memory_does_not_grow_with_the_rows(black_box: bool) -> None:
+    """The largest tensor that any operation makes is ROWS rows of logits, however many are asked for."""
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, call: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            made = call(*args, **(kwargs or {}))
+            for part in made if isinstance(made, tuple | list) else (made,):
+                largest = max(largest, part.nbytes if isinstance(part, torch.Tensor) else 0)
+            return made
+
+    weight, hidden = torch.randn(2**14, 4), torch.randn(1024, 4)
+    with Watch():
+        likeliest(Head(lambda h: h @ weight.T, 5, None if black_box else weight), hidden, 5)
+    assert largest <= candidates.ROWS * 2**14 * 4
+
+
+@pytest.fixture(scope="module")
+def dream_lm(tmp_path_factory: pytest.TempPathFactory) -> MaskedLM:
+    """Its logits at a position are those of the next one."""
+    return load(write_dream(tmp_path_factory.mktemp("dream")), "float32")
+
+
+@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_candidates_are_those_of_whole_passes(
+    toy_lm: MaskedLM, dream_lm: MaskedLM, monkeypatch: pytest.MonkeyPatch, shifted: bool, cache: str
+) -> None:
+    lm = dream_lm if shifted else toy_lm
+    panel = make_panel(lm, f"semi-ar:block_length=8,cache={cache}")
+    monkeypatch.setattr(type(lm.model), "shifted", False)  # the shift is made by hand here
+    trajectory, width = panel.trajectory, panel.trajectory.prompt.shape[1]
+    differ = False
+    for s, (tokens, chances) in enumerate(panel.candidates):
+        with torch.no_grad():
+            logits = lm.model(torch.cat([trajectory.prompt, trajectory.state(s)], 1)).logits[0].double()
+        logits[:, lm.mask_id] = -torch.inf
+        masked = (trajectory.state(s)[0] == lm.mask_id).nonzero()[:, 0]
+        best = logits[masked + width - int(shifted)].softmax(1).topk(5)
+        assert torch.equal(tokens, best.indices)
+        torch.testing.assert_close(chances, best.values, atol=1e-5, rtol=0)
+        now = [masked.tolist().index(i) for i in trajectory.committed(s)[0].nonzero()[:, 0].tolist()]
+        taken = trajectory.logprob[trajectory.committed(s)].double().exp()
+        differ |= not torch.allclose(chances[now, 0], taken, atol=1e-4)
+    assert differ == (cache != "none")  # what decoded with a cache was an approximation
 
 
 # ---- hostile texts ---------------------------------------------------------------------------------------------------
@@ -177,18 +244,26 @@ def test_masks_and_ends_have_signs(toy_lm: MaskedLM) -> None:
     assert visible("a b") == "a␣b" and visible("\ufffd") == "\ufffd"
 
 
+def test_a_token_that_the_tokenizer_does_not_know_is_its_id(dream_lm: MaskedLM) -> None:
+    assert sign(dream_lm, 380) == "⟨380⟩"
+    panel = make_panel(dream_lm, "ass")
+    ended = replace(panel, trajectory=replace(panel.trajectory, tokens=panel.trajectory.tokens.fill_(380)))
+    data = page_data_of(replace(dream_lm, eot_id=380), "", [ended])
+    assert list(data["ends"].values()) == ["⟨380⟩"]
+
+
 # ---- size ------------------------------------------------------------------------------------------------------------
 
 
-def made_up(length: int, vocabulary: int) -> tuple[MaskedLM, Panel]:
-    """A decode of one token a step with candidates that nobody computed."""
+def made_up(length: int, vocabulary: int, count: int = 5, commit: int = 1) -> tuple[MaskedLM, Panel]:
+    """A decode of ``commit`` tokens a step with candidates that nobody computed."""
     generator = torch.Generator().manual_seed(0)
-    decoder = make_decoder(f"full:steps={length}", max_new_tokens=length)
+    decoder = make_decoder(f"full:steps={length // commit}", max_new_tokens=length)
     ids = torch.randint(3, vocabulary, (1, length), generator=generator)
-    step = torch.randperm(length, generator=generator)[None].to(torch.int16)
+    step = (torch.randperm(length, generator=generator)[None] // commit).to(torch.int16)
     prompt = torch.zeros(1, 1, dtype=torch.int64)
     trajectory = Trajectory(prompt, prompt == 0, ids, step, -torch.rand(1, length), 2, decoder.config())
-    draws = [torch.randint(3, vocabulary, (n, 5), generator=generator) for n in range(length, 0, -1)]
+    draws = [torch.randint(3, vocabulary, (n, count), generator=generator) for n in range(length, 0, -commit)]
     tokenizer = SimpleNamespace(decode=lambda ids: f"word{ids[0]}", convert_ids_to_tokens=str)
     lm: Any = SimpleNamespace(name="made up", weights="none", mask_id=2, end_ids=(0, 1), tokenizer=tokenizer)
     return lm, Panel(
@@ -222,3 +297,47 @@ def test_a_page_that_would_be_too_large_is_thinned(tmp_path: Path) -> None:
         top = data["vocabulary"]["ids"].index(masked[6, cell][0][0])
         assert page.locator(".inspector li b").first.inner_text() == data["vocabulary"]["texts"][top]
         assert "one step in 2" in page.locator("#notes").inner_text() and not problems
+
+
+def test_what_is_left_out_leaves_no_words_behind(tmp_path: Path) -> None:
+    lm, panel = made_up(64, 100_000)
+    data = page_data_of(lm, "", [panel], every=64)
+    committed, masked = candidates_of(data, data["panels"][0])
+    seen = {t for row in [*committed.values(), *masked.values()] for t, _ in row}
+    assert set(data["vocabulary"]["ids"]) == seen | set(panel.trajectory.tokens[0].tolist())
+
+
+@pytest.mark.parametrize("share", [0.9, 0.6, 0.3, 0.15])
+def test_no_more_is_left_out_than_must_be(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, share: float) -> None:
+    lm, panel = made_up(64, 1000)
+    contents, written = Contents(lm, "", [panel]), list[int]()
+    sizes = [len(render(contents.data(n)).encode()) for n in range(1, 65)]
+    assert all(contents.payload(n) < size for n, size in enumerate(sizes, 1))
+    limit = sizes[-1] + int(share * (sizes[0] - sizes[-1]))
+
+    def counted(data: dict[str, Any]) -> str:
+        written.append(data["every"])
+        return render(data)
+
+    monkeypatch.setattr(page_module, "render", counted)
+    size, every = write_page(tmp_path / "page.html", lm, "", [panel], limit)
+    assert size == sizes[every - 1] <= limit < sizes[every - 2]
+    assert len(written) <= 7  # not once for every n
+
+
+def test_a_page_that_cannot_be_thinned_enough_is_refused(tmp_path: Path) -> None:
+    lm, panel = made_up(64, 1000)
+    least = len(render(page_data_of(lm, "", [panel], 64)).encode())
+    assert write_page(tmp_path / "page.html", lm, "", [panel], limit=least) == (least, 64)
+    (tmp_path / "page.html").write_text("earlier")
+    with pytest.raises(UserError, match=r"takes 0\.\d MB .*: give fewer --candidates or fewer decoders"):
+        write_page(tmp_path / "page.html", lm, "", [panel], limit=least - 1)
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["earlier"]
+
+
+def test_a_page_of_long_canvases_is_refused(tmp_path: Path) -> None:
+    """Four canvases of 4,096 tokens with 20 candidates: 7 MB where the steps are but eight."""
+    lm, panel = made_up(4096, 126_000, 20, commit=512)
+    with pytest.raises(UserError, match=r"at most 5 MB are written"):
+        write_page(tmp_path / "page.html", lm, "", [panel] * 4)
+    assert not any(tmp_path.iterdir())

@@ -90,6 +90,12 @@ def test_a_prompt_gives_what_generate_prints(tmp_path: Path, capsys: pytest.Capt
     assert data["prompt"] == "<|user|>make 29 from 3 8 5<|assistant|><reasoning>3"
 
 
+def test_a_name_is_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.yaml").write_text('name: "[/bold] x"\n')
+    command(["x", "--decoder", str(tmp_path / "x.yaml"), "--max-new-tokens", "8", "--output", str(tmp_path / "p.html")])
+    assert viewed(tmp_path / "p.html")["panels"][0]["decoder"] == "[/bold] x" and capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -181,6 +181,101 @@ def test_a_cell_shows_its_candidates(opened: tuple[Any, list[Panel]]) -> None:
     assert card.inner_text().startswith("Point at a cell")
 
 
+def test_the_tab_stop_is_the_chosen_cell(opened: tuple[Any, list[Panel]]) -> None:
+    page, _ = opened
+
+    def stops() -> list[str]:
+        return page.locator(".cell[tabindex='0']").evaluate_all("all => all.map(c => c.dataset.cell)")
+
+    assert stops() == ["1", "1"]  # from the address
+    page.locator(".canvas").first.locator(".cell").nth(6).click()
+    assert stops() == ["6", "6"]
+    page.keyboard.press("Escape")
+    assert stops() == ["0", "0"]
+    page.evaluate("location.hash = 'step=3&cell=99'")
+    page.wait_for_timeout(50)
+    assert stops() == ["31", "31"]
+    page.evaluate("location.hash = 'step=3&cell=5'")
+    page.wait_for_timeout(50)
+    page.locator("[value=step]").focus()
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.dataset.cell") == "4"
+    page.wait_for_url("**cell=5")
+
+
+def test_keys_that_scroll_are_left_alone(opened: tuple[Any, list[Panel]]) -> None:
+    page, _ = opened
+
+    def step() -> str:
+        return page.locator("#now").inner_text().split()[1]
+
+    def scrolls(key: str, place: str) -> bool:
+        before = page.evaluate(place)
+        page.keyboard.press(key)
+        page.wait_for_timeout(300)  # browsers scroll smoothly
+        return page.evaluate(place) > before
+
+    page.evaluate("document.body.style.paddingBottom = '3000px'")
+    page.locator("h1").click()
+    assert scrolls("ArrowDown", "scrollY") and step() == "3"
+    text = page.locator("article pre").first
+    text.evaluate("pre => { pre.textContent = 'line\\n'.repeat(99); pre.focus(); }")
+    for key in ("ArrowDown", "Space", "End"):
+        assert scrolls(key, "document.querySelector('article pre').scrollTop")
+    assert step() == "3" and "Play" in page.locator("#play").inner_text()
+    page.locator("#prompt pre").focus()  # one line: nothing to scroll
+    page.keyboard.press("ArrowRight")
+    assert step() == "4"
+    page.locator("#step").focus()
+    page.keyboard.press("ArrowUp")  # the slider's own key
+    assert step() == "5"
+    page.keyboard.press("ArrowLeft")
+    assert step() == "4"
+    page.keyboard.press("Space")
+    assert "Pause" in page.locator("#play").inner_text()
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    assert step() == "1"
+    page.locator("[value=confidence]").focus()
+    page.keyboard.press("End")
+    assert step() == "1"
+    assert page.locator("pre").evaluate_all("all => all.map(p => p.getAttribute('tabindex'))") == ["0"] * 3
+
+
+CHANGED = """() => {
+    window.changed = new Set();
+    new MutationObserver((all) => all.forEach(({ target }) => changed.add(target.dataset.cell ?? target.className)))
+        .observe(document.getElementById("panels"), { subtree: true, childList: true, attributes: true });
+}"""
+
+
+def test_a_pointer_changes_two_cells_and_the_inspectors(opened: tuple[Any, list[Panel]]) -> None:
+    page, _ = opened
+    page.evaluate(CHANGED)
+    page.locator(".canvas").first.locator(".cell").nth(9).hover()
+    assert sorted(page.evaluate("[...changed]")) == ["1", "9", "inspector"]
+    assert page.locator(".chosen").evaluate_all("all => all.map(c => c.dataset.cell)") == ["9", "9"]
+
+
+def test_what_a_cell_shows_is_built_when_it_changes_and_not_spoken_in_play(opened: tuple[Any, list[Panel]]) -> None:
+    page, panels = opened
+    early = int((panels[0].trajectory.step[0] == 0).int().argmax())
+    page.locator(".canvas").first.locator(".cell").nth(early).click()
+    page.evaluate("window.kept = document.querySelector('.inspector ol')")
+    page.keyboard.press("ArrowRight")  # committed long ago
+    page.get_by_text("commit step").click()
+    assert page.evaluate("kept.isConnected")
+    page.locator("h1").click()
+    page.keyboard.press("Home")
+    assert not page.evaluate("kept.isConnected")
+    spoken = page.locator("#now, .inspector")
+    assert spoken.evaluate_all("all => all.map(e => e.ariaLive)") == ["polite"] * 3
+    page.locator("#play").click()
+    assert spoken.evaluate_all("all => all.map(e => e.ariaLive)") == ["off"] * 3
+    page.keyboard.press("ArrowRight")
+    assert spoken.evaluate_all("all => all.map(e => e.ariaLive)") == ["polite"] * 3
+
+
 @pytest.mark.parametrize("colours", ["light", "dark"])
 def test_a_phone_shows_it_without_scrolling_sideways(page_file: tuple[Path, list[Panel]], colours: Any) -> None:
     with open_page(page_file[0], 360, 740, fragment="step=2", colours=colours, touch=True) as (page, problems):

@@ -12,6 +12,8 @@ from unmask.models.head import Head
 from unmask.models.masked_lm import MaskedLM
 from unmask.trajectory import Trajectory
 
+ROWS = 128  # at a time: their float32 logits over 126,464 tokens take 65 MB
+
 
 def likeliest(head: Head, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The most likely tokens, best first, and their probabilities at temperature 1.
@@ -20,17 +22,18 @@ def likeliest(head: Head, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
         hidden: (N, d) final hidden states.
 
     Returns:
-        (N, count) int64 and (N, count) float64.
+        (N, K) int64 and (N, K) float64; K is ``count``, or the vocabulary's size where that is less.
     """
     found = []
-    for h in head.parts(hidden):
+    for h in hidden.split(ROWS):
         tokens, logits, totals = [], [], []
         for a, piece in head.pieces(h):
-            totals.append(piece.double().logsumexp(1))
-            top = piece.double().topk(min(count, piece.shape[1]))
+            totals.append(piece.logsumexp(1).double())
+            top = piece.topk(min(count, piece.shape[1]))
             tokens.append(top.indices + a)
-            logits.append(top.values)
-        best = torch.cat(logits, 1).topk(count)
+            logits.append(top.values.double())
+        finalists = torch.cat(logits, 1)
+        best = finalists.topk(min(count, finalists.shape[1]))
         total = torch.stack(totals, 1).logsumexp(1)
         found.append((torch.cat(tokens, 1).gather(1, best.indices), (best.values - total[:, None]).exp()))
     chosen, probabilities = zip(*found, strict=True)
@@ -39,7 +42,7 @@ def likeliest(head: Head, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def held(lm: MaskedLM, trajectory: Trajectory, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Before each step of a trajectory of one row: ``likeliest`` at its masked positions (M, count), from left to right.
+    """Before each step of a trajectory of one row: ``likeliest`` at its masked positions (M, K), from left to right.
 
     One forward pass a step (two with guidance), each of the whole row, also where a cache decoded.
     """

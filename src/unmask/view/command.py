@@ -84,6 +84,7 @@ def command(arguments: list[str]) -> None:
     a = read_flags(ViewArguments, arguments, prog="unmask view")
     a.check()
     from rich.console import Console
+    from rich.text import Text
 
     from unmask.decoding import decode
     from unmask.view.candidates import held
@@ -97,13 +98,13 @@ def command(arguments: list[str]) -> None:
         lm = source.load()
         prompt, jobs = plan(lm)
         for job in jobs:
-            status.update(f"{job.decoder.name}: decoding")
+            status.update(Text(f"{job.decoder.name}: decoding"))  # a name is no markup
             ids, mask = lm.encode([prompt], job.decoder.max_new_tokens)
             trajectory = decode(lm, ids, mask, job.decoder, early_stop=job.early_stop, **job.randomness)
             found = []
             for moment in held(lm, trajectory, a.candidates):
                 found.append(moment)
-                status.update(f"{job.decoder.name}: candidates of step {len(found)} of {trajectory.steps}")
+                status.update(Text(f"{job.decoder.name}: candidates of step {len(found)} of {trajectory.steps}"))
             text = lm.text(trajectory.tokens)[0]
             panels.append(Panel(job.decoder, trajectory, found, text, job.solved(text), job.recorded))
             if job.recorded not in (None, text):

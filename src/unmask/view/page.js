@@ -91,7 +91,10 @@
     if (p.recorded !== null) fact(facts, "the record", p.recorded === p.text ? "✓ same text" : "✗ another text");
     part.querySelector("pre").textContent = p.text;
     if (p.recorded !== null && p.recorded !== p.text) {
-      part.append(element("h3", "", "Text in the record"), element("pre", "", p.recorded));
+      const text = part.querySelector("pre").cloneNode();
+      text.setAttribute("aria-label", "Text in the record");
+      text.textContent = p.recorded;
+      part.append(element("h3", "", "Text in the record"), text);
     }
     p.inspector = part.querySelector(".inspector");
     p.inspector.style.setProperty("--rows", p.candidates);
@@ -100,7 +103,6 @@
     p.cells = p.token.map((token, i) => {
       const cell = element("button", "cell");
       cell.type = "button";
-      cell.tabIndex = i ? -1 : 0;
       cell.dataset.cell = i;
       cell.append(signed("span", textOf(token)));
       p.canvas.append(cell);
@@ -163,12 +165,13 @@
     const share = byConfidence ? (masked ? chance(p, place, 0) : Math.exp(p.logprob[i])) : step / Math.max(1, p.steps - 1);
     const rgb = masked && !byConfidence ? null : colour(share);
     const fresh = !masked && step === view.step - 1;
-    const kinds = { masked, closed: masked && i >= open, fresh, chosen: i === (view.hover ?? view.cell) };
+    const kinds = { masked, closed: masked && i >= open, fresh };
     cell.className = ["cell", ...Object.keys(kinds).filter((kind) => kinds[kind])].join(" ");
     cell.style.setProperty("--paint", rgb ? `rgb(${rgb})` : "");
     cell.style.setProperty("--over", masked ? "" : inkOn(rgb));
     cell.setAttribute("aria-label", `cell ${i + 1}: ${masked ? "masked" : `${textOf(p.token[i])} ${howCommitted(p, i)}`}`);
     cell.setAttribute("aria-pressed", i === view.cell);
+    cell.tabIndex = i === Math.min(view.cell ?? 0, p.cells.length - 1) ? 0 : -1; // Tab leads to the chosen cell
   }
 
   function drawPanel(p) {
@@ -192,6 +195,9 @@
 
   function drawInspector(p) {
     const i = view.hover ?? view.cell;
+    const shown = i === null ? "none" : p.place[i] ?? "beyond";
+    if (p.shown === shown) return;
+    p.shown = shown;
     if (i === null || i >= p.token.length) {
       const hint = i === null ? "Point at a cell, or tap it, to see what the model held there." : "This canvas ends before that cell.";
       p.inspector.replaceChildren(element("p", "", hint));
@@ -216,6 +222,16 @@
     p.inspector.replaceChildren(line, list);
   }
 
+  // The cell under the pointer, or else the chosen one.
+  function drawChoice() {
+    for (const p of panels) {
+      p.chosen?.classList.remove("chosen");
+      p.chosen = p.cells[view.hover ?? view.cell];
+      p.chosen?.classList.add("chosen");
+      drawInspector(p);
+    }
+  }
+
   function draw() {
     byId("step").value = view.step;
     byId("step").setAttribute("aria-valuetext", `step ${view.step} of ${last}`);
@@ -224,10 +240,8 @@
     byId("low").textContent = byStep ? "first step" : "0 %";
     byId("high").textContent = byStep ? (panels.length > 1 ? "last step of each" : "last step") : "100 %";
     for (const choice of document.getElementsByName("colour")) choice.checked = choice.value === view.colour;
-    for (const p of panels) {
-      drawPanel(p);
-      drawInspector(p);
-    }
+    panels.forEach(drawPanel);
+    drawChoice();
   }
 
   function change(changes) {
@@ -235,6 +249,11 @@
     view.step = Math.min(Math.max(view.step, 0), last);
     draw();
     if (timer === null) keep();
+  }
+
+  function hover(cell) {
+    view.hover = cell;
+    drawChoice();
   }
 
   // ---- the address -----------------------------------------------------------------------------------------------------
@@ -260,17 +279,22 @@
 
   // ---- time ------------------------------------------------------------------------------------------------------------
 
+  // Screen readers hear what a hand changed, not what plays.
+  function speak(kind) {
+    for (const part of [byId("now"), ...panels.map((p) => p.inspector)]) part.setAttribute("aria-live", kind);
+  }
+
   function pause() {
     clearInterval(timer);
     timer = null;
     byId("play").textContent = "▶ Play";
-    byId("now").setAttribute("aria-live", "polite");
+    speak("polite");
   }
 
   function play() {
+    speak("off");
     if (view.step >= last) change({ step: 0 });
     byId("play").textContent = "❚❚ Pause";
-    byId("now").setAttribute("aria-live", "off");
     timer = setInterval(() => {
       change({ step: view.step + 1 });
       if (view.step >= last) go(last);
@@ -287,44 +311,46 @@
 
   // ---- hands -----------------------------------------------------------------------------------------------------------
 
-  const MOVES = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, Home: -Infinity, End: Infinity };
+  const MOVES = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity };
+  const combined = (event) => event.ctrlKey || event.metaKey || event.altKey;
 
   // Where an arrow leads inside a canvas: to the next cell, or to the one above or below.
   function neighbour(p, cell, key) {
     const i = Number(cell.dataset.cell);
-    if (key !== "ArrowUp" && key !== "ArrowDown") return p.cells[Math.min(Math.max(i + MOVES[key], 0), p.cells.length - 1)];
+    if (key in MOVES) return p.cells[Math.min(Math.max(i + MOVES[key], 0), p.cells.length - 1)];
     const box = cell.getBoundingClientRect();
     const y = key === "ArrowUp" ? box.top - box.height / 2 : box.bottom + box.height / 2;
     return document.elementFromPoint(box.left + box.width / 2, y)?.closest(".cell") ?? cell;
   }
 
   function choose(i) {
-    for (const p of panels) p.cells.forEach((cell, j) => (cell.tabIndex = j === Math.min(i, p.cells.length - 1) ? 0 : -1));
     change({ cell: i, hover: null });
   }
 
   function listenTo(p) {
     const at = (event) => event.target.closest(".cell")?.dataset.cell;
     const on = (kind, act) => p.canvas.addEventListener(kind, (event) => at(event) !== undefined && act(event, Number(at(event))));
-    on("pointerover", (event, i) => event.pointerType === "mouse" && change({ hover: i }));
+    on("pointerover", (event, i) => event.pointerType === "mouse" && hover(i));
     on("mousedown", (event) => event.preventDefault()); // no focus: the arrows stay with the steps
     on("click", (_, i) => choose(i));
     on("focusin", (_, i) => choose(i));
     on("keydown", (event) => {
-      if (!(event.key in MOVES)) return;
+      if (combined(event) || !(event.key in MOVES || event.key === "ArrowUp" || event.key === "ArrowDown")) return;
       event.preventDefault();
       event.stopPropagation();
       neighbour(p, event.target, event.key).focus();
     });
-    p.canvas.addEventListener("pointerleave", () => change({ hover: null }));
+    p.canvas.addEventListener("pointerleave", () => hover(null));
   }
 
   document.addEventListener("keydown", (event) => {
-    if (event.ctrlKey || event.metaKey || event.altKey) return;
-    const kind = event.target.type === "radio" ? "radio" : event.target.closest("button, summary") ? "button" : "";
+    if (combined(event)) return;
+    const at = event.target;
+    const ownKeys = at.matches("input:not(#step)") || (at.matches("pre") && at.scrollHeight > at.clientHeight);
     if (event.key === "Escape") change({ cell: null, hover: null });
-    else if (event.key === " " && kind !== "button") toggle();
-    else if (event.key in MOVES && kind !== "radio") go(view.step + MOVES[event.key]);
+    else if (ownKeys) return;
+    else if (event.key === " " && !at.closest("button, summary")) toggle();
+    else if (event.key in MOVES) go(view.step + MOVES[event.key]);
     else return;
     event.preventDefault();
   });

@@ -7,11 +7,11 @@ import html
 import json
 import re
 import unicodedata
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from importlib import resources
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from unmask.decoding import Decoder
 from unmask.decoding.stream import END, MASK
 from unmask.files import whole
 from unmask.models.masked_lm import MaskedLM
+from unmask.spec import UserError
 from unmask.trajectory import Trajectory
 
 LIMIT = 5_000_000  # bytes of a page
@@ -61,13 +62,19 @@ def visible(text: str) -> str:
     return "◌" + shown if shown and unicodedata.category(shown[0]).startswith("M") else shown
 
 
+def name(lm: MaskedLM, token: int) -> str:
+    """What the tokenizer calls a token; ⟨id⟩ where it knows none of that id."""
+    piece = lm.tokenizer.convert_ids_to_tokens(token)
+    return f"⟨{token}⟩" if piece is None else str(piece)
+
+
 def sign(lm: MaskedLM, token: int) -> str:
     """How a token is shown. Of half a character the bytes: ⟨E2 82⟩."""
     if token == lm.mask_id:
         return MASK
     if token in lm.end_ids:
         return END
-    text, piece = str(lm.tokenizer.decode([token])), str(lm.tokenizer.convert_ids_to_tokens(token))
+    text, piece = str(lm.tokenizer.decode([token])), name(lm, token)
     if "\ufffd" in text:
         if single := re.fullmatch("<0x([0-9A-F]{2})>", piece):
             return f"⟨{single[1]}⟩"
@@ -76,39 +83,69 @@ def sign(lm: MaskedLM, token: int) -> str:
     return visible(text or piece)
 
 
-def page_data(lm: MaskedLM, prompt: str, panels: Sequence[Panel], every: int = 1) -> dict[str, Any]:
-    """What the page's script reads.
+class Contents:
+    """What the page's script reads, with the candidates of masked cells before all steps or before one step in n."""
 
-    A token's number is its place in ``vocabulary``; ``ends`` names those that end a text. ``held`` (such numbers) and
-    ``chances`` (probabilities times 65535) are base64 of little-endian integers, K a cell: first of the committed cells, from
-    left to right, as the model held them before the step that committed them; then before step 0, ``every``, 2 ``every``, …
-    of the cells that were masked.
-    """
-    shown = [part.flatten().cpu() for p in panels for part in (p.trajectory.tokens, *(c for c, _ in p.candidates))]
-    ids = torch.cat(shown).unique()
-    pieces = lm.tokenizer.convert_ids_to_tokens
-    width = "<u2" if len(ids) <= 2**16 else "<u4"
-    return {
-        "model": lm.name,
-        "weights": lm.weights,
-        "prompt": prompt,
-        "vocabulary": {"ids": ids.tolist(), "texts": [sign(lm, t) for t in ids.tolist()]},
-        "ends": {i: str(pieces(t)) for i, t in enumerate(ids.tolist()) if t in lm.end_ids},
-        "every": every,
-        "wide": width == "<u4",
-        "panels": [_panel_data(panel, ids, every, width) for panel in panels],
-    }
+    def __init__(self, lm: MaskedLM, prompt: str, panels: Sequence[Panel]) -> None:
+        self.lm, self.prompt, self.panels = lm, prompt, panels
+        self.steps = max(panel.trajectory.steps for panel in panels)
+        self._sign, self._name = cache(partial(sign, lm)), partial(name, lm)
+        self._committed = [_committed(panel) for panel in panels]
+        self._facts = [_facts(panel) for panel in panels]
+
+    def payload(self, every: int) -> int:
+        """Bytes that the candidates alone take at least, in base64."""
+        kept = (tokens for i, p in enumerate(self.panels) for tokens, _ in self._kept(i, p, every))
+        return sum(tokens.numel() for tokens in kept) * 4 * 4 // 3
+
+    def data(self, every: int = 1) -> dict[str, Any]:
+        """As JSON has it.
+
+        A token's number is its place in ``vocabulary``; ``ends`` names those that end a text. ``held`` (such numbers) and
+        ``chances`` (probabilities times 65535) are base64 of little-endian integers, K a cell: first of the committed cells,
+        from left to right, as the model held them before the step that committed them; then before step 0, ``every``,
+        2 ``every``, … of the cells that were masked.
+        """
+        kept = [self._kept(i, panel, every) for i, panel in enumerate(self.panels)]
+        shown = [panel.trajectory.tokens[0].cpu() for panel in self.panels]
+        ids = torch.cat([*shown, *(tokens.flatten() for part in kept for tokens, _ in part)]).unique()
+        width = "<u2" if len(ids) <= 2**16 else "<u4"
+        return {
+            "model": self.lm.name,
+            "weights": self.lm.weights,
+            "prompt": self.prompt,
+            "vocabulary": {"ids": ids.tolist(), "texts": [self._sign(t) for t in ids.tolist()]},
+            "ends": {i: self._name(t) for i, t in enumerate(ids.tolist()) if t in self.lm.end_ids},
+            "every": every,
+            "wide": width == "<u4",
+            "panels": [
+                {
+                    **facts,
+                    "token": torch.searchsorted(ids, tokens).tolist(),
+                    "held": _base64(torch.searchsorted(ids, torch.cat([t for t, _ in part])), width),
+                    "chances": _base64((torch.cat([c for _, c in part]) * 65535).round(), "<u2"),
+                }
+                for facts, tokens, part in zip(self._facts, shown, kept, strict=True)
+            ],
+        }
+
+    def _kept(self, number: int, panel: Panel, every: int) -> list[tuple[Tensor, Tensor]]:
+        return [self._committed[number], *panel.candidates[::every]]
 
 
-def _panel_data(panel: Panel, ids: Tensor, every: int, width: str) -> dict[str, Any]:
+def _committed(panel: Panel) -> tuple[Tensor, Tensor]:
+    """The candidates of the committed cells, from left to right, before the step that committed them: (C, K) twice."""
+    step = panel.trajectory.step[0].cpu()
+    rows = [(s, int(((step[:i] < 0) | (step[:i] >= s)).sum())) for i, s in enumerate(step.tolist()) if s >= 0]
+    tokens, chances = (torch.stack([part[s][row] for s, row in rows]) for part in zip(*panel.candidates, strict=True))
+    return tokens, chances
+
+
+def _facts(panel: Panel) -> dict[str, Any]:
+    """What the page shows of a decode besides tokens."""
     trajectory, plan = panel.trajectory, panel.decoder.plan
     step = trajectory.step[0].cpu()
-    masked = [(step < 0) | (step >= s) for s in range(trajectory.steps)]  # before step s
-    commits = [(s, int(masked[s][:i].sum())) for i, s in enumerate(step.tolist()) if s >= 0]
-    tokens, chances = (
-        torch.cat([torch.stack([part[s][row] for s, row in commits]), *part[::every]])
-        for part in zip(*panel.candidates, strict=True)
-    )
+    done = [int(((step >= 0) & (step < s)).sum()) for s in range(trajectory.steps)]
     return {
         "decoder": panel.decoder.name,
         "cache": panel.decoder.cache != "none",
@@ -117,13 +154,10 @@ def _panel_data(panel: Panel, ids: Tensor, every: int, width: str) -> dict[str, 
         "text": panel.text,
         "solved": panel.solved,
         "recorded": panel.recorded,
-        "token": torch.searchsorted(ids, trajectory.tokens[0].cpu()).tolist(),
         "step": step.tolist(),
         "logprob": [round(v, 6) for v in trajectory.logprob[0].tolist()],
-        "horizon": [plan.horizon[bisect_right(plan.done, int((~m).sum()))] for m in masked],
-        "candidates": tokens.shape[1],
-        "held": _base64(torch.searchsorted(ids, tokens), width),
-        "chances": _base64((chances * 65535).round(), "<u2"),
+        "horizon": [plan.horizon[bisect_right(plan.done, d)] for d in done],
+        "candidates": panel.candidates[0][0].shape[1],
     }
 
 
@@ -151,12 +185,24 @@ def write_page(path: Path, lm: MaskedLM, prompt: str, panels: Sequence[Panel], l
 
     Returns:
         The page's size in bytes, and n.
+
+    Raises:
+        UserError: where it exceeds ``limit`` even with the masked cells' candidates of the first step only.
     """
-    steps = max(panel.trajectory.steps for panel in panels)
-    for every in count(1):
-        page = render(page_data(lm, prompt, panels, every)).encode()
-        if len(page) <= limit or every >= steps:
-            break
-    with whole(path) as partial:
-        partial.write_bytes(page)
-    return len(page), every
+    contents = Contents(lm, prompt, panels)
+
+    def page(every: int) -> bytes:
+        return render(contents.data(every)).encode()
+
+    # The payload is quickly counted, so only what is near the limit is written out.
+    least = 1 + bisect_left(range(1, contents.steps), True, key=lambda n: contents.payload(n) <= limit)
+    every = least + bisect_left(range(least, contents.steps), True, key=lambda n: len(page(n)) <= limit)
+    found = page(every)
+    if len(found) > limit:
+        raise UserError(
+            f"the page takes {len(found) / 1e6:.1f} MB even where masked cells keep the candidates of one step only, and at "
+            f"most {limit / 1e6:g} MB are written: give fewer --candidates or fewer decoders"
+        )
+    with whole(path) as partial_file:
+        partial_file.write_bytes(found)
+    return len(found), every
