@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +17,11 @@ import pytest
 from conftest import toy
 from unmask import UserError, make_decoder
 from unmask.cli import main
+from unmask.evaluation import evaluate as evaluation
 from unmask.evaluation import tune as module
-from unmask.evaluation import tune_report
+from unmask.evaluation import tune_report, tune_space
 from unmask.evaluation.evaluate import EvalConfig, evaluate
+from unmask.evaluation.progress import progress_bars
 from unmask.evaluation.statistics import paired_difference
 from unmask.evaluation.tune import Standing, TuneConfig, command, pareto, tune
 from unmask.evaluation.tune_space import candidates
@@ -56,7 +60,7 @@ def small() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Countdown, "grade", grade)
-        patch.setattr(module, "candidates", some)
+        patch.setattr(tune_space, "candidates", some)
         patch.setattr(module, "FINALISTS", 4)
         yield
 
@@ -76,6 +80,14 @@ def lines(output: str | Path) -> list[Result]:
     return [json.loads(line) for line in (Path(output) / "measurements.jsonl").read_text().splitlines()]
 
 
+def measured(output: str | Path) -> dict[tuple[str, str], list[Result]]:
+    """Records by split and decoder, in order of their index."""
+    records: dict[tuple[str, str], list[Result]] = {}
+    for line in lines(output):
+        records.setdefault((line["split"], line["decoder"]), []).extend(line["records"])
+    return {key: sorted(mine, key=lambda r: r["index"]) for key, mine in records.items()}
+
+
 def lasting(value: Any) -> Any:
     """Without seconds and hardware."""
     if isinstance(value, dict):
@@ -88,9 +100,7 @@ def lasting(value: Any) -> Any:
 
 def test_result_is_what_the_measurements_say(searched: tuple[TuneConfig, Result]) -> None:
     chosen, result = searched
-    records: dict[tuple[str, str], list[Result]] = {}
-    for line in lines(chosen.output):
-        records.setdefault((line["split"], line["decoder"]), []).extend(line["records"])
+    records = measured(chosen.output)
     found = {e["decoder"]: e for e in result["candidates"]}
     assert result["rounds"] == [8, 16, 18] and {e["problems"] for e in result["candidates"]} == {8, 16, 18}
     for name, entry in found.items():
@@ -136,7 +146,7 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(
 ) -> None:
     chosen, whole = searched
     part = replace(chosen, output=str(tmp_path / "part"))
-    run_cell, batches, kills = module.run_cell, 0, 0
+    run_cell, batches, kills = evaluation.run_cell, 0, 0
 
     def killed(*arguments: Any) -> Iterator[list[Result]]:
         nonlocal batches, kills
@@ -147,7 +157,7 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(
                 kills += 1
                 raise Stop
 
-    monkeypatch.setattr(module, "run_cell", killed)
+    monkeypatch.setattr(evaluation, "run_cell", killed)
     while True:
         try:
             result = tune(part)
@@ -157,9 +167,32 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(
                 file.write('{"split": "validation", "decoder": "cut o')
     assert kills >= 5
     assert lasting(result) == lasting(whole)
-    assert lasting(lines(part.output)) == lasting(lines(chosen.output))
-    monkeypatch.setattr(module, "run_cell", None)  # all is there: nothing is decoded
+    assert lasting(measured(part.output)) == lasting(measured(chosen.output))  # each problem once
+    monkeypatch.setattr(evaluation, "run_cell", None)  # all is there: nothing is decoded
     assert lasting(tune(part)) == lasting(result)
+
+
+def test_a_kill_loses_no_finished_batch(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = config(model, tmp_path, budget=1, limit=2, test_limit=12, batch_size=4)
+    run_cell = evaluation.run_cell
+    asked: list[int] = []
+
+    def killed(request: Any, cell: Any, indexes: list[int], config: Any) -> Iterator[list[Result]]:
+        if len(indexes) <= 2:
+            yield from run_cell(request, cell, indexes, config)
+            return
+        asked.append(len(indexes))
+        yield next(iter(run_cell(request, cell, indexes, config)))
+        raise Stop
+
+    monkeypatch.setattr(evaluation, "run_cell", killed)
+    while True:
+        try:
+            tune(chosen)
+            break
+        except Stop:
+            continue
+    assert asked == [12, 8, 4]  # the batch before each kill is kept
 
 
 def test_batch_size_does_not_change_results(searched: tuple[TuneConfig, Result], tmp_path: Path) -> None:
@@ -182,7 +215,7 @@ def test_metric_and_guidance(model: str, tmp_path: Path) -> None:
 def test_eight_candidates_and_three_presets_are_left_at_least(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "candidates", candidates)
+    monkeypatch.setattr(tune_space, "candidates", candidates)
     monkeypatch.setattr(module, "FINALISTS", FINALISTS)
     result = tune(config(model, tmp_path, budget=2, limit=17, test_limit=2))
     found = {e["decoder"]: e for e in result["candidates"]}
@@ -196,7 +229,7 @@ def test_eight_candidates_and_three_presets_are_left_at_least(
 def test_where_no_candidate_fits_the_preset_is_the_winner(model: str, tmp_path: Path) -> None:
     result = tune(config(model, tmp_path, budget=1, limit=2, test_limit=2))
     assert result["winner"] == result["best_preset"] and result["finalists"] == ["full:steps=1"]
-    assert result["test"]["difference"] == 0 and len(lines(tmp_path)) == len(result["candidates"]) + 1
+    assert result["test"]["difference"] == 0 and len(measured(tmp_path)) == len(result["candidates"]) + 1
     assert "Take full:steps=1." in tune_report.sentences(result)[-1]
     assert len(tune_report.write(result, config(model, tmp_path, budget=1))) == 4
 
@@ -249,30 +282,18 @@ def test_the_command_prints_front_and_advice(
     assert "decoder.yaml" in said and "over the budget" in table
 
 
-def test_advice_by_hand() -> None:
-    def said(difference: float, low: float, high: float, ours: float = 8.0) -> str:
-        both = {"winner": {"decoder": "W", "nfe": ours}, "best_preset": {"decoder": "P", "nfe": 8.0}}
-        return tune_report.verdict({**both, "difference": difference, "difference_interval": [low, high]})
-
-    assert said(0.1, 0.01, 0.2) == "The winner is better. Take W."
-    assert "may be chance. Take W" in said(0.1, -0.01, 0.2) and "may be chance" in said(0.1, 0.0, 0.2)
-    assert said(-0.1, -0.2, 0.1).endswith("does not show on unseen problems. Take the preset P.")
-    assert said(0.0, 0.0, 0.0).endswith("Take the preset P.")
-    assert said(-0.1, -0.2, -0.01) == "On unseen problems the preset is better. Take P."
-    assert said(-0.1, -0.2, -0.01, 4.0).endswith("Take P, or the winner for 4.0 passes instead of 8.0.")
-
-
-def test_a_winner_over_the_budget_on_test_and_a_preset_that_wins_are_said(searched: tuple[TuneConfig, Result]) -> None:
-    _, result = searched
-    winner, preset = (
-        {**result["test"][k], "decoder": d, "nfe": 2.0} for k, d in (("winner", "W"), ("best_preset", "P"))
-    )
-    plain = {**result, "test": {**result["test"], "winner": winner, "best_preset": preset}}
-    assert not any("more than the budget" in s for s in tune_report.sentences(plain))
-    dear = {**plain, "test": {**plain["test"], "winner": {**winner, "nfe": 4.2}}}
-    assert "takes 4.2 passes a problem, more than the budget of 4" in tune_report.sentences(dear)[-1]
-    same = {**plain, "test": {**plain["test"], "winner": preset}}
-    assert tune_report.sentences(same)[-1] == "No candidate was better than this preset on validation. Take P."
+def test_names_with_brackets_are_shown_as_they_are(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "[b]$x_^$").symlink_to(model)
+    settings = ["--model", "[b]$x_^$", "--budget", "1", "--limit", "2", "--test-limit", "2", "--max-new-tokens", "16"]
+    command(["--task", "countdown", "--output", "out[/b][bold] :smile:", *settings])
+    said = capsys.readouterr()
+    assert "out[/b][bold] :smile:/decoder.yaml" in said.out and "[b]$x_^$, countdown" in " ".join(said.out.split())
+    with progress_bars() as progress:
+        progress("sudoku:[/b] · x", 1, 2)
+    assert "sudoku:[/b] · x" in capsys.readouterr().err
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
@@ -305,7 +326,32 @@ def test_mistakes(model: str, tmp_path: Path, flags: str, said: str, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_belongs_to_one_search(searched: tuple[TuneConfig, Result], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--task cuontdown", "did you mean 'countdown'"),
+        ("--task countdown --output /proc/nothing", "cannot write to /proc"),
+    ],
+)
+def test_what_needs_no_model_is_found_without_it(flags: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        command(["--model", "/no/such/model", "--budget", "4", *flags.split()])
+
+
+def test_a_typo_does_not_wait_for_torch() -> None:
+    code = """
+import sys
+from unmask.cli import main
+for flags in ("--bugdet 4", "--task countdown", "--task countdown --budget 0"):
+    assert main(["tune", *flags.split()]) == 2
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_folder_belongs_to_one_search(
+    searched: tuple[TuneConfig, Result], toy_folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen, _ = searched
     before = lasting(lines(chosen.output))
     for change in (
@@ -315,6 +361,9 @@ def test_a_folder_belongs_to_one_search(searched: tuple[TuneConfig, Result], mon
         {"metric": "score"},
         {"early_stop": False},
         {"seed": 1},
+        {"cfg_scale": [0.5]},
+        {"max_new_tokens": 32},
+        {"model": toy_folder},
     ):
         with pytest.raises(
             UserError, match=rf"holds a search with other .*{next(iter(change))}.*give another --output"
@@ -323,6 +372,13 @@ def test_a_folder_belongs_to_one_search(searched: tuple[TuneConfig, Result], mon
     assert lasting(lines(chosen.output)) == before
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="one process"):
+        tune(chosen)
+
+
+def test_measurements_without_their_settings_are_refused(searched: tuple[TuneConfig, Result], tmp_path: Path) -> None:
+    chosen = replace(searched[0], output=str(tmp_path), model="/no/such/model")  # refused before it is loaded
+    (tmp_path / "measurements.jsonl").write_bytes((Path(searched[0].output) / "measurements.jsonl").read_bytes())
+    with pytest.raises(UserError, match=r"measurements without the config\.json .*: give another --output"):
         tune(chosen)
 
 
@@ -339,5 +395,5 @@ def test_damaged_files_are_named(model: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds records of other problems: give another --output"):
         tune(chosen)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json is damaged"):
+    with pytest.raises(UserError, match=r"config\.json is damaged: give another --output"):
         tune(chosen)

@@ -1,16 +1,29 @@
-"""The search for a decoder without a model: front and halving by hand, and the decoders that are tried."""
+"""The search for a decoder without a model: front and halving by hand, the decoders that are tried, the advice."""
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
-from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from unmask import make_decoder
 from unmask.decoding.decoder import PRESETS
-from unmask.evaluation.tune import Standing, best, better_half, pareto, round_sizes, successive_halving
-from unmask.evaluation.tune_space import candidates, plan_passes
+from unmask.evaluation import tune_report
+from unmask.evaluation.tune import (
+    Standing,
+    TuneConfig,
+    best,
+    better_half,
+    pareto,
+    round_sizes,
+    standing,
+    successive_halving,
+)
+from unmask.evaluation.tune_space import behaviour, candidates, unfit_presets
+from unmask.flags import read_flags
 
 # ---- the search, without a model -------------------------------------------------------------------------------------
 
@@ -66,12 +79,53 @@ def test_halving_by_hand() -> None:
         asked.append((list(names), size))
         return [Standing(name, *table[name][(8, 16, 32).index(size)]) for name in names]
 
-    left = successive_halving("abcdef", [8, 16, 32], measure, 5.0, 1)
+    left = successive_halving("abcdef", [8, 16, 32], measure, 5.0, 1, ())
     # 8: within are a b d e f; three go on: a and b (the front), then f. 16: b is out; of a and f one goes on.
     assert asked == [(list("abcdef"), 8), (["a", "b", "f"], 16), (["f"], 32)]
     assert left == [Standing("f", 0.4, 5.0)]
     asked.clear()
-    assert [s.name for s in successive_halving("abcdef", [8, 16, 32], measure, 5.0, 2)] == ["a", "f"]
+    assert [s.name for s in successive_halving("abcdef", [8, 16, 32], measure, 5.0, 2, ())] == ["a", "f"]
+
+
+def test_the_best_that_cannot_exceed_the_budget_goes_on() -> None:
+    table = {  # a, b and c look better on 8 problems, and are over the budget on 16
+        "a": [(0.6, 31.9), (0.6, 33.0)],
+        "b": [(0.5, 31.5), (0.5, 32.5)],
+        "c": [(0.4, 31.0), (0.4, 32.1)],
+        "d": [(0.3, 32.0), (0.2, 32.0)],
+        "e": [(0.2, 32.0), (0.9, 32.0)],
+    }
+
+    def measure(names: Sequence[str], size: int) -> list[Standing]:
+        return [Standing(name, *table[name][(8, 16).index(size)]) for name in names]
+
+    assert successive_halving("abcde", [8, 16], measure, 32, 1, "de") == [Standing("d", 0.2, 32.0)]
+    assert successive_halving("abcde", [8, 16], measure, 32, 1, "e") == [Standing("e", 0.9, 32.0)]
+    assert successive_halving("abcde", [8, 16], measure, 32, 1, "") == []
+
+
+def test_only_the_last_round_cuts_at_the_budget_itself() -> None:
+    table: dict[str, list[tuple[float, float, float]]] = {
+        "a": [(0.9, 5.9, 0.5), (0.9, 5.9, 0.5), (0.9, 4.9, 0.1)],  # within two standard errors, and at last within it
+        "b": [(0.8, 5.9, 0.5), (0.8, 5.9, 0.5), (0.8, 5.1, 0.1)],  # at last over it, if not by much
+        "c": [(0.9, 5.9, 0.4)],  # over it by more
+        "d": [(0.1, 5.0), (0.1, 5.0), (0.1, 5.0)],
+    }
+    asked: list[list[str]] = []
+
+    def measure(names: Sequence[str], size: int) -> list[Standing]:
+        asked.append(list(names))
+        return [Standing(name, *table[name][(8, 16, 32).index(size)]) for name in names]
+
+    left = successive_halving("abcd", [8, 16, 32], measure, 5.0, 3, ())
+    assert asked == [list("abcd"), list("abd"), list("abd")] and [s.name for s in left] == ["a", "d"]
+
+
+def test_a_standing_by_hand() -> None:
+    records = [{"solved": s, "points": p, "possible": 4.0, "nfe": n} for s, p, n in ((True, 4.0, 3), (False, 1.0, 7))]
+    assert standing("a", records, "solved") == Standing("a", 0.5, 5.0, 2.0)  # deviation sqrt(8), of two problems
+    assert standing("a", records, "score") == Standing("a", 0.625, 5.0, 2.0)
+    assert standing("a", records[:1], "solved") == Standing("a", 1.0, 3.0, 0.0)
 
 
 # ---- the space -------------------------------------------------------------------------------------------------------
@@ -80,15 +134,15 @@ def test_halving_by_hand() -> None:
 @pytest.mark.parametrize("length", [1, 2, 16, 100, 128, 256])
 @pytest.mark.parametrize("early_stop", [True, False])
 def test_candidates_are_different_exact_and_near_the_budget(length: int, early_stop: bool) -> None:
-    for budget in (1, 2, 7, 8, 32, 300):
+    for budget in (1, 2, 7, 8, 32, 300, 4096):
         presets, others = candidates(budget, length, early_stop, [])
         decoders = [make_decoder(spec, max_new_tokens=length) for spec in (*presets, *others)]
-        assert len({replace(d, name="") for d in decoders}) == len(decoders) < 250
+        assert len({behaviour(d) for d in decoders}) == len(decoders) < 250
         assert all(d.top_p == 1 and d.cache == "none" and d.temperature == 0 and d.cfg_scale == 0 for d in decoders)
         assert all(spec.split(":")[0] in PRESETS for spec in presets)
-        assert any(plan_passes(d) <= budget and d.threshold is None for d in decoders[: len(presets)])
+        assert any(d.passes <= budget and d.threshold is None for d in decoders[: len(presets)])
         if not early_stop:
-            assert all(d.threshold is not None or plan_passes(d) <= budget for d in decoders)
+            assert all(d.threshold is not None or d.passes <= budget for d in decoders)
 
 
 def test_the_space_holds_every_family() -> None:
@@ -118,10 +172,142 @@ def test_the_space_holds_every_family() -> None:
     )
 
 
+def test_behaviour_by_hand() -> None:
+    def same(one: str, other: str, length: int) -> bool:
+        found = [behaviour(make_decoder(spec, max_new_tokens=length)) for spec in (one, other)]
+        return found[0] == found[1]
+
+    assert same("full", "full:steps=64", 128)
+    assert same("hybrid:block_length=2", "semi-ar:block_length=2", 16)  # a block of two in one step
+    assert same("ass", "full:steps=1", 2) and same("ass", "eoser-ass", 2)  # all at once
+    assert same("full:steps=1", "eoser:steps=1,confidence=margin", 16)
+    assert same("full:threshold=0.5", "hard-eos:threshold=0.9", 1)
+    assert same("full:gamma_min=0.1", "full", 16)  # without EOS rejection no gamma is read
+    for one, other in (
+        ("full:steps=8", "full:steps=4"),
+        ("full:steps=8", "full:steps=8,confidence=margin"),
+        ("full:steps=8", "eoser:steps=8"),
+        ("eoser:steps=8", "eoser:steps=8,gamma_min=0.1"),
+        ("eoser:steps=8", "hard-eos:steps=8"),
+        ("full:steps=8", "full:steps=8,block_length=8"),
+        ("full:steps=8", "full:steps=8,cfg_scale=1"),
+        ("full:steps=1", "full:steps=1,cfg_scale=1"),
+        ("full:threshold=0.5", "full:threshold=0.7"),
+        ("full:threshold=0.5", "full:steps=16"),
+    ):
+        assert not same(one, other, 16), (one, other)
+
+
+def test_presets_are_only_brought_down() -> None:
+    for budget in (1, 7, 32, 64, 127, 128, 300):
+        presets, _ = candidates(budget, 128, True, [])
+        for spec in presets:
+            name, _, steps = spec.partition(":")
+            assert name in PRESETS and make_decoder(spec).passes <= make_decoder(name).passes
+            assert (not steps) or make_decoder(name).passes > budget >= make_decoder(spec).passes
+    assert "semi-ar:steps=32" in candidates(32, 128, True, [])[0]
+
+
+def test_a_budget_of_more_than_the_canvas_has_a_space() -> None:
+    for early_stop in (True, False):
+        wide, wider = (candidates(budget, 64, early_stop, [0.5]) for budget in (256, 4096))
+        assert wide == wider
+        assert {"full:steps=64", "full:steps=64,cfg_scale=0.5", "eoser:gamma_min=0.1,steps=64"} <= set(wide[1])
+        assert not any("ass:" in spec for spec in wide[1])  # 6 passes
+        decoders = [make_decoder(spec, max_new_tokens=64) for spec in wide[1]]
+        guided = [d for d in decoders if d.cfg_scale and d.threshold is None]
+        assert min(d.passes for d in guided) >= 128 / 4  # the longest takes 128
+
+
+def test_presets_whose_blocks_do_not_fit() -> None:
+    assert unfit_presets(100) == ["semi-ar", "semi-ar-random", "threshold", "hybrid"] and unfit_presets(64) == []
+    assert not any(spec.startswith(tuple(unfit_presets(100))) for spec in candidates(32, 100, True, [])[0])
+
+
 def test_guidance_is_tried_at_half_the_passes() -> None:
     plain, guided = (candidates(8, 128, False, scales)[1] for scales in ([], [0.5]))
     added = [make_decoder(spec) for spec in guided if spec not in plain]
     assert set(plain) <= set(guided) and added and all(d.cfg_scale == 0.5 for d in added)
-    assert max(plan_passes(d) for d in added if d.threshold is None) == 8
+    assert max(d.passes for d in added if d.threshold is None) == 8
     assert {"full:steps=2,cfg_scale=0.5", "full:steps=4,cfg_scale=0.5"} <= set(guided)
-    assert plan_passes(make_decoder("full:steps=4,cfg_scale=0.5")) == 8
+    assert make_decoder("full:steps=4,cfg_scale=0.5").passes == 8
+
+
+# ---- the advice -------------------------------------------------------------------------------------------------------
+
+
+MEASURED = {"plan": 4, "problems": 12, "solved": 0.5, "solved_interval": [0.25, 0.75], "nfe": 4.0}
+RESULT: dict[str, Any] = {
+    "config": {
+        "budget": 4,
+        "metric": "solved",
+        "max_new_tokens": 16,
+        "model": {"name": "toy", "weights": "0123"},
+        "decoders": {"full:steps=4": make_decoder("full:steps=4", max_new_tokens=16).config()},
+    },
+    "candidates": [],
+    "rounds": [8],
+    "forward_passes": {"validation": 100, "test": 50},
+    "winner": {**MEASURED, "decoder": "full:steps=4"},
+    "test": {
+        "winner": {**MEASURED, "decoder": "W"},
+        "best_preset": {**MEASURED, "decoder": "P"},
+        "difference": 0.0,
+        "difference_interval": [-0.1, 0.1],
+    },
+}
+
+
+def test_advice_by_hand() -> None:
+    def said(difference: float, low: float, high: float, ours: float = 8.0, theirs: float = 8.0) -> str:
+        both = {"winner": {"decoder": "W", "nfe": ours}, "best_preset": {"decoder": "P", "nfe": theirs}}
+        return tune_report.verdict({**both, "difference": difference, "difference_interval": [low, high]}, 8)
+
+    assert said(0.1, 0.01, 0.2) == "The winner is better. Take W."
+    assert "may be chance. Take W, and expect little." in said(0.1, -0.01, 0.2)
+    assert "may be chance" in said(0.1, 0.0, 0.2)
+    assert said(-0.1, -0.2, 0.1).endswith("does not show on unseen problems. Take the preset P.")
+    assert said(0.0, 0.0, 0.0).endswith("Take the preset P.")
+    assert said(-0.1, -0.2, -0.01) == "On unseen problems the preset is better. Take the preset P."
+    assert said(-0.1, -0.2, -0.01, 4.0).endswith("P, or the winner for 4.0 passes instead of 8.0.")
+    # over the budget of 8
+    over = "more than the budget of 8: where that matters,"
+    assert said(0.1, 0.01, 0.2, ours=8.2).endswith(f"Take W. On test W takes 8.2 passes a problem, {over} take P.")
+    assert said(0.1, 0.01, 0.2, ours=8.2, theirs=9).endswith(f"{over} search again with a lower one.")
+    assert said(-0.1, -0.2, -0.01, theirs=8.25).endswith(f"On test P takes 8.25 passes a problem, {over} take W.")
+    assert said(-0.1, -0.2, 0.01, ours=9, theirs=9).endswith(f"{over} search again with a lower one.")
+    assert "budget" not in said(0.1, 0.01, 0.2, theirs=9) + said(-0.1, -0.2, -0.01, ours=9)
+
+
+def test_the_budget_on_test_and_a_preset_that_wins_are_said() -> None:
+    plain, preset = RESULT, RESULT["test"]["best_preset"]
+    assert tune_report.sentences(plain)[-1].endswith(tune_report.verdict(plain["test"], 4))
+    same = {**plain, "test": {**plain["test"], "winner": preset}}
+    assert tune_report.sentences(same)[-1] == "No candidate was better than this preset on validation. Take P."
+    dear = {**same["test"], "winner": {**preset, "nfe": 4.2}, "best_preset": {**preset, "nfe": 4.2}}
+    assert tune_report.sentences({**plain, "test": dear})[-1].endswith(
+        "Take P. On test P takes 4.2 passes a problem, more than the budget of 4: where that matters, search again with a "
+        "lower one."
+    )
+
+
+def test_presets_that_do_not_fit_the_canvas_are_said() -> None:
+    said = "Not tried, since their blocks do not divide 16 tokens: semi-ar, semi-ar-random, threshold, hybrid."
+    assert said in tune_report.sentences(RESULT)
+    fitting = {**RESULT, "config": {**RESULT["config"], "max_new_tokens": 64}}
+    assert not any("Not tried" in sentence for sentence in tune_report.sentences(fitting))
+
+
+@pytest.mark.parametrize(
+    "task", ["countdown", " countdown  ", "countdown:\tnumbers=3,\n max_value=9", "countdown:\u2028 "]
+)
+@pytest.mark.parametrize("folder", ["a  b\tc", "it's \\ \n# a\x07: 'b", "\x85é\u2029\ufeff\x1b[1m"])
+def test_the_command_in_the_decoder_file_is_the_command(tmp_path: Path, task: str, folder: str) -> None:
+    chosen = TuneConfig(task=task, budget=4, output=folder)
+    text = tune_report.decoder_file(RESULT, chosen)
+    (tmp_path / "decoder.yaml").write_text(text, encoding="utf-8")
+    assert make_decoder(str(tmp_path / "decoder.yaml")).name == "full:steps=4"
+    said = next(line for line in text.split("\n") if line.startswith("# command: ")).removeprefix("# command: ")
+    script = said.replace("unmask tune ", "printf '%s\\0' ", 1).encode()
+    words = subprocess.run(["bash", "-c", script], capture_output=True, check=True).stdout.decode().split("\0")[:-1]
+    assert read_flags(TuneConfig, words, prog="unmask tune") == chosen

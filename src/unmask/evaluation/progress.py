@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -16,13 +17,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from unmask.evaluation.evaluate import Progress as Report
+if TYPE_CHECKING:
+    from unmask.evaluation.evaluate import Progress as Report
 
 
 @contextmanager
 def progress_bars() -> Iterator[Report]:
     """A function (label, done, total) that draws a line a label; nothing is drawn before its first call."""
-    text = TextColumn("{task.description:<28}")
+    text = TextColumn("{task.description:<28}", markup=False)
     columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=Console(stderr=True))
     lines: dict[str, TaskID] = {}

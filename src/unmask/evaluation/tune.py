@@ -9,24 +9,30 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from statistics import fmean, stdev
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from unmask.evaluation.evaluate import Cell, EvalConfig, Progress, Request, environment, prepare, run_cell, task_prompts
-from unmask.evaluation.records import Record, summarise
-from unmask.evaluation.statistics import paired_difference
-from unmask.evaluation.tune_space import candidates, plan_passes
 from unmask.files import read_lines, whole, write_json, writing_to
 from unmask.flags import read_flags
 from unmask.models.source import ModelSource
 from unmask.spec import UserError, check_at_least
 
+if TYPE_CHECKING:
+    from unmask.evaluation.evaluate import Cell, EvalConfig, Progress, Request
+    from unmask.evaluation.records import Record
+
+# Heavy imports stand inside the functions, so that --help and a typo answer at once.
+
 FIRST_ROUND = 8
 """Problems of the first round."""
 FINALISTS, PRESET_FINALISTS = 8, 3
-"""So many candidates and presets go on at least, as far as they are within the budget."""
+"""So many candidates and presets go on at least, as far as they may be within the budget."""
+SLACK = 2
+"""Before the last round, a mean that is over the budget by no more than so many standard errors may still be within it."""
 KEPT = ("index", "id", "solved", "points", "possible", "nfe", "committed", "length", "seconds")
 
 
@@ -59,7 +65,7 @@ class TuneConfig(ModelSource):
     """Run folder. A second call with the same settings goes on or just prints the result."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "budget", "limit", "test_limit", "max_new_tokens")
+        check_at_least(self, 1, "budget", "limit", "test_limit", "max_new_tokens", "batch_size")
         for scale in self.cfg_scale:
             if not 0 < scale < float("inf"):
                 raise UserError(f"cfg_scale is {scale}: give positive numbers")
@@ -71,6 +77,8 @@ class TuneConfig(ModelSource):
 
     def evaluation(self, decoders: list[str]) -> EvalConfig:
         """The same settings for decoding the validation problems."""
+        from unmask.evaluation.evaluate import EvalConfig
+
         mine = {f.name for f in fields(self)} - {"task"}
         shared = {f.name: getattr(self, f.name) for f in fields(EvalConfig) if f.name in mine}
         return EvalConfig(**shared, task=[self.task], decoder=decoders, split="validation")
@@ -80,11 +88,12 @@ class TuneConfig(ModelSource):
 
 
 class Standing(NamedTuple):
-    """What a decoder has achieved: ``value`` in [0, 1], and its mean number of forward passes ``nfe``."""
+    """What a decoder has achieved: ``value`` in [0, 1], its mean number of forward passes ``nfe``, its standard error."""
 
     name: str
     value: float
     nfe: float
+    error: float = 0.0
 
 
 def pareto(standings: Sequence[Standing]) -> list[Standing]:
@@ -129,17 +138,23 @@ def successive_halving(
     measure: Callable[[Sequence[str], int], list[Standing]],
     budget: float,
     least: int,
+    safe: Container[str],
 ) -> list[Standing]:
-    """Who is within the budget after the last round.
+    """Who is within the budget after the last round; the rounds before it leave room for chance.
 
     Args:
         sizes: problems of each round. measure: (names, problems) -> their standings on the first so many problems.
-        least: how many go on at least, as far as they are within the budget.
+        least: how many go on at least, as far as they may be within the budget.
+        safe: names of those that cannot exceed the budget. The best of them goes on too, so that there is a result.
     """
     within: list[Standing] = []
     for size in sizes:
-        within = [s for s in measure(names, size) if s.nfe <= budget]
-        names = [s.name for s in better_half(within, least)]
+        slack = SLACK if size < sizes[-1] else 0
+        within = [s for s in measure(names, size) if s.nfe - slack * s.error <= budget]
+        going_on = better_half(within, least)
+        if sure := [s for s in within if s.name in safe]:
+            going_on.append(best(sure))
+        names = [s.name for s in within if s in going_on]
     return within
 
 
@@ -147,45 +162,58 @@ def successive_halving(
 
 
 class Measurements:
-    """What has been decoded: records by split and decoder, and a file of JSON lines, one a decoder's share of a round."""
+    """What has been decoded: records by split, decoder and index, and a file of JSON lines, one a finished batch."""
 
     def __init__(self, path: Path, request: Request, config: EvalConfig) -> None:
         """Raises UserError where the file is damaged."""
         self.path, self.request, self.config = path, request, config
-        self.found: dict[tuple[str, str], list[Record]] = {}
+        self.found: dict[tuple[str, str], dict[int, Record]] = {}
         try:
             lines = read_lines(path)
             for line in lines:
-                if any(set(record) != set(KEPT) for record in line["records"]):
-                    raise ValueError("a record of something else")
-                self.found.setdefault((line["split"], line["decoder"]), []).extend(line["records"])
+                self._add(line)
         except (ValueError, KeyError, TypeError):
             raise UserError(f"{path} is damaged: remove it, and the search starts again") from None
         with whole(path) as partial:  # without what a killed run left of its last line
             partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
+    def _add(self, line: dict[str, Any]) -> None:
+        if any(set(record) != set(KEPT) for record in line["records"]):
+            raise ValueError("a record of something else")
+        known = self.found.setdefault((line["split"], line["decoder"]), {})
+        known |= {record["index"]: record for record in line["records"]}
+
+    def so_far(self, split: str, name: str) -> list[Record]:
+        """The records of a decoder, by index."""
+        return [record for _, record in sorted(self.found[split, name].items())]
+
     def records(self, split: str, cell: Cell, size: int) -> list[Record]:
-        """The first ``size`` records of a cell; those that are missing are decoded and become one line of the file.
+        """The first ``size`` records of a cell; those that are missing are decoded, and each batch becomes a line of the file.
 
         Raises UserError where the file holds records of other problems.
         """
-        records = self.found.setdefault((split, cell.decoder_spec), [])
-        if [r["id"] for r in records] != [p.id for p in cell.problems[: len(records)]]:
+        from unmask.evaluation.evaluate import run_cell
+
+        known = self.found.setdefault((split, cell.decoder_spec), {})
+        ids = dict(enumerate(p.id for p in cell.problems))
+        if any(ids.get(index) != record["id"] for index, record in known.items()):
             raise UserError(f"{self.path} holds records of other problems: give another --output")
-        todo = [i for i in cell.todo(set(range(len(records)))) if i < size]
-        if todo:
-            made = [record for batch in run_cell(self.request, cell, todo, self.config) for record in batch]
-            made = [{key: record[key] for key in KEPT} for record in sorted(made, key=lambda r: int(r["index"]))]
+        todo = [i for i in cell.todo(set(known)) if i < size]
+        for batch in run_cell(self.request, cell, todo, self.config) if todo else ():
+            records = [{key: record[key] for key in KEPT} for record in batch]
+            line = {"split": split, "decoder": cell.decoder_spec, "records": records}
             with writing_to(self.path.parent), self.path.open("a") as file:
-                file.write(json.dumps({"split": split, "decoder": cell.decoder_spec, "records": made}) + "\n")
-            records += made
-        return records[:size]
+                file.write(json.dumps(line) + "\n")
+            self._add(line)
+        return [known[i] for i in range(size)]
 
 
 def standing(name: str, records: Sequence[Record], metric: str) -> Standing:
     """A decoder's standing on some problems."""
     points, possible = shares(records, metric)
-    return Standing(name, sum(points) / sum(possible), sum(r["nfe"] for r in records) / len(records))
+    passes = [r["nfe"] for r in records]
+    error = stdev(passes) / len(passes) ** 0.5 if len(passes) > 1 else 0.0
+    return Standing(name, sum(points) / sum(possible), fmean(passes), error)
 
 
 def shares(records: Sequence[Record], metric: str) -> tuple[list[float], list[float]]:
@@ -209,6 +237,15 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> dict[str, Any]
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a search runs as one process: start it without torchrun or accelerate")
+    from unmask.evaluation.evaluate import environment, prepare, task_prompts
+    from unmask.evaluation.records import summarise
+    from unmask.evaluation.statistics import paired_difference
+    from unmask.evaluation.tune_space import candidates
+    from unmask.tasks import make_task
+
+    make_task(config.task, {})  # a typo is refused before the model is loaded, and so is a folder that cannot be had
+    output = Path(config.output)
+    _check_folder(output)
     presets, others = candidates(config.budget, config.max_new_tokens, config.early_stop, config.cfg_scale)
     evaluation = config.evaluation([*presets, *others])
     request = prepare(evaluation)
@@ -220,11 +257,13 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> dict[str, Any]
     cells |= {("test", c.decoder_spec): replace(c, problems=unseen, prompts=prompts) for c in request.cells}
     mine = ("budget", "metric", "cfg_scale", "test_limit")
     settings = {**request.resolved, **{key: getattr(config, key) for key in mine}}
-    output = Path(config.output)
     with writing_to(output):
         output.mkdir(parents=True, exist_ok=True)
         _claim(output / "config.json", json.loads(json.dumps(settings)))
         done = Measurements(output / "measurements.jsonl", request, evaluation)
+
+    decoders = {cell.decoder_spec: cell.decoder for cell in request.cells}
+    safe = {name for name, d in decoders.items() if d.threshold is None and d.passes <= config.budget}
 
     def measure(what: str, split: str, names: Sequence[str], size: int) -> list[Standing]:
         found: list[Standing] = []
@@ -240,7 +279,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> dict[str, Any]
         def of_round(names: Sequence[str], size: int) -> list[Standing]:
             return measure(what, "validation", names, size)
 
-        return successive_halving(names, round_sizes(len(seen)), of_round, config.budget, least)
+        return successive_halving(names, round_sizes(len(seen)), of_round, config.budget, least, safe)
 
     known = search("presets", presets, PRESET_FINALISTS)
     finalists = [*known, *search("candidates", others, FINALISTS)]
@@ -248,10 +287,10 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> dict[str, Any]
     measure("test", "test", list(dict.fromkeys((winner, preset))), len(unseen))
 
     def entry(split: str, name: str) -> dict[str, Any]:
-        facts = {"decoder": name, "preset": name in presets, "plan": plan_passes(cells[split, name].decoder)}
-        return facts | summarise(done.found[split, name])
+        facts = {"decoder": name, "preset": name in presets, "plan": decoders[name].passes}
+        return facts | summarise(done.so_far(split, name))
 
-    (ours, possible), (theirs, _) = (shares(done.found["test", name], config.metric) for name in (winner, preset))
+    (ours, possible), (theirs, _) = (shares(done.so_far("test", name), config.metric) for name in (winner, preset))
     difference, interval = paired_difference(ours, theirs, possible)
     result = {
         "config": settings,
@@ -269,13 +308,24 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> dict[str, Any]
             "difference_interval": list(interval),
         },
         "forward_passes": {
-            split: sum(r["nfe"] for (where, _), records in done.found.items() if where == split for r in records)
+            split: sum(r["nfe"] for (where, name) in done.found if where == split for r in done.so_far(split, name))
             for split in ("validation", "test")
         },
     }
     with writing_to(output):
         write_json(output / "front.json", result)
     return result
+
+
+def _check_folder(output: Path) -> None:
+    """Raises UserError where ``output`` cannot be written or holds measurements of unknown settings; leaves no trace."""
+    with writing_to(output):
+        there = next(folder for folder in (output, *output.parents) if folder.exists())
+        TemporaryDirectory(dir=there).cleanup()
+        if (output / "measurements.jsonl").exists() and not (output / "config.json").exists():
+            raise UserError(
+                f"{output} holds measurements without the config.json they belong to: give another --output"
+            )
 
 
 def _claim(path: Path, settings: dict[str, Any]) -> None:
@@ -287,7 +337,7 @@ def _claim(path: Path, settings: dict[str, Any]) -> None:
         before = json.loads(path.read_text())
         changed = sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k))
     except (ValueError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged: remove it or give another --output") from None
+        raise UserError(f"{path} is damaged: give another --output") from None
     if changed:
         raise UserError(f"{path.parent} holds a search with other {', '.join(changed)}: give another --output")
 

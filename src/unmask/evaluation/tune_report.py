@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from dataclasses import MISSING, fields
@@ -18,6 +19,7 @@ from rich.table import Table
 from unmask.decoding import Decoder
 from unmask.evaluation.report import COLOURS, markdown, percent, save_figure
 from unmask.evaluation.tune import TuneConfig
+from unmask.evaluation.tune_space import unfit_presets
 from unmask.files import whole, writing_to
 
 Result = dict[str, Any]
@@ -46,7 +48,8 @@ def show(result: Result, written: list[Path]) -> None:
         if i == len(result["front"]):
             table.add_section()
         table.add_row(*row)
-    console = Console(width=None if sys.stdout.isatty() else 140)
+    width = None if sys.stdout.isatty() else 140
+    console = Console(width=width, markup=False, emoji=False)  # names and paths are shown as they are
     console.print(table)
     for line in sentences(result):
         console.print(line, highlight=False, soft_wrap=True)
@@ -94,7 +97,7 @@ def _row(entry: Result, result: Result) -> list[str]:
 def sentences(result: Result) -> list[str]:
     """What was done, what came out on unseen problems, and what to take."""
     metric, test, passes = result["config"]["metric"], result["test"], result["forward_passes"]
-    winner, preset = test["winner"], test["best_preset"]
+    winner, preset, budget = test["winner"], test["best_preset"], result["config"]["budget"]
 
     def said(entry: Result) -> str:
         share = percent(entry[metric], entry[f"{metric}_interval"])
@@ -103,6 +106,7 @@ def sentences(result: Result) -> list[str]:
     lines = [
         f"{len(result['candidates'])} decoders, rounds of {', '.join(map(str, result['rounds']))} validation problems: "
         f"{passes['validation']:,} forward passes, and {passes['test']:,} on test.",
+        *_unfit(result["config"]["max_new_tokens"]),
         f"winner on validation: {winner['decoder']}: {said(result['winner'])}. As the best of many this figure is too high.",
         f"winner on {winner['problems']} unseen test problems: {said(winner)}.",
     ]
@@ -110,29 +114,48 @@ def sentences(result: Result) -> list[str]:
         low, high = test["difference_interval"]
         points = f"{100 * test['difference']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
         lines.append(f"best preset on the same: {preset['decoder']}: {said(preset)}.")
-        lines.append(f"winner - best preset, paired: {points}. {verdict(test)}")
+        lines.append(f"winner - best preset, paired: {points}. {verdict(test, budget)}")
     else:
-        lines.append(f"No candidate was better than this preset on validation. Take {winner['decoder']}.")
-    budget = result["config"]["budget"]
-    if winner["nfe"] > budget:
-        lines.append(
-            f"On test the winner takes {winner['nfe']:.1f} passes a problem, more than the budget of {budget}; where that "
-            "matters, search again with a lower one."
-        )
+        taken = f"Take {winner['decoder']}.{_over(winner, preset, budget)}"
+        lines.append(f"No candidate was better than this preset on validation. {taken}")
     return lines
 
 
-def verdict(test: Result) -> str:
-    """Which of the two to take, by their paired difference on unseen problems."""
+def _unfit(length: int) -> list[str]:
+    """Which presets could not be tried, as a sentence."""
+    names = unfit_presets(length)
+    return [f"Not tried, since their blocks do not divide {length} tokens: {', '.join(names)}."] if names else []
+
+
+def verdict(test: Result, budget: int) -> str:
+    """Which of the two to take, by their paired difference on unseen problems, and whether it keeps the budget there."""
     low, high = test["difference_interval"]
-    winner, preset = test["winner"]["decoder"], test["best_preset"]["decoder"]
-    if low > 0:
-        return f"The winner is better. Take {winner}."
+    winner, preset = test["winner"], test["best_preset"]
     if test["difference"] > 0:
-        return f"The winner is ahead, but the interval holds 0: it may be chance. Take {winner}, and expect little."
-    if high >= 0:
-        return f"What the search found does not show on unseen problems. Take the preset {preset}{_passes(test)}."
-    return f"On unseen problems the preset is better. Take {preset}{_passes(test)}."
+        taken, other, advice = winner, preset, f"Take {winner['decoder']}"
+        found = "The winner is better."
+        if low <= 0:
+            found, advice = (
+                "The winner is ahead, but the interval holds 0: it may be chance.",
+                f"{advice}, and expect little",
+            )
+    else:
+        taken, other, advice = preset, winner, f"Take the preset {preset['decoder']}{_passes(test)}"
+        found = "On unseen problems the preset is better."
+        if high >= 0:
+            found = "What the search found does not show on unseen problems."
+    return f"{found} {advice}.{_over(taken, other, budget)}"
+
+
+def _over(taken: Result, other: Result, budget: int) -> str:
+    """What to do where the decoder to take exceeds the budget on test; nothing where it does not."""
+    if taken["nfe"] <= budget:
+        return ""
+    instead = f"take {other['decoder']}" if other["nfe"] <= budget else "search again with a lower one"
+    return (
+        f" On test {taken['decoder']} takes {taken['nfe']:g} passes a problem, more than the budget of {budget}: "
+        f"where that matters, {instead}."
+    )
 
 
 def _passes(test: Result) -> str:
@@ -155,12 +178,17 @@ def decoder_file(result: Result, config: TuneConfig) -> str:
         "test": f"{metric} {share} % of {test['problems']} unseen problems, {test['nfe']:.1f} passes each",
         "command": command_line(config),
     }
-    header = "".join(f"# {key}: {' '.join(str(value).split())}\n" for key, value in facts.items())
+    header = "".join(f"# {key}: {_printable(value)}\n" for key, value in facts.items())
     return header + yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True)
 
 
+def _printable(text: str) -> str:
+    """The same text with what would end a comment, or may not stand in YAML, as an escape."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def command_line(config: TuneConfig) -> str:
-    """The command that repeats a search."""
+    """The command that repeats a search: one line for bash or zsh, of printable characters alone."""
     words = ["unmask", "tune"]
     for f in fields(config):
         value = getattr(config, f.name)
@@ -172,7 +200,15 @@ def command_line(config: TuneConfig) -> str:
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-    return shlex.join(words)
+    return " ".join(map(_quoted, words))
+
+
+def _quoted(word: str) -> str:
+    """A word of a command line; one with line breaks or control characters in the form $'…', their bytes as escapes."""
+    if word.isprintable():
+        return shlex.quote(word)
+    plain = (c if c.isprintable() and c not in "\\'" else "".join(f"\\x{b:02x}" for b in os.fsencode(c)) for c in word)
+    return f"$'{''.join(plain)}'"
 
 
 def front_figure(result: Result) -> Figure:
@@ -203,7 +239,7 @@ def front_figure(result: Result) -> Figure:
     axis.set_ylim(bottom=0)
     axis.set_xlabel("forward passes a problem (mean), log scale")
     axis.set_ylabel(f"{metric} (%), {result['rounds'][-1]} validation problems")
-    axis.set_title(title(result), fontsize=10)
+    axis.set_title(title(result), fontsize=10, parse_math=False)
     axis.grid(alpha=0.3)
     drawn = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
     last = ["Pareto front:", *(entry["decoder"] for entry in front)]

@@ -33,9 +33,7 @@ LEAST = 0.25
 """A plan of fewer passes than this share of the budget belongs to the search of a smaller budget."""
 
 
-def plan_passes(decoder: Decoder) -> int:
-    """Forward passes of a row that takes the whole plan; guidance counts double."""
-    return decoder.plan.steps * (2 if decoder.cfg_scale else 1)
+Behaviour = tuple[Any, ...]
 
 
 def candidates(budget: int, length: int, early_stop: bool, cfg_scales: list[float]) -> tuple[list[str], list[str]]:
@@ -47,32 +45,38 @@ def candidates(budget: int, length: int, early_stop: bool, cfg_scales: list[floa
 
     Returns:
         Specs of the presets, and of all others. A preset whose plan is too long is also there with its steps brought down
-        to the budget. No two decode alike.
+        to the budget; those of ``unfit_presets`` are not. No two decode alike.
     """
     presets, others = list(_presets(budget, length)), list(_space(budget, length, early_stop))
     for scale in cfg_scales:
         others += [_with(spec, cfg_scale=scale) for spec in _space(budget // 2, length, early_stop)]
-    seen: set[Decoder] = set()
+    seen: set[Behaviour] = set()
 
     def fitting(specs: list[str], least: float) -> list[str]:
         found = []
         for spec in specs:
             decoder = make_decoder(spec, max_new_tokens=length)
-            if _may_fit(decoder, budget, early_stop, least) and _alike(decoder) not in seen:
-                seen.add(_alike(decoder))
+            if _may_fit(decoder, budget, early_stop, least) and behaviour(decoder) not in seen:
+                seen.add(behaviour(decoder))
                 found.append(spec)
         return found
 
     return fitting(presets, 0.0), fitting(others, LEAST)
 
 
+def unfit_presets(length: int) -> list[str]:
+    """The presets with blocks that do not divide a canvas of ``length`` tokens."""
+    return [name for name, settings in PRESETS.items() if length % settings.get("block_length", length)]
+
+
 def _presets(budget: int, length: int) -> Iterator[str]:
+    unfit = unfit_presets(length)
     for name, settings in PRESETS.items():
-        parts, rest = divmod(length, settings.get("block_length", length))
-        if rest or settings.get("top_p", 1) < 1:
+        if name in unfit or settings.get("top_p", 1) < 1:
             continue
         yield name
-        if "schedule" not in settings:
+        if "schedule" not in settings and make_decoder(name, max_new_tokens=length).passes > budget:
+            parts = length // settings.get("block_length", length)
             yield from (_with(name, steps=steps) for steps in _steps(budget, length, parts, (1.0,)))
 
 
@@ -114,20 +118,29 @@ def _with(spec: str, **parameters: Any) -> str:
 
 
 def _may_fit(decoder: Decoder, budget: int, early_stop: bool, least: float) -> bool:
-    """Whether it is worth measuring how many passes it takes; a plan shorter than ``least`` budgets is not."""
-    passes = plan_passes(decoder)
+    """Whether it is worth measuring how many passes it takes; a plan shorter than ``least`` budgets is not.
+
+    Where the budget is more than the longest plan takes, that plan stands for it.
+    """
     several = decoder.plan.horizon[0] < decoder.plan.length
     if decoder.threshold is not None:  # may finish a block in one pass
-        shortest = len(set(decoder.plan.horizon)) * (2 if decoder.cfg_scale else 1)
+        shortest = len(set(decoder.plan.horizon)) * decoder.copies
         return shortest <= budget * (PACES[-1] if early_stop else 1)
     stops = early_stop and (several or decoder.eos != "keep")
-    return least * budget <= passes <= budget * (PACES[-1] if stops else 1)
+    longest = min(budget, decoder.plan.length * decoder.copies)
+    return least * longest <= decoder.passes <= budget * (PACES[-1] if stops else 1)
 
 
-def _alike(decoder: Decoder) -> Decoder:
-    """The same for decoders that decode alike: a plan that commits all that is open asks no confidence which."""
-    if decoder.plan.commits == decoder.plan.open:
-        decoder = decoder.replace(confidence="low-confidence", eos="keep")
-    if decoder.eos != "reject":
-        decoder = decoder.replace(gamma_min=0.0)
-    return decoder.replace(name="", steps=decoder.plan.steps if decoder.schedule == "uniform" else None)
+def behaviour(decoder: Decoder) -> Behaviour:
+    """The same for two decoders of the space if and only if they do the same: what their names and settings come to.
+
+    A step that commits all that is open asks neither the confidence nor the EOS rule; a plan of such steps asks none.
+    """
+    plan = decoder.plan
+    chooses = [commits < open_ for commits, open_ in zip(plan.commits, plan.open, strict=True)]
+    filled = (plan.commits, plan.horizon, decoder.cfg_scale)
+    if not any(chooses):
+        return filled
+    gammas = [decoder.gamma(p) for p, asked in zip(plan.progress, chooses, strict=True) if asked]
+    rule = (decoder.eos, *(gammas if decoder.eos == "reject" else ()))
+    return (*filled, decoder.threshold, decoder.confidence, rule)
