@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo test lint format tiny results rl clean
+.PHONY: install demo test lint format tiny results rl study clean
 
 install: $(READY)
 
@@ -54,6 +54,11 @@ rl: $(READY)
 		$(BIN)/unmask eval --model $$run/final --task $$task --decoder eoser-ass --limit 256 --batch-size 64 \
 			--output $$run/test || exit 1; \
 	done; done; done
+
+# The studies of docs/results.md: hours; each goes on where it was stopped.
+STUDIES ?= decoders ascending gamma lengths objectives variants
+study: $(READY)
+	for study in $(STUDIES); do $(BIN)/unmask study configs/study/$$study.yaml --jobs 2 || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
