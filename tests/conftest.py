@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -42,12 +44,22 @@ def tiny_lm() -> MaskedLM:
     return load("tiny")
 
 
+def saved(lm: MaskedLM, folder: Path) -> str:
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def toy_folder(tmp_path_factory: pytest.TempPathFactory, toy_lm: MaskedLM) -> str:
-    folder = tmp_path_factory.mktemp("toy")
-    toy_lm.model.save_pretrained(folder)
-    toy_lm.tokenizer.save_pretrained(folder)
-    return str(folder)
+    return saved(toy_lm, tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a toy checkpoint that says which form of the tasks it is for."""
+    tasks = {"sudoku": {"style": "compact"}, "countdown": {"style": "compact", "max_value": 9}}
+    return saved(toy(n_layers=1, task_defaults=tasks), tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

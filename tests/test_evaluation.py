@@ -8,23 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import toy
 from unmask import MaskedLM, UserError, make_task
 from unmask.evaluation import report
 from unmask.evaluation.evaluate import EvalConfig, evaluate, task_prompts
 from unmask.evaluation.records import read_records
 from unmask.evaluation.statistics import pooled_bootstrap, wilson
-
-TASKS = {"sudoku": {"style": "compact"}, "countdown": {"style": "compact", "max_value": 9}}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    lm = toy(task_defaults=TASKS)
-    lm.model.save_pretrained(folder)
-    lm.tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def config(model: str, output: Path, **changes: object) -> EvalConfig:

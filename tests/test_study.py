@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import yaml
 
-from conftest import toy
 from unmask.cli import main
 from unmask.config import read_config
 from unmask.evaluation.records import read_records
@@ -25,7 +24,6 @@ from unmask.study.run import training_budget
 from unmask.study.summary import read_cells
 
 ROOT = Path(__file__).parent.parent
-TASKS = {"countdown": {"style": "compact", "max_value": 9}}
 RL = {
     "tasks": ["countdown"],
     "steps": 1,
@@ -38,15 +36,6 @@ RL = {
     "report_to": [],
     "learning_rate": 0.01,
 }
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    lm = toy(task_defaults=TASKS)
-    lm.model.save_pretrained(folder)
-    lm.tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 def write(folder: Path, **values: Any) -> Path:

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from conftest import toy
 from unmask import UserError, make_decoder
 from unmask.cli import main
 from unmask.evaluation import evaluate as evaluation
@@ -32,15 +31,6 @@ from unmask.tasks.base import bucket
 from unmask.tasks.countdown import Countdown
 
 Result = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    lm = toy(n_layers=1, task_defaults={"countdown": {"style": "compact", "max_value": 9}})
-    lm.model.save_pretrained(folder)
-    lm.tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 FINALISTS = module.FINALISTS
