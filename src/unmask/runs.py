@@ -13,7 +13,7 @@ from transformers.integrations import get_available_reporting_integrations
 from unmask.config import read_config, save_config
 from unmask.files import writing_to
 from unmask.models.masked_lm import MaskedLM
-from unmask.spec import UserError
+from unmask.spec import UserError, check_own_folder
 
 
 def claim(output: Path, config: Any, may_change: Collection[str], write: bool = True) -> Path | None:
@@ -26,8 +26,8 @@ def claim(output: Path, config: Any, may_change: Collection[str], write: bool = 
     Raises:
         UserError: if the folder cannot be written, or holds checkpoints of a run with other settings.
     """
-    if not str(output).strip(". ") and write:
-        raise UserError(f"output is {str(output)!r}: give a folder of its own")
+    if write:
+        check_own_folder(str(output))
     # The Trainer writes trainer_state.json last, so a checkpoint without it was cut off.
     complete = [p for p in output.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
     newest = max(complete, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)

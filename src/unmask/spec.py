@@ -38,6 +38,29 @@ def check_positive(config: Any, *names: str) -> None:
             raise UserError(f"{name} is {getattr(config, name)}: give a positive number")
 
 
+def check_seed(config: Any) -> None:
+    """Raises UserError for a ``seed`` out of range: seeds of problems and rows are made from it."""
+    if not 0 <= config.seed < 2**30:
+        raise UserError(f"seed is {config.seed}: give 0 to {2**30 - 1}")
+
+
+def check_own_folder(output: str) -> None:
+    """Raises UserError for an ``output`` that is the folder the command was started in, or above it."""
+    if not output.strip(". "):
+        raise UserError(f"output is {output!r}: give a folder of its own")
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The value that a field with a default takes where none is given."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def with_parameters(spec: str, **parameters: Any) -> str:
+    """``("ass:blocks=4", temperature=1)`` -> ``"ass:blocks=4,temperature=1"``."""
+    more = ",".join(f"{key}={value}" for key, value in parameters.items())
+    return f"{spec}{',' if ':' in spec else ':'}{more}" if more else spec
+
+
 def split_spec(spec: str) -> tuple[str, dict[str, str]]:
     """``"ass:blocks=4,temperature=1"`` -> ``("ass", {"blocks": "4", "temperature": "1"})``. Raises UserError."""
     name, _, rest = spec.strip().partition(":")

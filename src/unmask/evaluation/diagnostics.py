@@ -11,7 +11,7 @@ from torch import Tensor
 from unmask.decoding import Decoder, decode
 from unmask.decoding.decode import guided
 from unmask.decoding.sampling import Candidates, candidates
-from unmask.evaluation.evaluate import EvalConfig, task_prompts
+from unmask.evaluation.evaluate import EvalConfig, row_seeds, task_prompts
 from unmask.models.head import Head
 from unmask.models.masked_lm import MaskedLM
 from unmask.tasks import Task
@@ -34,7 +34,7 @@ def eos_curves(lm: MaskedLM, task: Task, decoder: Decoder, config: EvalConfig) -
     problems = task.problems(config.split, min(PROBLEMS, config.limit or PROBLEMS), config.seed)
     prompts = task_prompts(lm, task, problems, config.shots, config.seed)
     ids, mask = lm.encode(prompts, decoder.max_new_tokens)
-    seeds = torch.arange(len(problems), device=ids.device) + config.seed * 2**32
+    seeds = row_seeds(config.seed, range(len(problems))).to(ids.device)
     steps = decoder.plan.steps
     # Sums over batches: [confidence, count] of end and other candidates, [end tokens, all] of commits, [lengths, rows].
     sums = torch.zeros(steps, 4, 2, dtype=torch.float64)

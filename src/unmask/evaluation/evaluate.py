@@ -28,7 +28,7 @@ from unmask.evaluation.records import Record, as_lines, merge, shard, slug, summ
 from unmask.files import write_json, writing_to
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.source import ModelSource
-from unmask.spec import UserError, check_at_least
+from unmask.spec import UserError, check_at_least, check_own_folder, check_seed, with_parameters
 from unmask.tasks import Problem, Task, make_task
 
 _ELSEWHERE = ("output", "model", "task", "data", "decoder", "diagnostics", "compile")
@@ -71,10 +71,8 @@ class EvalConfig(ModelSource):
     def __post_init__(self) -> None:
         check_at_least(self, 1, "batch_size")
         check_at_least(self, 0, "shots")
-        if not 0 <= self.seed < 2**30:
-            raise UserError(f"seed is {self.seed}: give 0 to {2**30 - 1}")
-        if not self.output.strip(". "):
-            raise UserError(f"output is {self.output!r}: give a folder of its own")
+        check_seed(self)
+        check_own_folder(self.output)
         if not self.task or not self.decoder:
             raise UserError("give at least one task and one decoder")
         self.task_specs()
@@ -89,7 +87,7 @@ class EvalConfig(ModelSource):
             )
         if not self.data.strip() or "," in self.data:
             raise UserError(f"data is {self.data!r}: give the path of a file, without a comma")
-        return [f"{self.task[0]}{',' if ':' in self.task[0] else ':'}data={self.data}"]
+        return [with_parameters(self.task[0], data=self.data)]
 
 
 def environment() -> dict[str, Any]:
@@ -120,6 +118,11 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def row_seeds(seed: int, indexes: Sequence[int]) -> torch.Tensor:
+    """The seed of each problem's row, (len(indexes),) int64: it depends on nothing but the evaluation's seed and its index."""
+    return torch.tensor([seed * 2**32 + i for i in indexes], dtype=torch.int64)
 
 
 def task_prompts(lm: MaskedLM, task: Task, problems: Sequence[Problem], shots: int = 0, seed: int = 0) -> list[str]:
@@ -195,7 +198,7 @@ def run_cell(request: Request, cell: Cell, indexes: list[int], config: EvalConfi
     """Decode and grade the problems at ``indexes``; yields the records of those that finish together."""
     lm = request.lm
     prompts = [cell.prompts[i] for i in indexes]
-    seeds = torch.tensor([config.seed * 2**32 + i for i in indexes], dtype=torch.int64)
+    seeds = row_seeds(config.seed, indexes)
     start = time.perf_counter()
     found = decode_each(lm, prompts, cell.decoder, seeds, config.batch_size, config.early_stop, request.static_width)
     for numbers, trajectory in found:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from unmask.evaluation.report import COLOURS, markdown, percent, save_figure
 from unmask.evaluation.tune import TuneConfig
 from unmask.evaluation.tune_space import unfit_presets
 from unmask.files import whole, writing_to
+from unmask.spec import default_of
 
 Result = dict[str, Any]
 HEADINGS = ["decoder", "plan", "NFE", "solved % [95 %]", "score % [95 %]", "problems", "what it is"]
@@ -192,7 +193,7 @@ def command_line(config: TuneConfig) -> str:
     words = ["unmask", "tune"]
     for f in fields(config):
         value = getattr(config, f.name)
-        default = f.default if f.default_factory is MISSING else f.default_factory()
+        default = default_of(f)
         if value == default:
             continue
         flag = f.name.replace("_", "-")

@@ -18,6 +18,7 @@ from typing import Any
 
 from unmask.decoding import Decoder, make_decoder
 from unmask.decoding.decoder import PRESETS
+from unmask.spec import with_parameters
 
 CONFIDENCES = ("low-confidence", "margin", "entropy")
 EOS_RULES = ("eoser:gamma_min=0.01", "eoser:gamma_min=0.1", "eoser:gamma_min=0.4", "hard-eos")
@@ -49,7 +50,7 @@ def candidates(budget: int, length: int, early_stop: bool, cfg_scales: list[floa
     """
     presets, others = list(_presets(budget, length)), list(_space(budget, length, early_stop))
     for scale in cfg_scales:
-        others += [_with(spec, cfg_scale=scale) for spec in _space(budget // 2, length, early_stop)]
+        others += [with_parameters(spec, cfg_scale=scale) for spec in _space(budget // 2, length, early_stop)]
     seen: set[Behaviour] = set()
 
     def fitting(specs: list[str], least: float) -> list[str]:
@@ -77,26 +78,28 @@ def _presets(budget: int, length: int) -> Iterator[str]:
         yield name
         if "schedule" not in settings and make_decoder(name, max_new_tokens=length).passes > budget:
             parts = length // settings.get("block_length", length)
-            yield from (_with(name, steps=steps) for steps in _steps(budget, length, parts, (1.0,)))
+            yield from (with_parameters(name, steps=steps) for steps in _steps(budget, length, parts, (1.0,)))
 
 
 def _space(passes: int, length: int, early_stop: bool) -> Iterator[str]:
     blocks = [length // parts for parts in PARTS if length % parts == 0]
     for start in ("full", *EOS_RULES):
         for steps in _steps(passes, length, 1):
-            yield from _compared(_with(start, steps=steps), steps in _steps(passes, length, 1, COMPARED_PACES))
-        yield from (_with(start, threshold=threshold) for threshold in THRESHOLDS)
+            yield from _compared(
+                with_parameters(start, steps=steps), steps in _steps(passes, length, 1, COMPARED_PACES)
+            )
+        yield from (with_parameters(start, threshold=threshold) for threshold in THRESHOLDS)
     for block in blocks:
         parts = length // block
         for steps in _steps(passes, length, parts):
-            spec = _with("semi-ar", block_length=block, steps=steps)
+            spec = with_parameters("semi-ar", block_length=block, steps=steps)
             yield from _compared(spec, steps in _steps(passes, length, parts, COMPARED_PACES))
         for threshold in THRESHOLDS:
-            spec = _with("threshold", block_length=block, threshold=threshold)
+            spec = with_parameters("threshold", block_length=block, threshold=threshold)
             yield from _compared(spec, threshold in COMPARED_THRESHOLDS)
-        yield from _compared(_with("hybrid", block_length=block), True)
+        yield from _compared(with_parameters("hybrid", block_length=block), True)
     for start in ASCENDING_RULES:
-        yield from (_with(start, blocks=blocks) for blocks in range(1, max(2, length.bit_length())))
+        yield from (with_parameters(start, blocks=blocks) for blocks in range(1, max(2, length.bit_length())))
 
 
 def _steps(passes: int, length: int, parts: int, paces: tuple[float, ...] = PACES) -> list[int]:
@@ -109,12 +112,7 @@ def _compared(spec: str, every: bool) -> Iterator[str]:
     """The spec under ``every`` confidence, or as it is."""
     yield spec
     if every:
-        yield from (_with(spec, confidence=confidence) for confidence in CONFIDENCES[1:])
-
-
-def _with(spec: str, **parameters: Any) -> str:
-    more = ",".join(f"{key}={value}" for key, value in parameters.items())
-    return f"{spec}{',' if ':' in spec else ':'}{more}"
+        yield from (with_parameters(spec, confidence=confidence) for confidence in CONFIDENCES[1:])
 
 
 def _may_fit(decoder: Decoder, budget: int, early_stop: bool, least: float) -> bool:

@@ -14,7 +14,7 @@ from unmask.evaluation.records import slug
 from unmask.files import read_lines, read_yaml
 from unmask.spec import UserError
 from unmask.study import SEEDS
-from unmask.study.summary import plain, read_cells, summarise_study
+from unmask.study.summary import groups_of, plain, read_cells, summarise_study
 
 Curve = dict[int, float]
 _NOT_SETTINGS = (*SEEDS, "output", "eval_every", "save_every", "report_to", "log_completions", "rows_per_forward")
@@ -163,15 +163,8 @@ def _read_study(folder: Path, name: str, material: Material) -> None:
     cells = read_cells(folder)
     config = read_yaml(folder / "study.yaml", "the study") if (folder / "study.yaml").is_file() else {}
     summary = summarise_study(cells, config.get("compare", []), config.get("baselines", []))
-
-    def key(cell: dict[str, Any]) -> str:
-        return json.dumps({k: v for k, v in sorted(cell.items()) if k not in SEEDS})
-
-    by_setting: dict[str, list[dict[str, Any]]] = {}
-    for line in cells:
-        by_setting.setdefault(key(line["cell"]), []).append(line)
-    for entry in summary["cells"]:
-        lines = by_setting[key(entry["cell"])]
+    for entry, group in zip(summary["cells"], groups_of(cells).values(), strict=True):
+        lines = group.lines
         axes = {k: v for k, v in entry["cell"].items() if k not in ("task", "decoder")}
         numbers = {"score_name": lines[0]["score_name"], "seconds": sum(line["seconds"] for line in lines), **entry}
         curves = _curves([line["curves"] for line in lines if "curves" in line] or [{}])

@@ -20,7 +20,7 @@ from unmask.rl.config import GRPOSettings, TrajectoryGRPOConfig
 from unmask.rl.rewards import Row, load_reward, task_rewards
 from unmask.rl.trainer import TrajectoryGRPOTrainer
 from unmask.runs import check_reporters, claim, export
-from unmask.spec import UserError, check_at_least, check_positive, unknown
+from unmask.spec import UserError, check_at_least, check_positive, check_seed, unknown
 from unmask.tasks import Task, make_task
 
 _SCHEDULES = ("constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt")
@@ -88,8 +88,7 @@ class RLConfig(GRPOSettings):
                 "give 0 or more, and below 1 for the last two"
             )
         check_reporters(self.report_to)
-        if not 0 <= self.seed < 2**30:
-            raise UserError(f"seed is {self.seed}: give 0 to {2**30 - 1}")
+        check_seed(self)
         if self.lora_r is not None and self.lora_r < 1:
             raise UserError(f"lora_r is {self.lora_r}: give a rank of 1 or more, or none to train all weights")
         if self.problems is not None and self.problems < 1:

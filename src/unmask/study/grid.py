@@ -23,7 +23,7 @@ from unmask.decoding import Decoder, make_decoder
 from unmask.evaluation.evaluate import EvalConfig
 from unmask.evaluation.records import slug
 from unmask.rl.run import MAY_CHANGE, RLConfig
-from unmask.spec import UserError, build, check_at_least, unknown
+from unmask.spec import UserError, build, check_at_least, check_own_folder, default_of, unknown, with_parameters
 from unmask.study import SEEDS, Table
 from unmask.tasks import make_task
 
@@ -51,8 +51,7 @@ class StudyConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "jobs")
-        if not str(self.output).strip(". "):
-            raise UserError(f"output is {self.output!r}: give a folder of its own")
+        check_own_folder(self.output)
         if not self.evaluate:
             raise UserError("evaluate needs at least one table, with the tasks and decoders to evaluate")
 
@@ -141,9 +140,7 @@ def _evaluations(config: StudyConfig) -> list[tuple[EvalConfig, Decoder, Table]]
         for settings in _product(table, {k: isinstance(v, list) for k, v in table.items()}):
             make_task(str(settings["task"]), {})  # refuses what is none
             extra = {k: v for k, v in settings.items() if k in of_decoder}
-            spec = str(settings["decoder"])
-            if extra:
-                spec += ("," if ":" in spec else ":") + ",".join(f"{k}={v}" for k, v in extra.items())
+            spec = with_parameters(str(settings["decoder"]), **extra)
             values = {k: v for k, v in settings.items() if k in of_evaluation}
             values |= {"task": [str(settings["task"])], "decoder": [spec], "trajectories": True, "output": "none"}
             evaluation = build(EvalConfig, values, "evaluate")
@@ -202,12 +199,8 @@ def _training_part(training: RLConfig | None) -> Table:
 
 def _changed(settings: Any) -> Table:
     """Fields that are not at their defaults: one that is added later leaves what is finished as it is."""
-    values = {f.name: (getattr(settings, f.name), _default(f)) for f in dataclasses.fields(settings)}
+    values = {f.name: (getattr(settings, f.name), default_of(f)) for f in dataclasses.fields(settings)}
     return {name: value for name, (value, default) in values.items() if value != default}
-
-
-def _default(f: dataclasses.Field[Any]) -> Any:
-    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def check_compared(config: StudyConfig, axes: dict[str, list[Any]]) -> None:

@@ -122,11 +122,9 @@ def _process(job: Job, folder: Path, done: set[str], threads: int, gpu: str | No
     import torch
 
     torch.set_num_threads(threads)
-    lock = threading.Lock()
 
     def report(kind: str, line: Table) -> None:
-        with lock:
-            pipe.send((kind, line))
+        pipe.send((kind, line))
 
     try:
         run_job(job, folder, done, report)

@@ -68,7 +68,7 @@ class Group:
         return np.concatenate([line[name] for line in self.lines])
 
 
-def _groups(cells: Sequence[Table]) -> dict[str, Group]:
+def groups_of(cells: Sequence[Table]) -> dict[str, Group]:
     """The cells of equal settings, seeds aside, by their settings as text."""
     found: dict[str, list[Table]] = {}
     for line in cells:
@@ -89,7 +89,7 @@ def summarise_study(cells: Sequence[Table], compare: Sequence[str] = (), baselin
         ``axes`` with their values, ``cells`` with 95 % intervals, paired ``differences``, the ``note`` on their number, and
         ``budgets``: what all trained cells have alike.
     """
-    groups = _groups(cells)
+    groups = groups_of(cells)
     bootstrap = Bootstrap()
     axes = _axes(groups)
     chosen = list(compare) or [axis for axis, values in axes.items() if len(values) > 1 and axis != "task"]

@@ -11,7 +11,7 @@ import tyro
 from unmask.files import claim_result, writing_to
 from unmask.flags import read_flags
 from unmask.models.source import ModelSource
-from unmask.spec import UserError, check_at_least
+from unmask.spec import UserError, check_at_least, check_seed
 
 MOST = 4  # decodes side by side
 
@@ -51,8 +51,7 @@ class ViewArguments(ModelSource):
     def check(self) -> None:
         """Raises UserError where a value is out of range or two of them exclude each other."""
         check_at_least(self, 0, "index")
-        if not 0 <= self.seed < 2**30:
-            raise UserError(f"seed is {self.seed}: give 0 to {2**30 - 1}")
+        check_seed(self)
         if not 1 <= self.candidates <= 20:
             raise UserError(f"candidates is {self.candidates}: give 1 to 20")
         if self.repeats and not all(p.endswith(".jsonl") for p in self.prompt):

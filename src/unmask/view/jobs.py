@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from unmask.decoding import Decoder, make_decoder
+from unmask.evaluation.evaluate import row_seeds
 from unmask.evaluation.records import Record, read_records, slug
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.source import ModelSource
@@ -90,7 +91,7 @@ def from_records(a: ViewArguments) -> Plan:
 
 def _seeds(seed: int, index: int) -> dict[str, Any]:
     """The randomness of a problem in an evaluation."""
-    return {"seeds": torch.tensor([seed * 2**32 + index])}
+    return {"seeds": row_seeds(seed, [index])}
 
 
 @dataclass(frozen=True)
