@@ -202,7 +202,7 @@ def test_metric_and_guidance(model: str, tmp_path: Path) -> None:
     assert any(e["solved"] > result["winner"]["solved"] for e in last)  # so the metric made a difference
 
 
-def test_eight_candidates_and_three_presets_are_left_at_least(
+def test_all_presets_and_eight_candidates_at_least_are_left(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tune_space, "candidates", candidates)
@@ -210,10 +210,10 @@ def test_eight_candidates_and_three_presets_are_left_at_least(
     result = tune(config(model, tmp_path, budget=2, limit=17, test_limit=2))
     found = {e["decoder"]: e for e in result["candidates"]}
     within = [e for e in found.values() if e["nfe"] <= 2]
-    assert (
-        sum(not e["preset"] for e in within) < 16 and sum(e["preset"] for e in within) < 6
-    )  # halving alone leaves fewer
-    assert sum(found[name]["preset"] for name in result["finalists"]) == 3 and len(result["finalists"]) == 11
+    assert sum(not e["preset"] for e in within) < 16  # halving alone leaves fewer
+    left = [found[name] for name in result["finalists"]]
+    assert [e for e in left if e["preset"]] == [e for e in within if e["preset"]] and len(left) > 3
+    assert sum(not e["preset"] for e in left) == 8
 
 
 def test_where_no_candidate_fits_the_preset_is_the_winner(model: str, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class Bootstrap:
         """How often each problem is drawn, (draws, problems)."""
         if (name, size) not in self._problems:
             rng = np.random.default_rng([size, *name.encode()])
-            self._problems[name, size] = rng.multinomial(size, np.full(size, 1 / size), self.count).astype(np.float32)
+            self._problems[name, size] = rng.multinomial(size, np.full(size, 1 / size), self.count).astype(np.float64)
         return self._problems[name, size]
 
     def _seed_weights(self, seeds: int) -> np.ndarray:

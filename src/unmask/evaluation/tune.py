@@ -1,8 +1,9 @@
 """``unmask tune``: the best decoder within a budget of forward passes a problem, by successive halving.
 
-Every candidate decodes a few validation problems; the better half goes on to twice as many, and so on. What is over the
-budget is out. The best of the last round and the best preset then decode test problems that the search has not seen. Every
-measurement is a line of ``measurements.jsonl``, so a killed search goes on where it stopped, and ends the same.
+Every candidate decodes a few validation problems; the better half goes on to twice as many, and so on; of the presets all
+go on. What is over the budget is out. The best of the last round and the best preset then decode test problems that the
+search has not seen. Every measurement is a line of ``measurements.jsonl``, so a killed search goes on where it stopped, and
+ends the same.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ if TYPE_CHECKING:
 
 # Heavy imports stand inside the functions, so that --help and a typo answer at once.
 
-FIRST_ROUND = 8
+FIRST_ROUND = 16
 """Problems of the first round."""
-FINALISTS, PRESET_FINALISTS = 8, 3
-"""So many candidates and presets go on at least, as far as they may be within the budget."""
+FINALISTS = 8
+"""So many candidates go on at least, as far as they may be within the budget. Of the presets all do."""
 SLACK = 2
 """Before the last round, a mean that is over the budget by no more than so many standard errors may still be within it."""
 KEPT = ("index", "id", "solved", "points", "possible", "nfe", "committed", "length", "seconds")
@@ -49,7 +50,7 @@ class TuneConfig(ModelSource):
     cfg_scale: list[float] = field(default_factory=list)
     """Strengths of guidance to try beside none, e.g. ``0.5 1``."""
     limit: int = 128
-    """Validation problems of the last round; the first has 8."""
+    """Validation problems of the last round; the first has 16."""
     test_limit: int = 256
     """Test problems for the winner and the best preset."""
     max_new_tokens: int = 128
@@ -281,7 +282,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> dict[str, Any]
 
         return successive_halving(names, round_sizes(len(seen)), of_round, config.budget, least, safe)
 
-    known = search("presets", presets, PRESET_FINALISTS)
+    known = search("presets", presets, len(presets))
     finalists = [*known, *search("candidates", others, FINALISTS)]
     winner, preset = best(finalists).name, best(known).name
     measure("test", "test", list(dict.fromkeys((winner, preset))), len(unseen))

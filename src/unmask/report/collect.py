@@ -14,7 +14,8 @@ from unmask.evaluation.records import slug
 from unmask.files import read_lines, read_yaml
 from unmask.spec import UserError
 from unmask.study import SEEDS
-from unmask.study.summary import groups_of, plain, read_cells, summarise_study
+from unmask.study.pivot import plain
+from unmask.study.summary import groups_of, read_cells, summarise_study
 
 Curve = dict[int, float]
 _NOT_SETTINGS = (*SEEDS, "output", "eval_every", "save_every", "report_to", "log_completions", "rows_per_forward")

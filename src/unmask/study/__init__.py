@@ -5,3 +5,6 @@ from typing import Any
 Table = dict[str, Any]
 SEEDS = ("seed", "train.seed")
 """The axes that a summary pools instead of comparing."""
+METRICS = ("solved", "score")
+PLAN = "plan"
+"""Stands among the axes of a table for the number of passes that a decoder's plan allows."""

@@ -24,7 +24,7 @@ from unmask.evaluation.evaluate import EvalConfig
 from unmask.evaluation.records import slug
 from unmask.rl.run import MAY_CHANGE, RLConfig
 from unmask.spec import UserError, build, check_at_least, check_own_folder, default_of, unknown, with_parameters
-from unmask.study import SEEDS, Table
+from unmask.study import PLAN, SEEDS, Table
 from unmask.tasks import make_task
 
 _NAMES = ("name", "decoder", "batch_size")
@@ -46,6 +46,8 @@ class StudyConfig:
     """Axes along which cells are compared with their first value; by default all but the task."""
     baselines: list[str] = field(default_factory=list)
     """Decoders, as ``evaluate`` names them, with which every other one of as many passes is compared."""
+    tables: Annotated[list[dict[str, Any]], tyro.conf.Suppress] = field(default_factory=list)
+    """Tables for reading, ``Pivot`` settings, at the head of ``table.md``."""
     jobs: int = 1
     """Jobs at a time, each in a process of its own; the cores are shared out, and GPUs are taken in turn."""
 
@@ -246,3 +248,10 @@ def labels(jobs: list[Job]) -> tuple[dict[str, Table], dict[str, list[Any]]]:
         for key in ("train.objective", "train.decoder"):
             axes.setdefault(key, [t[key] for t in tables.values() if key in t][:1])
     return {key: {k: t.get(k) for k in axes} for key, t in tables.items()}, axes
+
+
+def settings_of(jobs: list[Job], tables: dict[str, Table]) -> list[Table]:
+    """What tells the cells apart, seeds aside, and the passes of their plans."""
+    found = [{**tables[c.key], PLAN: c.decoder.passes} for job in jobs for c in job.cells]
+    settings = [{k: v for k, v in table.items() if k not in SEEDS} for table in found]
+    return list({json.dumps(table): table for table in settings}.values())

@@ -26,7 +26,8 @@ from unmask.config import save_config
 from unmask.files import read_lines, whole, write_json, writing_to
 from unmask.spec import UserError
 from unmask.study import Table
-from unmask.study.grid import Job, StudyConfig, check_compared, jobs_of, labels
+from unmask.study.grid import Job, StudyConfig, check_compared, jobs_of, labels, settings_of
+from unmask.study.pivot import pivots
 
 if TYPE_CHECKING:
     from unmask.rl.run import RLConfig
@@ -194,6 +195,7 @@ def study(config: StudyConfig, beside: Path, progress: Progress | None = None) -
     jobs = jobs_of(config, beside)
     tables, axes = labels(jobs)
     check_compared(config, axes)
+    shown = pivots(config, settings_of(jobs, tables))
     output = Path(config.output)
     keys = [c.key for job in jobs for c in job.cells]
     with writing_to(output, "output"):
@@ -219,7 +221,7 @@ def study(config: StudyConfig, beside: Path, progress: Progress | None = None) -
         with writing_to(output, "output"):
             write_json(output / "summary.json", summary)
             with whole(output / "table.md") as partial:
-                partial.write_text(markdown(summary))
+                partial.write_text(markdown(summary, shown))
     return summary
 
 

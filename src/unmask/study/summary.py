@@ -18,9 +18,8 @@ from unmask.evaluation.report import percent
 from unmask.evaluation.statistics import Bootstrap, holm, student_half_width, student_p, wilson
 from unmask.files import read_lines
 from unmask.spec import UserError
-from unmask.study import SEEDS, Table
-
-METRICS = ("solved", "score")
+from unmask.study import METRICS, SEEDS, Table, pivot
+from unmask.study.pivot import OTHERS, Pivot, plain, points
 
 
 def read_cells(folder: Path) -> list[Table]:
@@ -233,13 +232,8 @@ def _note(differences: Sequence[Table], seeds: Sequence[int]) -> str:
     return text
 
 
-def plain(value: Any) -> str:
-    """A setting's value as text."""
-    return "–" if value is None else " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def markdown(summary: Table) -> str:
-    """The summary as Markdown: cells, budgets, differences, note."""
+def markdown(summary: Table, tables: Sequence[Pivot] = ()) -> str:
+    """The summary as Markdown: the chosen tables, all cells, budgets, differences, note."""
     axes = list(summary["axes"])
     trained = any("updates" in c["budget"] for c in summary["cells"])
     headings = [*axes, "seeds", "NFE", "solved % [95 %]", "score % [95 %]", "tokens/forward", "length"]
@@ -251,7 +245,8 @@ def markdown(summary: Table) -> str:
         if trained:
             row.append(f"{c['budget'].get('training_passes', 0) / 1000:.0f}")
         rows.append(row)
-    text = markdown_table(headings + ["passes in training, at most (thousands)"] * trained, rows, left=len(axes))
+    text = "".join(pivot.markdown(table, summary) + "\n" for table in tables) + "**All cells**\n\n" * bool(tables)
+    text += markdown_table(headings + ["passes in training, at most (thousands)"] * trained, rows, left=len(axes))
     problems = sorted({c["problems"] for c in summary["cells"]})
     text += f"\n{' or '.join(map(str, problems))} problems a cell and seed. "
     alike = [f"{v:,} {k.replace('_', ' ')}" for k, v in summary["budgets"].items() if v is not None]
@@ -262,8 +257,7 @@ def markdown(summary: Table) -> str:
         text += f"They differ in {' and '.join(differ)}. "
     text += summary["note"] + "\n"
     for axis in dict.fromkeys(d["axis"] for d in summary["differences"]):
-        against = {"training": "the untrained model", "equal passes": "the baseline of as many passes"}
-        text += f"\nAgainst {against.get(axis, f'the first {axis}')}:\n\n"
+        text += f"\nAgainst {OTHERS.get(axis, f'the first {axis}')}:\n\n"
         text += _difference_table(axis, axes, summary["differences"])
     return text
 
@@ -281,7 +275,6 @@ def _difference_table(axis: str, axes: Sequence[str], differences: Sequence[Tabl
             row.append(plain(d["against"][other]))
         row.append(f"{d['nfe'][0]:.1f} / {d['nfe'][1]:.1f}")
         for m in METRICS:
-            low, high = d[f"{m}_interval"]
-            row += [f"{100 * d[m]:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]", f"{d[f'{m}_holm']:.2g}"]
+            row += [points(d, m), f"{d[f'{m}_holm']:.2g}"]
         rows.append(row)
     return markdown_table(headings, rows, left=len(named) + bool(other))

@@ -1,0 +1,173 @@
+"""Tables for reading: some of a study's cells, one quantity beside the other, as ``tables`` of the study's file asks for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from unmask.evaluation.report import markdown as markdown_table
+from unmask.evaluation.report import percent
+from unmask.spec import UserError, build, unknown
+from unmask.study import METRICS, PLAN, Table
+
+if TYPE_CHECKING:
+    from unmask.study.grid import StudyConfig
+
+CLEAR = 0.05
+"""A difference with Holm's p below this gets a star."""
+OTHERS = {"training": "the untrained model", "equal passes": "the baseline of as many passes"}
+"""What a cell is compared with, where that is not the first value of an axis."""
+HEADINGS = {
+    "nfe": "NFE",
+    "solved": "solved % [95 %]",
+    "score": "score % [95 %]",
+    "length": "length",
+    "tokens_per_forward": "tokens/forward",
+}
+
+
+@dataclass(frozen=True)
+class Pivot:
+    """One table: a row for each combination of values of ``rows``, a column for each of ``columns`` and each quantity."""
+
+    title: str
+    """The line above it."""
+    rows: list[str]
+    """Axes, or ``plan``."""
+    columns: list[str] = field(default_factory=list)
+    """Axes, or ``plan``."""
+    where: dict[str, Any] = field(default_factory=dict)
+    """Values that an axis must have; a list: one of them."""
+    show: list[Literal["nfe", "solved", "score", "length", "tokens_per_forward"]] = field(
+        default_factory=lambda: ["nfe", "solved"]  # type: ignore[arg-type]
+    )
+    """Quantities of a cell."""
+    against: list[str] = field(default_factory=list)
+    """Comparisons: axes, ``training`` or ``equal passes``; differences of solved, or of the score where that alone is shown."""
+
+    @property
+    def metric(self) -> str:
+        return "score" if "score" in self.show and "solved" not in self.show else "solved"
+
+
+def pivots(config: StudyConfig, cells: Sequence[Table]) -> list[Pivot]:
+    """The tables of a study's file.
+
+    Args:
+        cells: the value of every axis in each cell, seeds aside, and ``plan``.
+
+    Raises:
+        UserError: where a table names what the study does not have, stays empty, or has two cells in one place.
+    """
+    found, axes = [], list(cells[0])
+    trained = any(axis.startswith("train.") for axis in axes)
+    compared = [*axes, *["training"] * trained, *["equal passes"] * bool(config.baselines)]
+    for number, table in enumerate(config.tables, 1):
+        for key in ("title", "rows"):
+            if not table.get(key):
+                raise UserError(f"table {number} of tables lacks {key}: add it")
+        pivot = build(Pivot, table, "tables")
+        for axis in (*pivot.rows, *pivot.columns, *pivot.where):
+            if axis not in axes:
+                raise unknown(f"axis in the table {pivot.title!r}", axis, axes)
+        for axis in pivot.against:
+            if axis not in compared:
+                raise unknown(f"comparison in the table {pivot.title!r}", axis, compared)
+        if not _places(pivot, cells):
+            raise UserError(f"no cell is in the table {pivot.title!r}: change its where")
+        found.append(pivot)
+    return found
+
+
+def _places(pivot: Pivot, cells: Sequence[Table]) -> dict[tuple[str, str], int]:
+    """Where in the table cells stand: (row, column) -> index. Raises UserError where two share a place."""
+    places: dict[tuple[str, str], int] = {}
+    wanted = {axis: value if isinstance(value, list) else [value] for axis, value in pivot.where.items()}
+    for index, cell in enumerate(cells):
+        if any(cell[axis] not in values for axis, values in wanted.items()):
+            continue
+        row, column = (json.dumps([cell[axis] for axis in axes]) for axes in (pivot.rows, pivot.columns))
+        if (other := places.setdefault((row, column), index)) != index:
+            differ = [axis for axis in cell if cell[axis] != cells[other][axis]]
+            raise UserError(
+                f"two cells share a place in the table {pivot.title!r}: add {' or '.join(differ)} to its rows, columns or where"
+            )
+    return places
+
+
+def with_plan(entry: Table) -> Table:
+    """The values of a cell of the summary along every axis, and ``plan``."""
+    return {**entry["cell"], PLAN: entry["budget"]["nfe"]}
+
+
+def plain(value: Any) -> str:
+    """A setting's value as text."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return " ".join(map(plain, value)) if isinstance(value, list) else str(value)
+
+
+def points(difference: Table, metric: str) -> str:
+    """A paired difference in points with its interval."""
+    low, high = difference[f"{metric}_interval"]
+    return f"{100 * difference[metric]:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def markdown(pivot: Pivot, summary: Table) -> str:
+    """The table with its title and a line on its differences; empty where no cell is in it."""
+    entries = summary["cells"]
+    places = _places(pivot, [with_plan(entry) for entry in entries])
+    if not places:
+        return ""
+    rows, columns = (list(dict.fromkeys(place[i] for place in places)) for i in (0, 1))
+    columned: list[tuple[str, list[str]]] = []
+    for column in columns:
+        cells = [entries[places[row, column]] if (row, column) in places else None for row in rows]
+        name, several = " ".join(map(plain, json.loads(column))), len(pivot.show) + len(pivot.against) > 1
+        for what, texts in _texts(cells, pivot, summary):
+            columned.append((f"{name} {what}".strip() if several or not name else name, texts))
+    shown = [(heading, texts) for heading, texts in columned if any(texts)]
+    headings = [*pivot.rows, *(heading for heading, _ in shown)]
+    body = [[*map(plain, json.loads(row)), *(texts[i] for _, texts in shown)] for i, row in enumerate(rows)]
+    text = f"**{pivot.title}**\n\n" + markdown_table(headings, body, left=len(pivot.rows))
+    return text + "".join(f"\n{line}\n" for line in _notes(pivot, summary))
+
+
+def _difference(axis: str, pivot: Pivot) -> str:
+    """How the table calls a comparison."""
+    return "difference" if len(pivot.against) == 1 else f"difference ({axis})"
+
+
+def _texts(cells: Sequence[Table | None], pivot: Pivot, summary: Table) -> Iterator[tuple[str, list[str]]]:
+    """What one column shows, as (what it is, its text in each row); nothing where the study has no cell."""
+    for what in pivot.show:
+        yield HEADINGS[what], ["" if cell is None else _quantity(cell, what) for cell in cells]
+    for axis in pivot.against:
+        found = {json.dumps(d["cell"]): d for d in summary["differences"] if d["axis"] == axis}
+        rows = [None if cell is None else found.get(json.dumps(cell["cell"])) for cell in cells]
+        stars = ["*" * (row is not None and row[f"{pivot.metric}_holm"] < CLEAR) for row in rows]
+        texts = ["" if row is None else points(row, pivot.metric) for row in rows]
+        yield _difference(axis, pivot), [text + star for text, star in zip(texts, stars, strict=True)]
+
+
+def _quantity(cell: Table, what: str) -> str:
+    if what in METRICS:
+        return percent(cell[what], cell[f"{what}_interval"])
+    return f"{cell[what]:.1f}".removesuffix(".0")
+
+
+def _notes(pivot: Pivot, summary: Table) -> Iterator[str]:
+    if len(pivot.show) == 1 and not pivot.against:
+        yield f"Shown: {HEADINGS[pivot.show[0]]}."
+    for axis in pivot.against:
+        count = sum(d["axis"] == axis for d in summary["differences"])
+        other = OTHERS[axis] if axis in OTHERS else f"the cell of {axis} {plain(summary['axes'][axis][0])}"
+        if count:
+            yield (
+                f"{_difference(axis, pivot).capitalize()}: in points of {pivot.metric} from {other}, paired by problem; a star "
+                f"where it is clear after Holm's adjustment over all {count} of this kind."
+            )

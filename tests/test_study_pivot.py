@@ -1,0 +1,116 @@
+"""Tables for reading: what stands where, what is compared, which requests are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from unmask import UserError
+from unmask.study import pivot
+from unmask.study.grid import StudyConfig, jobs_of, labels, settings_of
+from unmask.study.summary import markdown, summarise_study
+
+
+def line(solved: str, passes: int, **cell: Any) -> dict[str, Any]:
+    """A cell of a study with as many points as problems solved, out of twice as many."""
+    n = len(solved)
+    settings = {"task": "t", "decoder": "a", **cell}
+    return {
+        "key": f"{solved}{settings}",
+        "cell": {k: v for k, v in settings.items() if k != "task"} | {"task": settings["task"]},
+        "problems": f"p{n}",
+        "solved": solved,
+        "points": [float(c == "1") for c in solved],
+        "possible": [2] * n,
+        "nfe": [passes - 0.5] * n,
+        "committed": [14] * n,
+        "length": [3] * n,
+        "budget": {"nfe": passes},
+        "score_name": "s",
+    }
+
+
+CELLS = [
+    line("1100", 7, decoder="a", x=None),
+    line("1111", 7, decoder="b", x=None),
+    line("1000", 7, decoder="a", x=0.5),
+    line("0000" * 10, 9, decoder="b", x=0.5),
+    line("1111" * 10, 9, decoder="a", x=0.5, task="u"),
+    line("0000" * 10, 9, decoder="b", x=0.5, task="u"),
+]
+
+
+def shown(cells: list[dict[str, Any]] = CELLS, baselines: tuple[str, ...] = (), **table: Any) -> str:
+    config = StudyConfig(output="runs/x", evaluate=[{}], baselines=list(baselines), tables=[{"title": "T", **table}])
+    settings = [{**c["cell"], "plan": c["budget"]["nfe"]} for c in cells]
+    (chosen,) = pivot.pivots(config, settings)
+    summary = summarise_study(cells, (), baselines)
+    text = pivot.markdown(chosen, summary)
+    assert markdown(summary, [chosen]).startswith(f"{text}\n**All cells**\n\n| decoder |")
+    return text
+
+
+def test_a_table_by_hand() -> None:
+    assert shown(rows=["decoder"], columns=["x"], where={"task": "t"}, show=["nfe", "score", "length"]).split("\n") == [
+        "**T**",
+        "",
+        "| decoder | – NFE | – score % [95 %] | – length | 0.5 NFE | 0.5 score % [95 %] | 0.5 length |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| a | 6.5 | 25.0 [0.0, 50.0] | 3 | 6.5 | 12.5 [0.0, 37.5] | 3 |",
+        "| b | 6.5 | 50.0 [50.0, 50.0] | 3 | 8.5 | 0.0 [0.0, 0.0] | 3 |",
+        "",
+    ]
+
+
+def test_one_quantity_needs_no_name_in_every_column() -> None:
+    text = shown(rows=["plan"], columns=["task", "decoder"], where={"x": [0.5]}, show=["tokens_per_forward"])
+    assert "| plan | t a | t b | u a | u b |" in text and "Shown: tokens/forward." in text
+    assert "| 7 | 2.2 |  |  |  |\n| 9 |  | 1.6 | 1.6 | 1.6 |" in text  # where there is no cell, nothing
+
+
+def test_differences_and_their_stars() -> None:
+    table = {"rows": ["task", "x"], "columns": ["decoder"], "show": []}
+    text = shown(**table, against=["decoder"])
+    assert "| task | x | b |" in text  # the first decoder has none
+    assert "| t | – | +50.0 [+0.0, +100.0] |" in text and "| u | 0.5 | -100.0 [-100.0, -100.0]* |" in text
+    assert "Difference: in points of solved from the cell of decoder a" in text and "over all 2 of this kind" in text
+    text = shown(**{**table, "show": ["score"]}, against=["decoder"])
+    assert (
+        "| u | 0.5 | 50.0 [50.0, 50.0] | 0.0 [0.0, 0.0] | -50.0 [-50.0, -50.0]* |" in text
+    )  # of the metric that is shown
+    text = shown(baselines=("a",), **table, against=["equal passes", "x"])
+    assert "| task | x | a difference (x) | b difference (equal passes) |" in text
+    assert "from the baseline of as many passes" in text and "from the cell of x –" in text
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ({"columns": ["x"]}, "table 1 of tables lacks rows: add it"),
+        ({"rows": ["decoder", "taks"]}, r"unknown axis in the table 'T' 'taks': did you mean 'task'"),
+        ({"rows": ["decoder"], "columns": ["y"]}, "unknown axis in the table 'T' 'y'"),
+        ({"rows": ["decoder"], "where": {"y": 1}}, "unknown axis in the table 'T' 'y'"),
+        ({"rows": ["decoder"], "where": {"x": 3}}, "no cell is in the table 'T': change its where"),
+        (
+            {"rows": ["decoder"], "columns": ["x"]},
+            "two cells share a place in the table 'T': add task or plan to its rows",
+        ),
+        ({"rows": ["task", "decoder", "x"], "against": ["equal passes"]}, "unknown comparison in the table 'T'"),
+        ({"rows": ["task", "decoder", "x"], "show": ["accuracy"]}, "unknown show of tables 'accuracy'"),
+        ({"rows": ["task", "decoder", "x"], "colour": "red"}, "unknown parameter of tables 'colour'"),
+    ],
+)
+def test_mistakes_are_one_sentence(table: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says) as error:
+        shown(**table)
+    assert "\n" not in str(error.value)
+
+
+def test_settings_are_those_of_the_cells_without_seeds(tmp_path: Any) -> None:
+    train = {"tasks": ["countdown"], "seed": [0, 1], "objective": ["cj", "diffu"]}
+    evaluate = {"task": "countdown", "decoder": ["full", "ass"]}
+    jobs = jobs_of(StudyConfig(output="runs/x", train=[train], evaluate=[evaluate]), tmp_path)
+    found = settings_of(jobs, labels(jobs)[0])
+    assert len(found) == 2 * (1 + 2) and {s["plan"] for s in found} == {64, 7}
+    assert not any("seed" in key for s in found for key in s)
