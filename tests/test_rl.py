@@ -210,6 +210,17 @@ def test_ratio_is_one_on_the_sampled_states(tmp_path: Path, decoder: str) -> Non
     assert float(((again - t.rollout.trajectory.logprob).exp() - 1).abs().max()) < 1e-4
 
 
+def test_old_log_probabilities_recomputed_are_the_recorded_ones(tmp_path: Path) -> None:
+    t = trainer(tmp_path, old_logprobs="recomputed", num_iterations=2)
+    rollout = t.sample(ROWS)
+    assert rollout.old is not None and rollout.old is not rollout.trajectory.logprob
+    recorded = rollout.trajectory.logprob[rollout.active]
+    assert torch.allclose(rollout.old[0][rollout.active], recorded, atol=1e-4) and recorded.abs().max() > 1
+    assert (
+        trainer(tmp_path, old_logprobs="recomputed").sample(ROWS).old is None
+    )  # one inner iteration: the policy itself
+
+
 def test_other_objectives_score_another_policy(tmp_path: Path) -> None:
     """What one-step and diffu optimise is not what was sampled; on the first state alone they agree."""
     gaps = {}

@@ -247,3 +247,5 @@ def test_training_budget_by_hand() -> None:
     one = training_budget(RLConfig(**values, objective="one-step"))  # type: ignore[arg-type]
     # One view; the old policy's probabilities are computed too, as the sampled ones belong to other views.
     assert one["training_passes"] == 4 * (3 * (5 + 1 + 1) + 6 * 1)
+    anew = training_budget(RLConfig(**values, objective="cj", old_logprobs="recomputed"))  # type: ignore[arg-type]
+    assert anew["training_passes"] == 4 * (3 * (5 + 5 + 5) + 6 * 5)

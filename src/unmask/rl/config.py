@@ -28,6 +28,9 @@ class GRPOSettings:
     """Completions a prompt, the group."""
     num_iterations: int = 1
     """Updates on each rollout (mu)."""
+    old_logprobs: Literal["recorded", "recomputed"] = "recorded"
+    """Of ``cj``: the old policy's log-probabilities are those recorded in sampling, or scored anew once a rollout, which gives
+    the same up to rounding. The other objectives have to score them anew."""
     epsilon: float = 0.2
     """Clipping range of the ratio."""
     beta: float = 0.0
@@ -99,6 +102,11 @@ class GRPOSettings:
                 f"num_generations={self.num_generations} does not divide the batch of {completions} completions a process: "
                 "change one of them"
             )
+
+    @property
+    def uses_recorded(self) -> bool:
+        """Whether the old policy's log-probabilities are the recorded ones."""
+        return OBJECTIVES[self.objective].recorded and self.old_logprobs == "recorded"
 
     def rollout_decoder(self) -> Decoder:
         return make_decoder(

@@ -59,7 +59,7 @@ def work_of(config: RLConfig) -> Work:
         steps=decoder.plan.steps,
         every=every,
         views=min(every, config.steps_per_update or every),
-        old=0 if objective.recorded or config.num_iterations == 1 else fresh,
+        old=0 if config.uses_recorded or config.num_iterations == 1 else fresh,
         reference=fresh if config.beta > 0 else 0,
         copies=decoder.copies,
     )

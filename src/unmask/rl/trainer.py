@@ -180,7 +180,7 @@ class TrajectoryGRPOTrainer(Trainer):
         device = trajectory.tokens.device
         active = varied(rewards, args.num_generations).to(device)
         rollout = Rollout(trajectory, advantages.to(device), active, view_seeds.to(device))
-        if self.objective.recorded:
+        if args.uses_recorded:
             rollout.old = trajectory.logprob[None]
         elif args.num_iterations > 1:
             with self.inference() as policy:
