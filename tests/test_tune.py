@@ -52,6 +52,7 @@ def small() -> Iterator[None]:
         patch.setattr(Countdown, "grade", grade)
         patch.setattr(tune_space, "candidates", some)
         patch.setattr(module, "FINALISTS", 4)
+        patch.setattr(module, "FIRST_ROUND", 8)
         yield
 
 
@@ -210,7 +211,7 @@ def test_all_presets_and_eight_candidates_at_least_are_left(
     result = tune(config(model, tmp_path, budget=2, limit=17, test_limit=2))
     found = {e["decoder"]: e for e in result["candidates"]}
     within = [e for e in found.values() if e["nfe"] <= 2]
-    assert sum(not e["preset"] for e in within) < 16  # halving alone leaves fewer
+    assert sum(not e["preset"] for e in within) < 24  # a third alone is fewer
     left = [found[name] for name in result["finalists"]]
     assert [e for e in left if e["preset"]] == [e for e in within if e["preset"]] and len(left) > 3
     assert sum(not e["preset"] for e in left) == 8

@@ -16,7 +16,7 @@ from unmask.evaluation.tune import (
     Standing,
     TuneConfig,
     best,
-    better_half,
+    better_part,
     pareto,
     round_sizes,
     standing,
@@ -41,16 +41,16 @@ def test_front_by_hand() -> None:
     assert pareto([]) == []
 
 
-def test_better_half_by_hand() -> None:
+def test_better_part_by_hand() -> None:
     found = standings(
         ("a", 0.5, 8), ("b", 0.1, 1), ("c", 0.5, 6), ("d", 0.4, 9), ("e", 0.4, 7), ("f", 0.0, 2), ("g", 0.5, 7)
     )
-    # Front: b, c. Then a (8 passes) before g (7) at 0.5. Half of seven is four; d and e are left for a larger least.
-    assert [s.name for s in better_half(found, 1)] == ["a", "b", "c", "g"]
-    assert [s.name for s in better_half(found, 5)] == ["a", "b", "c", "d", "g"]
-    assert [s.name for s in better_half(found, 6)] == ["a", "b", "c", "d", "e", "g"]
-    assert better_half(found, 99) == found
-    assert [s.name for s in better_half(found[:2], 1)] == ["a"]  # both are on the front
+    # Front: b, c. Then a (8 passes) before g (7) at 0.5. A third of seven is three, the others are left for a larger least.
+    assert [s.name for s in better_part(found, 1)] == ["a", "b", "c"]
+    assert [s.name for s in better_part(found, 5)] == ["a", "b", "c", "d", "g"]
+    assert [s.name for s in better_part(found, 6)] == ["a", "b", "c", "d", "e", "g"]
+    assert better_part(found, 99) == found
+    assert [s.name for s in better_part(found[:2], 1)] == ["a"]  # both are on the front
 
 
 def test_best_is_the_cheapest_of_ties() -> None:
@@ -58,9 +58,9 @@ def test_best_is_the_cheapest_of_ties() -> None:
 
 
 def test_rounds() -> None:
-    assert round_sizes(128) == [8, 16, 32, 64, 128]
-    assert round_sizes(100) == [8, 16, 32, 64, 100]
-    assert round_sizes(8) == [8] and round_sizes(3) == [3] and round_sizes(9) == [8, 9]
+    assert round_sizes(128) == [16, 32, 64, 128]
+    assert round_sizes(100) == [16, 32, 64, 100]
+    assert round_sizes(16) == [16] and round_sizes(3) == [3] and round_sizes(17) == [16, 17]
 
 
 def test_halving_by_hand() -> None:
@@ -80,11 +80,13 @@ def test_halving_by_hand() -> None:
         return [Standing(name, *table[name][(8, 16, 32).index(size)]) for name in names]
 
     left = successive_halving("abcdef", [8, 16, 32], measure, 5.0, 1, ())
-    # 8: within are a b d e f; three go on: a and b (the front), then f. 16: b is out; of a and f one goes on.
-    assert asked == [(list("abcdef"), 8), (["a", "b", "f"], 16), (["f"], 32)]
-    assert left == [Standing("f", 0.4, 5.0)]
+    # 8: within are a b d e f; two go on: a and b, the front. 16: b is out.
+    assert asked == [(list("abcdef"), 8), (["a", "b"], 16), (["a"], 32)]
+    assert left == [Standing("a", 0.5, 4.0)]
     asked.clear()
-    assert [s.name for s in successive_halving("abcdef", [8, 16, 32], measure, 5.0, 2, ())] == ["a", "f"]
+    left = successive_halving("abcdef", [8, 16, 32], measure, 5.0, 3, ())
+    assert asked == [(list("abcdef"), 8), (["a", "b", "f"], 16), (["a", "f"], 32)]
+    assert [s.name for s in left] == ["a", "f"]
 
 
 def test_the_best_that_cannot_exceed_the_budget_goes_on() -> None:

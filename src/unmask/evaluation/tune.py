@@ -1,6 +1,6 @@
 """``unmask tune``: the best decoder within a budget of forward passes a problem, by successive halving.
 
-Every candidate decodes a few validation problems; the better half goes on to twice as many, and so on; of the presets all
+Every candidate decodes a few validation problems; the better third goes on to twice as many, and so on; of the presets all
 go on. What is over the budget is out. The best of the last round and the best preset then decode test problems that the
 search has not seen. Every measurement is a line of ``measurements.jsonl``, so a killed search goes on where it stopped, and
 ends the same.
@@ -9,6 +9,7 @@ ends the same.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 
 FIRST_ROUND = 16
 """Problems of the first round."""
+ONE_IN = 3
+"""One candidate in so many goes on after a round."""
 FINALISTS = 8
 """So many candidates go on at least, as far as they may be within the budget. Of the presets all do."""
 SLACK = 2
@@ -111,20 +114,20 @@ def best(standings: Sequence[Standing]) -> Standing:
     return min(standings, key=lambda s: (-s.value, s.nfe))
 
 
-def better_half(standings: Sequence[Standing], least: int) -> list[Standing]:
-    """Half of them, rounded up, or ``least``; in their order.
+def better_part(standings: Sequence[Standing], least: int) -> list[Standing]:
+    """One in three of them, rounded up, or ``least``; in their order.
 
     The Pareto front comes first, then the larger value. Few problems leave many ties: of equal values the front holds the
     cheapest, so here more passes come first.
     """
     front = pareto(standings)
     ranked = sorted(standings, key=lambda s: (s not in front, -s.value, -s.nfe))
-    kept = ranked[: max(least, (len(standings) + 1) // 2)]
+    kept = ranked[: max(least, math.ceil(len(standings) / ONE_IN))]
     return [s for s in standings if s in kept]
 
 
 def round_sizes(last: int) -> list[int]:
-    """Problems of each round: 8, 16, 32, … and ``last``."""
+    """Problems of each round: 16, 32, 64, … and ``last``."""
     sizes = [last]
     size = FIRST_ROUND
     while size < last:
@@ -152,7 +155,7 @@ def successive_halving(
     for size in sizes:
         slack = SLACK if size < sizes[-1] else 0
         within = [s for s in measure(names, size) if s.nfe - slack * s.error <= budget]
-        going_on = better_half(within, least)
+        going_on = better_part(within, least)
         if sure := [s for s in within if s.name in safe]:
             going_on.append(best(sure))
         names = [s.name for s in within if s in going_on]
