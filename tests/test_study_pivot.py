@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from report_folders import study
 from unmask import UserError
+from unmask.report.collect import collect
+from unmask.report.sections import report
+from unmask.report.tables import chosen_tables
 from unmask.study import pivot
 from unmask.study.grid import StudyConfig, jobs_of, labels, settings_of
-from unmask.study.summary import markdown, summarise_study
+from unmask.study.summary import markdown, read_cells, summarise_study
 
 
 def line(solved: str, passes: int, **cell: Any) -> dict[str, Any]:
@@ -46,7 +53,8 @@ def shown(cells: list[dict[str, Any]] = CELLS, baselines: tuple[str, ...] = (), 
     settings = [{**c["cell"], "plan": c["budget"]["nfe"]} for c in cells]
     (chosen,) = pivot.pivots(config, settings)
     summary = summarise_study(cells, (), baselines)
-    text = pivot.markdown(chosen, summary)
+    (table,) = pivot.tables([chosen], summary)
+    text = table.markdown()
     assert markdown(summary, [chosen]).startswith(f"{text}\n**All cells**\n\n| decoder |")
     return text
 
@@ -107,10 +115,35 @@ def test_mistakes_are_one_sentence(table: dict[str, Any], says: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_settings_are_those_of_the_cells_without_seeds(tmp_path: Any) -> None:
+def test_settings_are_those_of_the_cells_without_seeds(tmp_path: Path) -> None:
     train = {"tasks": ["countdown"], "seed": [0, 1], "objective": ["cj", "diffu"]}
     evaluate = {"task": "countdown", "decoder": ["full", "ass"]}
     jobs = jobs_of(StudyConfig(output="runs/x", train=[train], evaluate=[evaluate]), tmp_path)
     found = settings_of(jobs, labels(jobs)[0])
     assert len(found) == 2 * (1 + 2) and {s["plan"] for s in found} == {64, 7}
     assert not any("seed" in key for s in found for key in s)
+
+
+def test_a_report_begins_with_them(tmp_path: Path) -> None:
+    folder = study(tmp_path / "study")
+    table = {"title": "Which <objective>", "rows": ["train.objective"], "columns": ["decoder"], "against": ["training"]}
+    (folder / "study.yaml").write_text(yaml.safe_dump({"tables": [table, {**table, "where": {"decoder": "none"}}]}))
+    material = collect([folder])
+    (shown,) = pivot.tables([pivot.Pivot(**table)], summarise_study(read_cells(folder)))
+    assert material.tables == [("study", shown)]  # the other has no cell yet
+    (chosen,) = chosen_tables(material.tables)
+    assert chosen.markdown() == shown.markdown().split("\n\n")[1] + "\n" and chosen.caption.startswith(
+        f"{shown.title}. "
+    )
+    for row in chosen.rows:
+        for cell in row[1:]:
+            assert (cell.value is None) == (cell.text == "")
+            assert cell.value is None or cell.text.startswith(
+                (f"{cell.value:.1f}", f"{cell.value:+.1f}", f"{cell.value:g}")
+            )
+    text, _ = report([folder], tmp_path / "out")
+    assert (
+        text.startswith(chosen.caption) and "Which &lt;objective&gt;" in (tmp_path / "out" / "report.html").read_text()
+    )
+    two = chosen_tables(collect([folder, shutil.copytree(folder, tmp_path / "other")]).tables)
+    assert [table.caption.split(":")[0] for table in two] == ["study", "other"]

@@ -43,7 +43,7 @@ def tables(folder: Path) -> tuple[str, dict[str, str]]:
     config, jobs = study(folder.name)
     summary = summarise_study(read_cells(folder), config.compare, config.baselines)
     shown = pivot.pivots(config, settings_of(jobs, labels(jobs)[0]))
-    return markdown(summary, shown), {table.title: pivot.markdown(table, summary) for table in shown}
+    return markdown(summary, shown), {table.title: table.markdown() for table in pivot.tables(shown, summary)}
 
 
 def figure(folder: Path) -> str:
@@ -56,7 +56,7 @@ def with_tables(text: str) -> str:
     """The document with every study's tables as the committed cells say them."""
 
     def table(place: re.Match[str]) -> str:
-        return f"{place.group(1)}{tables(RESULTS / place.group('study'))[1][place.group('title')]}"
+        return f"{place.group(1)}{tables(RESULTS / place.group('study'))[1].get(place.group('title'), '')}"
 
     return PLACE.sub(table, text)
 
@@ -73,8 +73,8 @@ def publish(name: str) -> None:
     (folder / "cells.jsonl").write_text("".join(in_order))
     if (run / "runs.jsonl").stat().st_size:
         shutil.copy(run / "runs.jsonl", folder)
-    compared = {"compare": config.compare, "baselines": config.baselines}
-    (folder / "study.yaml").write_text(yaml.safe_dump(compared, sort_keys=False))
+    summarised = {"compare": config.compare, "baselines": config.baselines, "tables": config.tables}
+    (folder / "study.yaml").write_text(yaml.safe_dump(summarised, sort_keys=False))
     (folder / "table.md").write_text(tables(folder)[0])
     (folder / "front.svg").write_text(figure(folder))
 

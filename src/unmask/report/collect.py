@@ -12,9 +12,9 @@ import numpy as np
 
 from unmask.evaluation.records import slug
 from unmask.files import read_lines, read_yaml
-from unmask.spec import UserError
+from unmask.spec import UserError, build
 from unmask.study import SEEDS
-from unmask.study.pivot import plain
+from unmask.study.pivot import Pivot, Shown, plain, tables
 from unmask.study.summary import groups_of, read_cells, summarise_study
 
 Curve = dict[int, float]
@@ -67,6 +67,8 @@ class Material:
     results: list[Result] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     differences: list[dict[str, Any]] = field(default_factory=list)
+    tables: list[tuple[str, Shown]] = field(default_factory=list)
+    """Tables for reading that a study's file asks for, with the folder's name."""
     notes: dict[str, str] = field(default_factory=dict)
     """Folder name -> what its study says of its comparisons."""
     diagnostics: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -172,6 +174,8 @@ def _read_study(folder: Path, name: str, material: Material) -> None:
         lengths = [length for line in lines for length in line["length"]]
         task, decoder = entry["cell"]["task"], entry["cell"]["decoder"]
         material.results.append(Result(name, task, decoder, axes, numbers, curves, lengths))
+    chosen = [build(Pivot, table, "tables") for table in config.get("tables", [])]
+    material.tables += [(name, table) for table in tables(chosen, summary)]
     if summary["differences"]:
         material.differences += [{"folder": name, **d} for d in summary["differences"]]
         material.notes[name] = summary["note"]

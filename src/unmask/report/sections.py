@@ -43,7 +43,7 @@ def _sections(material: Material) -> Iterator[Section]:
         "results",
         "Results",
         "Solved and score with 95 % intervals. NFE: forward passes a sequence. Length: tokens before the first end token.",
-        tables.results_tables(results),
+        [*tables.chosen_tables(material.tables), *tables.results_tables(results)],
     )
     yield Section("front", "Accuracy against forward passes", pictures=[figures.accuracy(results)] if results else [])
     yield _differences(material)

@@ -9,6 +9,7 @@ from typing import Any
 from unmask.evaluation.report import markdown, percent
 from unmask.report.collect import Result, Run, differing, plain, setting, varying
 from unmask.report.curves import task_of
+from unmask.study.pivot import Shown
 
 _NOTHING = "–"
 _BUDGET = {"updates": "updates", "completions": "completions sampled", "training_passes": "passes in training, at most"}
@@ -54,6 +55,24 @@ def _named(results: Sequence[Result]) -> tuple[list[str], list[list[Cell]]]:
     axes = list(dict.fromkeys(axis for r in results for axis in r.axes))
     rows = [[*([r.folder] * several), r.decoder, *(plain(r.axes.get(axis)) for axis in axes)] for r in results]
     return [*(["folder"] * several), "decoder", *axes], [[Cell(text) for text in row] for row in rows]
+
+
+def chosen_tables(shown: Sequence[tuple[str, Shown]]) -> list[Table]:
+    """The tables for reading that studies ask for, by (folder, table)."""
+    several = len({folder for folder, _ in shown}) > 1
+    tables = []
+    for folder, table in shown:
+        caption = " ".join([f"{folder}: {table.title}." if several else f"{table.title}.", *table.notes])
+        rows = [
+            [Cell(text) for text in row[: table.left]] + [_leading(t) for t in row[table.left :]] for row in table.rows
+        ]
+        tables.append(Table(caption, table.headings, rows, table.left))
+    return tables
+
+
+def _leading(text: str) -> Cell:
+    """A text that begins with a number, or is empty."""
+    return Cell(text, float(text.split()[0].rstrip("*")) if text else None)
 
 
 def results_tables(results: Sequence[Result]) -> list[Table]:

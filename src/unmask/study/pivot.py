@@ -52,6 +52,21 @@ class Pivot:
         return "score" if "score" in self.show and "solved" not in self.show else "solved"
 
 
+@dataclass(frozen=True)
+class Shown:
+    """A table as it is shown: the first ``left`` columns are values of axes, the others quantities."""
+
+    title: str
+    headings: list[str]
+    rows: list[list[str]]
+    left: int
+    notes: list[str]
+
+    def markdown(self) -> str:
+        text = f"**{self.title}**\n\n" + markdown_table(self.headings, self.rows, self.left)
+        return text + "".join(f"\n{note}\n" for note in self.notes)
+
+
 def pivots(config: StudyConfig, cells: Sequence[Table]) -> list[Pivot]:
     """The tables of a study's file.
 
@@ -63,7 +78,8 @@ def pivots(config: StudyConfig, cells: Sequence[Table]) -> list[Pivot]:
     """
     found, axes = [], list(cells[0])
     trained = any(axis.startswith("train.") for axis in axes)
-    compared = [*axes, *["training"] * trained, *["equal passes"] * bool(config.baselines)]
+    along = config.compare or [axis for axis in axes if axis not in ("task", PLAN)]
+    compared = [*along, *["training"] * trained, *["equal passes"] * bool(config.baselines)]
     for number, table in enumerate(config.tables, 1):
         for key in ("title", "rows"):
             if not table.get(key):
@@ -97,11 +113,6 @@ def _places(pivot: Pivot, cells: Sequence[Table]) -> dict[tuple[str, str], int]:
     return places
 
 
-def with_plan(entry: Table) -> Table:
-    """The values of a cell of the summary along every axis, and ``plan``."""
-    return {**entry["cell"], PLAN: entry["budget"]["nfe"]}
-
-
 def plain(value: Any) -> str:
     """A setting's value as text."""
     if value is None:
@@ -117,12 +128,18 @@ def points(difference: Table, metric: str) -> str:
     return f"{100 * difference[metric]:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
-def markdown(pivot: Pivot, summary: Table) -> str:
-    """The table with its title and a line on its differences; empty where no cell is in it."""
+def tables(pivots: Sequence[Pivot], summary: Table) -> Iterator[Shown]:
+    """The tables that have cells in the summary so far."""
+    for pivot in pivots:
+        if (shown := _table(pivot, summary)) is not None:
+            yield shown
+
+
+def _table(pivot: Pivot, summary: Table) -> Shown | None:
     entries = summary["cells"]
-    places = _places(pivot, [with_plan(entry) for entry in entries])
+    places = _places(pivot, [{**entry["cell"], PLAN: entry["budget"]["nfe"]} for entry in entries])
     if not places:
-        return ""
+        return None
     rows, columns = (list(dict.fromkeys(place[i] for place in places)) for i in (0, 1))
     columned: list[tuple[str, list[str]]] = []
     for column in columns:
@@ -130,11 +147,10 @@ def markdown(pivot: Pivot, summary: Table) -> str:
         name, several = " ".join(map(plain, json.loads(column))), len(pivot.show) + len(pivot.against) > 1
         for what, texts in _texts(cells, pivot, summary):
             columned.append((f"{name} {what}".strip() if several or not name else name, texts))
-    shown = [(heading, texts) for heading, texts in columned if any(texts)]
-    headings = [*pivot.rows, *(heading for heading, _ in shown)]
-    body = [[*map(plain, json.loads(row)), *(texts[i] for _, texts in shown)] for i, row in enumerate(rows)]
-    text = f"**{pivot.title}**\n\n" + markdown_table(headings, body, left=len(pivot.rows))
-    return text + "".join(f"\n{line}\n" for line in _notes(pivot, summary))
+    columned = [(heading, texts) for heading, texts in columned if any(texts)]
+    headings = [*pivot.rows, *(heading for heading, _ in columned)]
+    body = [[*map(plain, json.loads(row)), *(texts[i] for _, texts in columned)] for i, row in enumerate(rows)]
+    return Shown(pivot.title, headings, body, len(pivot.rows), list(_notes(pivot, summary)))
 
 
 def _difference(axis: str, pivot: Pivot) -> str:

@@ -18,8 +18,8 @@ from unmask.evaluation.report import percent
 from unmask.evaluation.statistics import Bootstrap, holm, student_half_width, student_p, wilson
 from unmask.files import read_lines
 from unmask.spec import UserError
-from unmask.study import METRICS, SEEDS, Table, pivot
-from unmask.study.pivot import OTHERS, Pivot, plain, points
+from unmask.study import METRICS, SEEDS, Table
+from unmask.study.pivot import OTHERS, Pivot, plain, points, tables
 
 
 def read_cells(folder: Path) -> list[Table]:
@@ -232,8 +232,8 @@ def _note(differences: Sequence[Table], seeds: Sequence[int]) -> str:
     return text
 
 
-def markdown(summary: Table, tables: Sequence[Pivot] = ()) -> str:
-    """The summary as Markdown: the chosen tables, all cells, budgets, differences, note."""
+def markdown(summary: Table, pivots: Sequence[Pivot] = ()) -> str:
+    """The summary as Markdown: the tables for reading, all cells, budgets, differences, note."""
     axes = list(summary["axes"])
     trained = any("updates" in c["budget"] for c in summary["cells"])
     headings = [*axes, "seeds", "NFE", "solved % [95 %]", "score % [95 %]", "tokens/forward", "length"]
@@ -245,7 +245,7 @@ def markdown(summary: Table, tables: Sequence[Pivot] = ()) -> str:
         if trained:
             row.append(f"{c['budget'].get('training_passes', 0) / 1000:.0f}")
         rows.append(row)
-    text = "".join(pivot.markdown(table, summary) + "\n" for table in tables) + "**All cells**\n\n" * bool(tables)
+    text = "".join(table.markdown() + "\n" for table in tables(pivots, summary)) + "**All cells**\n\n" * bool(pivots)
     text += markdown_table(headings + ["passes in training, at most (thousands)"] * trained, rows, left=len(axes))
     problems = sorted({c["problems"] for c in summary["cells"]})
     text += f"\n{' or '.join(map(str, problems))} problems a cell and seed. "
