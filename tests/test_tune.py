@@ -57,7 +57,16 @@ def small() -> Iterator[None]:
 
 
 def config(model: str, output: Path, **changes: object) -> TuneConfig:
-    values = {"task": "countdown", "budget": 4, "limit": 18, "test_limit": 12, "max_new_tokens": 16}
+    values = {
+        "task": "countdown",
+        "budget": 4,
+        "limit": 18,
+        "run_off_limit": 23,
+        "test_limit": 12,
+        "max_new_tokens": 16,
+    }
+    if "limit" in changes:
+        values["run_off_limit"] = 1  # the last round's problems decide
     return TuneConfig(**{"model": model, "output": str(output), **values, **changes})  # type: ignore[arg-type]
 
 
@@ -94,9 +103,11 @@ def test_result_is_what_the_measurements_say(searched: tuple[TuneConfig, Result]
     records = measured(chosen.output)
     found = {e["decoder"]: e for e in result["candidates"]}
     assert result["rounds"] == [8, 16, 18] and {e["problems"] for e in result["candidates"]} == {8, 16, 18}
-    for name, entry in found.items():
-        mine = records["validation", name]
-        assert [r["index"] for r in mine] == list(range(entry["problems"]))
+    decided = {e["decoder"]: e for e in result["run_off"]}
+    for name, entry in [*found.items(), *decided.items()]:
+        all_of_it = records["validation", name]
+        assert [r["index"] for r in all_of_it] == list(range((decided.get(name) or entry)["problems"]))
+        mine = all_of_it[: entry["problems"]]
         assert entry["solved"] == sum(r["solved"] for r in mine) / len(mine)
         assert entry["nfe"] == sum(r["nfe"] for r in mine) / len(mine)
     last = [found[name] for name in result["finalists"]]
@@ -104,8 +115,11 @@ def test_result_is_what_the_measurements_say(searched: tuple[TuneConfig, Result]
     over = [e for e in found.values() if e["nfe"] > chosen.budget]
     assert over and not {e["decoder"] for e in over} & set(result["finalists"])
     assert result["front"] == [s.name for s in pareto([Standing(e["decoder"], e["solved"], e["nfe"]) for e in last])]
-    assert result["winner"] == min(last, key=lambda e: (-e["solved"], e["nfe"]))
-    assert result["best_preset"] == min((e for e in last if e["preset"]), key=lambda e: (-e["solved"], e["nfe"]))
+    assert set(decided) < set(result["finalists"]) and {e["problems"] for e in decided.values()} == {23}
+    within = [e for e in decided.values() if e["nfe"] <= chosen.budget]
+    assert len(within) >= 6 and result["winner"] == min(within, key=lambda e: (-e["solved"], e["nfe"]))
+    assert result["best_preset"] == min((e for e in within if e["preset"]), key=lambda e: (-e["solved"], e["nfe"]))
+    assert result["winner"]["solved"] != found[result["winner"]["decoder"]]["solved"]
     ours, theirs = (records["test", result[k]["decoder"]] for k in ("winner", "best_preset"))
     assert len(ours) == len(theirs) == 12
     assert {r["id"] for r in ours}.isdisjoint(r["id"] for r in records["validation", result["winner"]["decoder"]])
@@ -278,7 +292,20 @@ def test_names_with_brackets_are_shown_as_they_are(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "[b]$x_^$").symlink_to(model)
-    settings = ["--model", "[b]$x_^$", "--budget", "1", "--limit", "2", "--test-limit", "2", "--max-new-tokens", "16"]
+    settings = [
+        "--model",
+        "[b]$x_^$",
+        "--budget",
+        "1",
+        "--limit",
+        "2",
+        "--run-off-limit",
+        "3",
+        "--test-limit",
+        "2",
+        "--max-new-tokens",
+        "16",
+    ]
     command(["--task", "countdown", "--output", "out[/b][bold] :smile:", *settings])
     said = capsys.readouterr()
     assert "out[/b][bold] :smile:/decoder.yaml" in said.out and "[b]$x_^$, countdown" in " ".join(said.out.split())
@@ -300,6 +327,7 @@ def test_names_with_brackets_are_shown_as_they_are(
         ("--task countdown:data=/dev/null --budget 4", "split 'validation' is only generated"),
         ("--task countdown --budget 4 --limit 0", "limit is 0: give 1 or more"),
         ("--task countdown --budget 4 --test-limit 0", "test_limit is 0"),
+        ("--task countdown --budget 4 --run-off-limit 0", "run_off_limit is 0"),
         ("--task countdown --budget 4 --max-new-tokens 0", "max_new_tokens is 0"),
         ("--task countdown --budget 4 --max-new-tokens 40000", "max_new_tokens is 40000"),
         ("--task countdown --budget 4 --batch-size 0", "batch_size is 0"),
@@ -348,6 +376,7 @@ def test_a_folder_belongs_to_one_search(
     for change in (
         {"budget": 5},
         {"limit": 16},
+        {"run_off_limit": 19},
         {"test_limit": 8},
         {"metric": "score"},
         {"early_stop": False},

@@ -17,6 +17,7 @@ from unmask.evaluation.tune import (
     TuneConfig,
     best,
     better_part,
+    in_run_off,
     pareto,
     round_sizes,
     standing,
@@ -121,6 +122,16 @@ def test_only_the_last_round_cuts_at_the_budget_itself() -> None:
 
     left = successive_halving("abcd", [8, 16, 32], measure, 5.0, 3, ())
     assert asked == [list("abcd"), list("abd"), list("abd")] and [s.name for s in left] == ["a", "d"]
+
+
+def test_the_run_off_by_hand() -> None:
+    found = standings(
+        *(("abcdefg"[i], 0.9 - i / 10, 8) for i in range(7)), ("p", 0.1, 3), ("q", 0.1, 2), ("r", 0.0, 1), ("s", 0.2, 9)
+    )
+    # The six best, the best preset (q: of equals the cheaper), the best preset that cannot exceed the budget.
+    assert in_run_off(found, presets="pqr", safe="ars") == list("abcdefqr")
+    assert in_run_off(found, presets="apr", safe="a") == list("abcdef")
+    assert in_run_off(found[-4:], presets="pqr", safe="pq") == list("sqpr")
 
 
 def test_a_standing_by_hand() -> None:
@@ -249,6 +260,7 @@ RESULT: dict[str, Any] = {
     },
     "candidates": [],
     "rounds": [8],
+    "run_off": [],
     "forward_passes": {"validation": 100, "test": 50},
     "winner": {**MEASURED, "decoder": "full:steps=4"},
     "test": {

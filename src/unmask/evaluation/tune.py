@@ -1,9 +1,9 @@
 """``unmask tune``: the best decoder within a budget of forward passes a problem, by successive halving.
 
 Every candidate decodes a few validation problems; the better third goes on to twice as many, and so on; of the presets all
-go on. What is over the budget is out. The best of the last round and the best preset then decode test problems that the
-search has not seen. Every measurement is a line of ``measurements.jsonl``, so a killed search goes on where it stopped, and
-ends the same.
+go on. What is over the budget is out. The best of the last round decode still more problems, a run-off; its winner and the
+best preset then decode test problems that the search has not seen. Every measurement is a line of ``measurements.jsonl``, so
+a killed search goes on where it stopped, and ends the same.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ ONE_IN = 3
 """One candidate in so many goes on after a round."""
 FINALISTS = 8
 """So many candidates go on at least, as far as they may be within the budget. Of the presets all do."""
+RUN_OFF = 6
+"""So many go into the run-off, the best preset besides, and the best preset that cannot exceed the budget."""
 SLACK = 2
 """Before the last round, a mean that is over the budget by no more than so many standard errors may still be within it."""
 KEPT = ("index", "id", "solved", "points", "possible", "nfe", "committed", "length", "seconds")
@@ -54,6 +56,8 @@ class TuneConfig(ModelSource):
     """Strengths of guidance to try beside none, e.g. ``0.5 1``."""
     limit: int = 128
     """Validation problems of the last round; the first has 16."""
+    run_off_limit: int = 384
+    """Validation problems of the run-off among the best; no more than ``limit``: those of the last round decide."""
     test_limit: int = 256
     """Test problems for the winner and the best preset."""
     max_new_tokens: int = 128
@@ -69,7 +73,7 @@ class TuneConfig(ModelSource):
     """Run folder. A second call with the same settings goes on or just prints the result."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "budget", "limit", "test_limit", "max_new_tokens", "batch_size")
+        check_at_least(self, 1, "budget", "limit", "run_off_limit", "test_limit", "max_new_tokens", "batch_size")
         for scale in self.cfg_scale:
             if not 0 < scale < float("inf"):
                 raise UserError(f"cfg_scale is {scale}: give positive numbers")
@@ -85,6 +89,7 @@ class TuneConfig(ModelSource):
 
         mine = {f.name for f in fields(self)} - {"task"}
         shared = {f.name: getattr(self, f.name) for f in fields(EvalConfig) if f.name in mine}
+        shared["limit"] = max(self.limit, self.run_off_limit)
         return EvalConfig(**shared, task=[self.task], decoder=decoders, split="validation")
 
 
@@ -111,7 +116,11 @@ def pareto(standings: Sequence[Standing]) -> list[Standing]:
 
 def best(standings: Sequence[Standing]) -> Standing:
     """The largest value; of ties the fewest passes, then the first."""
-    return min(standings, key=lambda s: (-s.value, s.nfe))
+    return min(standings, key=_merit)
+
+
+def _merit(standing: Standing) -> tuple[float, float]:
+    return -standing.value, standing.nfe
 
 
 def better_part(standings: Sequence[Standing], least: int) -> list[Standing]:
@@ -124,6 +133,19 @@ def better_part(standings: Sequence[Standing], least: int) -> list[Standing]:
     ranked = sorted(standings, key=lambda s: (s not in front, -s.value, -s.nfe))
     kept = ranked[: max(least, math.ceil(len(standings) / ONE_IN))]
     return [s for s in standings if s in kept]
+
+
+def in_run_off(finalists: Sequence[Standing], presets: Container[str], safe: Container[str]) -> list[str]:
+    """Who decodes more problems, best first.
+
+    Args:
+        finalists: standings on the problems of the last round. presets, safe: which names are presets, and which cannot
+            exceed the budget; one at least is both.
+    """
+    ranked = sorted(finalists, key=_merit)
+    known = [s for s in ranked if s.name in presets]
+    chosen = [*ranked[:RUN_OFF], known[0], next(s for s in known if s.name in safe)]
+    return [s.name for s in ranked if s in chosen]
 
 
 def round_sizes(last: int) -> list[int]:
@@ -259,7 +281,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> dict[str, Any]
     prompts = task_prompts(request.lm, task, unseen)
     request.lm.encode(prompts, config.max_new_tokens)  # refuses now what is too long
     cells |= {("test", c.decoder_spec): replace(c, problems=unseen, prompts=prompts) for c in request.cells}
-    mine = ("budget", "metric", "cfg_scale", "test_limit")
+    mine = ("budget", "metric", "cfg_scale", "limit", "run_off_limit", "test_limit")
     settings = {**request.resolved, **{key: getattr(config, key) for key in mine}}
     with writing_to(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -279,30 +301,35 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> dict[str, Any]
             progress(f"{what}, {size} problems", len(names), len(names))
         return found
 
+    sizes = round_sizes(min(config.limit, len(seen)))
+
     def search(what: str, names: list[str], least: int) -> list[Standing]:
         def of_round(names: Sequence[str], size: int) -> list[Standing]:
             return measure(what, "validation", names, size)
 
-        return successive_halving(names, round_sizes(len(seen)), of_round, config.budget, least, safe)
+        return successive_halving(names, sizes, of_round, config.budget, least, safe)
 
     known = search("presets", presets, len(presets))
     finalists = [*known, *search("candidates", others, FINALISTS)]
-    winner, preset = best(finalists).name, best(known).name
+    leaders = in_run_off(finalists, presets, safe)
+    decided = [s for s in measure("run-off", "validation", leaders, len(seen)) if s.nfe <= config.budget]
+    winner, preset = best(decided).name, best([s for s in decided if s.name in presets]).name
     measure("test", "test", list(dict.fromkeys((winner, preset))), len(unseen))
 
-    def entry(split: str, name: str) -> dict[str, Any]:
+    def entry(split: str, name: str, most: int | None = None) -> dict[str, Any]:
         facts = {"decoder": name, "preset": name in presets, "plan": decoders[name].passes}
-        return facts | summarise(done.so_far(split, name))
+        return facts | summarise(done.so_far(split, name)[:most])
 
     (ours, possible), (theirs, _) = (shares(done.so_far("test", name), config.metric) for name in (winner, preset))
     difference, interval = paired_difference(ours, theirs, possible)
     result = {
         "config": settings,
         "environment": environment(),
-        "rounds": round_sizes(len(seen)),
-        "candidates": [entry("validation", name) for name in (*presets, *others)],
+        "rounds": sizes,
+        "candidates": [entry("validation", name, sizes[-1]) for name in (*presets, *others)],
         "finalists": [s.name for s in finalists],
         "front": [s.name for s in pareto(finalists)],
+        "run_off": [entry("validation", name) for name in leaders],
         "winner": entry("validation", winner),
         "best_preset": entry("validation", preset),
         "test": {

@@ -46,7 +46,7 @@ def show(result: Result, written: list[Path]) -> None:
     for i, heading in enumerate(HEADINGS):
         table.add_column(heading, justify="right" if 0 < i < len(HEADINGS) - 1 else "left", overflow="fold")
     for i, row in enumerate(rows(result)):
-        if i == len(result["front"]):
+        if i in (len(result["front"]), len(rows(result)) - len(result["run_off"])):
             table.add_section()
         table.add_row(*row)
     width = None if sys.stdout.isatty() else 140
@@ -71,17 +71,18 @@ def title(result: Result) -> str:
 
 
 def rows(result: Result) -> list[list[str]]:
-    """The front by passes, then the presets that are not on it, with the problems that each came to."""
+    """The front by passes, the presets that are not on it with the problems that each came to, and the run-off."""
     found = {entry["decoder"]: entry for entry in result["candidates"]}
     presets = [entry for entry in found.values() if entry["preset"] and entry["decoder"] not in result["front"]]
     presets.sort(key=lambda e: (-e["problems"], e["nfe"]))
-    return [_row(entry, result) for entry in (*(found[name] for name in result["front"]), *presets)]
+    decided = sorted(result["run_off"], key=lambda e: -e[result["config"]["metric"]])
+    first = [_row(entry, result, []) for entry in (*(found[name] for name in result["front"]), *presets)]
+    return first + [_row(entry, result, ["winner", "best_preset"]) for entry in decided]
 
 
-def _row(entry: Result, result: Result) -> list[str]:
-    what = [
-        name.replace("_", " ") for name in ("winner", "best_preset") if entry["decoder"] == result[name]["decoder"]
-    ] or ["preset"] * entry["preset"]
+def _row(entry: Result, result: Result, titles: list[str]) -> list[str]:
+    what = [name.replace("_", " ") for name in titles if entry["decoder"] == result[name]["decoder"]]
+    what = what or ["preset"] * entry["preset"]
     if entry["nfe"] > result["config"]["budget"]:
         what.append("over the budget")
     return [
@@ -105,10 +106,11 @@ def sentences(result: Result) -> list[str]:
         return f"{metric} {share} %, {entry['nfe']:.1f} passes a problem (its plan: {entry['plan']})"
 
     lines = [
-        f"{len(result['candidates'])} decoders, rounds of {', '.join(map(str, result['rounds']))} validation problems: "
+        f"{len(result['candidates'])} decoders, rounds of {', '.join(map(str, result['rounds']))} validation problems, "
+        f"a run-off of {len(result['run_off'])} on {result['winner']['problems']}: "
         f"{passes['validation']:,} forward passes, and {passes['test']:,} on test.",
         *_unfit(result["config"]["max_new_tokens"]),
-        f"winner on validation: {winner['decoder']}: {said(result['winner'])}. As the best of many this figure is too high.",
+        f"winner of the run-off: {winner['decoder']}: {said(result['winner'])}. As the best of many this figure is too high.",
         f"winner on {winner['problems']} unseen test problems: {said(winner)}.",
     ]
     if winner["decoder"] != preset["decoder"]:
