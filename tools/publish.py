@@ -1,8 +1,9 @@
-"""Copy studies into the documents: ``python tools/publish.py STUDY...`` after ``unmask study configs/study/STUDY.yaml``.
+"""Copy studies and searches into the documents: ``python tools/publish.py STUDY...`` or ``tune``.
 
 The cells of ``runs/study/STUDY`` go to ``docs/results/study/STUDY`` with the tables and the figure that follow from them, and
 the tables that its file names go into docs/results.md, between ``<!-- study STUDY: TITLE -->`` and ``<!-- end -->``. A study
-need not be finished.
+need not be finished. ``tune`` stands for the searches in ``runs/tune/TASK-BUDGET``: they go to ``docs/results`` and
+docs/tune.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pathlib import Path
 import yaml
 
 from unmask.config import read_config
+from unmask.evaluation.report import markdown as table_text
+from unmask.evaluation.report import percent
 from unmask.report import figures
 from unmask.report.collect import collect
 from unmask.report.style import look
@@ -26,8 +29,9 @@ from unmask.study.summary import markdown, read_cells, summarise_study
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results" / "study"
-DOCUMENT = ROOT / "docs" / "results.md"
-PLACE = re.compile(r"(<!-- study (?P<study>[\w-]+): (?P<title>.+?) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+SEARCHES = ROOT / "docs" / "results"
+PLACE = re.compile(r"(<!-- (?:study (?P<study>[\w-]+): (?P<title>.+?)|searches) -->\n).*?(?=<!-- end -->)", re.DOTALL)
+DOCUMENTS = [ROOT / "docs" / name for name in ("results.md", "tune.md")]
 
 
 def study(name: str) -> tuple[StudyConfig, list[Job]]:
@@ -52,11 +56,41 @@ def figure(folder: Path) -> str:
         return figures.accuracy(collect([folder]).results).svg
 
 
+def searches() -> str:
+    """A table of the committed searches of ``unmask tune``."""
+    found = [json.loads(path.read_text()) for path in SEARCHES.glob("tune-*.json")]
+    found.sort(key=lambda search: (list(search["config"]["tasks"]), search["config"]["budget"]))
+    headings = ["task", "budget", "decoders", "passes spent"]
+    headings += [
+        "winner",
+        "on test: NFE",
+        "solved % [95 %]",
+        "best preset",
+        "on test: NFE",
+        "solved % [95 %]",
+        "difference",
+    ]
+    rows = []
+    for search in found:
+        test = search["test"]
+        sides = [
+            [entry["decoder"], f"{entry['nfe']:.1f}", percent(entry["solved"], entry["solved_interval"])]
+            for entry in (test["winner"], test["best_preset"])
+        ]
+        difference = {"solved": test["difference"], "solved_interval": test["difference_interval"]}
+        spent = f"{sum(search['forward_passes'].values()):,}"
+        settings = search["config"]
+        row = [*settings["tasks"], str(settings["budget"]), str(len(search["candidates"])), spent]
+        rows.append([*row, *sides[0], *sides[1], pivot.points(difference, "solved")])
+    return table_text(headings, rows)
+
+
 def with_tables(text: str) -> str:
-    """The document with every study's tables as the committed cells say them."""
+    """The document with every table as the committed results say it."""
 
     def table(place: re.Match[str]) -> str:
-        return f"{place.group(1)}{tables(RESULTS / place.group('study'))[1].get(place.group('title'), '')}"
+        name = place.group("study")
+        return place.group(1) + (tables(RESULTS / name)[1].get(place.group("title"), "") if name else searches())
 
     return PLACE.sub(table, text)
 
@@ -81,5 +115,10 @@ def publish(name: str) -> None:
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        publish(name)
-    DOCUMENT.write_text(with_tables(DOCUMENT.read_text()))
+        if name == "tune":
+            for front in (ROOT / "runs" / "tune").glob("*/front.json"):
+                shutil.copy(front, SEARCHES / f"tune-{front.parent.name}.json")
+        else:
+            publish(name)
+    for document in DOCUMENTS:
+        document.write_text(with_tables(document.read_text()))
