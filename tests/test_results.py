@@ -37,4 +37,6 @@ def test_the_documents_quote_the_tables() -> None:
         if "results/study/" in section
         for interval in INTERVAL.findall(section)
     ]
-    assert len(quoted) > 50 and [i for i in quoted if i not in committed] == []
+    concluded = INTERVAL.findall((publish.ROOT / "docs" / "conclusions.md").read_text())
+    assert len(quoted) > 50 and len(concluded) > 5
+    assert [i for i in quoted + concluded if i not in committed] == []
