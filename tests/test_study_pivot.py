@@ -132,9 +132,8 @@ def test_a_report_begins_with_them(tmp_path: Path) -> None:
     (shown,) = pivot.tables([pivot.Pivot(**table)], summarise_study(read_cells(folder)))
     assert material.tables == [("study", shown)]  # the other has no cell yet
     (chosen,) = chosen_tables(material.tables)
-    assert chosen.markdown() == shown.markdown().split("\n\n")[1] + "\n" and chosen.caption.startswith(
-        f"{shown.title}. "
-    )
+    assert chosen.markdown() == shown.markdown().split("\n\n")[1] + "\n"
+    assert (chosen.caption, chosen.note) == (shown.title, shown.notes[0])
     for row in chosen.rows:
         for cell in row[1:]:
             assert (cell.value is None) == (cell.text == "")
@@ -142,8 +141,11 @@ def test_a_report_begins_with_them(tmp_path: Path) -> None:
                 (f"{cell.value:.1f}", f"{cell.value:+.1f}", f"{cell.value:g}")
             )
     text, _ = report([folder], tmp_path / "out")
+    page = (tmp_path / "out" / "report.html").read_text()
     assert (
-        text.startswith(chosen.caption) and "Which &lt;objective&gt;" in (tmp_path / "out" / "report.html").read_text()
+        text.startswith(chosen.caption)
+        and "Which &lt;objective&gt;" in page
+        and chosen.note.replace("'", "&#39;") in page
     )
     two = chosen_tables(collect([folder, shutil.copytree(folder, tmp_path / "other")]).tables)
     assert [table.caption.split(":")[0] for table in two] == ["study", "other"]

@@ -263,14 +263,15 @@ def differing(difference: dict[str, Any]) -> list[str]:
 
 
 def _label_results(results: Sequence[Result]) -> None:
-    """Decoder, what else varies in the folder, and the folder where there are several with results."""
+    """Decoder, what else is set and varies in the folder, and the folder where there are several with results."""
     folders = {
         folder: [r for r in results if r.folder == folder] for folder in dict.fromkeys(r.folder for r in results)
     }
     for folder, own in folders.items():
         keys = varying([r.axes for r in own])
         for result in own:
-            parts = [result.decoder, setting(result.axes, keys), folder if len(folders) > 1 else ""]
+            there = [k for k in keys if result.axes[k] is not None or k.startswith("train.")]
+            parts = [result.decoder, setting(result.axes, there), folder if len(folders) > 1 else ""]
             result.label = " · ".join(filter(None, parts))
 
 

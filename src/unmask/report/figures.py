@@ -17,6 +17,7 @@ from unmask.report.collect import Result, differing, setting, varying
 from unmask.report.style import (
     GRID,
     INK,
+    OTHER,
     PANELS,
     PAPER,
     SOFT,
@@ -29,6 +30,8 @@ from unmask.report.style import (
     picture,
 )
 
+_NAMED = 24  # with more results, a figure names those on a front alone
+_LONG = 36  # characters of a label that no longer fits beside a point
 _ROWS = 30  # at most so many rows, one above the other, in one figure
 _END, _OTHER = colour(3), colour(0)
 
@@ -44,14 +47,18 @@ def front(results: Sequence[Result]) -> list[Result]:
 
 def accuracy(results: Sequence[Result]) -> Picture:
     """Problems solved against forward passes, a panel a task."""
-    tasks, labels = _tasks(results), list(dict.fromkeys(r.label for r in results))
+    tasks = _tasks(results)
+    labels = list(dict.fromkeys(r.label for r in results))
+    if many := len(labels) > _NAMED:
+        labels = list(dict.fromkeys(r.label for t in tasks for r in front([r for r in results if r.task == t])))
     figure, axes = panels(len(tasks), 2, 5.2, 4.0)
     for axis, task in zip(axes, tasks, strict=True):
         own = [r for r in results if r.task == task]
         best = front(own)
         places = dict(zip(map(id, own), _apart([r.numbers["nfe"] for r in own]), strict=True))
         for result in own:
-            number = labels.index(result.label)
+            named = result.label in labels
+            number = labels.index(result.label) if named else 0
             solved, (low, high) = result.numbers["solved"], result.numbers["solved_interval"]
             axis.errorbar(
                 places[id(result)],
@@ -60,12 +67,13 @@ def accuracy(results: Sequence[Result]) -> Picture:
                     [max(0, 100 * (solved - low))],
                     [max(0, 100 * (high - solved))],
                 ],  # bootstrap ends may round past it
-                fmt=marker(number),
-                color=colour(number),
-                markersize=6.5,
-                elinewidth=1.1,
-                capsize=2.5,
-                label=legible(result.label),
+                fmt=marker(number) if named else "o",
+                color=colour(number) if named else OTHER,
+                markersize=6.5 if named else 4,
+                elinewidth=1.1 if named else 0.6,
+                capsize=2.5 if named else 0,
+                label=legible(result.label) if named else "on no front: see the tables",
+                zorder=3 if named else 2,
             )
         passes = [places[id(r)] for r in best]
         left, right = _limits([r.numbers["nfe"] for r in own], len(best[0].label))
@@ -86,6 +94,8 @@ def accuracy(results: Sequence[Result]) -> Picture:
     caption = (
         "Problems solved against forward passes, with 95 % intervals. The stepped line is the Pareto front: nothing measured "
         f"has both fewer passes and more solved. On it are, for {said}. Equal or near numbers of passes are set slightly apart."
+        + " Grey: what is on no front."
+        * many
     )
     return picture("front", caption, figure)
 
@@ -136,11 +146,14 @@ def _limits(passes: Sequence[float], letters: int) -> tuple[float, float]:
 
 
 def _name_the_front(axis: Axes, best: Sequence[tuple[Result, float]]) -> None:
-    """Labels above and left of the front, where by definition no point lies; one that would touch the last is left out."""
+    """Labels above and left of the front, where by definition no point lies.
+
+    One that would touch the last, or does not fit beside its point, is left to the legend.
+    """
     last = (0.0, -100.0)
     for result, place in best:
         x, y = float(np.log2(place)), 100 * result.numbers["solved"]
-        if y - last[1] < 6 and x - last[0] < 1.5:
+        if len(result.label) > _LONG or (y - last[1] < 6 and x - last[0] < 1.5):
             continue
         last = (x, y)
         text = axis.annotate(
@@ -155,7 +168,8 @@ def _name_the_front(axis: Axes, best: Sequence[tuple[Result, float]]) -> None:
 def differences(rows: Sequence[dict[str, Any]], stem: str, title: str) -> Iterator[Picture]:
     """Paired differences in problems solved along one axis, with intervals, in figures of up to 30 rows."""
     for part, some in _parts(list(zip(rows, _difference_names(rows), strict=True)), _ROWS):
-        figure = Figure(figsize=(8.5, 0.3 * len(some) + 1.3), layout="constrained")
+        width = max(8.5, 5 + 0.08 * max(len(name) for _, name in some))
+        figure = Figure(figsize=(width, 0.3 * len(some) + 1.3), layout="constrained")
         axis = figure.subplots()
         clear = [row["solved_holm"] < 0.05 for row, _ in some]
         for y, ((row, _), filled) in enumerate(zip(some, clear, strict=True)):

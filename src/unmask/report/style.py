@@ -18,6 +18,7 @@ from unmask.files import whole
 
 # The page turns these into its own colours, light and dark; no series may have them.
 INK, SOFT, GRID, PAPER = "#1d2127", "#5c6672", "#d5d9df", "#ffffff"
+OTHER = "#aab2bd"
 PANELS = 12
 """At most so many panels stand in one figure of small multiples."""
 _LINES = ("-", "--", "-.", ":")

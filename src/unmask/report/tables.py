@@ -25,12 +25,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """The first ``left`` columns are text, the others numbers."""
+    """The first ``left`` columns are text, the others numbers; ``note`` stands below."""
 
     caption: str
     headings: list[str]
     rows: list[list[Cell]]
     left: int
+    note: str = ""
 
     def markdown(self) -> str:
         return markdown(self.headings, [[cell.text for cell in row] for row in self.rows], self.left)
@@ -62,11 +63,11 @@ def chosen_tables(shown: Sequence[tuple[str, Shown]]) -> list[Table]:
     several = len({folder for folder, _ in shown}) > 1
     tables = []
     for folder, table in shown:
-        caption = " ".join([f"{folder}: {table.title}." if several else f"{table.title}.", *table.notes])
+        caption = f"{folder}: {table.title}" if several else table.title
         rows = [
             [Cell(text) for text in row[: table.left]] + [_leading(t) for t in row[table.left :]] for row in table.rows
         ]
-        tables.append(Table(caption, table.headings, rows, table.left))
+        tables.append(Table(caption, table.headings, rows, table.left, " ".join(table.notes)))
     return tables
 
 
