@@ -63,7 +63,7 @@ def test_a_table_by_hand() -> None:
     assert shown(rows=["decoder"], columns=["x"], where={"task": "t"}, show=["nfe", "score", "length"]).split("\n") == [
         "**T**",
         "",
-        "| decoder | – NFE | – score % [95 %] | – length | 0.5 NFE | 0.5 score % [95 %] | 0.5 length |",
+        "| decoder | x=– NFE | x=– score % [95 %] | x=– length | x=0.5 NFE | x=0.5 score % [95 %] | x=0.5 length |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         "| a | 6.5 | 25.0 [0.0, 50.0] | 3 | 6.5 | 12.5 [0.0, 37.5] | 3 |",
         "| b | 6.5 | 50.0 [50.0, 50.0] | 3 | 8.5 | 0.0 [0.0, 0.0] | 3 |",
@@ -80,7 +80,9 @@ def test_one_quantity_needs_no_name_in_every_column() -> None:
 def test_differences_and_their_stars() -> None:
     table = {"rows": ["task", "x"], "columns": ["decoder"], "show": []}
     text = shown(**table, against=["decoder"])
-    assert "| task | x | b |" in text  # the first decoder has none
+    assert (
+        "| task | x | b |" in text and text.count("\n| ") == 1 + 1 + 2
+    )  # the first decoder has none, nor has a row alone
     assert "| t | – | +50.0 [+0.0, +100.0] |" in text and "| u | 0.5 | -100.0 [-100.0, -100.0]* |" in text
     assert "Difference: in points of solved from the cell of decoder a" in text and "over all 2 of this kind" in text
     text = shown(**{**table, "show": ["score"]}, against=["decoder"])
@@ -96,6 +98,8 @@ def test_differences_and_their_stars() -> None:
     ("table", "says"),
     [
         ({"columns": ["x"]}, "table 1 of tables lacks rows: add it"),
+        ({"rows": ["task", "decoder", "x"], "show": []}, "the table 'T' shows nothing: give show or against"),
+        ({"rows": "decoder"}, "rows of table 1 of tables is 'decoder': give list"),
         ({"rows": ["decoder", "taks"]}, r"unknown axis in the table 'T' 'taks': did you mean 'task'"),
         ({"rows": ["decoder"], "columns": ["y"]}, "unknown axis in the table 'T' 'y'"),
         ({"rows": ["decoder"], "where": {"y": 1}}, "unknown axis in the table 'T' 'y'"),
@@ -105,14 +109,25 @@ def test_differences_and_their_stars() -> None:
             "two cells share a place in the table 'T': add task or plan to its rows",
         ),
         ({"rows": ["task", "decoder", "x"], "against": ["equal passes"]}, "unknown comparison in the table 'T'"),
-        ({"rows": ["task", "decoder", "x"], "show": ["accuracy"]}, "unknown show of tables 'accuracy'"),
-        ({"rows": ["task", "decoder", "x"], "colour": "red"}, "unknown parameter of tables 'colour'"),
+        ({"rows": ["task", "decoder", "x"], "show": ["accuracy"]}, "unknown show of table 1 of tables 'accuracy'"),
+        ({"rows": ["task", "decoder", "x"], "colour": "red"}, "unknown parameter of table 1 of tables 'colour'"),
     ],
 )
 def test_mistakes_are_one_sentence(table: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says) as error:
         shown(**table)
     assert "\n" not in str(error.value)
+
+
+def test_each_table_has_its_title() -> None:
+    table = {"title": "T", "rows": ["decoder"]}
+    with pytest.raises(UserError, match="two of tables have the title 'T'"):
+        pivot.pivots(StudyConfig(output="runs/x", evaluate=[{}], tables=[table, table]), [{"decoder": "a", "plan": 7}])
+
+
+def test_a_table_without_any_text_is_none() -> None:
+    summary = summarise_study(CELLS[:1])
+    assert not list(pivot.tables([pivot.Pivot(title="T", rows=["x"], show=[], against=["decoder"])], summary))
 
 
 def test_settings_are_those_of_the_cells_without_seeds(tmp_path: Path) -> None:
@@ -131,6 +146,7 @@ def test_a_report_begins_with_them(tmp_path: Path) -> None:
     material = collect([folder])
     (shown,) = pivot.tables([pivot.Pivot(**table)], summarise_study(read_cells(folder)))
     assert material.tables == [("study", shown)]  # the other has no cell yet
+    assert [row[0] for row in shown.rows] == ["untrained", "cj", "diffu"]
     (chosen,) = chosen_tables(material.tables)
     assert chosen.markdown() == shown.markdown().split("\n\n")[1] + "\n"
     assert (chosen.caption, chosen.note) == (shown.title, shown.notes[0])

@@ -26,6 +26,7 @@ from unmask.evaluation.tune import Standing, TuneConfig, command, pareto, tune
 from unmask.evaluation.tune_space import candidates
 from unmask.flags import read_flags
 from unmask.rl.run import RLConfig
+from unmask.spec import TooFewProblems
 from unmask.tasks import Grade, Problem
 from unmask.tasks.base import bucket
 from unmask.tasks.countdown import Countdown
@@ -355,6 +356,15 @@ def test_mistakes(model: str, tmp_path: Path, flags: str, said: str, monkeypatch
 def test_what_needs_no_model_is_found_without_it(flags: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
         command(["--model", "/no/such/model", "--budget", "4", *flags.split()])
+
+
+def test_too_few_problems_name_the_settings(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def few(*_: Any) -> list[Problem]:
+        raise TooFewProblems("only 3 exist: ask for fewer")
+
+    monkeypatch.setattr(Countdown, "problems", few)
+    with pytest.raises(UserError, match=r"ask for fewer \(--limit 18 and --run-off-limit 23 ask for the larger"):
+        tune(config(model, tmp_path))
 
 
 def test_a_typo_does_not_wait_for_torch() -> None:

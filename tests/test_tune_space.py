@@ -17,6 +17,7 @@ from unmask.evaluation.tune import (
     TuneConfig,
     best,
     better_part,
+    decide,
     in_run_off,
     pareto,
     round_sizes,
@@ -132,6 +133,9 @@ def test_the_run_off_by_hand() -> None:
     assert in_run_off(found, presets="pqr", safe="ars") == list("abcdefqr")
     assert in_run_off(found, presets="apr", safe="a") == list("abcdef")
     assert in_run_off(found[-4:], presets="pqr", safe="pq") == list("sqpr")
+    # On the run-off's problems the two best are over the budget, one of them the best preset.
+    run_off = standings(("a", 0.9, 8.1), ("p", 0.8, 8.01), ("b", 0.7, 8), ("q", 0.6, 7), ("c", 0.7, 7), ("r", 0.6, 6))
+    assert decide(run_off, 8, presets="pqr") == ("c", "r")
 
 
 def test_a_standing_by_hand() -> None:
@@ -270,6 +274,27 @@ RESULT: dict[str, Any] = {
         "difference_interval": [-0.1, 0.1],
     },
 }
+
+
+def test_rows_by_hand() -> None:
+    def entry(decoder: str, problems: int, solved: float, nfe: float = 4.0) -> dict[str, Any]:
+        measured = {"plan": 9, "score": 0.0, "score_interval": [0.0, 0.0], "solved_interval": [0.0, 1.0]}
+        facts = {"decoder": decoder, "preset": decoder in "pq", "problems": problems, "solved": solved, "nfe": nfe}
+        return {**measured, **facts}
+
+    candidates = [entry("p", 16, 0.4), entry("q", 8, 0.3, 4.6), entry("a", 16, 0.5), entry("b", 16, 0.2, 3.0)]
+    run_off = [entry("a", 40, 0.35), entry("p", 40, 0.45), entry("b", 40, 0.1, 4.2)]
+    chosen = {"candidates": candidates, "front": ["b", "a"], "run_off": run_off, "winner": run_off[1]}
+    rows = tune_report.rows({**RESULT, **chosen, "best_preset": run_off[1]})
+    assert [(row[0], row[3].split()[0], row[5], row[6]) for row in rows] == [
+        ("b", "20.0", "16", ""),
+        ("a", "50.0", "16", ""),
+        ("p", "40.0", "16", "preset"),
+        ("q", "30.0", "8", "preset, over the budget"),
+        ("p", "45.0", "40", "winner, best preset"),
+        ("a", "35.0", "40", ""),
+        ("b", "10.0", "40", "over the budget"),
+    ]
 
 
 def test_advice_by_hand() -> None:

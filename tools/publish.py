@@ -23,8 +23,10 @@ from unmask.evaluation.report import percent
 from unmask.report import figures
 from unmask.report.collect import collect
 from unmask.report.style import look
+from unmask.spec import UserError
 from unmask.study import pivot
 from unmask.study.grid import Job, StudyConfig, jobs_of, labels, settings_of
+from unmask.study.run import Lines
 from unmask.study.summary import markdown, read_cells, summarise_study
 
 ROOT = Path(__file__).parent.parent
@@ -60,65 +62,77 @@ def searches() -> str:
     """A table of the committed searches of ``unmask tune``."""
     found = [json.loads(path.read_text()) for path in SEARCHES.glob("tune-*.json")]
     found.sort(key=lambda search: (list(search["config"]["tasks"]), search["config"]["budget"]))
-    headings = ["task", "budget", "decoders", "passes spent"]
-    headings += [
-        "winner",
-        "on test: NFE",
-        "solved % [95 %]",
-        "best preset",
-        "on test: NFE",
-        "solved % [95 %]",
-        "difference",
-    ]
+    headings = ["task", "budget", "winner", "best preset", "decoders", "passes spent"]
+    headings += ["winner on test: NFE", "solved % [95 %]", "best preset on test: NFE", "solved % [95 %]", "difference"]
     rows = []
     for search in found:
-        test = search["test"]
-        sides = [
-            [entry["decoder"], f"{entry['nfe']:.1f}", percent(entry["solved"], entry["solved_interval"])]
-            for entry in (test["winner"], test["best_preset"])
+        settings, test = search["config"], search["test"]
+        if settings["metric"] != "solved":
+            raise SystemExit(
+                f"a search of {settings['tasks']} is for {settings['metric']}: the table is of problems solved"
+            )
+        row = [
+            *settings["tasks"],
+            str(settings["budget"]),
+            *(test[side]["decoder"] for side in ("winner", "best_preset")),
         ]
+        row += [str(len(search["candidates"])), f"{sum(search['forward_passes'].values()):,}"]
+        for entry in (test["winner"], test["best_preset"]):
+            row += [f"{entry['nfe']:.1f}", percent(entry["solved"], entry["solved_interval"])]
         difference = {"solved": test["difference"], "solved_interval": test["difference_interval"]}
-        spent = f"{sum(search['forward_passes'].values()):,}"
-        settings = search["config"]
-        row = [*settings["tasks"], str(settings["budget"]), str(len(search["candidates"])), spent]
-        rows.append([*row, *sides[0], *sides[1], pivot.points(difference, "solved")])
-    return table_text(headings, rows)
+        rows.append([*row, pivot.points(difference, "solved")])
+    return table_text(headings, rows, left=4)
 
 
 def with_tables(text: str) -> str:
-    """The document with every table as the committed results say it."""
+    """The document with every table as the committed results say it; an unfinished study's may have no cell yet."""
 
     def table(place: re.Match[str]) -> str:
-        name = place.group("study")
-        return place.group(1) + (tables(RESULTS / name)[1].get(place.group("title"), "") if name else searches())
+        name, title = place.group("study"), place.group("title")
+        if not name:
+            return place.group(1) + searches()
+        if title not in {table["title"] for table in study(name)[0].tables}:
+            raise SystemExit(f"configs/study/{name}.yaml has no table {title!r}: correct the place in the document")
+        return place.group(1) + tables(RESULTS / name)[1].get(title, "")
 
     return PLACE.sub(table, text)
 
 
 def publish(name: str) -> None:
-    """Copy one study."""
+    """Copy one study, its cells under the labels that its file gives them now."""
     run, folder = ROOT / "runs" / "study" / name, RESULTS / name
-    folder.mkdir(parents=True, exist_ok=True)
     config, jobs = study(name)
-    cells = {json.loads(line)["key"]: line for line in (run / "cells.jsonl").read_text().splitlines(keepends=True)}
-    in_order = [cells.pop(cell.key) for job in jobs for cell in job.cells if cell.key in cells]
-    if cells:
-        raise SystemExit(f"{run} holds cells that configs/study/{name}.yaml does not name: {', '.join(cells)}")
-    (folder / "cells.jsonl").write_text("".join(in_order))
-    if (run / "runs.jsonl").stat().st_size:
-        shutil.copy(run / "runs.jsonl", folder)
+    if not (run / "cells.jsonl").is_file():
+        raise SystemExit(f"{run} holds no cells: run unmask study configs/study/{name}.yaml first")
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in ("cells.jsonl", "runs.jsonl"):
+        shutil.copy(run / file, folder)
+    named = labels(jobs)[0]
+    Lines(folder / "cells.jsonl", [cell.key for job in jobs for cell in job.cells]).label("cell", named)
+    trainings = {job.name: named[job.cells[0].key] for job in jobs if job.training}
+    of_training = {key: {k: v for k, v in cell.items() if k.startswith("train.")} for key, cell in trainings.items()}
+    Lines(folder / "runs.jsonl", list(trainings)).label("train", of_training)
+    if not trainings:
+        (folder / "runs.jsonl").unlink()
     summarised = {"compare": config.compare, "baselines": config.baselines, "tables": config.tables}
     (folder / "study.yaml").write_text(yaml.safe_dump(summarised, sort_keys=False))
     (folder / "table.md").write_text(tables(folder)[0])
     (folder / "front.svg").write_text(figure(folder))
 
 
-if __name__ == "__main__":
-    for name in sys.argv[1:]:
+def main(names: list[str]) -> None:
+    for name in names:
         if name == "tune":
-            for front in (ROOT / "runs" / "tune").glob("*/front.json"):
+            for front in (ROOT / "runs" / "tune").glob("*-[0-9]*/front.json"):
                 shutil.copy(front, SEARCHES / f"tune-{front.parent.name}.json")
         else:
             publish(name)
     for document in DOCUMENTS:
         document.write_text(with_tables(document.read_text()))
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        sys.exit(str(error))

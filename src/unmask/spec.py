@@ -16,6 +16,10 @@ class UserError(Exception):
     """A mistake in what the user asked for. The message is one sentence that names the value and the fix."""
 
 
+class TooFewProblems(UserError):
+    """A split does not have as many problems as were asked for."""
+
+
 def unknown(kind: str, value: str, choices: Iterable[str]) -> UserError:
     """The error for a name that is not one of the choices, with the nearest one suggested."""
     choices = sorted(map(str, choices))

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from unmask.files import read_lines, whole, write_json, writing_to
 from unmask.flags import read_flags
 from unmask.models.source import ModelSource
-from unmask.spec import UserError, check_at_least
+from unmask.spec import TooFewProblems, UserError, check_at_least
 
 if TYPE_CHECKING:
     from unmask.evaluation.evaluate import Cell, EvalConfig, Progress, Request
@@ -146,6 +146,12 @@ def in_run_off(finalists: Sequence[Standing], presets: Container[str], safe: Con
     known = [s for s in ranked if s.name in presets]
     chosen = [*ranked[:RUN_OFF], known[0], next(s for s in known if s.name in safe)]
     return [s.name for s in ranked if s in chosen]
+
+
+def decide(run_off: Sequence[Standing], budget: float, presets: Container[str]) -> tuple[str, str]:
+    """The winner of a run-off and the best preset; what is over the budget on its problems is out."""
+    within = [s for s in run_off if s.nfe <= budget]
+    return best(within).name, best([s for s in within if s.name in presets]).name
 
 
 def round_sizes(last: int) -> list[int]:
@@ -274,7 +280,11 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> dict[str, Any]
     _check_folder(output)
     presets, others = candidates(config.budget, config.max_new_tokens, config.early_stop, config.cfg_scale)
     evaluation = config.evaluation([*presets, *others])
-    request = prepare(evaluation)
+    try:
+        request = prepare(evaluation)
+    except TooFewProblems as error:
+        asked = f"--limit {config.limit} and --run-off-limit {config.run_off_limit} ask for the larger number"
+        raise UserError(f"{error} ({asked})") from None
     cells = {("validation", cell.decoder_spec): cell for cell in request.cells}
     task, seen = request.cells[0].task, request.cells[0].problems
     unseen = task.problems("test", config.test_limit, config.seed)
@@ -312,8 +322,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> dict[str, Any]
     known = search("presets", presets, len(presets))
     finalists = [*known, *search("candidates", others, FINALISTS)]
     leaders = in_run_off(finalists, presets, safe)
-    decided = [s for s in measure("run-off", "validation", leaders, len(seen)) if s.nfe <= config.budget]
-    winner, preset = best(decided).name, best([s for s in decided if s.name in presets]).name
+    winner, preset = decide(measure("run-off", "validation", leaders, len(seen)), config.budget, presets)
     measure("test", "test", list(dict.fromkeys((winner, preset))), len(unseen))
 
     def entry(split: str, name: str, most: int | None = None) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def accuracy(results: Sequence[Result]) -> Picture:
     """Problems solved against forward passes, a panel a task."""
     tasks = _tasks(results)
     labels = list(dict.fromkeys(r.label for r in results))
-    if many := len(labels) > _NAMED:
+    if len(labels) > _NAMED:
         labels = list(dict.fromkeys(r.label for t in tasks for r in front([r for r in results if r.task == t])))
     figure, axes = panels(len(tasks), 2, 5.2, 4.0)
     for axis, task in zip(axes, tasks, strict=True):
@@ -76,7 +76,7 @@ def accuracy(results: Sequence[Result]) -> Picture:
                 zorder=3 if named else 2,
             )
         passes = [places[id(r)] for r in best]
-        left, right = _limits([r.numbers["nfe"] for r in own], len(best[0].label))
+        left, right = _limits([r.numbers["nfe"] for r in own], len(best[0].label) * (len(best[0].label) <= _LONG))
         heights = [100 * r.numbers["solved"] for r in best]
         axis.step(
             [*passes, right], [*heights, heights[-1]], where="post", color=SOFT, linewidth=1, label="Pareto front"
@@ -95,7 +95,7 @@ def accuracy(results: Sequence[Result]) -> Picture:
         "Problems solved against forward passes, with 95 % intervals. The stepped line is the Pareto front: nothing measured "
         f"has both fewer passes and more solved. On it are, for {said}. Equal or near numbers of passes are set slightly apart."
         + " Grey: what is on no front."
-        * many
+        * (len(labels) < len({r.label for r in results}))
     )
     return picture("front", caption, figure)
 

@@ -73,7 +73,7 @@ def chosen_tables(shown: Sequence[tuple[str, Shown]]) -> list[Table]:
 
 def _leading(text: str) -> Cell:
     """A text that begins with a number, or is empty."""
-    return Cell(text, float(text.split()[0].rstrip("*")) if text else None)
+    return Cell(text, float(text.split()[0]) if text else None)
 
 
 def results_tables(results: Sequence[Result]) -> list[Table]:

@@ -76,7 +76,8 @@ def pivots(config: StudyConfig, cells: Sequence[Table]) -> list[Pivot]:
     Raises:
         UserError: where a table names what the study does not have, stays empty, or has two cells in one place.
     """
-    found, axes = [], list(cells[0])
+    found: list[Pivot] = []
+    axes = list(cells[0])
     trained = any(axis.startswith("train.") for axis in axes)
     along = config.compare or [axis for axis in axes if axis not in ("task", PLAN)]
     compared = [*along, *["training"] * trained, *["equal passes"] * bool(config.baselines)]
@@ -84,7 +85,11 @@ def pivots(config: StudyConfig, cells: Sequence[Table]) -> list[Pivot]:
         for key in ("title", "rows"):
             if not table.get(key):
                 raise UserError(f"table {number} of tables lacks {key}: add it")
-        pivot = build(Pivot, table, "tables")
+        pivot = build(Pivot, table, f"table {number} of tables")
+        if pivot.title in [before.title for before in found]:
+            raise UserError(f"two of tables have the title {pivot.title!r}: give each its own")
+        if not pivot.show and not pivot.against:
+            raise UserError(f"the table {pivot.title!r} shows nothing: give show or against")
         for axis in (*pivot.rows, *pivot.columns, *pivot.where):
             if axis not in axes:
                 raise unknown(f"axis in the table {pivot.title!r}", axis, axes)
@@ -144,13 +149,27 @@ def _table(pivot: Pivot, summary: Table) -> Shown | None:
     columned: list[tuple[str, list[str]]] = []
     for column in columns:
         cells = [entries[places[row, column]] if (row, column) in places else None for row in rows]
-        name, several = " ".join(map(plain, json.loads(column))), len(pivot.show) + len(pivot.against) > 1
+        named = _values(pivot.columns, column)
+        name = " ".join(t if isinstance(v, str) else f"{axis.removeprefix('train.')}={t}" for axis, v, t in named)
+        several = len(pivot.show) + len(pivot.against) > 1
         for what, texts in _texts(cells, pivot, summary):
             columned.append((f"{name} {what}".strip() if several or not name else name, texts))
     columned = [(heading, texts) for heading, texts in columned if any(texts)]
+    if not columned:
+        return None
     headings = [*pivot.rows, *(heading for heading, _ in columned)]
-    body = [[*map(plain, json.loads(row)), *(texts[i] for _, texts in columned)] for i, row in enumerate(rows)]
+    body = [
+        [*(text for *_, text in _values(pivot.rows, row)), *(texts[i] for _, texts in columned)]
+        for i, row in enumerate(rows)
+    ]
+    body = [row for row in body if any(row[len(pivot.rows) :])]
     return Shown(pivot.title, headings, body, len(pivot.rows), list(_notes(pivot, summary)))
+
+
+def _values(axes: Sequence[str], place: str) -> list[tuple[str, Any, str]]:
+    """(axis, value, its text) of a row or column; a model that no training has touched is called so."""
+    found = zip(axes, json.loads(place), strict=True)
+    return [(a, v, "untrained" if v is None and a.startswith("train.") else plain(v)) for a, v in found]
 
 
 def _difference(axis: str, pivot: Pivot) -> str:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 import reasoning_gym
 
-from unmask.spec import UserError
+from unmask.spec import TooFewProblems, UserError
 from unmask.tasks import answers
 from unmask.tasks.base import Grade, Problem, Reward, Task, split_of, stream_seed
 
@@ -82,7 +82,7 @@ class Countdown(Task):
             if split_of(problem.id) != split or key in found or self.hopeless(problem):
                 misses += 1
                 if misses > 20_000 + 50 * limit:
-                    raise UserError(
+                    raise TooFewProblems(
                         f"only {len(found)} different {split} problems exist for {self.config()}: "
                         "ask for fewer or raise max_value"
                     )

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
-from unmask.spec import UserError, build, unknown
+from unmask.spec import TooFewProblems, UserError, build, unknown
 from unmask.tasks import answers
 from unmask.tasks.base import Grade, Problem, Reward, Task, split_of, stream_seed
 
@@ -74,7 +74,7 @@ class ReasoningGym(Task):
             if split_of(question) == split:
                 found.setdefault(question, Problem(f"{seed}:{index}", question, {"seed": seed, "index": index}))
         else:
-            raise UserError(f"only {len(found)} different {split} problems of {self.dataset} found: ask for fewer")
+            raise TooFewProblems(f"only {len(found)} different {split} problems of {self.dataset} found: ask for fewer")
         return list(found.values())
 
     def load(self, path: str) -> Iterator[Problem]:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import reasoning_gym
 
-from unmask.spec import UserError
+from unmask.spec import TooFewProblems, UserError
 from unmask.tasks import answers
 from unmask.tasks.base import Grade, Problem, Reward, Task, bucket, split_of, stream_seed
 
@@ -72,7 +72,7 @@ class Sudoku(Task):
             if home != split or problem.id in found:
                 misses += 1
                 if misses > 50_000 + 100 * limit:
-                    raise UserError(
+                    raise TooFewProblems(
                         f"only {len(found)} different {split} puzzles found for {self.config()}: ask for fewer"
                     )
                 continue

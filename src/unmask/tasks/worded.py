@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from unmask.hub import BUILDERS, load_split
-from unmask.spec import UserError
+from unmask.spec import TooFewProblems, UserError
 from unmask.tasks import answers
 from unmask.tasks.base import Problem, Task, bucket
 
@@ -90,7 +90,7 @@ class Worded(Task):
         rows = load_split(name, source, configuration, f"a local file or folder as {self.name}:data=PATH")
         found = self.cut(self.convert(rows, f"{name} ({source})"), split, seed)
         if limit is not None and limit > len(found) and split != "test":
-            raise UserError(f"task {self.name} has {len(found)} {split} problems, not {limit}: ask for fewer")
+            raise TooFewProblems(f"task {self.name} has {len(found)} {split} problems, not {limit}: ask for fewer")
         return found[:limit]
 
     def read(self, path: str, split: str, seed: int) -> list[Problem]:
