@@ -126,7 +126,7 @@ def _cell(group: Group, bootstrap: Bootstrap) -> Table:
     row: Table = {"cell": group.cell, "seeds": len(group.lines), "problems": len(group.solved[0])}
     for metric in METRICS:
         draws = bootstrap.draws(*group.share(metric), group.problems)
-        row |= {metric: group.mean(metric), f"{metric}_interval": _interval(draws, group.by_seed(metric))}
+        row |= {metric: group.mean(metric), f"{metric}_interval": _interval(draws, group.by_seed(metric), 0)}
     if row["seeds"] == 1 or row["solved"] in (
         0,
         1,
@@ -142,14 +142,14 @@ def _cell(group: Group, bootstrap: Bootstrap) -> Table:
     }
 
 
-def _interval(draws: np.ndarray, by_seed: np.ndarray) -> list[float]:
+def _interval(draws: np.ndarray, by_seed: np.ndarray, least: float) -> list[float]:
     """The bootstrap's 95 % interval, or that of the seeds' own values by Student's t where it reaches further: of few seeds a
-    bootstrap understates the spread."""
+    bootstrap understates the spread. Within ``least`` and 1, the values that there can be."""
     low, high = (float(q) for q in np.quantile(draws, [0.025, 0.975]))
     if len(by_seed) > 1:
         half, middle = student_half_width(by_seed.tolist()), float(by_seed.mean())
         low, high = min(low, middle - half), max(high, middle + half)
-    return [low, high]
+    return [max(low, least), min(high, 1.0)]
 
 
 def _p(draws: np.ndarray, by_seed: np.ndarray) -> float:
@@ -207,7 +207,7 @@ def _compared(axis: str, pairs: Sequence[tuple[Group, Group]], bootstrap: Bootst
             by_seed = group.by_seed(metric) - other.by_seed(metric)
             row |= {
                 metric: group.mean(metric) - other.mean(metric),
-                f"{metric}_interval": _interval(ours - theirs, by_seed),
+                f"{metric}_interval": _interval(ours - theirs, by_seed, -1),
                 f"{metric}_p": _p(ours - theirs, by_seed),
             }
         row["nfe"] = [float(group.column("nfe").mean()), float(other.column("nfe").mean())]
