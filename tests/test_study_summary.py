@@ -74,7 +74,9 @@ def test_summary_by_hand() -> None:
     draws = [a[rng.integers(0, 2, 2)][:, rng.integers(0, 40, 40)].mean() for _ in range(4000)]
     half = stats.t.ppf(0.975, 1) * np.std(a.mean(1), ddof=1) / math.sqrt(2)
     low, high = np.quantile(draws, [0.025, 0.975])
-    assert first["solved_interval"] == pytest.approx([min(low, a.mean() - half), max(high, a.mean() + half)], abs=0.02)
+    assert first["solved_interval"] == pytest.approx(
+        [max(0, min(low, a.mean() - half)), min(1, max(high, a.mean() + half))], abs=0.02
+    )
     assert difference["score_interval"] == difference["solved_interval"]
 
 
