@@ -32,7 +32,7 @@ def test_the_documents_quote_the_tables() -> None:
     committed = {i for folder in STUDIES for i in INTERVAL.findall((folder / "table.md").read_text())}
     quoted = [
         interval
-        for section in text.split("\n## ")
+        for section in re.split(r"\n##+ ", text)
         if "results/study/" in section
         for interval in INTERVAL.findall(section)
     ]
