@@ -19,13 +19,13 @@ import yaml
 
 from unmask.config import read_config
 from unmask.evaluation.report import markdown as table_text
-from unmask.evaluation.report import percent
+from unmask.evaluation.report import percent, points
 from unmask.report import figures
 from unmask.report.collect import collect
 from unmask.report.style import look
 from unmask.spec import UserError
 from unmask.study import pivot
-from unmask.study.grid import Job, StudyConfig, jobs_of, labels, settings_of
+from unmask.study.grid import Job, StudyConfig, jobs_of, labels, settings_of, training_labels
 from unmask.study.run import Lines
 from unmask.study.summary import markdown, read_cells, summarise_study
 
@@ -79,8 +79,7 @@ def searches() -> str:
         row += [str(len(search["candidates"])), f"{sum(search['forward_passes'].values()):,}"]
         for entry in (test["winner"], test["best_preset"]):
             row += [f"{entry['nfe']:.1f}", percent(entry["solved"], entry["solved_interval"])]
-        difference = {"solved": test["difference"], "solved_interval": test["difference_interval"]}
-        rows.append([*row, pivot.points(difference, "solved")])
+        rows.append([*row, points(test["difference"], test["difference_interval"])])
     return table_text(headings, rows, left=4)
 
 
@@ -109,9 +108,8 @@ def publish(name: str) -> None:
         shutil.copy(run / file, folder)
     named = labels(jobs)[0]
     Lines(folder / "cells.jsonl", [cell.key for job in jobs for cell in job.cells]).label("cell", named)
-    trainings = {job.name: named[job.cells[0].key] for job in jobs if job.training}
-    of_training = {key: {k: v for k, v in cell.items() if k.startswith("train.")} for key, cell in trainings.items()}
-    Lines(folder / "runs.jsonl", list(trainings)).label("train", of_training)
+    trainings = training_labels(jobs, named)
+    Lines(folder / "runs.jsonl", list(trainings)).label("train", trainings)
     if not trainings:
         (folder / "runs.jsonl").unlink()
     summarised = {"compare": config.compare, "baselines": config.baselines, "tables": config.tables}

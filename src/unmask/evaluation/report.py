@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,12 @@ MARKERS = "osD^vPX*"
 def percent(share: float, interval: tuple[float, float] | list[float] | None = None) -> str:
     text = f"{100 * share:.1f}"
     return text if interval is None else f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
+
+
+def points(difference: float, interval: Sequence[float]) -> str:
+    """A difference of shares in percentage points, with its interval."""
+    low, high = interval
+    return f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 HEADINGS = ["task", "decoder", "NFE", "solved % [95 %]", "score % [95 %]", "tokens/forward", "length", "seconds"]

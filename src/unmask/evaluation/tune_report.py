@@ -45,8 +45,9 @@ def show(result: Result, written: list[Path]) -> None:
     table = Table(title=title(result))
     for i, heading in enumerate(HEADINGS):
         table.add_column(heading, justify="right" if 0 < i < len(HEADINGS) - 1 else "left", overflow="fold")
-    for i, row in enumerate(rows(result)):
-        if i in (len(result["front"]), len(rows(result)) - len(result["run_off"])):
+    body = rows(result)
+    for i, row in enumerate(body):
+        if i in (len(result["front"]), len(body) - len(result["run_off"])):
             table.add_section()
         table.add_row(*row)
     width = None if sys.stdout.isatty() else 140

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from unmask.evaluation.report import markdown, percent
+from unmask.evaluation.report import markdown, percent, points
 from unmask.report.collect import Result, Run, differing, plain, setting, varying
 from unmask.report.curves import task_of
 from unmask.study.pivot import Shown
@@ -46,8 +46,7 @@ def _share(value: float, interval: Sequence[float]) -> Cell:
 
 
 def _points(value: float, interval: Sequence[float]) -> Cell:
-    low, high = (f"{100 * v:+.1f}" for v in interval)
-    return Cell(f"{100 * value:+.1f} [{low}, {high}]", value)
+    return Cell(points(value, interval), value)
 
 
 def _named(results: Sequence[Result]) -> tuple[list[str], list[list[Cell]]]:

@@ -255,3 +255,9 @@ def settings_of(jobs: list[Job], tables: dict[str, Table]) -> list[Table]:
     found = [{**tables[c.key], PLAN: c.decoder.passes} for job in jobs for c in job.cells]
     settings = [{k: v for k, v in table.items() if k not in SEEDS} for table in found]
     return list({json.dumps(table): table for table in settings}.values())
+
+
+def training_labels(jobs: list[Job], tables: dict[str, Table]) -> dict[str, Table]:
+    """What tells the trainings apart, by the name of their job."""
+    trained = {job.name: tables[job.cells[0].key] for job in jobs if job.training}
+    return {name: {k: v for k, v in table.items() if k.startswith("train.")} for name, table in trained.items()}

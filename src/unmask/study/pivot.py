@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from unmask.evaluation.report import markdown as markdown_table
-from unmask.evaluation.report import percent
+from unmask.evaluation.report import percent, points
 from unmask.spec import UserError, build, unknown
 from unmask.study import METRICS, PLAN, Table
 
@@ -127,12 +127,6 @@ def plain(value: Any) -> str:
     return " ".join(map(plain, value)) if isinstance(value, list) else str(value)
 
 
-def points(difference: Table, metric: str) -> str:
-    """A paired difference in points with its interval."""
-    low, high = difference[f"{metric}_interval"]
-    return f"{100 * difference[metric]:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-
-
 def tables(pivots: Sequence[Pivot], summary: Table) -> Iterator[Shown]:
     """The tables that have cells in the summary so far."""
     for pivot in pivots:
@@ -185,7 +179,7 @@ def _texts(cells: Sequence[Table | None], pivot: Pivot, summary: Table) -> Itera
         found = {json.dumps(d["cell"]): d for d in summary["differences"] if d["axis"] == axis}
         rows = [None if cell is None else found.get(json.dumps(cell["cell"])) for cell in cells]
         stars = ["*" * (row is not None and row[f"{pivot.metric}_holm"] < CLEAR) for row in rows]
-        texts = ["" if row is None else points(row, pivot.metric) for row in rows]
+        texts = ["" if row is None else points(row[pivot.metric], row[f"{pivot.metric}_interval"]) for row in rows]
         yield _difference(axis, pivot), [text + star for text, star in zip(texts, stars, strict=True)]
 
 

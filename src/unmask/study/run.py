@@ -26,7 +26,7 @@ from unmask.config import save_config
 from unmask.files import read_lines, whole, write_json, writing_to
 from unmask.spec import UserError
 from unmask.study import Table
-from unmask.study.grid import Job, StudyConfig, check_compared, jobs_of, labels, settings_of
+from unmask.study.grid import Job, StudyConfig, check_compared, jobs_of, labels, settings_of, training_labels
 from unmask.study.pivot import pivots
 
 if TYPE_CHECKING:
@@ -203,9 +203,7 @@ def study(config: StudyConfig, beside: Path, progress: Progress | None = None) -
     with _alone(output):
         cells = Lines(output / "cells.jsonl", keys)
         runs = Lines(output / "runs.jsonl", [job.name for job in jobs if job.training])
-        trained = {
-            job.name: {k: v for k, v in tables[job.cells[0].key].items() if k.startswith("train.")} for job in jobs
-        }
+        trained = training_labels(jobs, tables)
         waiting = [job for job in jobs if not _finished(job, cells, runs)]
         _check_problems(waiting)
         with writing_to(output, "output"):

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from unmask.evaluation.report import markdown as markdown_table
-from unmask.evaluation.report import percent
+from unmask.evaluation.report import percent, points
 from unmask.evaluation.statistics import Bootstrap, holm, student_half_width, student_p, wilson
 from unmask.files import read_lines
 from unmask.spec import UserError
 from unmask.study import METRICS, SEEDS, Table
-from unmask.study.pivot import OTHERS, Pivot, plain, points, tables
+from unmask.study.pivot import OTHERS, Pivot, plain, tables
 
 
 def read_cells(folder: Path) -> list[Table]:
@@ -275,6 +275,6 @@ def _difference_table(axis: str, axes: Sequence[str], differences: Sequence[Tabl
             row.append(plain(d["against"][other]))
         row.append(f"{d['nfe'][0]:.1f} / {d['nfe'][1]:.1f}")
         for m in METRICS:
-            row += [points(d, m), f"{d[f'{m}_holm']:.2g}"]
+            row += [points(d[m], d[f"{m}_interval"]), f"{d[f'{m}_holm']:.2g}"]
         rows.append(row)
     return markdown_table(headings, rows, left=len(named) + bool(other))
