@@ -55,7 +55,7 @@ rl: $(READY)
 			--output $$run/test || exit 1; \
 	done; done; done
 
-# The studies of docs/results.md: hours; each goes on where it was stopped.
+# The studies of docs/results.md and docs/results-rl.md: hours; each goes on where it was stopped.
 STUDIES ?= decoders ascending gamma lengths objectives variants
 study: $(READY)
 	for study in $(STUDIES); do $(BIN)/unmask study configs/study/$$study.yaml --jobs 2 || exit 1; done

@@ -12,15 +12,15 @@ STUDIES = sorted(p.parent for p in publish.RESULTS.glob("*/cells.jsonl"))
 INTERVAL = re.compile(r"(?<![\d.])[+-]?\d+\.\d \[[+-]?\d+\.\d, [+-]?\d+\.\d\]")
 
 
+def documents() -> str:
+    return "\n".join(document.read_text() for document in publish.DOCUMENTS)
+
+
 @pytest.mark.parametrize("folder", STUDIES, ids=lambda p: p.name)
 def test_tables_and_figures_follow_from_the_cells(folder: publish.Path) -> None:
     assert (folder / "table.md").read_text() == publish.tables(folder)[0]
     assert (folder / "front.svg").read_text() == publish.figure(folder)
-    places = {
-        m.group("title")
-        for m in publish.PLACE.finditer(publish.DOCUMENTS[0].read_text())
-        if m.group("study") == folder.name
-    }
+    places = {m.group("title") for m in publish.PLACE.finditer(documents()) if m.group("study") == folder.name}
     assert places == {table["title"] for table in publish.study(folder.name)[0].tables}
 
 
@@ -28,11 +28,10 @@ def test_the_documents_quote_the_tables() -> None:
     """The tables of the document are those of the cells, and every interval in its sections on studies stands in one."""
     for document in publish.DOCUMENTS:
         assert publish.with_tables(document.read_text()) == document.read_text()
-    text = publish.DOCUMENTS[0].read_text()
     committed = {i for folder in STUDIES for i in INTERVAL.findall((folder / "table.md").read_text())}
     quoted = [
         interval
-        for section in re.split(r"\n##+ ", text)
+        for section in re.split(r"\n##+ ", documents())
         if "results/study/" in section
         for interval in INTERVAL.findall(section)
     ]

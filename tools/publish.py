@@ -1,9 +1,9 @@
 """Copy studies and searches into the documents: ``python tools/publish.py STUDY...`` or ``tune``.
 
 The cells of ``runs/study/STUDY`` go to ``docs/results/study/STUDY`` with the tables and the figure that follow from them, and
-the tables that its file names go into docs/results.md, between ``<!-- study STUDY: TITLE -->`` and ``<!-- end -->``. A study
-need not be finished. ``tune`` stands for the searches in ``runs/tune/TASK-BUDGET``: they go to ``docs/results`` and
-docs/tune.md.
+the tables that its file names go into docs/results.md or docs/results-rl.md, between ``<!-- study STUDY: TITLE -->`` and
+``<!-- end -->``. A study need not be finished. ``tune`` stands for the searches in ``runs/tune/TASK-BUDGET``: they go to
+``docs/results`` and docs/tune.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results" / "study"
 SEARCHES = ROOT / "docs" / "results"
 PLACE = re.compile(r"(<!-- (?:study (?P<study>[\w-]+): (?P<title>.+?)|searches) -->\n).*?(?=<!-- end -->)", re.DOTALL)
-DOCUMENTS = [ROOT / "docs" / name for name in ("results.md", "tune.md")]
+DOCUMENTS = [ROOT / "docs" / name for name in ("results.md", "results-rl.md", "tune.md")]
 
 
 def study(name: str) -> tuple[StudyConfig, list[Job]]:
