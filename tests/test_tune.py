@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -346,18 +344,6 @@ def test_mistakes(model: str, tmp_path: Path, flags: str, said: str, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        ("--task cuontdown", "did you mean 'countdown'"),
-        ("--task countdown --output /proc/nothing", "cannot write to /proc"),
-    ],
-)
-def test_what_needs_no_model_is_found_without_it(flags: str, said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        command(["--model", "/no/such/model", "--budget", "4", *flags.split()])
-
-
 def test_too_few_problems_name_the_settings(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def few(*_: Any) -> list[Problem]:
         raise TooFewProblems("only 3 exist: ask for fewer")
@@ -365,17 +351,6 @@ def test_too_few_problems_name_the_settings(model: str, tmp_path: Path, monkeypa
     monkeypatch.setattr(Countdown, "problems", few)
     with pytest.raises(UserError, match=r"ask for fewer \(--limit 18 and --run-off-limit 23 ask for the larger"):
         tune(config(model, tmp_path))
-
-
-def test_a_typo_does_not_wait_for_torch() -> None:
-    code = """
-import sys
-from unmask.cli import main
-for flags in ("--bugdet 4", "--task countdown", "--task countdown --budget 0"):
-    assert main(["tune", *flags.split()]) == 2
-assert "torch" not in sys.modules
-"""
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_folder_belongs_to_one_search(

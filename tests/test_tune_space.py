@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from unmask import make_decoder
+from unmask import UserError, make_decoder
 from unmask.decoding.decoder import PRESETS
 from unmask.evaluation import tune_report
 from unmask.evaluation.tune import (
@@ -17,6 +18,7 @@ from unmask.evaluation.tune import (
     TuneConfig,
     best,
     better_part,
+    command,
     decide,
     in_run_off,
     pareto,
@@ -350,3 +352,29 @@ def test_the_command_in_the_decoder_file_is_the_command(tmp_path: Path, task: st
     script = said.replace("unmask tune ", "printf '%s\\0' ", 1).encode()
     words = subprocess.run(["bash", "-c", script], capture_output=True, check=True).stdout.decode().split("\0")[:-1]
     assert read_flags(TuneConfig, words, prog="unmask tune") == chosen
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--task cuontdown", "did you mean 'countdown'"),
+        ("--task countdown --output /proc/nothing", "cannot write to /proc"),
+    ],
+)
+def test_what_needs_no_model_is_found_without_it(flags: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        command(["--model", "/no/such/model", "--budget", "4", *flags.split()])
+
+
+def test_a_typo_does_not_wait_for_torch() -> None:
+    code = """
+import sys
+from unmask.cli import main
+for flags in ("--bugdet 4", "--task countdown", "--task countdown --budget 0"):
+    assert main(["tune", *flags.split()]) == 2
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
