@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -52,7 +53,7 @@ def shown(cells: list[dict[str, Any]] = CELLS, baselines: tuple[str, ...] = (), 
     config = StudyConfig(output="runs/x", evaluate=[{}], baselines=list(baselines), tables=[{"title": "T", **table}])
     settings = [{**c["cell"], "plan": c["budget"]["nfe"]} for c in cells]
     (chosen,) = pivot.pivots(config, settings)
-    summary = summarise_study(cells, (), baselines)
+    summary = summarise_study(cells, (), baselines, [chosen])
     (table,) = pivot.tables([chosen], summary)
     text = table.markdown()
     assert markdown(summary, [chosen]).startswith(f"{text}\n**All cells**\n\n| decoder |")
@@ -92,6 +93,63 @@ def test_differences_and_their_stars() -> None:
     text = shown(baselines=("a",), **table, against=["equal passes", "x"])
     assert "| task | x | a difference (x) | b difference (equal passes) |" in text
     assert "from the baseline of as many passes" in text and "from the cell of x –" in text
+
+
+def trained(solved: str, decoder: str | None, objective: str | None, seed: int | None) -> dict[str, Any]:
+    made = line(solved, 7, **{"train.decoder": decoder, "train.objective": objective, "train.seed": seed})
+    budget = {"nfe": 7, "updates": 1, "completions": 2, "training_passes": 3}
+    return made if objective is None else {**made, "budget": budget}
+
+
+def test_a_mean_over_an_axis_takes_its_values_for_further_seeds() -> None:
+    """Pooled over two rollout decoders of two seeds each = a study of four seeds under one."""
+    rng = np.random.default_rng(0)
+    base = trained("".join(rng.choice(["0", "1"], 40)), None, None, None)
+    runs = [
+        (o, d, s) for o in ("cj", "diffu") for d in ("full", "ass") for s in (0, 1) if (o, d, s) != ("diffu", "ass", 1)
+    ]
+    texts = {run: "".join(rng.choice(["0", "1"], 40, p=[0.7, 0.3])) for run in runs}
+    study = [base, *(trained(texts[o, d, s], d, o, s) for o, d, s in runs)]
+    seeds = [trained(texts[o, d, s], "full", o, s + 2 * (d == "ass")) for o, d, s in runs]
+    table = {"title": "T", "rows": ["train.objective"], "against": ["training", "train.objective"]}
+    pooled = pivot.Pivot(**table, mean_over=["train.decoder"])
+    summary = summarise_study(study, (), (), [pooled])
+    (pool,) = summary["pools"]
+    expected = summarise_study([base, *seeds])
+    assert "train.decoder" in summary["axes"] and "train.decoder" not in pool["axes"]
+    for part in ("cells", "differences"):
+        without = [dict(entry) for entry in expected[part]]
+        for entry in without:
+            for key in {"cell", "against"} & set(entry):
+                entry[key] = {k: v for k, v in entry[key].items() if k != "train.decoder"}
+        assert pool[part] == without and len(pool[part]) == 3
+    (shown,), (plain,) = pivot.tables([pooled], summary), pivot.tables([pivot.Pivot(**table)], expected)
+    assert shown.rows == plain.rows and [row[0] for row in shown.rows] == ["untrained", "cj", "diffu"]
+    assert shown.notes == [
+        "Mean over train.decoder and the seeds, 3 to 4 trainings each, which intervals and tests take as a sample of such "
+        "trainings.",
+        *plain.notes,
+    ]
+    nothing_trained = summarise_study([base], (), (), [pooled])
+    assert [table.notes for table in pivot.tables([pooled], nothing_trained)] == [[]]
+
+
+def test_a_mean_is_over_axes_of_the_training() -> None:
+    cells = [trained("0011", d, "cj", 0) for d in ("full", "ass")]
+    assert "| cj | 7 |" in shown(cells, rows=["train.objective"], mean_over=["train.decoder"], show=["nfe"]).replace(
+        "6.5", "7"
+    )
+    for table, says in (
+        (
+            {"rows": ["train.objective"], "mean_over": ["decoder"]},
+            "unknown axis of the training in mean_over .* 'decoder'",
+        ),
+        ({"rows": ["train.decoder"], "mean_over": ["train.decoder"]}, "unknown axis in the table 'T' 'train.decoder'"),
+        ({"rows": ["decoder"], "mean_over": ["train.decoder"], "against": ["train.decoder"]}, "unknown comparison"),
+    ):
+        with pytest.raises(UserError, match=says) as error:
+            shown(cells, **table)
+        assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

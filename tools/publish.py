@@ -47,8 +47,8 @@ def study(name: str) -> tuple[StudyConfig, list[Job]]:
 def tables(folder: Path) -> tuple[str, dict[str, str]]:
     """table.md of a study's committed cells, and the tables for reading by title."""
     config, jobs = study(folder.name)
-    summary = summarise_study(read_cells(folder), config.compare, config.baselines)
     shown = pivot.pivots(config, settings_of(jobs, labels(jobs)[0]))
+    summary = summarise_study(read_cells(folder), config.compare, config.baselines, shown)
     return markdown(summary, shown), {table.title: table.markdown() for table in pivot.tables(shown, summary)}
 
 

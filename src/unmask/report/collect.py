@@ -165,7 +165,8 @@ def _mean(arrays: Sequence[np.ndarray]) -> np.ndarray:
 def _read_study(folder: Path, name: str, material: Material) -> None:
     cells = read_cells(folder)
     config = read_yaml(folder / "study.yaml", "the study") if (folder / "study.yaml").is_file() else {}
-    summary = summarise_study(cells, config.get("compare", []), config.get("baselines", []))
+    chosen = [build(Pivot, table, "tables") for table in config.get("tables", [])]
+    summary = summarise_study(cells, config.get("compare", []), config.get("baselines", []), chosen)
     for entry, group in zip(summary["cells"], groups_of(cells).values(), strict=True):
         lines = group.lines
         axes = {k: v for k, v in entry["cell"].items() if k not in ("task", "decoder")}
@@ -174,7 +175,6 @@ def _read_study(folder: Path, name: str, material: Material) -> None:
         lengths = [length for line in lines for length in line["length"]]
         task, decoder = entry["cell"]["task"], entry["cell"]["decoder"]
         material.results.append(Result(name, task, decoder, axes, numbers, curves, lengths))
-    chosen = [build(Pivot, table, "tables") for table in config.get("tables", [])]
     material.tables += [(name, table) for table in tables(chosen, summary)]
     if summary["differences"]:
         material.differences += [{"folder": name, **d} for d in summary["differences"]]

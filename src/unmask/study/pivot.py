@@ -44,6 +44,8 @@ class Pivot:
         default_factory=lambda: ["nfe", "solved"]  # type: ignore[arg-type]
     )
     """Quantities of a cell."""
+    mean_over: list[str] = field(default_factory=list)
+    """Axes of the training over which a number is the mean, as it is over the seeds: their values count as further seeds."""
     against: list[str] = field(default_factory=list)
     """Comparisons: axes, ``training`` or ``equal passes``; differences of solved, or of the score where that alone is shown."""
 
@@ -90,13 +92,21 @@ def pivots(config: StudyConfig, cells: Sequence[Table]) -> list[Pivot]:
             raise UserError(f"two of tables have the title {pivot.title!r}: give each its own")
         if not pivot.show and not pivot.against:
             raise UserError(f"the table {pivot.title!r} shows nothing: give show or against")
-        for axis in (*pivot.rows, *pivot.columns, *pivot.where):
-            if axis not in axes:
-                raise unknown(f"axis in the table {pivot.title!r}", axis, axes)
-        for axis in pivot.against:
-            if axis not in compared:
-                raise unknown(f"comparison in the table {pivot.title!r}", axis, compared)
-        if not _places(pivot, cells):
+        left = [axis for axis in axes if axis not in pivot.mean_over]
+        for what, names, known in (
+            (
+                "axis of the training in mean_over of",
+                pivot.mean_over,
+                [axis for axis in axes if axis.startswith("train.")],
+            ),
+            ("axis in", (*pivot.rows, *pivot.columns, *pivot.where), left),
+            ("comparison in", pivot.against, [axis for axis in compared if axis not in pivot.mean_over]),
+        ):
+            for name in names:
+                if name not in known:
+                    raise unknown(f"{what} the table {pivot.title!r}", name, known)
+        kept = [{axis: cell[axis] for axis in left} for cell in cells]
+        if not _places(pivot, list({json.dumps(cell): cell for cell in kept}.values())):
             raise UserError(f"no cell is in the table {pivot.title!r}: change its where")
         found.append(pivot)
     return found
@@ -135,6 +145,8 @@ def tables(pivots: Sequence[Pivot], summary: Table) -> Iterator[Shown]:
 
 
 def _table(pivot: Pivot, summary: Table) -> Shown | None:
+    if pivot.mean_over:
+        summary = next(pool for pool in summary["pools"] if pool["over"] == pivot.mean_over)
     entries = summary["cells"]
     places = _places(pivot, [{**entry["cell"], PLAN: entry["budget"]["nfe"]} for entry in entries])
     if not places:
@@ -192,10 +204,17 @@ def _quantity(cell: Table, what: str) -> str:
 def _notes(pivot: Pivot, summary: Table) -> Iterator[str]:
     if len(pivot.show) == 1 and not pivot.against:
         yield f"Shown: {HEADINGS[pivot.show[0]]}."
+    runs = sorted({cell["seeds"] for cell in summary["cells"] if "updates" in cell["budget"]})
+    if pivot.mean_over and runs:
+        many = " to ".join(str(n) for n in dict.fromkeys((runs[0], runs[-1])))
+        yield (
+            f"Mean over {', '.join(pivot.mean_over)} and the seeds, {many} trainings each, which intervals and tests take as "
+            "a sample of such trainings."
+        )
     for axis in pivot.against:
         count = sum(d["axis"] == axis for d in summary["differences"])
-        other = OTHERS[axis] if axis in OTHERS else f"the cell of {axis} {plain(summary['axes'][axis][0])}"
         if count:
+            other = OTHERS[axis] if axis in OTHERS else f"the cell of {axis} {plain(summary['axes'][axis][0])}"
             yield (
                 f"{_difference(axis, pivot).capitalize()}: in points of {pivot.metric} from {other}, paired by problem; a star "
                 f"where it is clear after Holm's adjustment over all {count} of this kind."

@@ -215,7 +215,7 @@ def study(config: StudyConfig, beside: Path, progress: Progress | None = None) -
                     (output / name).unlink(missing_ok=True)
         _run(waiting, len(jobs), config.jobs, output, cells, runs, tables, trained, progress)
         _check_alike(jobs, cells)
-        summary = summarise_study([cells.lines[k] for k in keys], config.compare, config.baselines)
+        summary = summarise_study([cells.lines[k] for k in keys], config.compare, config.baselines, shown)
         with writing_to(output, "output"):
             write_json(output / "summary.json", summary)
             with whole(output / "table.md") as partial:

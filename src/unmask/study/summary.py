@@ -34,12 +34,12 @@ def read_cells(folder: Path) -> list[Table]:
 
 
 class Group:
-    """One setting under all its seeds: (seeds, problems) arrays."""
+    """One setting under all its seeds, or all values of the ``pooled`` axes: (seeds, problems) arrays."""
 
-    def __init__(self, cell: Table, lines: Sequence[Table]) -> None:
-        self.cell, self.lines = cell, lines
+    def __init__(self, cell: Table, lines: Sequence[Table], pooled: Sequence[str] = SEEDS) -> None:
+        self.cell, self.lines, self.pooled = cell, lines, pooled
         self.trained = "updates" in lines[0]["budget"]
-        self.seeds = [tuple(line["cell"].get(k) for k in SEEDS) for line in lines]
+        self.seeds = [tuple(line["cell"].get(k) for k in pooled) for line in lines]
         self.problems = tuple(line["problems"] for line in lines)
         self.solved = [np.array([c == "1" for c in line["solved"]], dtype=float) for line in lines]
         self.points = [np.array(line["points"], dtype=float) for line in lines]
@@ -47,7 +47,8 @@ class Group:
 
     def under(self, seeds: Collection[tuple[Any, ...]]) -> Group:
         """The same under some of its seeds."""
-        return Group(self.cell, [line for line, own in zip(self.lines, self.seeds, strict=True) if own in seeds])
+        lines = [line for line, own in zip(self.lines, self.seeds, strict=True) if own in seeds]
+        return Group(self.cell, lines, self.pooled)
 
     def share(self, metric: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """Numerators and denominators of a metric, an array a seed."""
@@ -67,47 +68,63 @@ class Group:
         return np.concatenate([line[name] for line in self.lines])
 
 
-def groups_of(cells: Sequence[Table]) -> dict[str, Group]:
-    """The cells of equal settings, seeds aside, by their settings as text."""
+def groups_of(cells: Sequence[Table], pooled: Sequence[str] = SEEDS) -> dict[str, Group]:
+    """The cells of equal settings, ``pooled`` axes aside, by their settings as text."""
     found: dict[str, list[Table]] = {}
     for line in cells:
-        setting = {k: v for k, v in line["cell"].items() if k not in SEEDS}
+        setting = {k: v for k, v in line["cell"].items() if k not in pooled}
         found.setdefault(json.dumps(setting), []).append(line)
-    return {key: Group(json.loads(key), lines) for key, lines in found.items()}
+    return {key: Group(json.loads(key), lines, pooled) for key, lines in found.items()}
 
 
-def summarise_study(cells: Sequence[Table], compare: Sequence[str] = (), baselines: Sequence[str] = ()) -> Table:
+def summarise_study(
+    cells: Sequence[Table], compare: Sequence[str] = (), baselines: Sequence[str] = (), pivots: Sequence[Pivot] = ()
+) -> Table:
     """The summary of a study.
 
     Args:
         cells: lines of cells.jsonl in the order of the study.
         compare: axes along which every cell is compared with the one at the axis's first value; by default all but the task.
         baselines: decoders with which every other one of as many passes is compared.
+        pivots: the tables for reading, for the means over more axes than the seeds that they ask for.
 
     Returns:
-        ``axes`` with their values, ``cells`` with 95 % intervals, paired ``differences``, the ``note`` on their number, and
-        ``budgets``: what all trained cells have alike.
+        ``axes`` with their values, ``cells`` with 95 % intervals, paired ``differences``, the ``note`` on their number,
+        ``budgets``: what all trained cells have alike, and ``pools``: axes, cells and differences once more for each
+        ``mean_over`` of the tables, named by ``over``.
     """
     groups = groups_of(cells)
-    bootstrap = Bootstrap()
     axes = _axes(groups)
     chosen = list(compare) or [axis for axis, values in axes.items() if len(values) > 1 and axis != "task"]
-    untrained = {k: None for k in axes if k.startswith("train.")}
-    differences = [d for axis in chosen for d in _along(axis, {axis: axes[axis][0]}, groups, bootstrap)]
-    differences += _along("training", untrained, groups, bootstrap) if untrained else []
-    differences += _at_equal_passes(baselines, groups, bootstrap)
+    summary = _compare_all(groups, chosen, baselines)
     trained = [g.lines[0]["budget"] for g in groups.values() if "updates" in g.lines[0]["budget"]]
+    means = {tuple(pivot.mean_over): pivot.mean_over for pivot in pivots if pivot.mean_over}
     return {
-        "axes": axes,
-        "cells": [_cell(group, bootstrap) for group in groups.values()],
-        "differences": differences,
-        "note": _note(differences, [len(g.lines) for g in groups.values()]),
+        **summary,
+        "note": _note(summary["differences"], [len(g.lines) for g in groups.values()]),
         "budgets": {
             k: trained[0][k] if len({b[k] for b in trained}) == 1 else None
             for k in ("updates", "completions", "training_passes")
             if trained
         },
+        "pools": [{"over": over, **_pooled(cells, over, chosen, baselines)} for over in means.values()],
     }
+
+
+def _pooled(cells: Sequence[Table], over: Sequence[str], chosen: Sequence[str], baselines: Sequence[str]) -> Table:
+    """Axes, cells and differences where the values of the axes ``over`` count as further seeds."""
+    return _compare_all(groups_of(cells, (*SEEDS, *over)), [axis for axis in chosen if axis not in over], baselines)
+
+
+def _compare_all(groups: dict[str, Group], chosen: Sequence[str], baselines: Sequence[str]) -> Table:
+    """Axes, cells and differences of groups."""
+    bootstrap = Bootstrap()
+    axes = _axes(groups)
+    untrained = {k: None for k in axes if k.startswith("train.")}
+    differences = [d for axis in chosen for d in _along(axis, {axis: axes[axis][0]}, groups, bootstrap)]
+    differences += _along("training", untrained, groups, bootstrap) if untrained else []
+    differences += _at_equal_passes(baselines, groups, bootstrap)
+    return {"axes": axes, "cells": [_cell(group, bootstrap) for group in groups.values()], "differences": differences}
 
 
 def _axes(groups: dict[str, Group]) -> dict[str, list[Any]]:
