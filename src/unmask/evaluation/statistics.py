@@ -60,12 +60,15 @@ class Bootstrap:
             above, below: one array (problems,) a seed. problems: what the problems of each seed are known by.
         """
         seeds = self._seed_weights(len(above))
+        alike: dict[tuple[str, int], list[int]] = {}
+        for i, (name, array) in enumerate(zip(problems, above, strict=True)):
+            alike.setdefault((name, len(array)), []).append(i)
         parts = []
         for arrays in (above, below):
-            drawn = [
-                self._weights(name, len(a)) @ a.astype(np.float64) for name, a in zip(problems, arrays, strict=True)
-            ]
-            parts.append((np.stack(drawn, axis=1) * seeds).sum(1))
+            drawn = np.empty(seeds.shape)
+            for (name, size), places in alike.items():
+                drawn[:, places] = self._weights(name, size) @ np.stack([arrays[i] for i in places], axis=1)
+            parts.append((drawn * seeds).sum(1))
         return parts[0] / parts[1]
 
     @staticmethod
