@@ -93,6 +93,7 @@ def cell(
     axes = {"task": "sudoku", "decoder": decoder, "train.objective": objective, "train.decoder": objective and "ass"}
     budget = {"updates": 30, "completions": 1920, "training_passes": 12345} if objective else {}
     return {
+        "key": f"{decoder}-{objective}-{seed}",
         "cell": {**axes, "train.seed": seed},
         "score_name": "cell accuracy",
         "budget": {"nfe": 7, **budget},

@@ -373,18 +373,22 @@ def test_a_mistake_is_one_sentence(tmp_path: Path) -> None:
     (sft / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     no_cells = study(tmp_path / "no_cells")
     (no_cells / "cells.jsonl").write_text("")
+    twice = study(tmp_path / "twice")
+    (twice / "cells.jsonl").write_text(2 * (twice / "cells.jsonl").read_text())
     for arguments, message in (
         ([], "no folder given|lacks"),
-        ([tmp_path / "nowhere"], "no evaluation .* and no study .*: give a folder of"),
+        ([tmp_path / "nowhere"], "nowhere does not exist: give a folder of unmask rl"),
+        ([good / "summary.json"], "summary.json is a file: give a folder of unmask rl"),
         ([tmp_path / "empty"], "holds no reinforcement-learning run"),
         ([good, good], "good is given twice: give it once"),
         ([cut], "cut is damaged .*: give a whole folder"),
-        ([strange], r"strange is damaged \(KeyError"),
+        ([strange], r"strange is damaged \(it lacks 'cells'\): give a whole folder"),
         ([unfinished], "not finished: start its unmask eval command again"),
         ([broken], "broken is damaged"),
         ([waiting], "metrics.jsonl is empty: let the run make its first update"),
         ([sft], "no rewards among the metrics"),
         ([no_cells], "holds no finished cell of a study"),
+        ([twice], "cells.jsonl holds a cell twice: give a whole study"),
         ([good, "--output", "/proc/nothing"], "cannot write to /proc/nothing.*; give another --output"),
     ):
         with pytest.raises(UserError, match=message) as caught:

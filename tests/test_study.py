@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from unmask.evaluation.records import read_records
 from unmask.files import read_lines
 from unmask.rl.run import RLConfig
 from unmask.study.grid import StudyConfig, _key, jobs_of, labels
-from unmask.study.run import training_budget
+from unmask.study.run import _undisturbed, training_budget
 from unmask.study.summary import read_cells
 
 ROOT = Path(__file__).parent.parent
@@ -148,6 +150,23 @@ def without_times(folder: Path) -> dict[str, Any]:
     runs = [{k: v for k, v in r.items() if k not in aside} for r in read_lines(folder / "runs.jsonl")]
     summary = json.loads((folder / "summary.json").read_text())
     return {"cells": lines, "runs": runs, "summary": summary, "table": (folder / "table.md").read_text()}
+
+
+def test_ctrl_c_waits_until_a_process_has_started() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), _undisturbed():
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append(signal.getsignal(signal.SIGINT))
+    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_processes_start_from_other_threads_too() -> None:
+    def start() -> Any:
+        with _undisturbed():  # such a thread may set no handler, and Ctrl-C never comes to it
+            return signal.getsignal(signal.SIGINT)
+
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(start).result() is signal.default_int_handler
 
 
 def test_killed_twice_and_resumed_equals_uninterrupted(

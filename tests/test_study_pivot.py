@@ -161,7 +161,11 @@ def test_a_mean_is_over_axes_of_the_training() -> None:
         ({"rows": ["decoder", "taks"]}, r"unknown axis in the table 'T' 'taks': did you mean 'task'"),
         ({"rows": ["decoder"], "columns": ["y"]}, "unknown axis in the table 'T' 'y'"),
         ({"rows": ["decoder"], "where": {"y": 1}}, "unknown axis in the table 'T' 'y'"),
-        ({"rows": ["decoder"], "where": {"x": 3}}, "no cell is in the table 'T': change its where"),
+        (
+            {"rows": ["decoder"], "where": {"x": [0.5, 3]}},
+            "unknown x in where of the table 'T' '3': choose from 0.5, –",
+        ),
+        ({"rows": ["decoder"], "where": {"x": None, "task": "u"}}, "no cell is in the table 'T': change its where"),
         (
             {"rows": ["decoder"], "columns": ["x"]},
             "two cells share a place in the table 'T': add task or plan to its rows",

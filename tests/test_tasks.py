@@ -13,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unmask import UserError, make_task
+from unmask.spec import TooFewProblems
+from unmask.tasks import base
 from unmask.tasks.answers import arithmetic, boxed
 from unmask.tasks.countdown import Countdown, worked_solution
 from unmask.tasks.sudoku import heldout_grids, solved_grids
@@ -42,6 +44,24 @@ def test_worked_responses_are_right(spec: str) -> None:
     for problem in task.problems("train", 100):
         grade = task.grade(problem, problem.response or "")
         assert grade.solved and grade.points == grade.possible
+
+
+def test_first_different_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "ENOUGH_MISSES", 3)
+    problems = {key: base.Problem(key, key, {}) for key in "abc"}
+    drawn = [key and (key, problems[key]) for key in ("a", None, "a", "b", "b", None, "c", "a", "b", None)]
+    assert base.first_different(drawn, 3, "x") == list(problems.values())
+    with pytest.raises(TooFewProblems, match="only 3 different letters: ask for fewer"):  # of the misses in a row
+        base.first_different(drawn, 4, "letters: ask for fewer")
+
+
+@pytest.mark.parametrize(
+    "spec", ["countdown:max_value=5,max_target=10", "sudoku:min_empty=1,max_empty=1", "reasoning_gym:coin_flip"]
+)
+def test_a_split_that_is_exhausted_says_so_however_many_were_wanted(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "ENOUGH_MISSES", 60)
+    with pytest.raises(TooFewProblems, match=r"only \d+ different test .*: ask for fewer"):
+        make_task(spec, {}).problems("test", 10**9)
 
 
 def test_countdown_number_order_does_not_leak() -> None:

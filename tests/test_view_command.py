@@ -102,6 +102,7 @@ def test_a_name_is_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ([], "0 prompts: give one text"),
         (["a", "b"], "2 prompts: give one text"),
         (["nothing.jsonl"], "nothing.jsonl does not exist: give a records file"),
+        (["RUN"], "is no records file: give RUN/records/TASK--DECODER.jsonl of unmask eval, or a text"),
         (["RECORDS", "text"], "mixes records files and text"),
         (["RECORDS"] * 5, "5 records files: a page shows one to 4"),
         (["a", "--decoder", *["ass"] * 5], "5 decoders"),
@@ -130,6 +131,7 @@ def test_mistakes_are_one_sentence(
     monkeypatch.chdir(tmp_path)
     Path("toy").symlink_to(toy_folder)
     names = {
+        "RUN": str(run),
         "RECORDS": str(records_of(run, "semi-ar")),
         "SUDOKU": str(records_of(run, "semi-ar", "sudoku")),
         "TOY": "toy",
@@ -143,7 +145,7 @@ def test_mistakes_are_one_sentence(
 @pytest.mark.parametrize(
     ("config", "records", "said"),
     [
-        (None, "", "No such file"),
+        (None, "", "is in no run's records: give it as RUN/records/"),
         ("{", "", "Expecting property name"),
         ("[]", "", "does not say how"),
         ('{"model": {}, "tasks": {}, "decoders": {}}', "", "it lacks 'name'"),
@@ -159,7 +161,7 @@ def test_damaged_runs(run: Path, tmp_path: Path, config: str | None, records: st
     file.write_text(records)
     if config is not None:
         (tmp_path / "config.json").write_text((run / "config.json").read_text() if config == "same" else config)
-    with pytest.raises(UserError, match=r"evaluate again|give another") as error:
+    with pytest.raises(UserError, match=r"again|give another|give it as") as error:
         command([str(file), "--output", str(tmp_path / "page.html")])
     assert said in str(error.value) and "\n" not in str(error.value)
 

@@ -57,7 +57,7 @@ class TuneConfig(ModelSource):
     limit: int = 128
     """Validation problems of the last round; the first has 16."""
     run_off_limit: int = 384
-    """Validation problems of the run-off among the best; no more than ``limit``: those of the last round decide."""
+    """Validation problems on which the best meet in a run-off; with no more than ``limit`` the last round decides."""
     test_limit: int = 256
     """Test problems for the winner and the best preset."""
     max_new_tokens: int = 128

@@ -18,6 +18,7 @@ from unmask.study.pivot import Pivot, Shown, plain, tables
 from unmask.study.summary import groups_of, read_cells, summarise_study
 
 Curve = dict[int, float]
+_FOLDERS = "a folder of unmask rl, unmask eval or unmask study"
 _NOT_SETTINGS = (*SEEDS, "output", "eval_every", "save_every", "report_to", "log_completions", "rows_per_forward")
 
 
@@ -87,7 +88,8 @@ def collect(folders: Sequence[Path]) -> Material:
         try:
             read(folder, name, material)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder} is damaged ({type(error).__name__}: {error}): give a whole folder") from None
+            what = f"it lacks {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"{folder} is damaged ({what}): give a whole folder") from None
     _label_results(material.results)
     _label_runs(material.runs)
     return material
@@ -104,6 +106,8 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _reader(folder: Path) -> Callable[[Path, str, Material], None]:
+    if not folder.is_dir():
+        raise UserError(f"{folder} {'is a file' if folder.exists() else 'does not exist'}: give {_FOLDERS}")
     kinds = {
         ("cells.jsonl",): _read_study,
         ("config.yaml", "metrics.jsonl"): _read_run,
@@ -116,7 +120,7 @@ def _reader(folder: Path) -> Callable[[Path, str, Material], None]:
         raise UserError(f"{folder} holds an evaluation that is not finished: start its unmask eval command again")
     raise UserError(
         f"{folder} holds no reinforcement-learning run (config.yaml, metrics.jsonl), no evaluation (config.json, "
-        "summary.json) and no study (cells.jsonl): give a folder of unmask rl, unmask eval or unmask study"
+        f"summary.json) and no study (cells.jsonl): give {_FOLDERS}"
     )
 
 

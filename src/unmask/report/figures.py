@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from unmask.evaluation.records import slug
@@ -52,6 +53,7 @@ def accuracy(results: Sequence[Result]) -> Picture:
     if len(labels) > _NAMED:
         labels = list(dict.fromkeys(r.label for t in tasks for r in front([r for r in results if r.task == t])))
     figure, axes = panels(len(tasks), 2, 5.2, 4.0)
+    names = []
     for axis, task in zip(axes, tasks, strict=True):
         own = [r for r in results if r.task == task]
         best = front(own)
@@ -88,14 +90,16 @@ def accuracy(results: Sequence[Result]) -> Picture:
         axis.set(xlim=(left, right), ylim=(0, top * 1.12 + 1), xlabel="forward passes a sequence (NFE), log scale")
         axis.set_title(f"{task}, {_counts(own)}")
         axis.set_ylabel("problems solved (%)")
-        _name_the_front(axis, [(r, places[id(r)]) for r in best])
+        names.append(_name_the_front(axis, [(r, places[id(r)]) for r in best]))
     legend(figure, axes)
+    figure.draw_without_rendering()
+    for axis, named_there in zip(axes, names, strict=True):
+        _leave_to_the_legend(axis, named_there)
     said = "; ".join(f"{task}: {_on_front([r for r in results if r.task == task])}" for task in tasks)
     caption = (
-        "Problems solved against forward passes, with 95 % intervals. The stepped line is the Pareto front: nothing measured "
-        f"has both fewer passes and more solved. On it are, for {said}. Equal or near numbers of passes are set slightly apart."
-        + " Grey: what is on no front."
-        * (len(labels) < len({r.label for r in results}))
+        "Problems solved against forward passes, with 95 % intervals. The stepped line is the Pareto front: what is on it "
+        f"solves more than anything measured with as few passes. On it are, for {said}. Equal or near numbers of passes "
+        "are set slightly apart." + " Grey: what is on no front." * (len(labels) < len({r.label for r in results}))
     )
     return picture("front", caption, figure)
 
@@ -145,21 +149,25 @@ def _limits(passes: Sequence[float], letters: int) -> tuple[float, float]:
     return first * (first / right) ** (room / (1 - room)), right
 
 
-def _name_the_front(axis: Axes, best: Sequence[tuple[Result, float]]) -> None:
-    """Labels above and left of the front, where by definition no point lies.
+def _name_the_front(axis: Axes, best: Sequence[tuple[Result, float]]) -> list[Annotation]:
+    """Labels above and left of the front, where by definition no point lies."""
+    style: Any = {"textcoords": "offset points", "ha": "right", "fontsize": 8, "zorder": 5}
+    names = [axis.annotate(r.label, (place, 100 * r.numbers["solved"]), (-7, 5), **style) for r, place in best]
+    for name in names:
+        name.set_in_layout(False)
+        name.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground=PAPER)])
+    return names
 
-    One that would touch the last, or does not fit beside its point, is left to the legend.
-    """
-    last = (0.0, -100.0)
-    for result, place in best:
-        x, y = float(np.log2(place)), 100 * result.numbers["solved"]
-        if len(result.label) > _LONG or (y - last[1] < 6 and x - last[0] < 1.5):
-            continue
-        last = (x, y)
-        text = axis.annotate(
-            result.label, (place, y), (-7, 5), textcoords="offset points", ha="right", fontsize=8, zorder=5
-        )
-        text.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground=PAPER)])
+
+def _leave_to_the_legend(axis: Axes, names: Sequence[Annotation]) -> None:
+    """Remove, of a figure that is laid out, labels that leave their panel or touch the one before."""
+    panel, last = axis.get_window_extent(), None
+    for name in names:
+        place = name.get_window_extent()
+        if place.x0 < panel.x0 or place.y1 > panel.y1 or (last is not None and place.overlaps(last)):
+            name.remove()
+        else:
+            last = place
 
 
 # ---- differences -----------------------------------------------------------------------------------------------------------

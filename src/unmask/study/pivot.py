@@ -105,6 +105,13 @@ def pivots(config: StudyConfig, cells: Sequence[Table]) -> list[Pivot]:
             for name in names:
                 if name not in known:
                     raise unknown(f"{what} the table {pivot.title!r}", name, known)
+        for axis, value in pivot.where.items():
+            values = list({json.dumps(cell[axis]): cell[axis] for cell in cells}.values())
+            for wanted in value if isinstance(value, list) else [value]:
+                if wanted not in values:
+                    raise unknown(
+                        f"{axis} in where of the table {pivot.title!r}", plain(wanted), list(map(plain, values))
+                    )
         kept = [{axis: cell[axis] for axis in left} for cell in cells]
         if not _places(pivot, list({json.dumps(cell): cell for cell in kept}.values())):
             raise UserError(f"no cell is in the table {pivot.title!r}: change its where")

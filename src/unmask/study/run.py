@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -304,7 +305,8 @@ def _run(
                 folder, done = output / "jobs" / job.name, {c.key for c in job.cells if c.key in cells.lines}
                 gpu = gpus[slot % len(gpus)] if gpus else None
                 process = context.Process(target=_process, args=(job, folder, done, threads, gpu, theirs))
-                process.start()
+                with _undisturbed():
+                    process.start()
                 theirs.close()
                 slots[slot] = (process, ours, job)
             if progress:
@@ -335,6 +337,22 @@ def _run(
             process.terminate()
             process.join()
             pipe.close()
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C takes effect at the end: a process cut short while it starts leaves a traceback of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    usual = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _check_end(job: Job, code: int | None, output: Path, cells: Lines) -> None:

@@ -30,6 +30,8 @@ def read_cells(folder: Path) -> list[Table]:
         raise UserError(f"{folder / 'cells.jsonl'} is damaged: give a whole study") from None
     if not cells:
         raise UserError(f"{folder} holds no finished cell of a study (cells.jsonl): let it run first")
+    if len({cell["key"] for cell in cells}) < len(cells):
+        raise UserError(f"{folder / 'cells.jsonl'} holds a cell twice: give a whole study")
     return cells
 
 
@@ -237,10 +239,12 @@ def _compared(axis: str, pairs: Sequence[tuple[Group, Group]], bootstrap: Bootst
 
 def _note(differences: Sequence[Table], seeds: Sequence[int]) -> str:
     by_axis = [sum(d["axis"] == axis for d in differences) for axis in dict.fromkeys(d["axis"] for d in differences)]
-    text = (
-        f"{sum(by_axis)} comparisons. An interval speaks of one comparison alone: of twenty without any true difference one is "
-        "expected to leave zero out. Holm's p holds for all comparisons along one axis together."
-    )
+    text = "No comparisons." if not by_axis else f"{sum(by_axis)} comparison{'s' * (sum(by_axis) > 1)}."
+    if by_axis:
+        text += (
+            " An interval speaks of one comparison alone: of twenty without any true difference one is expected to leave zero "
+            "out. Holm's p holds for all comparisons along one axis together."
+        )
     if max(seeds) > 1:
         text += (
             f" Problems and seeds are both resampled. {max(seeds)} seeds say little of their spread, so each interval and p is "

@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
-from unmask.spec import UserError
+from unmask.spec import TooFewProblems, UserError
 
 Split = Literal["train", "validation", "test", "heldout"]
 Reward = Callable[..., "list[float | None]"]
+ENOUGH_MISSES = 50_000
+"""After so many draws in a row without a new problem a split counts as exhausted."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,29 @@ class Task(ABC):
     def config(self) -> dict[str, Any]:
         """Name and all parameters, for a record."""
         return {"name": self.name, **asdict(self)}
+
+
+def first_different(drawn: Iterable[tuple[str, Problem] | None], limit: int, what: str) -> list[Problem]:
+    """The first ``limit`` different ones of endlessly drawn problems.
+
+    Args:
+        drawn: what tells a problem from others, and the problem; None for a draw without one. what: "test problems of ...".
+
+    Raises:
+        TooFewProblems: where ENOUGH_MISSES draws in a row brought nothing new.
+    """
+    found: dict[str, Problem] = {}
+    misses = 0
+    for draw in drawn:
+        if draw is None or draw[0] in found:
+            misses += 1
+        else:
+            found[draw[0]], misses = draw[1], 0
+        if len(found) == limit:
+            break
+        if misses == ENOUGH_MISSES:
+            raise TooFewProblems(f"only {len(found)} different {what}")
+    return list(found.values())
 
 
 def bucket(key: str, buckets: int = 100) -> int:

@@ -13,15 +13,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
-from itertools import combinations
+from itertools import combinations, count
 from pathlib import Path
 from typing import Any, ClassVar
 
 import reasoning_gym
 
-from unmask.spec import TooFewProblems, UserError
+from unmask.spec import UserError
 from unmask.tasks import answers
-from unmask.tasks.base import Grade, Problem, Reward, Task, split_of, stream_seed
+from unmask.tasks.base import Grade, Problem, Reward, Task, first_different, split_of, stream_seed
 
 INSTRUCTION = """\
 Reach the target with the numbers given. Use every number exactly once and only the operations {operators}.
@@ -67,28 +67,21 @@ class Countdown(Task):
             max_target=self.max_target,
             operators=tuple(self.operators),
         )
-        found: dict[str, Problem] = {}
-        misses = index = 0
-        while len(found) < limit:
-            index += 1
-            try:
-                metadata = source[index - 1]["metadata"]
-            except ValueError:  # reasoning-gym found no target in range for this index
-                misses += 1
-                continue
-            problem = self.problem(tuple(metadata["numbers"]), metadata["target"])
-            # For training, the same numbers in another order are another problem (of the same split).
-            key = problem.question if split == "train" else problem.id
-            if split_of(problem.id) != split or key in found or self.hopeless(problem):
-                misses += 1
-                if misses > 20_000 + 50 * limit:
-                    raise TooFewProblems(
-                        f"only {len(found)} different {split} problems exist for {self.config()}: "
-                        "ask for fewer or raise max_value"
-                    )
-                continue
-            found[key] = problem
-        return list(found.values())
+        drawn = (self._drawn(source, index, split) for index in count())
+        what = f"{split} problems exist for {self.config()}: ask for fewer or raise max_value"
+        return first_different(drawn, limit, what)
+
+    def _drawn(self, source: Any, index: int, split: str) -> tuple[str, Problem] | None:
+        """A problem of this split with what tells it from others."""
+        try:
+            metadata = source[index]["metadata"]
+        except ValueError:  # reasoning-gym found no target in range for this index
+            return None
+        problem = self.problem(tuple(metadata["numbers"]), metadata["target"])
+        if split_of(problem.id) != split or self.hopeless(problem):
+            return None
+        # For training, the same numbers in another order are another problem (of the same split).
+        return problem.question if split == "train" else problem.id, problem
 
     def hopeless(self, problem: Problem) -> bool:
         """True if the compact search cannot write a solution (reasoning-gym may pass through negative numbers)."""

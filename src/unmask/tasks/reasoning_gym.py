@@ -11,14 +11,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from typing import Any, ClassVar
 
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
-from unmask.spec import TooFewProblems, UserError, build, unknown
+from unmask.spec import UserError, build, unknown
 from unmask.tasks import answers
-from unmask.tasks.base import Grade, Problem, Reward, Task, split_of, stream_seed
+from unmask.tasks.base import Grade, Problem, Reward, Task, first_different, split_of, stream_seed
 
 INSTRUCTION = """\
 {question}
@@ -66,16 +67,15 @@ class ReasoningGym(Task):
         if limit is None:
             raise UserError("reasoning_gym generates problems without end: give a limit")
         source = _source(self.dataset, self.options, seed)
-        found: dict[str, Problem] = {}
-        for index in range(20_000 + 50 * limit):
-            if len(found) == limit:
-                break
-            question = source[index]["question"]
-            if split_of(question) == split:
-                found.setdefault(question, Problem(f"{seed}:{index}", question, {"seed": seed, "index": index}))
-        else:
-            raise TooFewProblems(f"only {len(found)} different {split} problems of {self.dataset} found: ask for fewer")
-        return list(found.values())
+        drawn = (self._drawn(source[index]["question"], seed, index, split) for index in count())
+        return first_different(drawn, limit, f"{split} problems of {self.dataset} found: ask for fewer")
+
+    @staticmethod
+    def _drawn(question: str, seed: int, index: int, split: str) -> tuple[str, Problem] | None:
+        """A problem of this split with what tells it from others."""
+        if split_of(question) != split:
+            return None
+        return question, Problem(f"{seed}:{index}", question, {"seed": seed, "index": index})
 
     def load(self, path: str) -> Iterator[Problem]:
         raise UserError(f"reasoning_gym:{self.dataset} generates its problems: drop data={path}")

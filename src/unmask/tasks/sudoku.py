@@ -11,15 +11,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import permutations
+from itertools import count, permutations
 from pathlib import Path
 from typing import Any, ClassVar
 
 import reasoning_gym
 
-from unmask.spec import TooFewProblems, UserError
+from unmask.spec import UserError
 from unmask.tasks import answers
-from unmask.tasks.base import Grade, Problem, Reward, Task, bucket, split_of, stream_seed
+from unmask.tasks.base import Grade, Problem, Reward, Task, bucket, first_different, split_of, stream_seed
 
 INSTRUCTION = """\
 Solve the 4x4 Sudoku below. It is written row by row as 16 digits, and 0 is an empty cell. Each row, each column and each \
@@ -61,23 +61,15 @@ class Sudoku(Task):
         source = reasoning_gym.create_dataset(
             "mini_sudoku", size=2**31, seed=stream_seed(seed), min_empty=self.min_empty, max_empty=self.max_empty
         )
-        found: dict[str, Problem] = {}
-        misses = index = 0
-        while len(found) < limit:
-            metadata = source[index]["metadata"]
-            index += 1
-            puzzle, solution = _flat(metadata["puzzle"]), _flat(metadata["solution"])
-            problem = self.problem(puzzle, solution)
-            home = "heldout" if solution in heldout_grids() else split_of(problem.id)
-            if home != split or problem.id in found:
-                misses += 1
-                if misses > 50_000 + 100 * limit:
-                    raise TooFewProblems(
-                        f"only {len(found)} different {split} puzzles found for {self.config()}: ask for fewer"
-                    )
-                continue
-            found[problem.id] = problem
-        return list(found.values())
+        drawn = (self._drawn(source[index]["metadata"], split) for index in count())
+        return first_different(drawn, limit, f"{split} puzzles found for {self.config()}: ask for fewer")
+
+    def _drawn(self, metadata: dict[str, Any], split: str) -> tuple[str, Problem] | None:
+        """A puzzle of this split with what tells it from others."""
+        puzzle, solution = _flat(metadata["puzzle"]), _flat(metadata["solution"])
+        problem = self.problem(puzzle, solution)
+        home = "heldout" if solution in heldout_grids() else split_of(problem.id)
+        return (problem.id, problem) if home == split else None
 
     def problem(self, puzzle: str, solution: str) -> Problem:
         truth = {"puzzle": puzzle, "solution": solution}

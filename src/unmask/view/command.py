@@ -52,6 +52,11 @@ class ViewArguments(ModelSource):
         """Raises UserError where a value is out of range or two of them exclude each other."""
         check_at_least(self, 0, "index")
         check_seed(self)
+        for path in (Path(p) for p in self.prompt):
+            if path.suffix != ".jsonl" and path.exists():
+                raise UserError(
+                    f"{path} is no records file: give RUN/records/TASK--DECODER.jsonl of unmask eval, or a text"
+                )
         if not 1 <= self.candidates <= 20:
             raise UserError(f"candidates is {self.candidates}: give 1 to 20")
         if self.repeats and not all(p.endswith(".jsonl") for p in self.prompt):
@@ -60,7 +65,7 @@ class ViewArguments(ModelSource):
             )
         several, what = (self.prompt, "records files") if self.repeats else (self.decoder, "decoders")
         if not 1 <= len(several) <= MOST:
-            raise UserError(f"{len(several)} {what}: a page shows one to {MOST}")
+            raise UserError(f"{len(several)} {what}: a page shows one to {MOST}, so give as many")
         if self.repeats:
             own = ("task", "decoder", "max_new_tokens", "prefill", "seed", "early_stop")
             self._leave_out("the records decide that", *own)
@@ -95,6 +100,8 @@ def command(arguments: list[str]) -> None:
     claim_result(output)
     with Console(stderr=True).status("reading the model") as status:
         lm = source.load()
+        if a.index:
+            status.update(Text(f"looking for problem {a.index}"))
         prompt, jobs = plan(lm)
         for job in jobs:
             status.update(Text(f"{job.decoder.name}: decoding"))  # a name is no markup

@@ -127,6 +127,8 @@ def _read(path: Path, index: int) -> tuple[Settings, Decoder, Record]:
     if not path.is_file():
         raise UserError(f"{path} does not exist: give a records file of unmask eval, RUN/records/TASK--DECODER.jsonl")
     run = path.parent.parent / "config.json"
+    if not run.is_file():
+        raise UserError(f"{path} is in no run's records: give it as RUN/records/{path.name}, with {run.name} in RUN")
     try:
         config = json.loads(run.read_text(encoding="utf-8"))
         values = {**config, **config["model"]}
@@ -140,7 +142,7 @@ def _read(path: Path, index: int) -> tuple[Settings, Decoder, Record]:
         records = {r["index"]: {k: r[k] for k in ("id", "prompt", "completion", "solved")} for r in read_records(path)}
     except (OSError, ValueError, KeyError, TypeError) as error:
         what = f"a line lacks {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{path} is damaged ({what}): evaluate again") from None
+        raise UserError(f"{path} is damaged ({what}): run its unmask eval command again") from None
     if index not in records:
         raise UserError(f"{path} holds no record of problem {index} (it has {len(records)}): give another --index")
     return settings, decoder, records[index]
