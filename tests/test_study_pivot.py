@@ -78,6 +78,12 @@ def test_one_quantity_needs_no_name_in_every_column() -> None:
     assert "| 7 | 2.2 |  |  |  |\n| 9 |  | 1.6 | 1.6 | 1.6 |" in text  # where there is no cell, nothing
 
 
+def test_columns_stand_by_their_axes_whatever_cell_came_first() -> None:
+    cells = [line("1100", 7, x=x, task=task) for x, task in ((2, "t"), (2, "u"), (1, "t"), (1, "u"))]
+    text = shown(cells, rows=["decoder"], columns=["task", "x"], show=["length"])
+    assert "| decoder | t x=2 | t x=1 | u x=2 | u x=1 |" in text
+
+
 def test_differences_and_their_stars() -> None:
     table = {"rows": ["task", "x"], "columns": ["decoder"], "show": []}
     text = shown(**table, against=["decoder"])

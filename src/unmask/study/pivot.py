@@ -159,6 +159,7 @@ def _table(pivot: Pivot, summary: Table) -> Shown | None:
     if not places:
         return None
     rows, columns = (list(dict.fromkeys(place[i] for place in places)) for i in (0, 1))
+    columns = _grouped(columns)
     columned: list[tuple[str, list[str]]] = []
     for column in columns:
         cells = [entries[places[row, column]] if (row, column) in places else None for row in rows]
@@ -177,6 +178,14 @@ def _table(pivot: Pivot, summary: Table) -> Shown | None:
     ]
     body = [row for row in body if any(row[len(pivot.rows) :])]
     return Shown(pivot.title, headings, body, len(pivot.rows), list(_notes(pivot, summary)))
+
+
+def _grouped(places: Sequence[str]) -> list[str]:
+    """Places by their first axis, then the second and so on, each axis's values in the order in which they come."""
+    orders = [list(dict.fromkeys(map(json.dumps, values))) for values in zip(*map(json.loads, places), strict=True)]
+    return sorted(
+        places, key=lambda place: [o.index(json.dumps(v)) for o, v in zip(orders, json.loads(place), strict=True)]
+    )
 
 
 def _values(axes: Sequence[str], place: str) -> list[tuple[str, Any, str]]:
