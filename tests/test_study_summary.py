@@ -157,6 +157,26 @@ def test_decoders_stand_against_the_baseline_of_as_many_passes() -> None:
     assert "Against the baseline of as many passes" in markdown(summary)
 
 
+def test_of_several_baselines_the_one_with_the_same_settings_counts() -> None:
+    """With guidance 32 steps take 64 passes: guided cells stand against guided baselines where there is one."""
+    cells = [
+        {**line(solved, decoder=decoder, cfg_scale=scale), "budget": {"nfe": 64}}
+        for decoder, scale, solved in (
+            ("full", 0, "0000"),
+            ("full:steps=32", 1, "0001"),
+            ("full:steps=32", 2, "0011"),
+            ("ass", 2, "0111"),
+            ("ass", 0, "0111"),
+        )
+    ]
+    found = {
+        (d["cell"]["cfg_scale"], d["against"]["decoder"], d["against"]["cfg_scale"]): d["solved"]
+        for d in summarise_study(cells, ["decoder"], ["full", "full:steps=32"])["differences"]
+        if d["axis"] == "equal passes"
+    }
+    assert found == {(2, "full:steps=32", 2): 0.25, (0, "full", 0): 0.75}
+
+
 @pytest.mark.parametrize("freedom", range(1, 9))
 def test_students_t_is_that_of_scipy(freedom: int) -> None:
     for t in (0.0, 0.3, -1.0, 2.5, 7.0, 40.0):

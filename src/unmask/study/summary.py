@@ -201,16 +201,22 @@ def _along(axis: str, first: Table, groups: dict[str, Group], bootstrap: Bootstr
 
 
 def _at_equal_passes(baselines: Sequence[str], groups: dict[str, Group], bootstrap: Bootstrap) -> list[Table]:
-    """Every cell against the baseline decoder whose plan allows as many passes, on the same problems of the same model."""
+    """Every cell against the baseline decoder whose plan allows as many passes, on the same problems of the same model; where
+    there are several, against the one that has most other settings in common."""
     pairs = []
     for group in groups.values():
-        for other in groups.values():
-            alike = group.lines[0]["budget"]["nfe"] == other.lines[0]["budget"]["nfe"] and group.seeds == other.seeds
-            trainings = all(group.cell[k] == other.cell[k] for k in group.cell if k.startswith("train."))
-            is_baseline = other.cell["decoder"] in baselines and group.cell["decoder"] not in baselines
-            if is_baseline and alike and trainings and group.cell["task"] == other.cell["task"]:
-                pairs.append((group, other))
-                break
+        if group.cell["decoder"] in baselines:
+            continue
+        equal = [
+            other
+            for other in groups.values()
+            if other.cell["decoder"] in baselines
+            and other.lines[0]["budget"]["nfe"] == group.lines[0]["budget"]["nfe"]
+            and other.seeds == group.seeds
+            and all(other.cell[k] == group.cell[k] for k in group.cell if k == "task" or k.startswith("train."))
+        ]
+        if equal:
+            pairs.append((group, max(equal, key=lambda o: sum(o.cell[k] == group.cell[k] for k in group.cell))))
     return _compared("equal passes", pairs, bootstrap)
 
 
