@@ -90,6 +90,12 @@ def test_a_prompt_gives_what_generate_prints(tmp_path: Path, capsys: pytest.Capt
     assert data["prompt"] == "<|user|>make 29 from 3 8 5<|assistant|><reasoning>3"
 
 
+def test_a_prompt_may_be_longer_than_any_file_name(tmp_path: Path) -> None:
+    prompt = "make 29 from 3 8 5, " * 20
+    command([prompt, "--decoder", "full:steps=2", "--max-new-tokens", "8", "--output", str(tmp_path / "p.html")])
+    assert prompt in viewed(tmp_path / "p.html")["prompt"]
+
+
 def test_a_name_is_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.yaml").write_text('name: "[/bold] x"\n')
     command(["x", "--decoder", str(tmp_path / "x.yaml"), "--max-new-tokens", "8", "--output", str(tmp_path / "p.html")])
@@ -161,7 +167,8 @@ def test_damaged_runs(run: Path, tmp_path: Path, config: str | None, records: st
     file.write_text(records)
     if config is not None:
         (tmp_path / "config.json").write_text((run / "config.json").read_text() if config == "same" else config)
-    with pytest.raises(UserError, match=r"again|give another|give it as") as error:
+    fixes = r"evaluate again|run its unmask eval command again|give another|give it as RUN/records/"
+    with pytest.raises(UserError, match=fixes) as error:
         command([str(file), "--output", str(tmp_path / "page.html")])
     assert said in str(error.value) and "\n" not in str(error.value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -52,10 +53,10 @@ class ViewArguments(ModelSource):
         """Raises UserError where a value is out of range or two of them exclude each other."""
         check_at_least(self, 0, "index")
         check_seed(self)
-        for path in (Path(p) for p in self.prompt):
-            if path.suffix != ".jsonl" and path.exists():
+        for text in self.prompt:
+            if not text.endswith(".jsonl") and os.path.exists(text):  # unlike Path.exists, takes a text of any length
                 raise UserError(
-                    f"{path} is no records file: give RUN/records/TASK--DECODER.jsonl of unmask eval, or a text"
+                    f"{text} is no records file: give RUN/records/TASK--DECODER.jsonl of unmask eval, or a text"
                 )
         if not 1 <= self.candidates <= 20:
             raise UserError(f"candidates is {self.candidates}: give 1 to 20")
