@@ -171,6 +171,7 @@ def test_a_mean_is_over_axes_of_the_training() -> None:
             {"rows": ["decoder"], "where": {"x": [0.5, 3]}},
             "unknown x in where of the table 'T' '3': choose from 0.5, –",
         ),
+        ({"rows": ["decoder"], "where": {"x": ["0.5"]}}, "unknown x in where of the table 'T' '0.5'"),  # a text
         ({"rows": ["decoder"], "where": {"x": None, "task": "u"}}, "no cell is in the table 'T': change its where"),
         (
             {"rows": ["decoder"], "columns": ["x"]},

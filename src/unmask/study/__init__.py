@@ -1,5 +1,7 @@
 """Studies: grids of trainings and evaluations with equal budgets, resumable, summarised over problems and seeds."""
 
+import json
+from collections.abc import Iterable
 from typing import Any
 
 Table = dict[str, Any]
@@ -8,3 +10,8 @@ SEEDS = ("seed", "train.seed")
 METRICS = ("solved", "score")
 PLAN = "plan"
 """Stands among the axes of a table for the number of passes that a decoder's plan allows."""
+
+
+def distinct(values: Iterable[Any]) -> list[Any]:
+    """JSON values without their repetitions, in order."""
+    return list({json.dumps(value): value for value in values}.values())

@@ -24,7 +24,7 @@ from unmask.evaluation.evaluate import EvalConfig
 from unmask.evaluation.records import slug
 from unmask.rl.run import MAY_CHANGE, RLConfig
 from unmask.spec import UserError, build, check_at_least, check_own_folder, default_of, unknown, with_parameters
-from unmask.study import PLAN, SEEDS, Table
+from unmask.study import PLAN, SEEDS, Table, distinct
 from unmask.tasks import make_task
 
 _NAMES = ("name", "decoder", "batch_size")
@@ -240,7 +240,7 @@ def labels(jobs: list[Job]) -> tuple[dict[str, Table], dict[str, list[Any]]]:
     keys = list(dict.fromkeys(k for t in tables.values() for k in t))
     axes: dict[str, list[Any]] = {}
     for key in keys:
-        values = list({json.dumps(t[key]): t[key] for t in tables.values() if key in t}.values())
+        values = distinct(t[key] for t in tables.values() if key in t)
         of_task = {(t["task"], json.dumps(t[key])) for t in tables.values() if key in t}
         if len(of_task) > len({task for task, _ in of_task}) or key in ("task", "decoder"):
             axes[key] = values
@@ -253,8 +253,7 @@ def labels(jobs: list[Job]) -> tuple[dict[str, Table], dict[str, list[Any]]]:
 def settings_of(jobs: list[Job], tables: dict[str, Table]) -> list[Table]:
     """What tells the cells apart, seeds aside, and the passes of their plans."""
     found = [{**tables[c.key], PLAN: c.decoder.passes} for job in jobs for c in job.cells]
-    settings = [{k: v for k, v in table.items() if k not in SEEDS} for table in found]
-    return list({json.dumps(table): table for table in settings}.values())
+    return distinct({k: v for k, v in table.items() if k not in SEEDS} for table in found)
 
 
 def training_labels(jobs: list[Job], tables: dict[str, Table]) -> dict[str, Table]:

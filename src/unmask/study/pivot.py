@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from unmask.evaluation.report import markdown as markdown_table
 from unmask.evaluation.report import percent, points
 from unmask.spec import UserError, build, unknown
-from unmask.study import METRICS, PLAN, Table
+from unmask.study import METRICS, PLAN, Table, distinct
 
 if TYPE_CHECKING:
     from unmask.study.grid import StudyConfig
@@ -92,37 +92,44 @@ def pivots(config: StudyConfig, cells: Sequence[Table]) -> list[Pivot]:
             raise UserError(f"two of tables have the title {pivot.title!r}: give each its own")
         if not pivot.show and not pivot.against:
             raise UserError(f"the table {pivot.title!r} shows nothing: give show or against")
-        left = [axis for axis in axes if axis not in pivot.mean_over]
-        for what, names, known in (
-            (
-                "axis of the training in mean_over of",
-                pivot.mean_over,
-                [axis for axis in axes if axis.startswith("train.")],
-            ),
-            ("axis in", (*pivot.rows, *pivot.columns, *pivot.where), left),
-            ("comparison in", pivot.against, [axis for axis in compared if axis not in pivot.mean_over]),
-        ):
-            for name in names:
-                if name not in known:
-                    raise unknown(f"{what} the table {pivot.title!r}", name, known)
-        for axis, value in pivot.where.items():
-            values = list({json.dumps(cell[axis]): cell[axis] for cell in cells}.values())
-            for wanted in value if isinstance(value, list) else [value]:
-                if wanted not in values:
-                    raise unknown(
-                        f"{axis} in where of the table {pivot.title!r}", plain(wanted), list(map(plain, values))
-                    )
-        kept = [{axis: cell[axis] for axis in left} for cell in cells]
-        if not _places(pivot, list({json.dumps(cell): cell for cell in kept}.values())):
+        _check_names(pivot, cells, compared)
+        kept = [{axis: value for axis, value in cell.items() if axis not in pivot.mean_over} for cell in cells]
+        if not _places(pivot, distinct(kept)):
             raise UserError(f"no cell is in the table {pivot.title!r}: change its where")
         found.append(pivot)
     return found
 
 
+def _check_names(pivot: Pivot, cells: Sequence[Table], compared: Sequence[str]) -> None:
+    """Raises UserError for an axis, a value or a comparison that the study does not have."""
+    axes = list(cells[0])
+    left = [axis for axis in axes if axis not in pivot.mean_over]
+    of_training = [axis for axis in axes if axis.startswith("train.")]
+    comparable = [axis for axis in compared if axis not in pivot.mean_over]
+    for what, names, known in (
+        ("axis of the training in mean_over of", pivot.mean_over, of_training),
+        ("axis in", [*pivot.rows, *pivot.columns, *pivot.where], left),
+        ("comparison in", pivot.against, comparable),
+    ):
+        for name in names:
+            if name not in known:
+                raise unknown(f"{what} the table {pivot.title!r}", name, known)
+    for axis, wanted in _wanted(pivot).items():
+        there = distinct(cell[axis] for cell in cells)
+        for value in wanted:
+            if value not in there:
+                raise unknown(f"{axis} in where of the table {pivot.title!r}", plain(value), map(plain, there))
+
+
+def _wanted(pivot: Pivot) -> dict[str, list[Any]]:
+    """The values that ``where`` leaves of each axis that it names."""
+    return {axis: value if isinstance(value, list) else [value] for axis, value in pivot.where.items()}
+
+
 def _places(pivot: Pivot, cells: Sequence[Table]) -> dict[tuple[str, str], int]:
     """Where in the table cells stand: (row, column) -> index. Raises UserError where two share a place."""
     places: dict[tuple[str, str], int] = {}
-    wanted = {axis: value if isinstance(value, list) else [value] for axis, value in pivot.where.items()}
+    wanted = _wanted(pivot)
     for index, cell in enumerate(cells):
         if any(cell[axis] not in values for axis, values in wanted.items()):
             continue
