@@ -78,7 +78,7 @@ def accuracy(results: Sequence[Result]) -> Picture:
                 zorder=3 if named else 2,
             )
         passes = [places[id(r)] for r in best]
-        left, right = _limits([r.numbers["nfe"] for r in own], len(best[0].label) * (len(best[0].label) <= _LONG))
+        left, right = _limits(list(places.values()), len(best[0].label) * (len(best[0].label) <= _LONG))
         heights = [100 * r.numbers["solved"] for r in best]
         axis.step(
             [*passes, right], [*heights, heights[-1]], where="post", color=SOFT, linewidth=1, label="Pareto front"

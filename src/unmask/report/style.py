@@ -121,9 +121,10 @@ def legible(label: str) -> str:
 
 
 def legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """One legend under all panels, each label once; the figure grows by what it takes."""
+    """One legend under all panels, each label once; the figure grows by what it takes, in width where a label is longer."""
     found = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
     longest = max(map(len, found))
+    figure.set_figwidth(max(figure.get_figwidth(), (longest + 6) / 10))  # letters an inch, on the safe side
     columns = max(1, min(len(found), int(figure.get_figwidth() * 12 / (longest + 6))))
     figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(found) // columns))
     figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=columns)
