@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from conftest import PROMPTS, toy
 from unmask import PRESETS, UserError
 from unmask.rl.config import TrajectoryGRPOConfig
-from unmask.rl.objectives import OBJECTIVES, k3, sample_views
+from unmask.rl.objectives import OBJECTIVES, View, k3, sample_views, token_weights
 from unmask.rl.trainer import TrajectoryGRPOTrainer
 
 ROWS = [{"prompt": p} for p in PROMPTS]
@@ -54,13 +55,18 @@ def disturb(model: torch.nn.Module, size: float) -> None:
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("decoder", [p if p != "dream" else "dream:top_p=1" for p in PRESETS])
-def test_views_score_every_token_once(tmp_path: Path, objective: str, decoder: str) -> None:
+def test_views_score_every_token(tmp_path: Path, objective: str, decoder: str) -> None:
     t = trainer(tmp_path, objective=objective, decoder=decoder, max_completion_length=64, num_iterations=2)
     t.rollout = t.sample(ROWS)
     trajectory = t.rollout.trajectory
     for iteration in range(2):
         views = t._views(t.rollout, iteration)
-        assert (torch.stack([v.scored for v in views]).sum(0) == 1).all()
+        pair = views[1:] if objective == "coupled" else views  # the full mask, then two that hide each token once
+        assert (torch.stack([v.scored for v in pair]).sum(0) == 1).all() and views[0].scored.any()
+        if objective == "coupled":
+            assert views[0].scored.all() and views[0].share.tolist() == [0.5] * 16
+            assert torch.allclose(0.5 / views[1].share + 0.5 / views[2].share, torch.ones(16))  # t and 1 - t
+            assert ((views[1].scored.float().mean(1) - 0.5 / views[1].share).abs() < 0.25).all()
         for view in views:
             canvas = view.ids[:, trajectory.prompt.shape[1] :]
             assert (canvas[view.scored] == trajectory.mask_id).all()  # what is scored is hidden
@@ -71,7 +77,7 @@ def test_views_score_every_token_once(tmp_path: Path, objective: str, decoder: s
             assert (prompt[changed] == trajectory.mask_id).all() and not (changed & ~trajectory.prompt_mask).any()
             assert bool(changed.any()) == (objective == "diffu")
     if OBJECTIVES[objective].fresh:
-        first, second = (t._views(t.rollout, i)[0].ids for i in range(2))
+        first, second = (t._views(t.rollout, i)[-1].ids for i in range(2))
         assert not torch.equal(first, second)
 
 
@@ -102,6 +108,7 @@ def restated_loss(t: TrajectoryGRPOTrainer, old_model: Any, reference: Any, iter
         tokens, step = trajectory.tokens[b].tolist(), trajectory.step[b].tolist()
         end = next((i for i, token in enumerate(tokens) if token in lm.end_ids), len(tokens))
         per_view: list[list[torch.Tensor]] = []
+        joint: dict[int, torch.Tensor] = {}
         if args.objective == "cj":
             states = [
                 (
@@ -114,40 +121,61 @@ def restated_loss(t: TrajectoryGRPOTrainer, old_model: Any, reference: Any, iter
         elif args.objective == "one-step":
             states = [([lm.mask_id] * len(tokens), list(range(len(tokens))))]
             prompts = [trajectory.prompt[b, padding:].tolist()]
-        else:  # the random views are checked by test_views_score_every_token_once
+        else:  # the random views are checked by test_views_score_every_token
             width = trajectory.prompt.shape[1]
             states = [
                 (v.ids[b, width:].tolist(), [i for i in range(len(tokens)) if v.ids[b, width + i] == lm.mask_id])
                 for v in views
             ]
             prompts = [v.ids[b, padding:width].tolist() for v in views]
-        for prompt, (canvas, scored) in zip(prompts, states, strict=True):
+        for v, (prompt, (canvas, scored)) in enumerate(zip(prompts, states, strict=True)):
             if args.mask_after_eos:
                 scored = [i for i in scored if i <= end]
             new = logprobs(lm.model, prompt, canvas)
             with torch.no_grad():
                 old = logprobs(old_model, prompt, canvas)
                 ref = logprobs(reference, prompt, canvas)
-            losses = []
-            for i in scored:
-                ratio = (new[i, tokens[i]] - old[i, tokens[i]]).exp()
-                clipped = ratio.clamp(1 - args.epsilon, 1 + args.epsilon)
-                d = ref[i, tokens[i]] - new[i, tokens[i]]
-                losses.append(-torch.minimum(ratio * advantage, clipped * advantage) + args.beta * (d.exp() - d - 1))
-            if losses:
-                per_view.append(losses)
+            triples = {i: torch.stack([p[i, tokens[i]] for p in (new, old, ref)]) for i in scored}
+            if (
+                args.objective == "coupled"
+            ):  # (log p under the full mask + log p under the token's mask of the pair / t) / 2
+                t_masked = float(0.5 / views[v].share[b]) if v else 1.0
+                joint.update({i: joint.get(i, 0) + x / t_masked / 2 for i, x in triples.items()})
+            elif triples:
+                per_view.append([token_loss(x, advantage, args) for x in triples.values()])
+        if args.objective == "coupled":
+            per_view = [[token_loss(x, advantage, args) for x in joint.values()]]
+        every = [x for losses in per_view for x in losses]
         if args.normalisation == "step":
-            row = torch.stack([torch.stack(losses).mean() for losses in per_view]).mean()
+            total = total + torch.stack([torch.stack(losses).mean() for losses in per_view]).mean() / len(rewards)
+        elif args.normalisation == "token":
+            total = total + torch.stack(every).mean() / len(rewards)
         else:
-            row = torch.stack([x for losses in per_view for x in losses]).mean()
-        total = total + row / len(rewards)
+            total = total + torch.stack(every).sum()
+    if args.normalisation == "batch":
+        ends = lm.lengths(trajectory.tokens).clamp(max=trajectory.tokens.shape[1] - 1) + 1
+        total = total / int(ends.sum() if args.mask_after_eos else trajectory.tokens.numel())
     return total
+
+
+def token_loss(logprobs: torch.Tensor, advantage: torch.Tensor, args: Any) -> torch.Tensor:
+    """Clipped surrogate and k3 of one token's log-probability under the new, the old and the reference policy."""
+    new, old, ref = logprobs
+    ratio = (new - old.detach()).exp()
+    clipped = ratio.clamp(1 - args.epsilon, 1 + args.epsilon)
+    d = ref.detach() - new
+    return -torch.minimum(ratio * advantage, clipped * advantage) + args.beta * (d.exp() - d - 1)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize(
     ("normalisation", "scale", "after_eos", "beta"),
-    [("step", "group", False, 0.0), ("token", "none", True, 0.3), ("step", "none", True, 0.3)],
+    [
+        ("step", "group", False, 0.0),
+        ("token", "none", True, 0.3),
+        ("step", "none", True, 0.3),
+        ("batch", "none", True, 0.3),
+    ],
 )
 def test_loss_and_gradient_equal_a_plain_restatement(
     tmp_path: Path, objective: str, normalisation: str, scale: str, after_eos: bool, beta: float
@@ -181,6 +209,24 @@ def test_loss_and_gradient_equal_a_plain_restatement(
     assert float(found) == pytest.approx(float(expected.detach()), rel=1e-4, abs=1e-6)
     for mine, p in zip(gradients, t.lm.model.parameters(), strict=True):
         assert torch.allclose(mine, p.grad, rtol=1e-3, atol=1e-4 * float(p.grad.abs().max()) + 1e-7)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_the_first_update_of_coupled_equals_a_plain_restatement(tmp_path: Path, beta: float) -> None:
+    """On policy the ratios are one, so that without a KL penalty the update needs no second pass over the views."""
+    lm, reference = toy(), toy().model
+    disturb(lm.model, 0.01)
+    t = trainer(tmp_path, lm, objective="coupled", normalisation="batch", beta=beta, rows_per_forward=5)
+    if beta:
+        t.reference_model.load_state_dict(reference.state_dict())
+    t.rollout = t.sample(ROWS)
+    found = t.update(t.model, t.rollout, 0)
+    gradient = torch.cat([p.grad.flatten() for p in lm.model.parameters()])
+    lm.model.zero_grad()
+    expected = restated_loss(t, copy.deepcopy(lm.model), reference, 0)
+    expected.backward()
+    assert float(found) == pytest.approx(float(expected.detach()), rel=1e-4, abs=1e-6)
+    assert torch.allclose(gradient, torch.cat([p.grad.flatten() for p in lm.model.parameters()]), rtol=1e-3, atol=1e-6)
 
 
 def test_row_batches_change_nothing(tmp_path: Path) -> None:
@@ -257,23 +303,47 @@ def test_sampled_steps(tmp_path: Path) -> None:
     t = trainer(tmp_path, decoder="full")
     t.rollout = t.sample(ROWS)
     views = t._views(t.rollout, 0)
-    generator = torch.Generator().manual_seed(0)
     logprob = torch.where(views[3].scored, -5.0, torch.where(views[1].scored, -5.0, -1e-9))
-    for _ in range(20):
-        uniform = sample_views(views, logprob, 2, "uniform", generator)
-        assert len(uniform) == 2 and {id(v) for v in uniform} <= {id(v) for v in views}
-        certain = sample_views(views, logprob, 2, "entropy", generator)
-        assert {id(v) for v in certain} == {id(views[1]), id(views[3])}
+    for draw in range(20):
+        uniform = scored_steps(sample_views(views, logprob, 2, "uniform", t.rollout.seeds, draw))
+        assert (uniform.sum(0) == 2).all() and len({tuple(x) for x in uniform.T.tolist()}) > 1  # each row has its own
+        certain = scored_steps(sample_views(views, logprob, 2, "entropy", t.rollout.seeds, draw))
+        assert certain[[1, 3]].all()
     short = trainer(tmp_path, decoder="full", steps_per_update=2)
     short.rollout = short.sample(ROWS)
     short.update(short.model, short.rollout, 0)
     assert any(p.grad.abs().sum() > 0 for p in short.lm.model.parameters())
 
 
-def test_passes_that_only_keep_ranks_together_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def scored_steps(views: list[View]) -> torch.Tensor:
+    """(views, B) bool: which views score anything in which row."""
+    return torch.stack([v.scored.any(1) for v in views])
+
+
+@pytest.mark.parametrize("how", ["uniform", "entropy"])
+def test_sampled_steps_favor_no_row(how: Any) -> None:
+    """A row cut after two tokens has the weight of a whole one, and of a row's steps each is as likely as another."""
+    rows, steps = 400, 16
+    step = torch.arange(steps).expand(rows, steps)
+    kept = torch.where(torch.arange(rows) % 2 == 0, 2, steps)
+    views = [
+        View(torch.zeros(rows, steps, dtype=torch.int64), (step == s) & (step < kept[:, None])) for s in range(steps)
+    ]
+    chosen = sample_views(views, torch.full((rows, steps), -1.0), 4, how, torch.arange(rows) * 2, 0)
+    for normalisation in ("step", "token"):
+        weights = torch.stack(token_weights([v.scored for v in chosen], normalisation)).sum((0, 2))  # type: ignore[arg-type]
+        assert torch.allclose(weights, torch.ones(rows))
+    counts = scored_steps(chosen)[:, 1::2].sum(1).float()  # 200 whole rows choose 4 of 16 steps: 50 a step
+    assert counts.sum() == 800 and ((counts - 50).abs() < 25).all()
+
+
+@pytest.mark.parametrize("objective", ["one-step", "coupled"])
+def test_passes_that_only_keep_ranks_together_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str
+) -> None:
     gradients = []
     for idle in (0, 3):
-        t = trainer(tmp_path, objective="one-step", beta=0.1)
+        t = trainer(tmp_path, objective=objective, beta=0.1)
         t.rollout = t.sample(ROWS)
         jobs = t._jobs
         assert t.rollout.active[0]  # row 0 stands in for nothing

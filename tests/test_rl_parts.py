@@ -24,7 +24,7 @@ def test_advantages_by_hand() -> None:
     assert torch.allclose(scaled[:4], centred[:4] / (std + 1e-4)) and (scaled[4:] == 0).all()
 
 
-@pytest.mark.parametrize("normalisation", ["step", "token"])
+@pytest.mark.parametrize("normalisation", ["step", "token", "batch"])
 def test_weights_by_hand(normalisation: str) -> None:
     a = torch.tensor([[True, False, False, False], [True, True, False, False]])
     b = torch.tensor([[False, True, True, True], [False, False, False, False]])
@@ -32,6 +32,7 @@ def test_weights_by_hand(normalisation: str) -> None:
     expected = {
         "step": ([[1 / 2, 0, 0, 0], [1 / 2, 1 / 2, 0, 0]], [[0, 1 / 6, 1 / 6, 1 / 6], [0, 0, 0, 0]]),
         "token": ([[1 / 4, 0, 0, 0], [1 / 2, 1 / 2, 0, 0]], [[0, 1 / 4, 1 / 4, 1 / 4], [0, 0, 0, 0]]),
+        "batch": ([[1 / 3, 0, 0, 0], [1 / 3, 1 / 3, 0, 0]], [[0, 1 / 3, 1 / 3, 1 / 3], [0, 0, 0, 0]]),
     }[normalisation]
     assert torch.allclose(first, torch.tensor(expected[0])) and torch.allclose(second, torch.tensor(expected[1]))
 
@@ -40,8 +41,8 @@ def test_steps_that_score_nothing_are_not_sampled() -> None:
     ids = torch.zeros(2, 6, dtype=torch.int64)
     empty, full = (View(ids, torch.full((2, 3), fill)) for fill in (False, True))
     for how in ("uniform", "entropy"):
-        chosen = sample_views([empty, full, empty], torch.zeros(2, 3), 2, how, torch.Generator())  # type: ignore[arg-type]
-        assert len(chosen) == 1 and chosen[0] is full
+        chosen = sample_views([empty, full, empty], torch.zeros(2, 3), 1, how, torch.arange(2), 0)  # type: ignore[arg-type]
+        assert [bool(v.scored.all()) for v in chosen] == [False, True, False]
 
 
 def test_the_largest_seed_is_a_seed() -> None:

@@ -39,14 +39,16 @@ class GRPOSettings:
     """``group``: advantages divided by the group's standard deviation; ``none``: only centred (the released code)."""
     reward_weights: list[float] | None = None
     """One weight a reward function; by default 1, or the task's own."""
-    normalisation: Literal["step", "token"] = "step"
-    """``step``: mean over a step's tokens, then over steps (the paper). ``token``: mean over all tokens."""
+    normalisation: Literal["step", "token", "batch"] = "step"
+    """``step``: mean over a step's tokens, then over steps (the paper). ``token``: mean over a completion's tokens. Both then
+    take the mean over completions. ``batch``: mean over all tokens of the process's batch, as the released one-step, diffu and
+    coupled code over its micro-batch (TRL's ``loss_type`` bnpo)."""
     mask_after_eos: bool = False
     """Leave tokens after the first end token out of the loss (the paper's code keeps them)."""
     steps_per_update: int | None = None
-    """Score only this many of the trajectory's steps in each update; ``none`` scores all."""
+    """Score only this many steps of each trajectory in each update; ``none`` scores all."""
     step_sampling: Literal["uniform", "entropy"] = "uniform"
-    """How these steps are chosen."""
+    """How these steps are chosen among those that have a scored token."""
     rows_per_forward: int = 32
     """Rows of one forward pass, in sampling and in the update: bounds memory, changes no result."""
     compile: bool = False

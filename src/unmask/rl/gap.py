@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,8 @@ class BenchGap:
 def bench_gap(config: BenchGap, progress: Callable[[str], None]) -> dict[str, Any]:
     """Sample with each decoder, score the same trajectories by each objective; writes and returns the result.
 
-    Every entry of ``cells`` has the mean over all tokens of the canvas (``gap``) and over those up to the first end token
-    (``text_gap``), each with a 95 % interval (bootstrap over completions).
+    Every entry of ``cells`` has the mean over all tokens that the objective's views score (``gap``) and over those up to the
+    first end token (``text_gap``), each with a 95 % interval (bootstrap over completions).
     """
     output = Path(config.output)
     claim_result(output)
@@ -62,9 +62,15 @@ def bench_gap(config: BenchGap, progress: Callable[[str], None]) -> dict[str, An
             everyone = torch.ones(len(prompts), dtype=torch.bool)
             inside = torch.arange(config.max_new_tokens) <= lm.lengths(trajectory.tokens)[:, None]
             for name, objective in OBJECTIVES.items():
-                rows = ViewRows.of(list(objective.views(trajectory, view_seeds, 0)))
-                found = score_all(lm, trajectory, rows, rows.parts(config.rows_per_forward, everyone))
-                gaps = (found - trajectory.logprob).abs().double()
+                gaps = torch.zeros_like(trajectory.logprob, dtype=torch.float64)
+                scored = torch.zeros_like(gaps)
+                for view in objective.views(trajectory, view_seeds, 0):
+                    rows = ViewRows.of([replace(view, share=None)])
+                    found = score_all(
+                        lm, trajectory, rows, [(part, True) for part in rows.parts(config.rows_per_forward, everyone)]
+                    )
+                    gaps += view.scored * (found - trajectory.logprob).abs()
+                    scored += view.scored
                 cell: dict[str, Any] = {
                     "task": spec,
                     "decoder": decoder_spec,
@@ -72,7 +78,7 @@ def bench_gap(config: BenchGap, progress: Callable[[str], None]) -> dict[str, An
                     "completions": len(gaps),
                 }
                 for key, counted in (("gap", torch.ones_like(inside)), ("text_gap", inside)):
-                    sums, tokens = (gaps * counted).sum(1).tolist(), counted.sum(1).double().tolist()
+                    sums, tokens = (gaps * counted).sum(1).tolist(), (scored * counted).sum(1).tolist()
                     cell[key] = sum(sums) / sum(tokens)
                     cell[f"{key}_interval"] = list(pooled_bootstrap(sums, tokens))
                 cells.append(cell)

@@ -37,16 +37,16 @@ def rollout_values(lm: MaskedLM, trajectory: Trajectory, rewards: Tensor, num_ge
 
 @torch.no_grad()
 def update_sums(
-    new: Tensor, old: Tensor, recorded: Tensor, kl: Tensor, entropy: Tensor, advantages: Tensor, epsilon: float
+    gap: Tensor, log_ratio: Tensor, kl: Tensor, entropy: Tensor, advantages: Tensor, epsilon: float
 ) -> Tensor:
     """Sums over one forward pass's N scored tokens of what UPDATE names, (6,) float64.
 
-    The count of tokens, |new - recorded| in nats, KL in nats, whether the clip is active, entropy in nats, the ratio. All
-    arguments (N,).
+    The count of tokens, |gap| (recomputed - recorded), KL, whether the clip is active, entropy, the ratio. All arguments (N,),
+    in nats.
     """
-    ratio = (new - old).exp().double()
+    ratio = log_ratio.exp().double()
     clipped = torch.where(advantages > 0, ratio > 1 + epsilon, ratio < 1 - epsilon)
-    values = (torch.ones_like(ratio), (new - recorded).abs(), kl, clipped, entropy, ratio)
+    values = (torch.ones_like(ratio), gap.abs(), kl, clipped, entropy, ratio)
     return torch.stack([v.double().sum() for v in values])
 
 

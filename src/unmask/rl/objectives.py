@@ -1,7 +1,8 @@
 """Objectives: which views of a trajectory are scored. One clipped surrogate serves them all.
 
 A *view* is a partly masked sequence and the canvas positions whose recorded tokens are scored in it. An objective is a short
-function that yields views; everything else (loss, weights, batching, old log-probabilities) is shared. Equations: docs/rl.md.
+function that yields views; everything else (loss, weights, batching, old log-probabilities) is shared. Where a token's
+log-probability is a sum over views, each view has its share in it. Equations: docs/rl.md.
 
 The probability of *choosing the positions* is in none of these objectives, as in the paper.
 """
@@ -9,7 +10,7 @@ The probability of *choosing the positions* is in none of these objectives, as i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -20,15 +21,22 @@ from unmask.trajectory import Trajectory
 
 PROMPT_MASKING = 0.15  # diffu-GRPO (d1, arXiv 2504.12216)
 COUPLED_SHARE = (0.2, 0.8)  # bounds of the share that coupled-GRPO's first view masks (DiffuCoder, arXiv 2506.20639)
-Normalisation = Literal["step", "token"]
+Normalisation = Literal["step", "token", "batch"]
 
 
 @dataclass(frozen=True)
 class View:
-    """ids: (B, P+L) int64. scored: (B, L) bool, the canvas positions whose tokens' log-probabilities count here."""
+    """One masked sequence a row, and what is scored in it.
+
+    Attributes:
+        ids: (B, P+L) int64. scored: (B, L) bool, the canvas positions whose tokens' log-probabilities count here.
+        share: (B,) float32, the factor with which they enter a token's log-probability, which is then a sum over views; None
+            where every token is scored in one view alone.
+    """
 
     ids: Tensor
     scored: Tensor
+    share: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -36,23 +44,31 @@ class ViewRows:
     """Rows of any views below each other, so that a forward pass takes as many as fit, whatever view they come from.
 
     Attributes:
-        ids: (M, P+L) int64. scored: (M, L) bool. row: (M,) int64, the trajectory's row of each.
+        ids: (M, P+L) int64. scored: (M, L) bool. row: (M,) int64, the trajectory's row of each. share: (M,) float32 or None.
     """
 
     ids: Tensor
     scored: Tensor
     row: Tensor
+    share: Tensor | None = None
 
     @classmethod
     def of(cls, views: list[View]) -> ViewRows:
         """All rows of the views, view after view."""
         batch = len(views[0].ids)
         row = torch.arange(batch, device=views[0].ids.device).repeat(len(views))
-        return cls(torch.cat([v.ids for v in views]), torch.cat([v.scored for v in views]), row)
+        shares = [v.share for v in views if v.share is not None]
+        share = torch.cat(shares) if shares else None
+        return cls(torch.cat([v.ids for v in views]), torch.cat([v.scored for v in views]), row, share)
 
     def take(self, index: Tensor) -> ViewRows:
         """Some of them, (n,) int64."""
-        return ViewRows(self.ids[index], self.scored[index], self.row[index])
+        share = None if self.share is None else self.share[index]
+        return ViewRows(self.ids[index], self.scored[index], self.row[index], share)
+
+    def share_of(self, values: Tensor) -> Tensor:
+        """Values of the scored tokens, (N,) in the order of ``scored``, each times its view's share."""
+        return values if self.share is None else values * self.share[self.scored.nonzero()[:, 0]]
 
     def parts(self, size: int, active: Tensor) -> list[Tensor]:
         """Indexes of the rows that score anything and whose trajectory row is ``active`` (B,), ``size`` at a time."""
@@ -97,14 +113,19 @@ def _diffu(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[Vi
 
 
 def _coupled(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[View]:
-    """coupled-GRPO (DiffuCoder): two complementary random masks over the canvas; each token is scored once."""
+    """coupled-GRPO (DiffuCoder): the fully masked canvas and two complementary random masks.
+
+    A token's log-probability is the mean of that under the full mask and of 1/t times that under the mask of the pair that
+    hides it; t is the share which that mask was drawn to hide.
+    """
     place = torch.arange(trajectory.tokens.shape[1], device=seeds.device).expand_as(trajectory.tokens)
     low, high = COUPLED_SHARE
-    share = low + (high - low) * uniform_noise(seeds[:, None], iteration, torch.zeros_like(place[:, :1]), 1)
-    first = uniform_noise(seeds[:, None], iteration, place, 0) < share
-    for hidden in (first, ~first):
+    masked = low + (high - low) * uniform_noise(seeds[:, None], iteration, torch.zeros_like(place[:, :1]), 1)  # (B, 1)
+    first = uniform_noise(seeds[:, None], iteration, place, 0) < masked
+    everything = torch.ones_like(first)
+    for hidden, t in ((everything, torch.ones_like(masked)), (first, masked), (~first, 1 - masked)):
         canvas = trajectory.tokens.masked_fill(hidden, trajectory.mask_id)
-        yield View(torch.cat([trajectory.prompt, canvas], 1), hidden)
+        yield View(torch.cat([trajectory.prompt, canvas], 1), hidden, (0.5 / t[:, 0]).float())
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -116,15 +137,18 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def token_weights(scored: list[Tensor], normalisation: Normalisation) -> list[Tensor]:
-    """What each scored token contributes to its row's loss; over all views a row's weights sum to 1.
+    """What each scored token contributes to the sum over rows; over all views and rows the weights sum to the number of rows.
 
-    ``step`` (the paper): mean over a view's tokens, then over the views that score any. ``token``: mean over all tokens.
+    ``step`` (the paper): mean over a view's tokens, then over the views that score any. ``token``: mean over all of a row's
+    tokens. ``batch``: mean over all tokens of all rows, so that longer completions count more.
 
     Args:
         scored: one (B, L) bool a view. Returns one (B, L) float32 a view.
     """
     counts = torch.stack([s.sum(1) for s in scored])  # (views, B)
-    if normalisation == "token":
+    if normalisation == "batch":
+        each = (counts.shape[1] / counts.sum().clamp(min=1)).expand_as(counts)
+    elif normalisation == "token":
         each = (1 / counts.sum(0).clamp(min=1)).expand_as(counts)
     else:
         each = 1 / (counts.clamp(min=1) * (counts > 0).sum(0).clamp(min=1))
@@ -144,16 +168,22 @@ def k3(new: Tensor, reference: Tensor) -> Tensor:
 
 
 def sample_views(
-    views: list[View], logprob: Tensor, count: int, how: Literal["uniform", "entropy"], generator: torch.Generator
+    views: list[View], logprob: Tensor, count: int, how: Literal["uniform", "entropy"], seeds: Tensor, iteration: int
 ) -> list[View]:
-    """``count`` of the views without replacement: uniformly, or in proportion to the surprise of their tokens.
+    """The views with only ``count`` of them scored in each row, chosen without replacement among those that score anything.
 
-    ``entropy`` weighs a view by the mean of -``logprob`` ((B, L), recorded) over what it scores; the loss stays a plain mean
-    over the chosen views, so it leans towards uncertain steps on purpose. Views that score nothing are never chosen.
+    Every row has its own choice, so that a row cut after its end token weighs as much as any other. ``uniform``, or
+    ``entropy``: in proportion to the mean of -``logprob`` ((B, L), recorded) over what a view scores; the loss stays a plain
+    mean over the chosen views, so it leans towards uncertain steps on purpose. seeds: (B,) int64.
     """
-    views = [v for v in views if v.scored.any()]
-    weights = torch.ones(len(views))
+    scored = torch.stack([v.scored for v in views], 1)  # (B, views, L)
+    counts = scored.sum(2)
+    weights = torch.ones_like(counts, dtype=torch.float64)
     if how == "entropy":
-        weights = torch.stack([-logprob[v.scored].mean().cpu() for v in views]).clamp(min=1e-6)
-    chosen = torch.multinomial(weights, min(count, len(views)), generator=generator)
-    return [views[i] for i in sorted(chosen.tolist())]
+        surprise = (scored * -logprob[:, None].double()).sum(2) / counts.clamp(min=1)
+        weights = surprise.clamp(min=1e-6)
+    place = torch.arange(len(views), device=seeds.device).expand_as(counts)
+    # An exponential race: the smallest of -log(u) / w are a draw without replacement in proportion to w.
+    arrival = -torch.log1p(-uniform_noise(seeds[:, None], iteration, place, 2)) / weights
+    rank = arrival.masked_fill(counts == 0, torch.inf).argsort(1).argsort(1)
+    return [replace(v, scored=v.scored & (rank[:, i, None] < count)) for i, v in enumerate(views)]

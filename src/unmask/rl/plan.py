@@ -34,7 +34,8 @@ class Work:
 
     Attributes:
         steps: of its sampling. every: views of the objective; views: those that an update scores, with a backward pass.
-        old, reference: how often all views are scored once more in a rollout, for the old policy and the reference.
+        old, reference, joint: how often all views are scored once more in a rollout: for the old policy, for the reference, and
+            for a loss of log-probabilities that are sums over views.
         copies: rows that stand for one (guidance: 2).
     """
 
@@ -43,24 +44,28 @@ class Work:
     views: int
     old: int
     reference: int
+    joint: int
     copies: int
 
     def passes(self, updates: int, rollouts: int) -> int:
         """Forward passes (NFE) of one completion of every rollout, in all."""
-        return self.copies * (rollouts * (self.steps + self.every * (self.old + self.reference)) + updates * self.views)
+        scored = self.every * (self.old + self.reference + self.joint)
+        return self.copies * (rollouts * (self.steps + scored) + updates * self.views)
 
 
 def work_of(config: RLConfig) -> Work:
     """The work of a run with these settings."""
     decoder, objective = config.rollout_decoder(), OBJECTIVES[config.objective]
-    every = len(list(objective.views(_filled(decoder), torch.zeros(1, dtype=torch.int64), 0)))
-    fresh = config.num_iterations if objective.fresh else 1
+    views = list(objective.views(_filled(decoder), torch.zeros(1, dtype=torch.int64), 0))
+    every, mu = len(views), config.num_iterations
+    fresh = mu if objective.fresh else 1
     return Work(
         steps=decoder.plan.steps,
         every=every,
         views=min(every, config.steps_per_update or every),
-        old=0 if config.uses_recorded or config.num_iterations == 1 else fresh,
+        old=0 if config.uses_recorded or mu == 1 else fresh,
         reference=fresh if config.beta > 0 else 0,
+        joint=0 if views[0].share is None else mu - 1 if mu > 1 else int(config.beta > 0),
         copies=decoder.copies,
     )
 
@@ -91,7 +96,7 @@ def dry_run(config: RLConfig) -> str:
     def passes(sequences: int) -> int:
         return math.ceil(sequences * config.batch_size / config.rows_per_forward)
 
-    old, reference = passes(work.every) * work.old, passes(work.every) * work.reference
+    old, reference, joint = (passes(work.every) * n for n in (work.old, work.reference, work.joint))
     steps, views, copies = work.steps, work.views, work.copies
     need = training_need(
         lm,
@@ -113,7 +118,7 @@ def dry_run(config: RLConfig) -> str:
     )
     parts = ", ".join(f"{k} {v / GIB:.2f}" for k, v in dataclasses.asdict(need).items() if v)
     sampling = passes(1) * steps
-    all_passes = (sampling + old + reference) / mu + passes(views)
+    all_passes = (sampling + old + reference + joint) / mu + passes(views)
     size = config.rows_per_forward * copies
     lines = [
         yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).rstrip(),
@@ -127,7 +132,8 @@ def dry_run(config: RLConfig) -> str:
         f"updates    {config.steps}, {mu} on each of {rollouts} rollouts",
         f"rollout    {steps} steps for {config.max_completion_length} tokens ({decoder.name}, T = {decoder.temperature:g}): "
         f"NFE {steps * copies} a completion, {sampling} forward passes of up to {size} rows",
-        f"scoring    {old} forward passes for the old policy, {reference} for the reference, once a rollout",
+        f"scoring    {old} forward passes for the old policy, {reference} for the reference, {joint} for the loss, once a "
+        "rollout",
         f"update     {views} views × {config.batch_size} rows: {passes(views)} forward and backward passes of up to {size} "
         "rows",
         f"in all     {all_passes:.1f} forward passes an update and process, {passes(views)} of them with a backward pass",

@@ -119,12 +119,17 @@ def score_rows(policy: MaskedLM, trajectory: Trajectory, rows: ViewRows) -> tupl
 
 
 @torch.no_grad()
-def score_all(policy: MaskedLM, trajectory: Trajectory, rows: ViewRows, parts: Iterable[Tensor]) -> Tensor:
-    """Log-probabilities (B, L) of the recorded tokens in views that score each at most once; 0 where no part does."""
+def score_all(policy: MaskedLM, trajectory: Trajectory, rows: ViewRows, jobs: Iterable[tuple[Tensor, bool]]) -> Tensor:
+    """Log-probabilities (B, L) of the recorded tokens, summed over views by their shares; 0 where nothing is scored.
+
+    jobs: (indexes of view rows, whether they count), each one forward pass.
+    """
     out = torch.zeros_like(trajectory.logprob)
-    for part in parts:
-        logprob, _, row, column = score_rows(policy, trajectory, rows.take(part))
-        out[row, column] = logprob.to(out)
+    for part, counted in jobs:
+        taken = rows.take(part)
+        logprob, _, row, column = score_rows(policy, trajectory, taken)
+        if counted:
+            out.index_put_((row, column), taken.share_of(logprob).to(out), accumulate=True)
     return out
 
 

@@ -209,7 +209,7 @@ class TrajectoryGRPOTrainer(Trainer):
             inside = (
                 torch.arange(length, device=trajectory.tokens.device) <= self.lm.lengths(trajectory.tokens)[:, None]
             )
-            views = [View(v.ids, v.scored & inside) for v in views]
+            views = [replace(v, scored=v.scored & inside) for v in views]
         return views
 
     def _score_views(self, policy: MaskedLM, rollout: Rollout, active: Tensor) -> Tensor:
@@ -217,8 +217,7 @@ class TrajectoryGRPOTrainer(Trainer):
         found = []
         for i in range(self.args.num_iterations if self.objective.fresh else 1):
             rows = ViewRows.of(self._views(rollout, i))
-            parts = [part for part, _ in self._jobs(rows, active)]
-            found.append(score_all(policy, rollout.trajectory, rows, parts))
+            found.append(score_all(policy, rollout.trajectory, rows, self._jobs(rows, active)))
         return torch.stack(found)
 
     def _jobs(self, rows: ViewRows, active: Tensor) -> list[tuple[Tensor, bool]]:
@@ -232,39 +231,80 @@ class TrajectoryGRPOTrainer(Trainer):
         idle = (torch.zeros(1, dtype=torch.int64, device=active.device), False)
         return jobs + [idle] * (max(most, 1) - len(jobs))
 
+    def _token_losses(
+        self, rollout: Rollout, iteration: int, new: Tensor, row: Tensor, column: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the tokens at (row, column), all (N,): surrogate plus KL penalty, the ratio's logarithm, KL."""
+        stored = iteration if self.objective.fresh else 0
+        old = new.detach() if rollout.old is None else rollout.old[stored][row, column]
+        loss = clipped_surrogate(new, old, rollout.advantages[row], self.args.epsilon)
+        kl = torch.zeros_like(new)
+        if rollout.reference is not None:
+            kl = k3(new, rollout.reference[stored][row, column])
+            loss = loss + self.args.beta * kl
+        return loss, new - old, kl
+
+    def _joint_gradient(
+        self, rollout: Rollout, iteration: int, views: list[View], jobs: list[tuple[Tensor, bool]]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The loss of log-probabilities that are sums over views, and what it takes from each of them.
+
+        Two passes are exact with the memory of one view: the sums without gradient, then (in ``update``) a backward pass of
+        gradient · log-probability for each job.
+
+        Returns:
+            This rank's loss, its gradient with respect to the sums, the ratio's logarithm and KL, the last three (B, L).
+        """
+        scored = torch.stack([v.scored for v in views]).any(0)
+        row, column = (scored & rollout.active[:, None]).nonzero(as_tuple=True)
+        new = torch.zeros_like(rollout.trajectory.logprob)  # any value serves where the ratio is 1 and there is no KL
+        if rollout.old is not None and iteration == 0:
+            new = rollout.old[0]
+        elif rollout.old is not None or rollout.reference is not None:
+            with self.inference() as policy:
+                new = score_all(policy, rollout.trajectory, ViewRows.of(views), jobs)
+        leaf = new[row, column].requires_grad_()
+        weight = token_weights([scored], self.args.normalisation)[0][row, column] / len(rollout.active)
+        losses, *values = self._token_losses(rollout, iteration, leaf, row, column)
+        loss = (weight * losses).sum()
+        found = (torch.autograd.grad(loss, leaf)[0] if len(leaf) else leaf, *values)
+        gradient, log_ratio, kl = (torch.zeros_like(new).index_put((row, column), v.detach().to(new)) for v in found)
+        return loss.detach(), gradient, log_ratio, kl
+
     def update(self, model: Any, rollout: Rollout, iteration: int) -> Tensor:
         """Accumulate the gradient of one inner iteration, one backward a forward pass; returns this rank's loss."""
         args, trajectory = self.args, rollout.trajectory
-        model.train()  # activation checkpointing asks for it; there is no dropout
-        policy = replace(self.lm, model=model)
         views = self._views(rollout, iteration)
         if args.steps_per_update is not None:
-            generator = torch.Generator().manual_seed((args.seed * 1_000_003 + self.state.global_step) % 2**63)
-            views = sample_views(views, trajectory.logprob, args.steps_per_update, args.step_sampling, generator)
+            views = sample_views(
+                views, trajectory.logprob, args.steps_per_update, args.step_sampling, rollout.seeds, iteration
+            )
         weights = torch.cat(token_weights([v.scored for v in views], args.normalisation))
-        stored = iteration if self.objective.fresh else 0
         table = ViewRows.of(views)
         jobs = self._jobs(table, rollout.active)
         total = torch.zeros((), device=trajectory.tokens.device)
+        if table.share is not None:
+            total, *joint = self._joint_gradient(rollout, iteration, views, jobs)
         sums = torch.zeros(len(UPDATE), dtype=torch.float64, device=total.device)
+        model.train()  # activation checkpointing asks for it; there is no dropout
+        policy = replace(self.lm, model=model)
         for number, (part, counted) in enumerate(jobs):
             last = number == len(jobs) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed reads it in backward
             with nullcontext() if last else self.accelerator.no_sync(model), self.compute_loss_context_manager():
                 rows = table.take(part)
                 new, entropy, row, column = score_rows(policy, trajectory, rows)
-                advantages = rollout.advantages[row]
-                weight = weights[part][rows.scored] * counted / len(rollout.active)
-                old = new.detach() if rollout.old is None else rollout.old[stored][row, column]
-                loss = (weight * clipped_surrogate(new, old, advantages, args.epsilon)).sum()
-                kl = torch.zeros_like(new)
-                if rollout.reference is not None:
-                    kl = k3(new, rollout.reference[stored][row, column])
-                    loss = loss + args.beta * (weight * kl).sum()
+                if table.share is not None:
+                    gradient, log_ratio, kl = (x[row, column] for x in joint)
+                    loss = counted * (gradient * rows.share_of(new)).sum()
+                else:
+                    losses, log_ratio, kl = self._token_losses(rollout, iteration, new, row, column)
+                    loss = (weights[part][rows.scored] * counted / len(rollout.active) * losses).sum()
+                    total = total + loss.detach()
                 self.accelerator.backward(loss)
-            total += loss.detach()
-            recorded = trajectory.logprob[row, column]
-            sums += counted * update_sums(new, old, recorded, kl, entropy, advantages, args.epsilon)
+            gap = new - trajectory.logprob[row, column]
+            advantages = rollout.advantages[row]
+            sums += counted * update_sums(gap, log_ratio, kl, entropy, advantages, args.epsilon)
         self._record_update(total, sums, iteration)
         return total
 
