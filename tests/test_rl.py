@@ -226,7 +226,8 @@ def test_the_first_update_of_coupled_equals_a_plain_restatement(tmp_path: Path, 
     expected = restated_loss(t, copy.deepcopy(lm.model), reference, 0)
     expected.backward()
     assert float(found) == pytest.approx(float(expected.detach()), rel=1e-4, abs=1e-6)
-    assert torch.allclose(gradient, torch.cat([p.grad.flatten() for p in lm.model.parameters()]), rtol=1e-3, atol=1e-6)
+    by_hand = torch.cat([p.grad.flatten() for p in lm.model.parameters()])
+    assert torch.allclose(gradient, by_hand, rtol=1e-3, atol=1e-5 * float(by_hand.abs().max()))
 
 
 def test_row_batches_change_nothing(tmp_path: Path) -> None:
