@@ -183,7 +183,7 @@ def test_resuming_between_inner_iterations_needs_the_rollout(rewards: Path, toy_
     assert kept == {"checkpoint-2": False, "checkpoint-3": True}  # only where a rollout is still in use
 
 
-@pytest.mark.parametrize("objective", ["cj", "diffu"])
+@pytest.mark.parametrize("objective", ["cj", "diffu", "coupled"])
 def test_two_processes_equal_one(rewards: Path, toy_folder: str, objective: str) -> None:
     """The same global batch on one process and on two (gloo): the same parameters after five updates.
 
