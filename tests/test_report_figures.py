@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from report_folders import result
+from unmask.evaluation.report import accuracy_figure
 from unmask.report import figures
-from unmask.report.curves import band, smooth
+from unmask.report.collect import Run
+from unmask.report.curves import band, curves, smooth
 
 
 def test_the_front_by_hand() -> None:
@@ -43,6 +47,44 @@ def test_no_marker_and_no_label_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(places) == 7 and low < min(places) and max(places) < high
     (legend,) = figure.legends
     assert whole.x0 <= legend.get_window_extent().x0 and legend.get_window_extent().x1 <= whole.x1
+
+
+def shown_ticks(axis: Any, which: str) -> list[float]:
+    """The numbers that stand at an axis's ticks; a label that no reader takes in at a glance fails."""
+    low, high = getattr(axis, f"get_{which}lim")()
+    ticks = getattr(axis, f"{which}axis").get_major_ticks()
+    labels = [(t.get_loc(), t.label1.get_text()) for t in ticks if low <= t.get_loc() <= high]
+    assert len(labels) >= 2 and all(label and len(label) <= 6 for _, label in labels), labels
+    return [place for place, _ in labels]
+
+
+@pytest.mark.parametrize("passes", [[7], [20, 22], [1, 1], [33.3, 40.1], [5, 5.5, 6], [7, 20, 64], [300, 310]])
+@pytest.mark.parametrize("solved", [0.0, 0.004, 0.6, 1.0])
+def test_axes_of_an_evaluation_have_numbers(passes: list[float], solved: float) -> None:
+    cells = [
+        {"task": "t", "decoder": str(i), "nfe": n, "solved": solved, "problems": 9, "solved_interval": [solved] * 2}
+        for i, n in enumerate(passes)
+    ]
+    figure = accuracy_figure({"cells": cells})
+    plt.close(figure)
+    figure.draw_without_rendering()
+    shown_ticks(figure.axes[0], "x")
+    assert min(shown_ticks(figure.axes[0], "y")) == 0 and figure.axes[0].get_ylim()[1] <= 103
+
+
+@pytest.mark.parametrize("level", [0.0, 0.001, 0.5, 1.0])
+@pytest.mark.parametrize("gap", [0.0, 7.49351e-09, 3e-4, 2.0])
+def test_axes_of_a_training_have_numbers(monkeypatch: pytest.MonkeyPatch, level: float, gap: float) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr("unmask.report.curves.picture", lambda stem, caption, figure: drawn.append(figure))
+    values = {"eval_sudoku_solved": level, "groups_without_variance": level, "replay_gap": gap}
+    curves([Run("f", "n", {}, {k: {1: v / 2, 2: v, 3: v} for k, v in values.items()}, {}, "cj")])
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        ticks = shown_ticks(axis, "y")
+        if "replay" not in axis.get_title():
+            assert min(ticks) == 0 and max(ticks) <= 1
 
 
 def test_a_difference_is_clear_after_holm() -> None:

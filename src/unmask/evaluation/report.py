@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from rich.table import Table
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 # Okabe-Ito, safe for colour-blind readers; each colour also has its own marker.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999"]
@@ -74,6 +77,21 @@ def markdown_table(summary: dict[str, Any]) -> str:
     return markdown(HEADINGS, table_rows(summary), left=2)
 
 
+def passes_axis(axis: Axes) -> None:
+    """A log axis of forward passes, after its data: ticks at powers of two, or at round numbers where it has fewer than two."""
+    axis.set_xscale("log", base=2)
+    low, high = axis.get_xlim()
+    if math.floor(math.log2(high)) - math.ceil(math.log2(low)) < 1:
+        axis.xaxis.set_major_locator(MaxNLocator(4, min_n_ticks=2))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+
+
+def share_axis(axis: Axes, whole: float = 1.0) -> None:
+    """An axis of shares, after its data: from 0 to the largest, at most a little above ``whole``, where markers end."""
+    axis.set_ylim(0, min(axis.get_ylim()[1], 1.03 * whole))
+
+
 def accuracy_figure(summary: dict[str, Any]) -> Figure:
     """Problems solved against forward passes, one panel a task, with 95 % intervals."""
     tasks = list(dict.fromkeys(c["task"] for c in summary["cells"]))
@@ -93,12 +111,11 @@ def accuracy_figure(summary: dict[str, Any]) -> Figure:
                 markersize=7,
                 label=cell["decoder"],
             )
-        axis.set_xscale("log", base=2)
+        passes_axis(axis)
         axis.set_xlabel("NFE, log scale (equal ones set slightly apart)")
         axis.set_title(f"{task} ({next(c['problems'] for c in summary['cells'] if c['task'] == task)} problems)")
         axis.grid(alpha=0.3)
-        axis.set_ylim(bottom=0)
-        axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+        share_axis(axis, 100)
     axes[0][0].set_ylabel("problems solved (%)")
     axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()

@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.ticker import PercentFormatter
 
+from unmask.evaluation.report import share_axis
 from unmask.report.collect import Curve, Run
 from unmask.report.style import Picture, colour, legend, legible, line, panels, picture
 
@@ -19,6 +20,10 @@ _PANELS = (
     ("groups_without_variance", "groups without variance"),
     ("kl", "KL to the starting policy (nats a token)"),
 )
+
+
+_EXACT = 1e-6
+"""Replay gaps below it are rounding."""
 
 
 def task_of(key: str) -> str:
@@ -60,10 +65,15 @@ def curves(runs: Sequence[Run]) -> Picture:
                 axis.fill_between(steps, lows, highs, alpha=0.18, color=colour(number), linewidth=0)
         axis.set_title(title)
         axis.set_xlabel("update")
-        if key == "replay_gap":
-            axis.set_yscale("symlog", linthresh=1e-6)
+        if (
+            key == "replay_gap" and axis.get_ylim()[1] > _EXACT
+        ):  # else all is rounding, and a linear axis has round ticks
+            axis.set_yscale("symlog", linthresh=_EXACT)
             axis.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+        if key in ("replay_gap", "kl"):
+            axis.set_ylim(bottom=0)
         if key.endswith("_solved") or key == "groups_without_variance":
+            share_axis(axis)
             axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     legend(figure, axes)
     caption = (
