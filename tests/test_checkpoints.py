@@ -302,6 +302,30 @@ def foreign(folder: Path, donor: str, reach: str) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("family", "architecture"),
+    [
+        ("llada2_moe", "LLaDA2MoeModelLM"),
+        ("llada", "LLaDAMoEModelLM"),
+        ("sdar", "SDARForCausalLM"),
+        ("sdar_moe", "SDARMoeForCausalLM"),
+        ("Fast_dLLM_Qwen", "Fast_dLLM_QwenForCausalLM"),
+        ("llama", "StableDiffcoderForCausalLM"),
+        ("a2d-qwen3-bd3lm", "A2DQwen3BD3LMHeadModel"),
+        ("nemotron_labs_diffusion", "NemotronLabsDiffusionModel"),
+    ],
+)
+def test_families_to_come_are_named(tmp_path: Path, family: str, architecture: str) -> None:
+    for more in ({}, {"auto_map": {"AutoModel": "modeling.Model"}}):
+        (tmp_path / "config.json").write_text(
+            json.dumps({"model_type": family, "architectures": [architecture], **more})
+        )
+        with pytest.raises(
+            UserError, match=f"{family} / {architecture} is not supported yet.*choose a checkpoint of llada"
+        ):
+            load(str(tmp_path))
+
+
 def test_foreign_code_runs_only_when_asked_and_only_if_sound(folders: dict[str, str], tmp_path: Path) -> None:
     sound = str(foreign(tmp_path / "sound", folders["llada"], "around"))
     with pytest.raises(UserError, match=r"unknown model family 'foreign'.*--trust-remote-code"):

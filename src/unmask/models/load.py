@@ -33,6 +33,8 @@ FAMILIES: dict[str, type[PreTrainedModel]] = {
     "llama": bidirectional.A2DLlamaLMHeadModel,
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Block diffusion and mixtures of experts (SDAR and TraDo, LLaDA2, LLaDA-MoE, Fast-dLLM v2, Stable-DiffCoder, BD3LM, Nemotron).
+_NOT_YET = re.compile(r"sdar|trado|llada_?-?(?:2|moe)|fast_?-?dllm|stable_?-?diff_?coder|bd3lm|nemotron", re.IGNORECASE)
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.json", "*.jinja", "merges.txt", "*.model"]
 _LOADING = (
@@ -166,6 +168,12 @@ def outline(name: str, dtype: str = "auto", revision: str | None = None) -> Mask
 def _family(config: dict[str, Any], trust_remote_code: bool) -> type[PreTrainedModel] | None:
     """The class of a config.json; None for one of an unknown family whose own code is trusted. Raises UserError."""
     family = str(config.get("model_type"))
+    names = [family, *map(str, config.get("architectures") or ())]
+    if not trust_remote_code and any(_NOT_YET.search(name) for name in names):
+        raise UserError(
+            f"model family {' / '.join(names)} is not supported yet: block-causal and mixture-of-experts diffusion models need "
+            f"another attention or another loader; choose a checkpoint of {', '.join(FAMILIES)}"
+        )
     if family in FAMILIES:
         return FAMILIES[family]
     if "auto_map" not in config:
