@@ -19,7 +19,7 @@ from unmask.models.masked_lm import MaskedLM
 from unmask.rl.config import GRPOSettings, TrajectoryGRPOConfig
 from unmask.rl.rewards import Row, load_reward, task_rewards
 from unmask.rl.trainer import TrajectoryGRPOTrainer
-from unmask.runs import check_reporters, claim, export
+from unmask.runs import check_reporters, claim, export, warn_of_warmup
 from unmask.spec import UserError, check_at_least, check_positive, check_seed, unknown
 from unmask.tasks import Task, make_task
 
@@ -250,6 +250,8 @@ def train(config: RLConfig) -> Path:
     for unwanted in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(unwanted)
     checkpoint = claim(Path(config.output), config, MAY_CHANGE, trainer.is_world_process_zero())
+    if trainer.is_world_process_zero():
+        warn_of_warmup(config.warmup_steps, config.steps)
     trainer.args.eval_on_start = checkpoint is None  # a resumed run has that line already
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
