@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from conftest import PROMPTS, toy
 from unmask import PRESETS, MaskedLM, Trajectory, UserError, decode, make_decoder, make_task, replay
-from unmask.decoding.confidence import CONFIDENCES, reject_eos, suppress_eos
+from unmask.decoding.confidence import CONFIDENCES, exclude_eos, reject_eos, suppress_eos
 from unmask.decoding.decode import guided
 from unmask.decoding.sampling import Candidates, candidates, uniform_noise
 from unmask.models.head import Head, token_logprob
@@ -75,8 +75,10 @@ def restated(lm: MaskedLM, prompt: Tensor, spec: str, length: int) -> tuple[list
             last = False
             if token in ends and decoder.eos == "reject":
                 score *= decoder.gamma_min + (1 - decoder.gamma_min) * plan.progress[s]
-            elif token in ends and decoder.eos == "suppress":
+            elif token in ends and decoder.eos in ("suppress", "exclude"):
                 last = True
+            elif decoder.eos == "exclude":  # as if the end tokens' logits were -inf
+                score /= 1 - sum(float(p[i, end]) for end in ends)
             scored.append((last, -score, i, token))
         for _, _, i, token in sorted(scored)[: plan.commits[s]]:
             canvas[i], steps[i] = token, s
@@ -101,7 +103,14 @@ GREEDY = [
     "ass:blocks=3",
     "eoser-ass",
 ]
-GREEDY += ["hard-eos", "hybrid:block_length=16", "eoser:confidence=margin", "full:confidence=entropy,steps=7"]
+GREEDY += [
+    "llada-eval",
+    "full:eos=exclude,steps=7",
+    "hard-eos",
+    "hybrid:block_length=16",
+    "eoser:confidence=margin",
+    "full:confidence=entropy,steps=7",
+]
 
 
 @pytest.mark.parametrize("spec", GREEDY)
@@ -268,6 +277,8 @@ def test_eos_rules_by_hand() -> None:
     assert torch.allclose(reject_eos(scores, tokens, ends, 0.4), torch.tensor([[0.36, 0.5, 0.0, 0.28]]).double())
     hard = suppress_eos(scores, tokens, ends)
     assert 0 < hard[0, 3] < hard[0, 0] < hard[0, 2] < hard[0, 1] == 0.5  # ends below all others, in their own order
+    without = exclude_eos(scores, tokens, ends, torch.tensor([[0.9, 0.25, 0.0, 0.7]], dtype=torch.float64))
+    assert 0 < without[0, 3] < without[0, 0] < without[0, 2] < without[0, 1] == pytest.approx(0.5 / 0.75)
     linear, published = make_decoder("eoser"), make_decoder("eoser-ass")
     assert [linear.gamma(p) for p in (0, 1)] == [0.4, 1.0]
     assert linear.gamma(linear.plan.progress[1]) == pytest.approx(0.4 + 0.6 / 63)
@@ -380,7 +391,8 @@ def test_decoder_files_and_specs(tmp_path: Path) -> None:
         ("eoser:gamma_min=1.5", "give 0 to 1"),
         ("threshold:threshold=0", "above 0 up to 1"),
         ("full:confidence=low-confidnce", "did you mean 'low-confidence'"),
-        ("full:eos=no", "choose from keep, reject, suppress"),
+        ("full:eos=no", "choose from exclude, keep, reject, suppress"),
+        ("full:eos=exclude,confidence=margin", "needs confidence=low-confidence, not margin"),
         ("full:steps=2,steps=3", "given twice"),
         ("no/such.yaml", "cannot read the decoder file"),
     ],

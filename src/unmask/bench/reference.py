@@ -42,7 +42,7 @@ def counterpart(decoder: Decoder) -> tuple[str, dict[str, Any]] | None:
     plan = decoder.plan
     if (
         decoder.confidence not in ("low-confidence", "random")
-        or decoder.eos == "suppress"
+        or decoder.eos in ("suppress", "exclude")
         or decoder.eos_tokens != "eos"
         or decoder.threshold is not None
         or decoder.cache != "none"

@@ -70,3 +70,15 @@ def suppress_eos(scores: Tensor, tokens: Tensor, end_ids: Tensor) -> Tensor:
     End candidates score next to nothing, below every other one, but keep their order among themselves (float64 has the range).
     """
     return torch.where(torch.isin(tokens, end_ids), scores * 1e-100, scores.clamp(min=1e-99))
+
+
+def exclude_eos(scores: Tensor, tokens: Tensor, end_ids: Tensor, end: Tensor) -> Tensor:
+    """LLaDA's evaluation: confidence is the candidate's probability among the tokens that are no end tokens.
+
+    Its code (``confidence_eos_eot_inf``) scores end candidates 0 and so leaves their order open; here they keep theirs.
+    end: (N,) float64, the probability of the end tokens together.
+    """
+    others = (1 - end).clamp(min=torch.finfo(end.dtype).tiny)
+    return suppress_eos(
+        torch.where(torch.isin(tokens, end_ids), scores, (scores / others).clamp(max=1)), tokens, end_ids
+    )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unmask.decoding.canvas import Canvases
-from unmask.decoding.confidence import CONFIDENCES, reject_eos, suppress_eos
+from unmask.decoding.confidence import CONFIDENCES, exclude_eos, reject_eos, suppress_eos
 from unmask.decoding.decoder import Decoder
 from unmask.decoding.sampling import ORDER, TOKEN, Candidates, candidates, uniform_noise
 from unmask.models.backbone import KVCache
@@ -78,7 +78,8 @@ class Decoding:
             return torch.tensor(values, dtype=dtype, device=lm.device)
 
         self.ends = constant(lm.end_ids)
-        self.rejected = self.ends if decoder.eos_tokens == "eos+eot" else constant([lm.eos_id])
+        end_ids = lm.end_ids if decoder.eos_tokens == "eos+eot" else [lm.eos_id]
+        self.rejected, self.excluded = constant(end_ids), end_ids if decoder.eos == "exclude" else ()
         self.place, self.rank = constant(range(plan.length)), constant(range(self.most))
         self.commits, self.done, self.horizon = map(constant, (plan.commits, plan.done, plan.horizon))
         self.gammas = constant([decoder.gamma(p) for p in plan.progress], torch.float64)
@@ -117,7 +118,8 @@ class Decoding:
             order = uniform_noise(rows.seeds[row], rows.at[row], column, ORDER)
 
         def reduce(head: Head, hidden: Tensor) -> Candidates:
-            return candidates(head, hidden, decoder.temperature, noise, self.confidence.needs, decoder.top_p)
+            needs, top_p = self.confidence.needs, decoder.top_p
+            return candidates(head, hidden, decoder.temperature, noise, needs, top_p, self.excluded)
 
         start, stop = window or (0, rows.ids.shape[1])
         positions = row * (stop - start) + column + rows.width - start
@@ -137,6 +139,8 @@ class Decoding:
             score = reject_eos(score, found.tokens, self.rejected, self.gammas[at][row])
         elif decoder.eos == "suppress":
             score = suppress_eos(score, found.tokens, self.rejected)
+        elif found.end is not None:
+            score = exclude_eos(score, found.tokens, self.rejected, found.end)
 
         scores = torch.full((batch, length), -1.0, dtype=torch.float64, device=score.device)
         scores.view(-1)[flat] = score

@@ -36,12 +36,13 @@ class Decoder:
     max_commit: int | None = None
     """Ascending only: no step commits more than this many tokens; there are more steps instead."""
     confidence: str = "low-confidence"
-    eos: Literal["keep", "reject", "suppress"] = "keep"
-    """``reject``: EOSER. ``suppress``: end tokens only once nothing else is left."""
+    eos: Literal["keep", "reject", "suppress", "exclude"] = "keep"
+    """``reject``: EOSER. ``suppress``: end tokens only once nothing else is left. ``exclude``: so too, and the others'
+    confidence is their probability among the tokens that are no end tokens (LLaDA's evaluation)."""
     gamma_min: float = 0.4
     """EOSER's factor at the start; it grows to 1."""
     eos_tokens: Literal["eos", "eos+eot"] = "eos"
-    """Which end tokens ``reject`` and ``suppress`` mean: the canvas-filling EOS, or the end-of-turn token too."""
+    """Which end tokens the EOS rule means: the canvas-filling EOS, or the end-of-turn token too."""
     temperature: float = 0.0
     top_p: float = 1.0
     """Sample among the most likely tokens whose probabilities first exceed this (no effect at temperature 0)."""
@@ -64,6 +65,11 @@ class Decoder:
             raise UserError(f"blocks={self.blocks} belongs to the ascending schedule: use block_length here")
         if self.schedule == "uniform" and self.max_commit is not None:
             raise UserError(f"max_commit={self.max_commit} belongs to the ascending schedule: use steps here")
+        if self.eos == "exclude" and self.confidence != "low-confidence":
+            raise UserError(
+                f"eos=exclude renormalizes probabilities, so it needs confidence=low-confidence, not {self.confidence}: "
+                "use eos=suppress"
+            )
         checks = {
             "gamma_min": 0 <= self.gamma_min <= 1,
             "temperature": 0 <= self.temperature < float("inf"),
@@ -132,9 +138,10 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ass": {"schedule": "ascending"},
     "eoser-ass": {"schedule": "ascending", "eos": "reject", "gamma_min": 0.01},
     "hard-eos": {"eos": "suppress"},
+    "llada-eval": {"eos": "exclude", "eos_tokens": "eos+eot"},  # and one token a step
     "threshold": {"block_length": 32, "threshold": 0.9},
     "hybrid": {"schedule": "ascending", "block_length": 32},
-    "dream": {"confidence": "entropy", "temperature": 0.2, "top_p": 0.95},  # and one token a step
+    "dream": {"confidence": "entropy", "temperature": 0.2, "top_p": 0.95},  # the same
 }
 
 
@@ -161,6 +168,6 @@ def make_decoder(spec: str, **defaults: Any) -> Decoder:
     if "name" in parameters:
         raise UserError(f"a decoder on the command line is named by its spec: drop name={parameters['name']}")
     values = {**defaults, **PRESETS[name], **values, "name": label}
-    if name == "dream" and values.get("schedule", "uniform") == "uniform":
+    if name in ("dream", "llada-eval") and values.get("schedule", "uniform") == "uniform":
         values.setdefault("steps", values.get("max_new_tokens", Decoder.max_new_tokens))
     return build(Decoder, values, f"decoder {name!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,6 +45,7 @@ class Candidates:
         tokens: (N,) int64. logprob: (N,) float32 (float64 where the model is), log-probability of ``tokens`` at temperature 1.
         top, second: (N,) float64, the two largest probabilities (``second`` only where asked for).
         entropy: (N,) float64, in units of log V, where asked for.
+        end: (N,) float64, probability of the end tokens together at temperature 1, where asked for.
     """
 
     tokens: Tensor
@@ -51,6 +53,7 @@ class Candidates:
     top: Tensor
     second: Tensor | None = None
     entropy: Tensor | None = None
+    end: Tensor | None = None
 
 
 def candidates(
@@ -60,6 +63,7 @@ def candidates(
     noise: Tensor | None,
     needs: frozenset[str] = frozenset(),
     top_p: float = 1.0,
+    end_ids: Sequence[int] = (),
 ) -> Candidates:
     """The most likely token of every position (temperature 0), or one sampled from softmax(logits / temperature).
 
@@ -71,10 +75,12 @@ def candidates(
         needs: ``second`` and ``entropy``, where a confidence reads them.
         top_p: below 1, tokens are sampled among the most likely ones whose probabilities (at ``temperature``) first exceed
             it (nucleus sampling, arXiv 1904.09751); this sorts the vocabulary. Scores and log-probabilities do not know of it.
+        end_ids: tokens whose probability together is asked for.
     """
     noises = [None] * len(head.parts(hidden)) if noise is None else head.parts(noise)
     found = [
-        _candidates(head, h, temperature, n, needs, top_p) for h, n in zip(head.parts(hidden), noises, strict=True)
+        _candidates(head, h, temperature, n, needs, top_p, end_ids)
+        for h, n in zip(head.parts(hidden), noises, strict=True)
     ]
     if len(found) == 1:
         return found[0]
@@ -85,10 +91,16 @@ def candidates(
 
 
 def _candidates(
-    head: Head, hidden: Tensor, temperature: float, noise: Tensor | None, needs: frozenset[str], top_p: float
+    head: Head,
+    hidden: Tensor,
+    temperature: float,
+    noise: Tensor | None,
+    needs: frozenset[str],
+    top_p: float,
+    end_ids: Sequence[int],
 ) -> Candidates:
     # One entry a piece of the vocabulary, each on the scale of its largest logit.
-    tops, masses, products, lanes = [], [], [], []
+    tops, masses, products, lanes, ends = [], [], [], [], []
     # Of the piece that leads so far, a row each: largest logit, its token, the piece's number, the sum of the other weights
     # (kept apart, for they may be too small to change a sum with 1), the largest of them.
     lead = torch.zeros(len(hidden), 5, dtype=torch.float64, device=hidden.device)
@@ -114,6 +126,8 @@ def _candidates(
         else:
             masses.append(weight.sum(1))
         tops.append(top)
+        if end_ids:
+            ends.append(weight[:, [i - a for i in end_ids if a <= i < size]].double().sum(1))
         # A later piece leads in few rows. Looking which ones would make another device wait, so there all are done.
         better = ~(top <= lead[:, 0])  # so that a NaN shows
         rows = better.nonzero()[:, 0] if number and hidden.device.type == "cpu" else every
@@ -143,7 +157,8 @@ def _candidates(
             drawn, logit = _draw(head, hidden, whole, weights, top, temperature, noise)
         logprob = torch.where(drawn == token, logprob, logit - top + logprob)
         token = drawn
-    return Candidates(token, logprob.to(tops[0]), probability, second, entropy)
+    end = (share * torch.stack(ends, 1)).sum(1) * probability if end_ids else None
+    return Candidates(token, logprob.to(tops[0]), probability, second, entropy, end)
 
 
 def _lane_sums(weight: Tensor) -> Tensor:

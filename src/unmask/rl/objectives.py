@@ -184,6 +184,6 @@ def sample_views(
         weights = surprise.clamp(min=1e-6)
     place = torch.arange(len(views), device=seeds.device).expand_as(counts)
     # An exponential race: the smallest of -log(u) / w are a draw without replacement in proportion to w.
-    arrival = -torch.log1p(-uniform_noise(seeds[:, None], iteration, place, 2)) / weights
+    arrival = -torch.log1p(-uniform_noise(seeds[:, None], iteration, place, 0)) / weights
     rank = arrival.masked_fill(counts == 0, torch.inf).argsort(1).argsort(1)
     return [replace(v, scored=v.scored & (rank[:, i, None] < count)) for i, v in enumerate(views)]
