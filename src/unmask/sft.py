@@ -29,7 +29,7 @@ from unmask.noise import corrupt, diffusion_loss, sample_times
 from unmask.optim import MuonAdamW
 from unmask.runs import check_reporters, claim, export, warn_of_warmup
 from unmask.sft_data import OVERLONG, Collate, Examples, FillCollate, read_chat
-from unmask.spec import UserError, check_at_least, check_positive
+from unmask.spec import UserError, check_at_least, check_positive, expand_paths
 
 _LONGEST = 4096
 """Tokens of a row of chat data, unless ``max_length`` says another number."""
@@ -114,6 +114,7 @@ class SFTConfig:
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         if (self.model is None) == (self.new_model is None):
             raise UserError("give either model (a checkpoint to start from) or new_model (the shape of a new one)")
         if bool(self.tasks) == (self.data is not None):

@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar, get_verbosity, set_
 from unmask.models import bidirectional, remote
 from unmask.models.llada import LLaDAModelLM
 from unmask.models.masked_lm import MaskedLM
-from unmask.spec import UserError, unknown
+from unmask.spec import UserError, expand_home, unknown
 
 SHIPPED = {"tiny": Path(__file__).parent / "tiny"}
 FAMILIES: dict[str, type[PreTrainedModel]] = {
@@ -72,6 +72,7 @@ def load(
             keys or shapes, or a failed self-test.
     """
     check_dtype(dtype)
+    name, adapter = expand_home(name), expand_home(adapter)
     adapters = [] if adapter is None else [find_folder(adapter, adapter=True)]
     folder, own = _beneath(find_folder(name, revision, trust_remote_code))
     if own and adapter is not None:
@@ -188,6 +189,7 @@ def find_folder(
     Raises:
         UserError: for a name that is none of these, or a hub that does not give it.
     """
+    name = expand_home(name)
     folder = SHIPPED.get(name, Path(name))
     if folder.is_dir():
         if revision is not None:

@@ -20,7 +20,7 @@ from unmask.rl.config import GRPOSettings, TrajectoryGRPOConfig
 from unmask.rl.rewards import Row, load_reward, task_rewards
 from unmask.rl.trainer import TrajectoryGRPOTrainer
 from unmask.runs import check_reporters, claim, export, warn_of_warmup
-from unmask.spec import UserError, check_at_least, check_positive, check_seed, unknown
+from unmask.spec import UserError, check_at_least, check_positive, check_seed, expand_paths, unknown
 from unmask.tasks import Task, make_task
 
 _SCHEDULES = ("constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt")
@@ -72,6 +72,7 @@ class RLConfig(GRPOSettings):
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         self.check()
         if not self.tasks:
             raise UserError("tasks needs at least one entry")
