@@ -17,7 +17,7 @@ from unmask.files import read_lines, whole, writing_to
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
 from unmask.rl.config import GRPOSettings, TrajectoryGRPOConfig
-from unmask.rl.rewards import Row, load_reward, task_rewards
+from unmask.rl.rewards import Row, load_rewards, task_rewards
 from unmask.rl.trainer import TrajectoryGRPOTrainer
 from unmask.runs import check_reporters, claim, export, warn_of_warmup
 from unmask.spec import UserError, check_at_least, check_positive, check_seed, expand_paths, unknown
@@ -76,8 +76,9 @@ class RLConfig(GRPOSettings):
         self.check()
         if not self.tasks:
             raise UserError("tasks needs at least one entry")
-        names = [spec.partition(":")[0] for spec in self.tasks]
-        if len(set(names) - {"reasoning_gym"}) + names.count("reasoning_gym") < len(names):
+        gym = "reasoning_gym:"  # whose tasks are told apart by their data sets
+        names = [spec.partition("," if spec.startswith(gym) else ":")[0] for spec in self.tasks]
+        if len(set(names)) < len(names):
             raise UserError(f"tasks {self.tasks} names a task twice, and their figures would mix: make it two runs")
         if self.attention not in ("sdpa", "eager"):
             raise UserError(f"attention is {self.attention!r}: give sdpa or eager")
@@ -226,7 +227,7 @@ def make_trainer(config: RLConfig, callbacks: list[TrainerCallback]) -> Trajecto
         train_rows = problem_rows(lm, tasks, "train", config.problems, config.seed + 1)
         validation = problem_rows(lm, tasks, "validation", config.validation_problems, 0)
     if config.reward:
-        functions = [load_reward(spec) for spec in config.reward]
+        functions = load_rewards(config.reward)
     else:
         functions, weights = map(list, zip(*task_rewards(tasks), strict=True))
         args.reward_weights = args.reward_weights or weights
