@@ -92,6 +92,10 @@ def short(prompts: Any, completions: Any, **_: Any) -> Any:
         (constant(float("nan")), "returned nan for the completion 'one': return a finite number"),
         (constant(float("inf")), "returned inf"),
         (constant("good"), "returned 'good'"),
+        (constant(10**400), "returned 10000.*… for"),
+        (constant(10**5000), "returned int that cannot be shown for"),
+        (constant(1e300), r"returned 1e\+300"),
+        (constant(torch.ones(2)), r"returned tensor\(\[1., 1.\]\)"),
         (short, "returned 1 values for 2 completions"),
         (constant(None), "every reward function .* returned None for the prompt 'a'"),
     ],
@@ -115,6 +119,7 @@ def test_rewards_get_columns_and_may_abstain() -> None:
         ("nothing", "write package.module:function"),
         ("no.such:thing", "cannot be imported"),
         ("math:pi", "not a function"),
+        ("fractions:Fraction", "is a class: name an object of it"),
     ],
 )
 def test_reward_specs(spec: str, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -58,7 +59,8 @@ def adapted(lm: MaskedLM, config: Any, seed: int) -> MaskedLM:
     """
     from peft import get_peft_model
 
-    with torch.random.fork_rng(devices=[]), fitting():
+    with torch.random.fork_rng(devices=[]), fitting(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tied weights, which merging unties
         torch.manual_seed(seed)
         model: Any = get_peft_model(lm.model, config)
     base = Path(lm.name)

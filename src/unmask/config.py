@@ -7,11 +7,9 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
-from unmask.files import read_yaml, whole
+from unmask.files import read_yaml, whole, yaml_text
 from unmask.flags import read_flags
-from unmask.spec import UserError, convert, unknown
+from unmask.spec import UserError, convert, expand_home, unknown
 
 T = TypeVar("T")
 
@@ -24,7 +22,7 @@ def read_config(cls: type[T], path: str | Path, arguments: list[str] | None = No
     Raises:
         UserError: for an unreadable file, an unknown key (with the nearest one), or a value of the wrong type.
     """
-    values = _read(Path(path))
+    values = _read(Path(expand_home(str(path))))
     hints = typing.get_type_hints(cls)
     for key, value in values.items():
         if key not in hints:
@@ -49,10 +47,10 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         return values
     if not isinstance(base, str) or path in above:
         raise UserError(f"base of {path} is {base!r}: give another file, which does not lead back here")
-    return {**_read(path.parent / base, (*above, path)), **values}
+    return {**_read(path.parent / expand_home(base), (*above, path)), **values}
 
 
 def save_config(config: Any, path: Path) -> None:
     """Write the resolved configuration beside a run's results, whole or not at all."""
     with whole(path) as partial:
-        partial.write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+        partial.write_text(yaml_text(dataclasses.asdict(config)), encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from unmask.spec import UserError
+from unmask.spec import UserError, expand_paths
 
 T = TypeVar("T")
 _FRAME = re.compile(r"[│╭╮╰╯]")
@@ -25,11 +25,13 @@ def read_flags(kind: type[T], arguments: list[str], prog: str, **settings: Any) 
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(kind, args=arguments, prog=prog, **settings)
+            found = tyro.cli(kind, args=arguments, prog=prog, **settings)
     except SystemExit as stop:
         if not stop.code:
             raise
         raise UserError(_sentence(said.getvalue(), prog)) from None
+    expand_paths(found)  # a shell leaves ~ in --output=~/x
+    return found
 
 
 def _sentence(box: str, prog: str) -> str:

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from unmask.spec import UserError
+from unmask.spec import UserError, expand_home
 
 BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -25,6 +25,7 @@ def load_split(name: str, split: str, configuration: str | None = None, instead:
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it would say stands in the sentence
+    name = expand_home(name)
     path = Path(name)
     if not path.exists() and (path.suffix in BUILDERS or name.startswith(("/", "."))):
         raise UserError(f"there is no file {name}: give {instead}, or the name of a data set on the hub")

@@ -4,8 +4,9 @@ LLaDA (arXiv 2502.09992), Eq. 3: with t ~ U(0, 1) and every response token maske
 
     loss = - E_t [ (1/t) * sum_i 1[x_t^i = MASK] log p(x_0^i | x_t) ] / L
 
-which bounds the negative log-likelihood per token. Here t is stratified over the batch (one draw shifts an even grid), which
-keeps the expectation and lowers its variance.
+of one response of L tokens, which bounds the negative log-likelihood per token. Here the sum of a batch is divided by all its
+maskable tokens, and t is stratified over the batch (one draw shifts an even grid), which keeps the expectation and lowers its
+variance.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def corrupt(
 
 
 def diffusion_loss(logprob: Tensor, t: Tensor, tokens: Tensor | int) -> Tensor:
-    """1/t-weighted cross-entropy (LLaDA, Eq. 3), a scalar in nats a token.
+    """1/t-weighted cross-entropy (LLaDA, Eq. 3, pooled over a batch), a scalar in nats a token.
 
     Args:
         logprob: (N,) log-probabilities of the right tokens at the masked positions. t: (N,) the masking time of each

@@ -21,10 +21,12 @@ class MuonAdamW(torch.optim.Optimizer):
         for p in parameters:
             if p.requires_grad:
                 (matrices if p.ndim == 2 and id(p) not in embedding else rest).append(p)
-        self.parts: tuple[torch.optim.Optimizer, ...] = (
-            torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0),
-        )
+        parts: list[torch.optim.Optimizer] = []  # an adapter may have nothing but matrices
+        if matrices:
+            parts.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+        if rest:
+            parts.append(torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0))
+        self.parts = tuple(parts)
         super().__init__([*matrices, *rest], {"lr": lr})
         self._share_groups()
 

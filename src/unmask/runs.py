@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
@@ -41,6 +42,16 @@ def claim(output: Path, config: Any, may_change: Collection[str], write: bool = 
             output.mkdir(parents=True, exist_ok=True)
             save_config(config, output / "config.yaml")
     return newest
+
+
+def warn_of_warmup(warmup_steps: int | None, steps: int) -> None:
+    """Say so where a run ends before its learning rate is reached."""
+    if steps <= (warmup_steps or 0):
+        print(
+            f"unmask: warning: all {steps} updates fall into the warm-up of {warmup_steps}, so learning_rate is never reached: "
+            "set warmup_steps lower or train longer",
+            file=sys.stderr,
+        )
 
 
 def check_reporters(names: Collection[str]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,19 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 from unmask.adapters import LORA_TARGETS, adapted, adapter_config, check_precision
+from unmask.files import writing_to
 from unmask.models.head import Head, score_tokens
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.scratch import new_model
 from unmask.noise import corrupt, diffusion_loss, sample_times
 from unmask.optim import MuonAdamW
-from unmask.runs import check_reporters, claim, export
+from unmask.runs import check_reporters, claim, export, warn_of_warmup
 from unmask.sft_data import OVERLONG, Collate, Examples, FillCollate, read_chat
-from unmask.spec import UserError, check_at_least, check_positive
+from unmask.spec import UserError, check_at_least, check_positive, expand_paths
 
+_LONGEST = 4096
+"""Tokens of a row of chat data, unless ``max_length`` says another number."""
 EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 _OPTIMIZERS = ("muon", "adamw")
 _ATTENTION = ("sdpa", "eager")
@@ -59,8 +62,9 @@ class SFTConfig:
     """Validation problems a task."""
     canvas: list[int] = field(default_factory=lambda: [128])
     """Canvas lengths for tasks, taken in turn step by step. A response that does not fit is left out of that step's loss."""
-    max_length: int = 4096
-    """Tokens of a row of ``data``, prompt and response; every row is filled with EOS up to it."""
+    max_length: int | None = None
+    """Tokens of a row of ``data``, prompt and response; every row is filled with EOS up to it. By default the longest row's, up
+    to 4096 and what the model takes."""
     overlong: str = "refuse"
     """Rows of ``data`` longer than that: ``refuse`` them, ``truncate`` the response, or ``drop`` the row."""
     validation_share: float = 0.01
@@ -79,18 +83,21 @@ class SFTConfig:
     """Examples of one forward pass on each process."""
     gradient_accumulation_steps: int = 1
     """Forward passes of one update."""
-    learning_rate: float = 2e-3
-    warmup_steps: int = 100
+    learning_rate: float | None = None
+    """By default 1e-5, for an adapter 1e-4; from random weights 2e-3."""
+    warmup_steps: int | None = None
+    """Updates in which the learning rate rises. By default a tenth of all, at most 100; from random weights 100."""
     lr_scheduler: str = "warmup_stable_decay"
     """``warmup_stable_decay`` (constant, then linear to zero), ``constant_with_warmup``, ``linear`` or ``cosine``."""
     decay_share: float = 0.4
     """The last share of the updates, over which ``warmup_stable_decay`` falls."""
-    optimizer: str = "muon"
-    """``muon`` (matrices; AdamW for the rest) or ``adamw``."""
+    optimizer: str | None = None
+    """``muon`` (matrices; AdamW for the rest) or ``adamw``. By default ``adamw``; from random weights ``muon``."""
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    prompt_masking: float = 0.25
-    """Share of rows in which the prompt is masked and learned too; 0 for fine-tuning as LLaDA does it."""
+    prompt_masking: float | None = None
+    """Share of rows in which the prompt is masked and learned too. By default 0, as LLaDA is fine-tuned; from random weights
+    0.25."""
     eos_in_loss: bool = True
     """Learn the EOS filling after the response (LLaDA does); without it only the end-of-turn token is learned."""
     bf16: bool = True
@@ -107,6 +114,7 @@ class SFTConfig:
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         if (self.model is None) == (self.new_model is None):
             raise UserError("give either model (a checkpoint to start from) or new_model (the shape of a new one)")
         if bool(self.tasks) == (self.data is not None):
@@ -121,34 +129,48 @@ class SFTConfig:
             ("lr_scheduler", _SCHEDULES),
             ("overlong", OVERLONG),
         ):
-            if getattr(self, name) not in choices:
+            if (getattr(self, name) or choices[0]) not in choices:
                 raise UserError(f"{name} is {getattr(self, name)!r}: give {', '.join(choices[:-1])} or {choices[-1]}")
         if len(self.problems) not in (1, len(self.tasks)) or min(self.problems) < 1:
             raise UserError(
                 f"problems is {self.problems}: give one number, or one for each of the {len(self.tasks)} tasks"
             )
-        check_at_least(self, 1, "validation_problems", "batch_size", "gradient_accumulation_steps", "max_length")
+        given = {name for name, value in vars(self).items() if value is not None}
+        check_at_least(self, 1, "validation_problems", "batch_size", "gradient_accumulation_steps")
         check_at_least(self, 1, "lora_alpha", "log_every", "eval_every", "save_every")
-        check_at_least(self, 1, *(name for name in ("steps", "lora_r") if getattr(self, name) is not None))
+        check_at_least(self, 1, *(name for name in ("steps", "lora_r", "max_length") if name in given))
         if not self.canvas or min(self.canvas) < 1:
             raise UserError(f"canvas is {self.canvas}: give lengths of 1 or more")
         if (self.steps is None) == (self.epochs is None):
             raise UserError(f"steps is {self.steps}, epochs {self.epochs}: give one of them")
-        check_positive(self, "learning_rate", "max_grad_norm", *(() if self.epochs is None else ("epochs",)))
-        if self.warmup_steps < 0 or not 0 <= self.weight_decay < 1 or not 0 <= self.lora_dropout < 1:
+        check_positive(self, *(name for name in ("learning_rate", "max_grad_norm", "epochs") if name in given))
+        if (self.warmup_steps or 0) < 0 or not 0 <= self.weight_decay < 1 or not 0 <= self.lora_dropout < 1:
             raise UserError(
                 f"warmup_steps={self.warmup_steps}, weight_decay={self.weight_decay}, lora_dropout={self.lora_dropout}: "
                 "give 0 or more, and below 1 for the last two"
             )
         for name in ("prompt_masking", "decay_share", "validation_share"):
-            if not 0 <= getattr(self, name) <= 1:
+            if not 0 <= (getattr(self, name) or 0) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}: give a share between 0 and 1")
         check_reporters(self.report_to)
 
     @property
     def canvases(self) -> list[int]:
         """Columns from a batch's first canvas column on: of chat data all, since each row's canvas starts elsewhere."""
-        return self.canvas if self.data is None else [self.max_length]
+        return self.canvas if self.data is None else [self.max_length or _LONGEST]
+
+    def resolved(self) -> SFTConfig:
+        """These settings, with the defaults of their kind of run, from random weights or from a model, where none is given."""
+        if self.model is None:
+            values: dict[str, Any] = {"optimizer": "muon", "learning_rate": 2e-3, "warmup_steps": 100}
+            values["prompt_masking"] = 0.25
+        else:
+            values = {
+                "optimizer": "adamw",
+                "learning_rate": 1e-5 if self.lora_r is None else 1e-4,
+                "prompt_masking": 0.0,
+            }
+        return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
 
 
 class DiffusionTrainer(Trainer):
@@ -159,7 +181,7 @@ class DiffusionTrainer(Trainer):
 
     def __init__(self, lm: MaskedLM, config: SFTConfig, prompt_width: int, **kwargs: Any) -> None:
         super().__init__(model=lm.model, **kwargs)
-        self.lm, self.config, self.prompt_width = lm, config, prompt_width
+        self.lm, self.config, self.prompt_width = lm, config.resolved(), prompt_width
         self._noise, self._noise_step = torch.Generator(), -1
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
@@ -167,7 +189,8 @@ class DiffusionTrainer(Trainer):
             return super().create_optimizer(model)
         if self.optimizer is None:
             net = self.lm.model if model is None else model
-            outside = {id(net.get_input_embeddings().weight), id(net.get_output_embeddings().weight)}
+            ends = (net.get_input_embeddings(), net.get_output_embeddings())  # with what an adapter has put there
+            outside = {id(p) for end in ends for p in end.parameters()}
             self.optimizer = MuonAdamW(net.parameters(), self.args.learning_rate, self.config.weight_decay, outside)
         return self.optimizer
 
@@ -185,7 +208,7 @@ class DiffusionTrainer(Trainer):
         generator = self.noise()
         canvas = self.config.canvases[self.state.global_step % len(self.config.canvases)]
         t = sample_times(len(inputs["ids"]), generator)
-        return self.loss_at(model, inputs, t, canvas, self.config.prompt_masking, generator)
+        return self.loss_at(model, inputs, t, canvas, self.config.prompt_masking or 0.0, generator)
 
     def loss_at(
         self,
@@ -258,13 +281,15 @@ _MAY_CHANGE = ("output", "log_every", "eval_every", "save_every", "report_to")
 
 @dataclass
 class Data:
-    """Rows to train and to validate on, their collator, the columns before the canvas, and a line to say."""
+    """Rows to train and to validate on, their collator, the columns before the canvas, a line to say, and of chat data the
+    number of tokens that every row is filled to."""
 
     training: Sequence[Any]
     validation: Sequence[Any]
     collate: Collate | FillCollate
     prompt_width: int = 0
     line: str = ""
+    max_length: int | None = None
 
 
 def _task_data(lm: MaskedLM, config: SFTConfig) -> Data:
@@ -282,30 +307,32 @@ def _task_data(lm: MaskedLM, config: SFTConfig) -> Data:
 
 
 def _chat_data(lm: MaskedLM, config: SFTConfig) -> Data:
-    if config.max_length > lm.max_length:
+    if config.max_length is not None and config.max_length > lm.max_length:
         raise UserError(f"max_length is {config.max_length}, but {lm.name} takes {lm.max_length} tokens: lower it")
-    name = str(config.data)
-    found = read_chat(lm, name, config.max_length, config.overlong, config.validation_share)
+    name, most = str(config.data), config.max_length or min(_LONGEST, lm.max_length)
+    found = read_chat(lm, name, most, config.overlong, config.validation_share)
+    width = config.max_length or max(
+        len(r["prompt"]) + len(r["response"]) for r in (*found.training, *found.validation)
+    )
     line = (
         f"{name}: {len(found.training)} training and {len(found.validation)} validation rows, {found.cut} of them cut to "
-        f"{config.max_length} tokens, {found.left_out} too long and left out"
+        f"{width} tokens, {found.left_out} too long and left out"
     )
-    return Data(found.training, found.validation, FillCollate(lm.eos_id, config.max_length), line=line)
+    return Data(found.training, found.validation, FillCollate(lm.eos_id, width), line=line, max_length=width)
 
 
 def _arguments(config: SFTConfig) -> TrainingArguments:
     """The Trainer's settings, without what depends on the number of updates (see ``_set_length``)."""
-    cpu = not torch.cuda.is_available()
+    config, cpu = config.resolved(), not torch.cuda.is_available()
     return TrainingArguments(
         output_dir=config.output,
         per_device_train_batch_size=config.batch_size,
         per_device_eval_batch_size=config.batch_size,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        learning_rate=config.learning_rate,
+        learning_rate=config.learning_rate or 0.0,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
         lr_scheduler_type=config.lr_scheduler,
-        warmup_steps=config.warmup_steps,
         bf16=config.bf16,
         activation_checkpointing=config.gradient_checkpointing,
         activation_checkpointing_kwargs={"use_reentrant": False},
@@ -325,7 +352,7 @@ def _arguments(config: SFTConfig) -> TrainingArguments:
 
 
 def _set_length(args: TrainingArguments, config: SFTConfig, rows: int) -> None:
-    """The number of updates, and where the learning rate begins to fall. Raises UserError for less data than a batch."""
+    """The number of updates, and the part of the learning rate's rise and fall. Raises UserError for less data than a batch."""
     together = config.batch_size * args.world_size
     if rows < together:
         raise UserError(
@@ -333,6 +360,7 @@ def _set_length(args: TrainingArguments, config: SFTConfig, rows: int) -> None:
         )
     updates = -(-(rows // together) // config.gradient_accumulation_steps)  # of one epoch
     args.max_steps = config.steps if config.steps is not None else math.ceil(float(config.epochs or 0) * updates - 1e-9)
+    args.warmup_steps = min(100, args.max_steps // 10) if config.warmup_steps is None else config.warmup_steps
     if config.lr_scheduler == "warmup_stable_decay":
         decay = max(1, round(config.decay_share * args.max_steps))
         args.lr_scheduler_kwargs = {"num_decay_steps": decay, "decay_type": "linear"}
@@ -344,7 +372,7 @@ def train(config: SFTConfig) -> Path:
     Raises:
         UserError: for an unknown model, task or data set, or responses that do not fit.
     """
-    output = Path(config.output)
+    config, output = config.resolved(), Path(config.output)
     args = _arguments(config)
     first = args.process_index == 0
     if config.new_model is not None:
@@ -356,24 +384,28 @@ def train(config: SFTConfig) -> Path:
     with args.main_process_first():  # one process fetches a data set, the others find it
         data = _task_data(lm, config) if config.data is None else _chat_data(lm, config)
     _set_length(args, config, len(data.training))
-    checkpoint = claim(output, config, _MAY_CHANGE, first)
-    if first and data.line:
-        print(data.line, file=sys.stderr)
+    config = replace(config, warmup_steps=int(args.warmup_steps), max_length=data.max_length or config.max_length)
     if config.compile:
         lm.model.base_model.compile(dynamic=False)
     if config.lora_r is not None:
         adapter = adapter_config(config.lora_r, config.lora_alpha, config.lora_target_modules, config.lora_dropout)
         lm = adapted(lm, adapter, config.seed)
-    trainer = DiffusionTrainer(
-        lm,
-        config,
-        data.prompt_width,
-        args=args,
-        train_dataset=data.training,
-        eval_dataset=data.validation,
-        data_collator=data.collate,
-        processing_class=lm.tokenizer,
-    )
+    with writing_to(output):  # the Trainer makes its folder
+        trainer = DiffusionTrainer(
+            lm,
+            config,
+            data.prompt_width,
+            args=args,
+            train_dataset=data.training,
+            eval_dataset=data.validation,
+            data_collator=data.collate,
+            processing_class=lm.tokenizer,
+        )
+    checkpoint = claim(output, config, _MAY_CHANGE, first)
+    if first and data.line:
+        print(data.line, file=sys.stderr)
+    if first:
+        warn_of_warmup(config.warmup_steps, args.max_steps)
     last = output / f"checkpoint-{args.max_steps}"
     if checkpoint != last:  # the Trainer would take a finished run one step further
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -54,6 +55,19 @@ def check_own_folder(output: str) -> None:
         raise UserError(f"output is {output!r}: give a folder of its own")
 
 
+def expand_home(value: T) -> T:
+    """Text that starts with ``~`` as a path from the home folder; lists entry by entry; anything else as it is."""
+    if isinstance(value, list):
+        return [expand_home(v) for v in value]  # type: ignore[return-value]
+    return os.path.expanduser(value) if isinstance(value, str) else value  # type: ignore[return-value]
+
+
+def expand_paths(settings: Any) -> None:
+    """``expand_home`` for every field of a dataclass but those that hold text as a person wrote it."""
+    for name in {f.name for f in dataclasses.fields(settings)} - {"prompt", "prefill"}:
+        setattr(settings, name, expand_home(getattr(settings, name)))
+
+
 def default_of(field: dataclasses.Field[Any]) -> Any:
     """The value that a field with a default takes where none is given."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
@@ -76,7 +90,7 @@ def split_spec(spec: str) -> tuple[str, dict[str, str]]:
         if key.strip() in parameters:
             raise UserError(f"{key.strip()!r} is given twice in {spec!r}: give it once")
         parameters[key.strip()] = value.strip()
-    return name, parameters
+    return expand_home(name), parameters
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
@@ -106,7 +120,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
             if arm is float or not isinstance(value, float) or number == value:
                 return number
         elif arm is str and isinstance(value, str):
-            return value
+            return expand_home(value)
     names = " or ".join(getattr(a, "__name__", str(a)) for a in arms)
     raise UserError(f"{where} is {value!r}: give {names.replace('NoneType', 'none')}")
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from unmask.decoding.confidence import CONFIDENCES
 from unmask.decoding.plan import Plan, ascending, uniform
 from unmask.files import read_yaml
-from unmask.spec import UserError, build, split_spec, unknown
+from unmask.spec import UserError, build, expand_home, split_spec, unknown
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def make_decoder(spec: str, **defaults: Any) -> Decoder:
     """
     name, parameters = split_spec(spec)
     values: dict[str, Any] = dict(parameters)
-    label = spec.strip()
+    label = expand_home(spec.strip())
     if name.endswith((".yaml", ".yml")):
         read = read_yaml(Path(name), "the decoder file")
         label = str(read.pop("name", Path(name).stem)) + label.removeprefix(name)

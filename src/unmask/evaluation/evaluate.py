@@ -28,7 +28,7 @@ from unmask.evaluation.records import Record, as_lines, merge, shard, slug, summ
 from unmask.files import write_json, writing_to
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.source import ModelSource
-from unmask.spec import UserError, check_at_least, check_own_folder, check_seed, with_parameters
+from unmask.spec import UserError, check_at_least, check_own_folder, check_seed, expand_paths, with_parameters
 from unmask.tasks import Problem, Task, make_task
 
 _ELSEWHERE = ("output", "model", "task", "data", "decoder", "diagnostics", "compile")
@@ -69,6 +69,7 @@ class EvalConfig(ModelSource):
     """Also measure EOS confidence and the EOS share of commits over the steps, and draw them."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         check_at_least(self, 1, "batch_size")
         check_at_least(self, 0, "shots")
         check_seed(self)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from unmask.files import read_lines, whole, write_json, writing_to
 from unmask.flags import read_flags
 from unmask.models.source import ModelSource
-from unmask.spec import TooFewProblems, UserError, check_at_least
+from unmask.spec import TooFewProblems, UserError, check_at_least, expand_paths
 
 if TYPE_CHECKING:
     from unmask.evaluation.evaluate import Cell, EvalConfig, Progress, Request
@@ -73,6 +73,7 @@ class TuneConfig(ModelSource):
     """Run folder. A second call with the same settings goes on or just prints the result."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         check_at_least(self, 1, "budget", "limit", "run_off_limit", "test_limit", "max_new_tokens", "batch_size")
         for scale in self.cfg_scale:
             if not 0 < scale < float("inf"):

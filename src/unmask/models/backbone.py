@@ -60,6 +60,10 @@ class HeadAtPositions:
     def get_output_embeddings(self) -> nn.Module:
         raise NotImplementedError
 
+    def untie(self) -> None:
+        """Give the head weights of its own, equal to those it uses now; nothing where it has them."""
+        raise NotImplementedError
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of any batch of hidden states. (..., d) -> (..., vocabulary)."""
         output: Tensor = self.get_output_embeddings()(hidden)  # called as a module, so that FSDP gathers its weight

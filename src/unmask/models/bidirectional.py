@@ -110,6 +110,14 @@ class _MaskedHead(HeadAtPositions):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.lm_head = value
 
+    def untie(self) -> None:
+        shared = {id(p) for p in self.get_input_embeddings().parameters()}
+        for module in self.lm_head.modules():  # the head itself, or what an adapter put around it
+            for name, p in module.named_parameters(recurse=False):
+                if id(p) in shared:
+                    setattr(module, name, nn.Parameter(p.detach().clone(), p.requires_grad))
+        self.config.tie_word_embeddings = False  # type: ignore[attr-defined]
+
 
 class DreamConfig(Qwen2Config):
     """Qwen2's fields under Dream's name; ``mask_token_id`` is in the published files."""

@@ -264,6 +264,13 @@ class LLaDAModelLM(HeadAtPositions, LLaDAPreTrainedModel):  # type: ignore[misc]
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.model.transformer["wte" if self.config.weight_tying else "ff_out"] = value
 
+    def untie(self) -> None:
+        if self.config.weight_tying:
+            weight = cast(Tensor, self.get_output_embeddings().weight).detach().clone()
+            self.model.transformer["ff_out"] = head = nn.Linear(weight.shape[1], len(weight), bias=False, device="meta")
+            head.weight = nn.Parameter(weight)
+            self.config.weight_tying = False
+
     def head(self, hidden: Tensor) -> Tensor:
         if self.config.weight_tying:
             return F.linear(hidden, cast(Tensor, self.get_output_embeddings().weight))

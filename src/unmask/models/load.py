@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar, get_verbosity, set_
 from unmask.models import bidirectional, remote
 from unmask.models.llada import LLaDAModelLM
 from unmask.models.masked_lm import MaskedLM
-from unmask.spec import UserError, unknown
+from unmask.spec import UserError, expand_home, unknown
 
 SHIPPED = {"tiny": Path(__file__).parent / "tiny"}
 FAMILIES: dict[str, type[PreTrainedModel]] = {
@@ -74,6 +74,7 @@ def load(
             keys or shapes, or a failed self-test.
     """
     check_dtype(dtype)
+    name, adapter = expand_home(name), expand_home(adapter)
     adapters = [] if adapter is None else [find_folder(adapter, adapter=True)]
     folder, own = _beneath(find_folder(name, revision, trust_remote_code))
     if own and adapter is not None:
@@ -196,6 +197,7 @@ def find_folder(
     Raises:
         UserError: for a name that is none of these, or a hub that does not give it.
     """
+    name = expand_home(name)
     folder = SHIPPED.get(name, Path(name))
     if folder.is_dir():
         if revision is not None:
@@ -353,21 +355,38 @@ def _merged(lm: MaskedLM, adapter: Path, name: str) -> MaskedLM:
         raise UserError(f"the adapter {adapter} holds no .safetensors weights: save it again as safetensors")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of keys, which are compared below
+            warnings.simplefilter("ignore")  # of keys, which are compared, and of tied weights, which are untied
             adapted = PeftModel.from_pretrained(lm.model, adapter, local_files_only=True)  # type: ignore[arg-type]
-        there, wanted = set(load_peft_weights(str(adapter), device="cpu")), set(get_peft_model_state_dict(adapted))
-        if there != wanted:
-            strange = sorted(there ^ wanted)
-            raise UserError(
-                f"the adapter {adapter} does not belong to {lm.name}: {', '.join(strange[:2])} ({len(strange)} keys differ)"
-            )
-        quantised = getattr(lm.model, "is_loaded_in_4bit", False)
-        model: Any = adapted if quantised else adapted.merge_and_unload()
+            wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+            there = set(load_peft_weights(str(adapter), device="cpu")) - set(
+                adapted.state_dict()
+            )  # embeddings, at times
+            if there != wanted:
+                strange = sorted(there ^ wanted)
+                raise UserError(
+                    f"the adapter {adapter} does not belong to {lm.name}: {', '.join(strange[:2])} ({len(strange)} keys "
+                    "differ)"
+                )
+            model: Any = adapted
+            if not getattr(lm.model, "is_loaded_in_4bit", False):
+                _untie(lm.model)
+                model = adapted.merge_and_unload()
     except _LOADING as error:
         raise UserError(f"cannot load the adapter {adapter}: {_first_line(error)}") from None
     lm = replace(lm, model=model.eval(), name=name, weights=f"{lm.weights}+{fingerprint(files)}")
     lm.self_test()
     return lm
+
+
+def _untie(model: Any) -> None:
+    """Where an adapter changes the embeddings or the head of a model that ties them, give the head weights of its own:
+    merged into shared ones, what was trained for one of them would change the other too."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if any(isinstance(end, BaseTunerLayer | AuxiliaryTrainingWrapper) for end in ends):
+        model.untie()
 
 
 def skeleton(kind: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> Any:

@@ -57,5 +57,5 @@ def validation_sums(rows: Sequence[Row], texts: Sequence[str], rewards: Sequence
         sums[-1] += torch.tensor([1.0, reward, 0.0, 0.0])
         if "task" in row:
             grade = row["task"].grade(row["problem"], text)
-            sums[names.index(row["task"].name)] += torch.tensor([1.0, grade.solved, grade.points, grade.possible])
+            sums[names.index(row["task"].label)] += torch.tensor([1.0, grade.solved, grade.points, grade.possible])
     return sums

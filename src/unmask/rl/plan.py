@@ -8,14 +8,14 @@ import os
 from dataclasses import dataclass
 
 import torch
-import yaml
 
 from unmask.adapters import check_precision
 from unmask.decoding import Decoder
+from unmask.files import yaml_text
 from unmask.memory import GIB, Load, training_need
 from unmask.models.load import outline
 from unmask.rl.objectives import OBJECTIVES
-from unmask.rl.rewards import check_weights, load_reward, task_rewards
+from unmask.rl.rewards import check_weights, load_rewards, reward_names, task_rewards
 from unmask.rl.run import RLConfig, problem_rows
 from unmask.tasks import make_task
 from unmask.trajectory import Trajectory
@@ -85,7 +85,7 @@ def dry_run(config: RLConfig) -> str:
     tasks = [make_task(spec, lm.task_defaults) for spec in config.tasks]
     rows = problem_rows(lm, tasks, "train", config.problems, config.seed + 1)
     validation = problem_rows(lm, tasks, "validation", config.validation_problems, 0)
-    rewards = [load_reward(r).__name__ for r in config.reward] or [f.__name__ for f, _ in task_rewards(tasks)]
+    rewards = reward_names(load_rewards(config.reward) or [f for f, _ in task_rewards(tasks)])
     check_weights(config.reward_weights, rewards)
     texts = [row["prompt"] for row in (*rows, *validation)]
     prompt = lm.encode(texts, config.max_completion_length)[0].shape[1]
@@ -121,7 +121,7 @@ def dry_run(config: RLConfig) -> str:
     all_passes = (sampling + old + reference + joint) / mu + passes(views)
     size = config.rows_per_forward * copies
     lines = [
-        yaml.safe_dump(dataclasses.asdict(config), sort_keys=False).rstrip(),
+        yaml_text(dataclasses.asdict(config)).rstrip(),
         "",
         f"model      {lm.name}: {lm.model.config.model_type}, {sum(p.numel() for p in lm.model.parameters()):,} parameters",
         f"rewards    {', '.join(rewards)}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import sys
@@ -19,7 +20,29 @@ Row = dict[str, Any]
 
 
 def reward_name(function: Reward) -> str:
+    """What a function is called in messages; a partial object by the function in it, any other object by its class."""
+    while isinstance(function, functools.partial):
+        function = function.func
     return getattr(function, "__name__", type(function).__name__)
+
+
+def reward_names(functions: Sequence[Reward]) -> list[str]:
+    """A name for each function's metric, ``reward_NAME``; where several share one, the second is ``NAME_2``, and so on."""
+    names = ["std"]  # reward_std is the rollout's own
+    for function in functions:
+        numbered = (f"{reward_name(function)}{end}" for end in ("", *(f"_{k}" for k in range(2, len(functions) + 2))))
+        names.append(next(name for name in numbered if name not in names))
+    return names[1:]
+
+
+def _named(function: Reward, name: str) -> Reward:
+    """``function``, with ``name`` for its metric."""
+
+    def reward(*arguments: Any, **columns: Any) -> list[float | None]:
+        return function(*arguments, **columns)
+
+    reward.__name__ = name
+    return reward
 
 
 def load_reward(spec: str) -> Reward:
@@ -35,7 +58,20 @@ def load_reward(spec: str) -> Reward:
         raise UserError(f"reward {spec!r} cannot be imported: {type(error).__name__}: {error}") from None
     if not callable(found):
         raise UserError(f"reward {spec!r} is not a function but {type(found).__name__}")
-    return found
+    if isinstance(found, type):
+        raise UserError(f"reward {spec!r} is a class: name an object of it, or a function")
+    return _named(found, name)
+
+
+def load_rewards(specs: Sequence[str]) -> list[Reward]:
+    """``load_reward`` of each; functions of one name in several modules are called ``package.module.function``."""
+    names = [spec.partition(":")[2] for spec in dict.fromkeys(specs)]
+    return [
+        load_reward(spec)
+        if names.count(spec.partition(":")[2]) < 2
+        else _named(load_reward(spec), spec.replace(":", "."))
+        for spec in specs
+    ]
 
 
 def solved(
@@ -46,7 +82,10 @@ def solved(
 
 
 def task_rewards(tasks: Sequence[Task]) -> list[tuple[Reward, float]]:
-    """The reward functions of tasks with their weights; each returns None for rows of other tasks."""
+    """The reward functions of tasks with their weights; each returns None for rows of other tasks.
+
+    Those of several tasks bear their task's name before their own.
+    """
 
     def only(task: Task, function: Reward) -> Reward:
         def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
@@ -61,13 +100,12 @@ def task_rewards(tasks: Sequence[Task]) -> list[tuple[Reward, float]]:
 
         return reward
 
-    pairs = []
-    for task in dict.fromkeys(tasks):
-        for name, (function, weight) in task.rewards().items():
-            wrapped = only(task, function)
-            wrapped.__name__ = name  # type: ignore[attr-defined]
-            pairs.append((wrapped, weight))
-    return pairs
+    different = list(dict.fromkeys(tasks))
+    return [
+        (_named(only(task, function), name if len(different) == 1 else f"{task.name}_{name}"), weight)
+        for task in different
+        for name, (function, weight) in task.rewards().items()
+    ]
 
 
 def check_weights(weights: Sequence[float] | None, names: Sequence[str]) -> None:
@@ -120,12 +158,21 @@ def _call(
     for value, completion in zip(values, completions, strict=True):
         try:
             number = math.nan if value is None else float(value)
-        except (TypeError, ValueError):
+        except Exception:  # noqa: BLE001  (an object's own conversion may raise anything)
             number = math.inf
-        if value is not None and not math.isfinite(number):
+        if value is not None and not abs(number) <= torch.finfo(torch.float32).max:
             raise UserError(
-                f"reward function {name} returned {value!r} for the completion {completion[:60]!r}: "
+                f"reward function {name} returned {_shown(value)} for the completion {completion[:60]!r}: "
                 "return a finite number, or None to leave the row to the other functions"
             )
         out.append(number)
     return out
+
+
+def _shown(value: Any) -> str:
+    """The beginning of what a value looks like."""
+    try:
+        text = repr(value)
+    except Exception:  # noqa: BLE001  (integers of many digits refuse, and objects may do anything)
+        text = f"{type(value).__name__} that cannot be shown"
+    return text if len(text) <= 60 else f"{text[:60]}…"

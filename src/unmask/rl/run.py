@@ -17,10 +17,10 @@ from unmask.files import read_lines, whole, writing_to
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
 from unmask.rl.config import GRPOSettings, TrajectoryGRPOConfig
-from unmask.rl.rewards import Row, load_reward, task_rewards
+from unmask.rl.rewards import Row, load_rewards, task_rewards
 from unmask.rl.trainer import TrajectoryGRPOTrainer
-from unmask.runs import check_reporters, claim, export
-from unmask.spec import UserError, check_at_least, check_positive, check_seed, unknown
+from unmask.runs import check_reporters, claim, export, warn_of_warmup
+from unmask.spec import UserError, check_at_least, check_positive, check_seed, expand_paths, unknown
 from unmask.tasks import Task, make_task
 
 _SCHEDULES = ("constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt")
@@ -72,11 +72,13 @@ class RLConfig(GRPOSettings):
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         self.check()
         if not self.tasks:
             raise UserError("tasks needs at least one entry")
-        names = [spec.partition(":")[0] for spec in self.tasks]
-        if len(set(names) - {"reasoning_gym"}) + names.count("reasoning_gym") < len(names):
+        gym = "reasoning_gym:"  # whose tasks are told apart by their data sets
+        names = [spec.partition("," if spec.startswith(gym) else ":")[0] for spec in self.tasks]
+        if len(set(names)) < len(names):
             raise UserError(f"tasks {self.tasks} names a task twice, and their figures would mix: make it two runs")
         if self.attention not in ("sdpa", "eager"):
             raise UserError(f"attention is {self.attention!r}: give sdpa or eager")
@@ -225,7 +227,7 @@ def make_trainer(config: RLConfig, callbacks: list[TrainerCallback]) -> Trajecto
         train_rows = problem_rows(lm, tasks, "train", config.problems, config.seed + 1)
         validation = problem_rows(lm, tasks, "validation", config.validation_problems, 0)
     if config.reward:
-        functions = [load_reward(spec) for spec in config.reward]
+        functions = load_rewards(config.reward)
     else:
         functions, weights = map(list, zip(*task_rewards(tasks), strict=True))
         args.reward_weights = args.reward_weights or weights
@@ -250,6 +252,8 @@ def train(config: RLConfig) -> Path:
     for unwanted in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(unwanted)
     checkpoint = claim(Path(config.output), config, MAY_CHANGE, trainer.is_world_process_zero())
+    if trainer.is_world_process_zero():
+        warn_of_warmup(config.warmup_steps, config.steps)
     trainer.args.eval_on_start = checkpoint is None  # a resumed run has that line already
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

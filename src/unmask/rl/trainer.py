@@ -32,7 +32,7 @@ from unmask.rl.objectives import (
     sample_views,
     token_weights,
 )
-from unmask.rl.rewards import Row, check_weights, reward_name, score
+from unmask.rl.rewards import Row, check_weights, reward_names, score
 from unmask.rl.rollout import Rollout, RolloutSampler, prompt_rows, row_seeds, sample_trajectory, score_all, score_rows
 from unmask.spec import UserError
 from unmask.tasks.base import Reward
@@ -74,7 +74,8 @@ class TrajectoryGRPOTrainer(Trainer):
         weights = args.reward_weights or [1.0] * len(self.reward_funcs)
         if not self.reward_funcs:
             raise UserError("no reward function: give at least one")
-        check_weights(weights, [*map(reward_name, self.reward_funcs)])
+        self.reward_names = reward_names(self.reward_funcs)
+        check_weights(weights, self.reward_names)
         self.reward_weights = torch.tensor(weights)
         self.lm = as_masked_lm(model, processing_class)
         self.decoder = args.rollout_decoder()
@@ -331,9 +332,9 @@ class TrajectoryGRPOTrainer(Trainer):
         means = self._mean([*values, *judged.flatten().tolist()])
         self._extra.update(zip(ROLLOUT, means, strict=False))
         totals, counts = torch.tensor(means[len(ROLLOUT) :]).view(2, -1).tolist()
-        for function, total, count in zip(self.reward_funcs, totals, counts, strict=True):
+        for name, total, count in zip(self.reward_names, totals, counts, strict=True):
             if count:
-                self._extra[f"reward_{reward_name(function)}"] = total / count
+                self._extra[f"reward_{name}"] = total / count
         self.completions = [
             {"prompt": row["prompt"], "completion": text, "reward": float(r), "advantage": float(a)}
             for row, text, r, a in zip(rows, texts, rewards, advantages, strict=True)
@@ -394,7 +395,7 @@ class TrajectoryGRPOTrainer(Trainer):
             )
         texts = self.lm.text(trajectory.tokens)
         rewards = (score(self.reward_funcs, mine, texts) * self.reward_weights).nansum(1).tolist()
-        names = list(dict.fromkeys(row["task"].name for row in rows if "task" in row))
+        names = list(dict.fromkeys(row["task"].label for row in rows if "task" in row))
         sums = validation_sums(mine[:counted], texts[:counted], rewards[:counted], names)
         count, solved, points, possible = torch.tensor(self._mean(sums.flatten())).view(-1, 4).T.tolist()
         metrics = {f"{metric_key_prefix}_reward": solved[-1] / count[-1]}

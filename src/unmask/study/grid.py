@@ -23,7 +23,17 @@ from unmask.decoding import Decoder, make_decoder
 from unmask.evaluation.evaluate import EvalConfig
 from unmask.evaluation.records import slug
 from unmask.rl.run import MAY_CHANGE, RLConfig
-from unmask.spec import UserError, build, check_at_least, check_own_folder, default_of, unknown, with_parameters
+from unmask.spec import (
+    UserError,
+    build,
+    check_at_least,
+    check_own_folder,
+    default_of,
+    expand_home,
+    expand_paths,
+    unknown,
+    with_parameters,
+)
 from unmask.study import PLAN, SEEDS, Table, distinct
 from unmask.tasks import make_task
 
@@ -52,6 +62,7 @@ class StudyConfig:
     """Jobs at a time, each in a process of its own; the cores are shared out, and GPUs are taken in turn."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         check_at_least(self, 1, "jobs")
         check_own_folder(self.output)
         if not self.evaluate:
@@ -105,7 +116,7 @@ def _trainings(config: StudyConfig, beside: Path) -> list[RLConfig]:
     for table in config.train:
         table = dict(table)
         base = table.pop("base", None)
-        values = _base(beside / str(base)) if base is not None else {}
+        values = _base(beside / expand_home(str(base))) if base is not None else {}
         for key in table:
             if key not in hints or key == "output":
                 raise unknown("key in train", key, [h for h in hints if h != "output"])

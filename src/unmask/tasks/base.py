@@ -79,6 +79,11 @@ class Task(ABC):
             raise UserError(f"cannot read the data file {path}: {error}") from None
 
     @property
+    def label(self) -> str:
+        """What figures of the task are called in a run of several."""
+        return self.name
+
+    @property
     def prefill(self) -> str:
         """What the assistant's turn starts with: ``<reasoning>`` for large models, as in the paper's evaluation."""
         return "<reasoning>" if self.style == "paper" else ""

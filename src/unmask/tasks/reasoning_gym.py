@@ -63,6 +63,10 @@ class ReasoningGym(Task):
             raise UserError(f"reasoning_gym:{self.dataset} has one style and one extraction: drop those parameters")
         _source(self.dataset, self.options, 0)
 
+    @property
+    def label(self) -> str:
+        return f"{self.name}_{self.dataset}"
+
     def generate(self, split: str, limit: int | None, seed: int) -> list[Problem]:
         if limit is None:
             raise UserError("reasoning_gym generates problems without end: give a limit")

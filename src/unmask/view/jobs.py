@@ -15,7 +15,7 @@ from unmask.evaluation.evaluate import row_seeds
 from unmask.evaluation.records import Record, read_records, slug
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.source import ModelSource
-from unmask.spec import UserError, build
+from unmask.spec import UserError, build, expand_home
 from unmask.tasks import make_task
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def from_records(a: ViewArguments) -> Plan:
     Raises:
         UserError: where a file, its run's config.json or a record is missing or damaged, or problems or models differ.
     """
-    found = [(path, *_read(Path(path), a.index)) for path in a.prompt]
+    found = [(path, *_read(Path(expand_home(path)), a.index)) for path in a.prompt]
     first, settings, _, record = found[0]
     for path, others, _, another in found[1:]:
         if (another["id"], another["prompt"]) != (record["id"], record["prompt"]):
