@@ -9,7 +9,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,7 +19,7 @@ from unmask.decoding import Decoder
 from unmask.evaluation.report import COLOURS, markdown, percent, save_figure
 from unmask.evaluation.tune import TuneConfig
 from unmask.evaluation.tune_space import unfit_presets
-from unmask.files import whole, writing_to
+from unmask.files import as_yaml, whole, writing_to
 from unmask.spec import default_of
 
 Result = dict[str, Any]
@@ -183,7 +182,7 @@ def decoder_file(result: Result, config: TuneConfig) -> str:
         "command": command_line(config),
     }
     header = "".join(f"# {key}: {_printable(value)}\n" for key, value in facts.items())
-    return header + yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True)
+    return header + as_yaml(chosen)
 
 
 def _printable(text: str) -> str:
