@@ -9,7 +9,7 @@ import pytest
 
 from unmask import make_decoder
 from unmask.config import read_config
-from unmask.files import read_yaml, yaml_text
+from unmask.files import as_yaml, read_yaml
 from unmask.models.scratch import new_model
 from unmask.rl.run import RLConfig
 from unmask.sft import SFTConfig
@@ -36,7 +36,7 @@ def test_scientific_notation_at_every_depth(nest: str, tmp_path: Path) -> None:
 
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     values = {"text": [*NUMBERS, *TEXTS, "1", "no", "~", "é"], "numbers": [1e-5, 1e300, 3.0, 2, None, True]}
-    (tmp_path / "f.yaml").write_text(yaml_text(values), encoding="utf-8")
+    (tmp_path / "f.yaml").write_text(as_yaml(values), encoding="utf-8")
     assert read_yaml(tmp_path / "f.yaml", "the file") == values
 
 

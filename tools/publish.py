@@ -18,7 +18,7 @@ from pathlib import Path
 from unmask.config import read_config
 from unmask.evaluation.report import markdown as table_text
 from unmask.evaluation.report import percent, points
-from unmask.files import yaml_text
+from unmask.files import as_yaml
 from unmask.report import figures
 from unmask.report.collect import collect
 from unmask.report.style import look
@@ -112,7 +112,7 @@ def publish(name: str) -> None:
     if not trainings:
         (folder / "runs.jsonl").unlink()
     summarised = {"compare": config.compare, "baselines": config.baselines, "tables": config.tables}
-    (folder / "study.yaml").write_text(yaml_text(summarised))
+    (folder / "study.yaml").write_text(as_yaml(summarised))
     (folder / "table.md").write_text(tables(folder)[0])
     (folder / "front.svg").write_text(figure(folder))
 

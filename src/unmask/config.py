@@ -7,7 +7,7 @@ import typing
 from pathlib import Path
 from typing import Any, TypeVar
 
-from unmask.files import read_yaml, whole, yaml_text
+from unmask.files import as_yaml, read_yaml, whole
 from unmask.flags import read_flags
 from unmask.spec import UserError, convert, expand_home, unknown
 
@@ -53,4 +53,4 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 def save_config(config: Any, path: Path) -> None:
     """Write the resolved configuration beside a run's results, whole or not at all."""
     with whole(path) as partial:
-        partial.write_text(yaml_text(dataclasses.asdict(config)), encoding="utf-8")
+        partial.write_text(as_yaml(dataclasses.asdict(config)), encoding="utf-8")

@@ -54,46 +54,98 @@ def write_json(path: Path, value: Any) -> None:
         partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain YAML in which a key may stand once."""
+# ---- YAML ------------------------------------------------------------------------------------------------------------------
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
-                )
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
+_KIND = "tag:yaml.org,2002:"
+_POWER = r"[eE][-+]?[0-9]+"
+_NUMBERS = {
+    "int": r"[-+]?(?:0b[01_]+|0[0-7_]*|[1-9][0-9_]*|0x[0-9a-fA-F_]+)",
+    "float": rf"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*(?:{_POWER})?|{_POWER})|\.[0-9][0-9_]*(?:{_POWER})?|\.(?:inf|Inf|INF))"
+    r"|\.(?:nan|NaN|NAN)",
+}
+DEEPEST, MOST_VALUES = 32, 100_000
+"""Levels and values of a YAML file, with every alias written out."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML with numbers as in YAML 1.2 (1e-5 is one, 12:30 is not); dates are text."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes text that the loader would take for a number."""
+    """Writes what ``_Loader`` reads back as it was."""
 
 
-for _side in (_Loader, _Dumper):  # PyYAML knows 1.0e-5, but takes 1e-5 for text
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\.\d+|\d+\.?\d*)[eE][-+]?\d+$"), [*"-+.0123456789"]
-    )
+_Loader.yaml_implicit_resolvers = _Dumper.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag.removeprefix(_KIND) in ("bool", "null", "merge")]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_KIND + _name, re.compile(f"(?:{_pattern})$"), list("-+.0123456789"))
 
 
-def yaml_text(value: Any) -> str:
-    """Settings as YAML that ``read_yaml`` reads as they are, keys in their order."""
+def as_yaml(value: Any) -> str:
+    """YAML that ``read_yaml`` reads back as the same value, keys in their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
     """A YAML file of settings. Raises UserError, which calls the file ``what``, where it is none."""
     try:
-        found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        loader = _Loader(path.read_text(encoding="utf-8-sig"))
+        root = loader.get_single_node()
+        if root is not None:
+            _check_node(loader, root)
+        found = None if root is None else loader.construct_document(root)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {what} {path}: {error}") from None
-    except (yaml.YAMLError, RecursionError) as error:
-        raise UserError(f"{what} {path} is not YAML: {' '.join(str(error).split())}") from None
+    except yaml.MarkedYAMLError as error:
+        place = error.problem_mark or error.context_mark
+        line = f" at line {place.line + 1}" if place else ""
+        raise UserError(f"{what} {path} is not YAML of settings{line}: {error.problem or error.context:.200}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        says = (
+            f"more than {DEEPEST} levels" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
+        )
+        raise UserError(f"{what} {path} is not YAML of settings ({says}): write lines of key: value") from None
     if not isinstance(found, dict):
         raise UserError(f"{what} {path} is not a table of settings: write lines of key: value")
     return found
+
+
+def _check_node(loader: _Loader, root: yaml.Node) -> None:
+    """Raises YAMLError for what settings do not need and what would not end well: keys that are no text or stand twice, tags
+    that make other objects, and more or deeper values than DEEPEST and MOST_VALUES, aliases written out."""
+
+    def wrong(node: yaml.Node, says: str) -> yaml.YAMLError:
+        return yaml.constructor.ConstructorError(None, None, says, node.start_mark)
+
+    waiting, count = [(root, 1)], 0
+    while waiting:
+        node, level = waiting.pop()
+        count += 1
+        if level > DEEPEST or count > MOST_VALUES:
+            raise wrong(node, f"it holds more than {DEEPEST} levels or {MOST_VALUES:,} values: write a smaller table")
+        if isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, value in node.value:
+                named = f"the key {key.value!r:.60}" if isinstance(key, yaml.ScalarNode) else "a key"
+                if key.tag not in (_KIND + "str", _KIND + "merge"):
+                    raise wrong(key, f"{named} is no text: put it in quotes")
+                if key.value in seen:
+                    raise wrong(key, f"{named} stands twice: give it once")
+                seen.add(key.value)
+                waiting.append((value, level + 1))
+            usual = _KIND + "map"
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += [(child, level + 1) for child in node.value]
+            usual = _KIND + "seq"
+        else:
+            usual = loader.resolve(yaml.ScalarNode, node.value, (True, False))
+        if node.tag not in (usual, _KIND + "str" if isinstance(node, yaml.ScalarNode) else usual):
+            raise wrong(node, f"the tag {node.tag.replace(_KIND, '!!'):.60} is not read: write the plain value")
+
+
+# ---- JSON lines ------------------------------------------------------------------------------------------------------------
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from unmask.decoding import Decoder
 from unmask.evaluation.report import COLOURS, markdown, percent, save_figure
 from unmask.evaluation.tune import TuneConfig
 from unmask.evaluation.tune_space import unfit_presets
-from unmask.files import whole, writing_to, yaml_text
+from unmask.files import as_yaml, whole, writing_to
 from unmask.spec import default_of
 
 Result = dict[str, Any]
@@ -182,7 +182,7 @@ def decoder_file(result: Result, config: TuneConfig) -> str:
         "command": command_line(config),
     }
     header = "".join(f"# {key}: {_printable(value)}\n" for key, value in facts.items())
-    return header + yaml_text(chosen)
+    return header + as_yaml(chosen)
 
 
 def _printable(text: str) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from unmask.adapters import check_precision
 from unmask.decoding import Decoder
-from unmask.files import yaml_text
+from unmask.files import as_yaml
 from unmask.memory import GIB, Load, training_need
 from unmask.models.load import outline
 from unmask.rl.objectives import OBJECTIVES
@@ -121,7 +121,7 @@ def dry_run(config: RLConfig) -> str:
     all_passes = (sampling + old + reference + joint) / mu + passes(views)
     size = config.rows_per_forward * copies
     lines = [
-        yaml_text(dataclasses.asdict(config)).rstrip(),
+        as_yaml(dataclasses.asdict(config)).rstrip(),
         "",
         f"model      {lm.name}: {lm.model.config.model_type}, {sum(p.numel() for p in lm.model.parameters()):,} parameters",
         f"rewards    {', '.join(rewards)}",
