@@ -30,6 +30,8 @@ def writing_to(output: Path | str, instead: str = "--output") -> Iterator[None]:
     """Turns an OSError of the block into the UserError that names the output and the flag that changes it."""
     try:
         yield
+    except BrokenPipeError:
+        raise  # what it says meanwhile finds no reader: no fault of the output
     except OSError as error:
         raise UserError(f"cannot write to {output}: {error.strerror}; give another {instead}") from None
 
