@@ -17,6 +17,7 @@ import tyro
 from unmask.flags import read_flags
 from unmask.models.source import ModelSource
 from unmask.spec import UserError, convert, split_spec, unknown
+from unmask.terminal import console, standard_streams
 
 if TYPE_CHECKING:
     from unmask.evaluation.evaluate import EvalConfig
@@ -45,7 +46,6 @@ class GenerateArguments(ModelSource):
 def generate(arguments: list[str]) -> None:
     a = read_flags(GenerateArguments, arguments, prog="unmask generate")
     import torch
-    from rich.console import Console
 
     from unmask.decoding import decode, make_decoder
     from unmask.decoding.stream import LiveCanvas
@@ -54,9 +54,9 @@ def generate(arguments: list[str]) -> None:
         raise UserError(f"seed is {a.seed}, delay is {a.delay}: give a seed of 0 or more and a delay below 60 seconds")
     decoder = make_decoder(a.decoder, max_new_tokens=a.max_new_tokens)
     lm = a.load()
-    console = Console()
+    screen = console()
     ids, mask = lm.encode([lm.chat(a.prompt, a.prefill)], decoder.max_new_tokens)
-    streamer = LiveCanvas(lm, console, f"{lm.name} · {decoder.name}", a.delay) if console.is_terminal else None
+    streamer = LiveCanvas(lm, screen, f"{lm.name} · {decoder.name}", a.delay) if screen.is_terminal else None
     try:
         generator = torch.Generator().manual_seed(a.seed)
         trajectory = decode(lm, ids, mask, decoder, generator, streamer=streamer, early_stop=True)
@@ -73,8 +73,6 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def _run_evaluation(config: EvalConfig) -> None:
-    from rich.console import Console
-
     from unmask.evaluation import report
     from unmask.evaluation.evaluate import evaluate
     from unmask.evaluation.processes import AgreedError, join
@@ -96,11 +94,10 @@ def _run_evaluation(config: EvalConfig) -> None:
     output = Path(config.output)
     figures = report.write_figures(summary, output)
     (output / "table.md").write_text(report.markdown_table(summary))
-    console = Console(width=None if sys.stdout.isatty() else 132)
-    console.print(report.rich_table(summary))
-    console.print(f"records  {output / 'records'}\nsummary  {output / 'summary.json'}", highlight=False, soft_wrap=True)
+    console().print(report.rich_table(summary))
+    print(f"records  {output / 'records'}\nsummary  {output / 'summary.json'}")
     for figure in (f for f in figures if f.suffix == ".png"):
-        console.print(f"figure   {figure}", highlight=False, soft_wrap=True)
+        print(f"figure   {figure}")
 
 
 @dataclass
@@ -321,8 +318,12 @@ def usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run one command; returns the exit code. Raises SystemExit after ``--help``, and where nobody takes the output."""
+    with standard_streams():
+        return _run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(usage(), end="")
         return 0

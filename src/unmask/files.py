@@ -31,6 +31,8 @@ def writing_to(output: Path | str, instead: str = "--output") -> Iterator[None]:
     """Turns an OSError of the block into the UserError that names the output and the flag that changes it."""
     try:
         yield
+    except BrokenPipeError:
+        raise  # what it says meanwhile finds no reader: no fault of the output
     except OSError as error:
         raise UserError(f"cannot write to {output}: {error.strerror}; give another {instead}") from None
 
@@ -85,7 +87,7 @@ for _name, _pattern in _NUMBERS.items():
 
 def as_yaml(value: Any) -> str:
     """YAML that ``read_yaml`` reads back as the same value, keys in their order."""
-    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:

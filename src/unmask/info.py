@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -15,6 +14,7 @@ from unmask.models.load import find_folder, outline, read_json
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.source import ModelSource
 from unmask.spec import UserError, check_at_least
+from unmask.terminal import console
 
 DECODING = (
     "alg",
@@ -110,7 +110,6 @@ def memory(lm: MaskedLM, a: InfoArguments) -> list[tuple[str, int, Need]]:
 
 def info(a: InfoArguments) -> None:
     """Print it. Raises UserError as ``load`` does."""
-    from rich.console import Console
     from rich.table import Table
 
     if a.trust_remote_code or a.load_in_4bit:
@@ -120,7 +119,7 @@ def info(a: InfoArguments) -> None:
     if not a.weights and a.adapter is not None:
         raise UserError(f"--no-weights reads no adapter: leave --adapter {a.adapter} out")
     lm = a.load() if a.weights else outline(a.model, a.dtype, a.revision)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 132)
+    screen = console()
     table = Table(box=None, show_header=False, title=lm.name, title_justify="left")
     for name, value in facts(lm).items():
         table.add_row(name, value)
@@ -133,8 +132,8 @@ def info(a: InfoArguments) -> None:
         table.add_row(
             "self-test", "passed: " + ", ".join(f"{k} {v:.2g}" for k, v in found.items()) + " (std of the logits)"
         )
-    console.print(table)
-    console.print(
+    screen.print(table)
+    screen.print(
         f"\nmemory in GiB, on one process without sharding: P = {a.prompt}; rl: {a.rows_per_forward} rows a forward pass, "
         f"G = {a.num_generations}, {a.groups} groups, bf16 autocast, beta > 0"
     )
@@ -146,4 +145,4 @@ def info(a: InfoArguments) -> None:
     for what, length, need in memory(lm, a):
         cells = [f"{asdict(need)[k] / GIB:.2f}" if asdict(need)[k] else "" for k in parts]
         table.add_row(what, str(length), f"{need.total / GIB:.2f}", *cells)
-    console.print(table)
+    screen.print(table)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from unmask.bench.decoding import BenchDecode, bench_decode
 from unmask.bench.memory import BenchMemory, bench_memory
@@ -20,14 +19,15 @@ from unmask.evaluation.report import COLOURS, MARKERS, markdown, save_figure
 from unmask.files import whole
 from unmask.flags import read_flags
 from unmask.rl.gap import BenchGap, bench_gap
+from unmask.terminal import console
 
 Row = list[str]
 
 
 def _run(kind: Any, work: Callable[..., dict[str, Any]], name: str, arguments: list[str]) -> tuple[Any, dict[str, Any]]:
     config = read_flags(kind, arguments, f"unmask bench {name}")
-    with Console(stderr=True).status("") as status:
-        return config, work(config, status.update)
+    with console(stderr=True).status("") as status:
+        return config, work(config, lambda what: status.update(Text(what)))
 
 
 def _print(title: str, headings: Row, rows: list[Row], output: str) -> None:
@@ -36,7 +36,7 @@ def _print(title: str, headings: Row, rows: list[Row], output: str) -> None:
         table.add_column(heading, justify="left" if number == 0 else "right")
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    console().print(table)
     with whole(Path(output).with_suffix(".md")) as partial:
         partial.write_text(markdown(headings, rows))
     print(f"result  {output}")

@@ -49,7 +49,7 @@ class LiveCanvas:
         subtitle = f"step {self.step} · {len(canvas) - masks}/{len(canvas)} tokens committed"
         body = canvas_text(self.lm, canvas, self.before)
         width = min(80, self.live.console.width)
-        self.live.update(Panel(body, title=self.title, subtitle=subtitle, width=width), refresh=True)
+        self.live.update(Panel(body, title=Text(self.title), subtitle=subtitle, width=width), refresh=True)
 
     def put(self, value: Tensor) -> None:
         if not self.started:  # the prompt

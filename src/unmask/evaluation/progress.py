@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -17,6 +16,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from unmask.terminal import console
+
 if TYPE_CHECKING:
     from unmask.evaluation.evaluate import Progress as Report
 
@@ -26,7 +27,7 @@ def progress_bars() -> Iterator[Report]:
     """A function (label, done, total) that draws a line a label; nothing is drawn before its first call."""
     text = TextColumn("{task.description:<28}", markup=False)
     columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True))
+    bar = Progress(*columns, console=console(stderr=True))
     lines: dict[str, TaskID] = {}
 
     def report(label: str, done: int, total: int) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
 from unmask.decoding import Decoder
@@ -21,6 +19,7 @@ from unmask.evaluation.tune import TuneConfig
 from unmask.evaluation.tune_space import unfit_presets
 from unmask.files import as_yaml, whole, writing_to
 from unmask.spec import default_of
+from unmask.terminal import console
 
 Result = dict[str, Any]
 HEADINGS = ["decoder", "plan", "NFE", "solved % [95 %]", "score % [95 %]", "problems", "what it is"]
@@ -49,16 +48,12 @@ def show(result: Result, written: list[Path]) -> None:
         if i in (len(result["front"]), len(body) - len(result["run_off"])):
             table.add_section()
         table.add_row(*row)
-    width = None if sys.stdout.isatty() else 140
-    console = Console(width=width, markup=False, emoji=False)  # names and paths are shown as they are
-    console.print(table)
+    console().print(table)
     for line in sentences(result):
-        console.print(line, highlight=False, soft_wrap=True)
+        print(line)
     for path in written:
         if path.suffix != ".svg":
-            console.print(
-                f"{'decoder' if path.suffix == '.yaml' else 'front'}  {path}", highlight=False, soft_wrap=True
-            )
+            print(f"{'decoder' if path.suffix == '.yaml' else 'front'}  {path}")
 
 
 def title(result: Result) -> str:

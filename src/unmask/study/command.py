@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from unmask.flags import read_flags
+from unmask.terminal import console
 
 
 @dataclass
@@ -24,7 +25,6 @@ def command(arguments: list[str]) -> None:
     """``unmask study CONFIG``."""
     if not arguments or arguments[0].startswith("-"):
         read_flags(StudyArguments, arguments, prog="unmask study")
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from unmask.config import read_config
@@ -32,9 +32,9 @@ def command(arguments: list[str]) -> None:
     from unmask.study.run import study
 
     config = read_config(StudyConfig, arguments[0], arguments[1:])
-    console = Console(stderr=True)
-    text = TextColumn("[dim]{task.fields[working]}")
-    bar = Progress(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), text, console=console)
+    screen = console(stderr=True)
+    text = TextColumn("{task.fields[working]}", style="dim", markup=False)
+    bar = Progress(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), text, console=screen)
     said = -1
 
     def progress(done: int, total: int, working: list[str]) -> None:
@@ -43,7 +43,7 @@ def command(arguments: list[str]) -> None:
             bar.start()
             bar.add_task("", total=total, working="")
         bar.update(bar.tasks[0].id, completed=done, working=", ".join(working))
-        if not console.is_terminal and done != said:
+        if not screen.is_terminal and done != said:
             print(f"{done} of {total} jobs done; at work: {', '.join(working) or 'none'}", file=sys.stderr, flush=True)
             said = done
 

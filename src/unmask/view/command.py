@@ -13,6 +13,7 @@ from unmask.files import claim_result, writing_to
 from unmask.flags import read_flags
 from unmask.models.source import ModelSource
 from unmask.spec import UserError, check_at_least, check_seed
+from unmask.terminal import console
 
 MOST = 4  # decodes side by side
 
@@ -88,7 +89,6 @@ def command(arguments: list[str]) -> None:
     """The command line of ``unmask view``."""
     a = read_flags(ViewArguments, arguments, prog="unmask view")
     a.check()
-    from rich.console import Console
     from rich.text import Text
 
     from unmask.decoding import decode
@@ -99,7 +99,7 @@ def command(arguments: list[str]) -> None:
     output, panels = Path(a.output), []
     source, plan = from_records(a) if a.repeats else from_flags(a)
     claim_result(output)
-    with Console(stderr=True).status("reading the model") as status:
+    with console(stderr=True).status("reading the model") as status:
         lm = source.load()
         if a.index:
             status.update(Text(f"looking for problem {a.index}"))

@@ -1,0 +1,64 @@
+"""What a command says: on any terminal, in any encoding, into any pipe."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
+@contextmanager
+def standard_streams() -> Iterator[None]:
+    """Standard output and error that end no command: characters that they cannot show are escaped.
+
+    A stream that is closed (``>&-``) swallows what is written.
+
+    Raises:
+        SystemExit: where the reader of a pipe has gone (``| head -1``), silently; where standard output cannot be written (a
+            full disk), with a sentence.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in this order each takes its own descriptor
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            yield
+        finally:  # here and not at the interpreter's end, where nobody can answer for it
+            sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None or error.errno not in _UNWRITABLE:
+            raise
+        _end_output(
+            "" if isinstance(error, BrokenPipeError) else f"unmask: cannot write the output: {error.strerror}\n"
+        )
+
+
+def _end_output(said: str) -> NoReturn:
+    """End the command, without another attempt to write what is still held back."""
+    with open(os.devnull, "w") as nowhere:
+        for stream in (sys.stdout, *(() if said else (sys.stderr,))):
+            with suppress(OSError, ValueError):  # a stream without a descriptor holds nothing back
+                os.dup2(nowhere.fileno(), stream.fileno())
+    sys.stderr.write(said)
+    raise SystemExit(1)
+
+
+def console(stderr: bool = False) -> Console:
+    """A rich console that shows text as it is: no markup, no emoji codes; 132 columns where there is no terminal."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    width = None if stream.isatty() or "COLUMNS" in os.environ else 132
+    return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
