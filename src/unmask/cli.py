@@ -214,7 +214,7 @@ class GradeArguments:
 def grade_file(task: Task, path: str) -> list[Grade]:
     """Grades of a completions file, in its order. Raises UserError naming the first line that is not a completion."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     if lines == [""]:

@@ -1,43 +1,75 @@
-"""Finding and checking answers in model text. Nothing here executes that text or raises on it."""
+"""Finding and checking answers in model text. Nothing here executes that text or raises on it; time is linear in it."""
 
 from __future__ import annotations
 
 import ast
+import operator
 import re
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 from fractions import Fraction
+from typing import Any
+
+from unmask.tasks.notation import operators, plain
 
 _BRACES = re.compile(r"\\boxed\s*\{|\{|\}")
-_LATEX_OPERATORS = {"\\div": "/", "\\times": "*", "\\cdot": "*", "\u00d7": "*", "\u00f7": "/", "\u2212": "-"}
 _END_TOKENS = re.compile(r"<\|eot_id\|>|<\|endoftext\|>|<\|im_end\|>")
-MAX_COMPLETION = 20_000  # characters read; no canvas is longer
 MAX_EXPRESSION = 200  # characters; longer text is no answer to a Countdown problem
-MAX_ANSWER = 500  # characters of a marked answer that are searched for a number
+MAX_ANSWER = 500  # characters of an answer that a record keeps
 MAX_NUMBER = 60  # characters of one number
 
-_PLACEHOLDER = re.compile(r"(?:[\s.…]|\\[cl]?dots)*")
+_PLACEHOLDER = re.compile(  # what stands where an answer belongs: dots, or words as in ``\boxed{\text{final answer}}``
+    r"(?:[\s.…?_{}]|\\[cl]?dots|\\(?:text[a-z]*|mbox|mathrm)|(?:your|the|final|answer|here|result|in|form|goes)\b)*",
+    re.IGNORECASE,
+)
 _EMPTY_BOX = re.compile(r"\\boxed\s*\{[\s.…]*\}")
-_BARE_BOX = re.compile(r"\\boxed\s+([^\s${}\\<]+)")  # ``\boxed 5``, without braces
-_SEPARATORS = (  # thousands as LaTeX writes them
-    (re.compile(r"\{,\}"), ","),
-    (re.compile(r"\\!\s*"), ""),
-    (re.compile(r"(?<=[0-9])(?:\\[,;: ]|~)\s*(?=[0-9]{3}(?![0-9]))"), ","),
+_BARE_BOX = re.compile(r"\\boxed\s+(-?[0-9.][^\s${}\\<]*|[a-zA-Z](?=\$))")  # ``\boxed 5``, but no mention of ``\boxed``
+_LAST_LINE = re.compile(
+    r"[ \t]*(?:#{4}[ \t]+(?![a-zA-Z]{2}|[0-9]+[.)]\s)|[#*_ \t]*(?:final[ \t]+)?answer[*_ \t]*[:=][*_ \t]*)(?=\S)(.*)",
+    re.IGNORECASE,
 )
-_WRAPPERS = re.compile(
-    r"\\(?:text[a-z]*|mbox|math(?:rm|bf|it)|left|right|displaystyle|quad|pounds|euro)(?![a-zA-Z])"
-    r"|\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\\[(),;:!\[\] ]|\*\*"
-)
+_CLOSING = re.compile(r"(?:\s|</(?:reasoning|answer)>)+\Z")
+_WRAPPERS = re.compile(r"\\(?:text|mbox|math(?:rm|bf|it))(?![a-zA-Z])|[%{}]")
 _VALUED = re.compile(r"\\(?:sqrt|pi|log|ln|exp|sin|cos|tan|infty|pm|binom)(?![a-zA-Z])")  # more than a number
 _UNIT_POWER = re.compile(r"(?<=[a-zA-Z}])\s*\^\s*(?:\{[^{}]*\}|[0-9])")
-_FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))")
+_FRACTION = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _DECIMAL = r"(?:[0-9]+(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+"
+_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_SUFFIXES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "bn": 10**9}
 _NUMBER = re.compile(
-    rf"(?<![\w.])(?P<sign>-\s*)?(?:(?P<whole>[0-9]+)\s+(?=[0-9]+\s*/))?(?P<value>{_DECIMAL})"
-    rf"(?:\s*/\s*(?P<under>{_DECIMAL}))?"
+    r"(?<![\w.])(?P<sign>-\s*|(?:minus|negative)\s+)?(?:(?P<whole>[0-9]+)\s+(?:and\s+)?(?=[0-9]+\s*/))?"
+    rf"(?P<value>{_DECIMAL})(?:\s*/\s*(?P<under>{_DECIMAL}))?"
+    r"(?:[eE](?P<power>[-+]?[0-9]{1,3})(?!\w)|\s*[*x]\s*10\s*\^\s*(?P<ten>-?\s*[0-9]{1,3})(?![\w.]))?"
+    rf"(?P<scale>(?:\s*(?:{'|'.join(_SCALES)})s?(?![a-zA-Z]))+|(?:[kKMB]|bn)(?![a-zA-Z]))?"
 )
-_JOINED_AFTER = re.compile(  # an inequality is no number either, nor the start of 1e3, 0x1f, 3x
-    r"\s*(?:[-+*/^:,]\s*[-(]*[0-9]|[<>])|[eE][-+]?[0-9]|[xX][0-9a-fA-F]|[xyz]\b"
+_JOINED_AFTER = re.compile(  # neither an inequality nor the start of 3x, 0x1f, 2:30, 2(3), 5 squared, 3 tenths is a number
+    r"[)\]\s]*(?:[-+*/^:,]\s*[-+($\[]*[.0-9]|[<>])|[eE][-+]?[0-9]|[xX][0-9a-fA-F]|[xyz](?![a-zA-Z])|\)*\([-(]*[0-9]|\.[0-9]"
+    r"|\s*-?\s*(?:squared|cubed|factorial|(?:ten|hundred|thousand|million|billion)ths?)(?![a-zA-Z])"
 )
-_JOINED_BEFORE = re.compile(r"[0-9)]\s*[-+*/^:,][-(\s]*\Z")
+_JOINED_BEFORE = re.compile(r"[0-9)]\s*[-+*/^:,][-+(\s]*\Z")
+_UNIT = (
+    r"(?:square|cubic|sq|cu|units?|[cmk]?m|inch(?:es)?|in|feet|foot|ft|yards?|yd|miles?|mi|(?:centi|milli|kilo)?met(?:er|re)s?|"
+    r"degrees?|deg|radians?|rad|dollars?|cents?|hours?|hrs?|minutes?|mins?|seconds?|secs?|days?|weeks?|months?|years?|"
+    r"percent|lit(?:er|re)s?|[km]?g|(?:kilo)?grams?|pounds?|lbs?|ounces?|oz|gallons?|quarts?|pints?|cups?|mph|[sLh])"
+)
+_PART = re.compile(  # what stands between two numbers that are parts of one answer, or two answers
+    rf"\s*(?:{_UNIT}(?![a-zA-Z])\.?\s*(?:,?\s*and(?![a-zA-Z])|,|&)?|[,;]?\s*(?:and|or|to|through|times|plus|minus|over|"
+    r"divided\s+by|multiplied\s+by)(?![a-zA-Z])\s*[(]?|[)]?\s)\s*",
+    re.IGNORECASE,
+)
+_NO_UNIT = (
+    "or and to not no more less than least most over under about approximately around between except times plus minus mod "
+    "base of per-cent if where when for all any each infinity infinitely many solutions solution is are was"
+)
+_REMARK = re.compile(
+    rf"(?:[\s.,;)\\%]|(?:(?<=[0-9])(?=[a-zA-Z]{{2}})|(?<![0-9])\b)(?:{_UNIT}|per)(?![a-zA-Z])[/.]?|(?<=\s)(?!(?:{'|'.join(_NO_UNIT.split())})\b)"
+    r"[a-zA-Z]{3,}\b(?!\())*",
+)
+_TEXT = re.compile(r"\\(?:text|mbox)\s*\{([^{}]*)\}")
+_LAST_UNIT = re.compile(
+    rf"(?:\s*(?:(?<![a-zA-Z\\])(?=[a-zA-Z]{{2}}){_UNIT}(?![a-zA-Z])|\\(?:text|mbox)\s*\{{(?:\s*{_UNIT}(?![a-zA-Z])\.?)+\s*\}})\.?"
+    r"(?:\s*\^\s*(?:\{\s*[0-9]\s*\}|[0-9]))?)+\s*\Z"
+)
 
 
 def boxed(text: str) -> list[str]:
@@ -64,15 +96,44 @@ def tagged(text: str) -> str | None:
 
 
 def cut_at_end(text: str) -> str:
-    """The text before its first end-of-turn or end-of-text token, if such tokens are spelled out in it; bounded."""
-    return _END_TOKENS.split(text[:MAX_COMPLETION], maxsplit=1)[0]
+    """The text before its first end-of-turn or end-of-text token, if such tokens are spelled out in it."""
+    return _END_TOKENS.split(text, maxsplit=1)[0]
 
 
-def plain_operators(text: str) -> str:
-    """LaTeX and typographic operators as Python's."""
-    for latex, operator in _LATEX_OPERATORS.items():
-        text = text.replace(latex, operator)
-    return text
+_EXACT: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
+def _power(base: Any, exponent: Any) -> Any:
+    if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * abs(exponent) > 10_000:
+        raise OverflowError
+    return base**exponent
+
+
+_PYTHON = {**_EXACT, ast.FloorDiv: operator.floordiv, ast.Pow: _power}
+
+
+def _evaluated(expression: str, known: dict[type[ast.operator], Callable[[Any, Any], Any]], number: Any) -> Any:
+    """The value of Python arithmetic with these operators; None for anything else and for what has no value."""
+
+    def value(node: ast.AST) -> Any:
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            return number(node.value)
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
+            inner = value(node.operand)
+            return -inner if isinstance(node.op, ast.USub) else inner
+        if isinstance(node, ast.BinOp) and type(node.op) in known:
+            return known[type(node.op)](value(node.left), value(node.right))
+        raise ValueError
+
+    try:
+        return value(ast.parse(expression, mode="eval").body)
+    except (SyntaxError, ValueError, TypeError, ArithmeticError, RecursionError, MemoryError):
+        return None
 
 
 def arithmetic(expression: str) -> tuple[Fraction, list[int]] | None:
@@ -80,94 +141,134 @@ def arithmetic(expression: str) -> tuple[Fraction, list[int]] | None:
 
     Bounded: at most 200 characters, ASCII only, integers of at most 9 digits, no powers, no names, no calls.
     """
-    if len(expression) > MAX_EXPRESSION or not re.fullmatch(r"[0-9+\-*/() ]+", expression) or "**" in expression:
+    if len(expression) > MAX_EXPRESSION or not re.fullmatch(r"[0-9+\-*/() ]+", expression):
         return None
-    if "//" in expression or re.search(r"\d{10}", expression):
+    if re.search(r"[0-9]{10}", expression):
         return None
-    expression = re.sub(r"\b0+(\d)", r"\1", expression)  # "07" is seven, not a syntax error
-    try:
-        tree = ast.parse(expression.strip(), mode="eval")
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-    literals: list[int] = []
-
-    def value(node: ast.AST) -> Fraction:
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            literals.append(node.value)
-            return Fraction(node.value)
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-            inner = value(node.operand)
-            return -inner if isinstance(node.op, ast.USub) else inner
-        if isinstance(node, ast.BinOp):
-            left, right = value(node.left), value(node.right)
-            if isinstance(node.op, ast.Add):
-                return left + right
-            if isinstance(node.op, ast.Sub):
-                return left - right
-            if isinstance(node.op, ast.Mult):
-                return left * right
-            if isinstance(node.op, ast.Div):
-                return left / right
-        raise ValueError
-
-    try:
-        return value(tree.body), literals
-    except (ValueError, ZeroDivisionError, RecursionError):
-        return None
+    expression = re.sub(r"\b0+([0-9])", r"\1", expression.strip())  # "07" is seven, not a syntax error
+    value = _evaluated(expression, _EXACT, Fraction)
+    return None if value is None else (value, [int(n) for n in re.findall("[0-9]+", expression)])
 
 
-def final(text: str) -> tuple[str, bool] | None:
+def expression(text: str) -> str:
+    """A marked answer as Python arithmetic: of ``a = b`` the side with an operator; LaTeX fractions and operators made plain."""
+    text = operators(plain(text))
+    if len(text) <= 10 * MAX_EXPRESSION:
+        for _ in range(MAX_EXPRESSION):
+            text, found = _FRACTION.subn(r"((\1)/(\2))", text)
+            if not found:
+                break
+    text = re.sub(r"(?<=[0-9)])\s*[xX]\s*(?=[0-9(])", "*", re.sub(r"\s+", " ", text))
+    sides = [side.strip(" .,;") for side in text.translate(str.maketrans("[]{}", "()()")).split("=")]
+    return next((side for side in sides if re.search(r"[0-9)] ?[-+*/]", side)), sides[0])
+
+
+def final(text: str, numeric: bool = False) -> tuple[str, bool] | None:
     """The final answer as it is written, and whether it stands in a box; None where nothing is marked as the answer.
 
-    The last box that is not empty and no ``...``; the last answer tags instead where they come after it, or where the box
-    inside them is never closed. Tags that are never closed (a damaged or cut end) mark nothing.
+    The last box that is not empty, no ``...`` and no words about an answer; the last answer tags instead where they come
+    after it, or where the box inside them is never closed; a last line ``#### …`` or ``Answer: …`` where it comes after both.
+    Tags that are never closed (a damaged or cut end) mark nothing, and neither does a ``\\boxed`` without a content.
+
+    Args:
+        numeric: only what has a digit is an answer.
     """
     text = text.replace("\\fbox", "\\boxed")
-    boxes = [(a, text[a:b]) for a, b in _box_spans(text)] + [(m.start(), m[1]) for m in _BARE_BOX.finditer(text)]
-    found = [(a, content, True) for a, content in boxes if not _PLACEHOLDER.fullmatch(content)]
-    tags = tagged(text)
-    if tags is not None:
-        end = text.rfind("</answer>")
-        start = text.rfind("<answer>", 0, end)
-        inside = _EMPTY_BOX.sub(" ", tags).replace("\\boxed{", " ", 1)
-        if not any(start < a < end for a, _, _ in found) and not _PLACEHOLDER.fullmatch(inside):
+    digits = [m.start() for m in re.finditer("[0-9]", plain_digits(text))] if numeric else []
+
+    def answers(a: int, b: int) -> bool:
+        if numeric:
+            place = bisect_left(digits, a)
+            return place < len(digits) and digits[place] < b
+        return not _PLACEHOLDER.fullmatch(text, a, b)
+
+    spans = sorted(_box_spans(text) + [m.span(1) for m in _BARE_BOX.finditer(text)], reverse=True)
+    box = next((span for span in spans if answers(*span)), None)
+    found = [] if box is None else [(box[0], text[box[0] : box[1]], True)]
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    if start >= 0 and not (box is not None and start < box[0] < end) and answers(start + len("<answer>"), end):
+        inside = _EMPTY_BOX.sub(" ", text[start + len("<answer>") : end]).replace("\\boxed{", " ", 1)
+        if not _PLACEHOLDER.fullmatch(inside):
             found.append((start, inside, False))
+    body = len(text) if (closing := _CLOSING.search(text, max(0, len(text) - 200))) is None else closing.start()
+    line = text.rfind("\n", 0, body) + 1
+    marked = _LAST_LINE.fullmatch(text, line, body)
+    if marked and "\\boxed" not in marked[1] and not (start < line < end) and answers(*marked.span(1)):
+        found.append((line, marked[1], False))
     if not found:
         return None
-    _, content, box = max(found, key=lambda f: f[0])
-    return content.strip(), box
+    _, content, in_box = max(found, key=lambda f: f[0])
+    return content.strip(), in_box
+
+
+def plain_digits(text: str) -> str:
+    """Text of the same length whose full-width digits are ASCII."""
+    return text.translate({0xFF10 + i: 48 + i for i in range(10)})
 
 
 def number(text: str, last: bool = False) -> Fraction | None:
-    """The number that a marked answer states, exactly; None if it states none, or several joined by operators or commas.
+    """The number that a marked answer states, exactly; None if it states none, or several (a sum, a list, a range, parts).
 
-    Reads currency signs, thousands separators, percent signs (``60%`` is 60), units, trailing periods, LaTeX wrappers,
-    fractions and mixed numbers. Of ``a = b`` the right side counts.
+    Reads currency signs, thousands separators, scales (``2 million``), percent signs (``60%`` is 60), units, Markdown, trailing
+    periods, LaTeX wrappers, fractions, mixed numbers and powers of ten. Of ``a = b`` the right side counts.
 
     Args:
         last: take the last of several numbers (prose), not the first (a number and its remarks).
     """
-    text = text[-MAX_ANSWER:] if last else text[:MAX_ANSWER]
-    for pattern, replacement in _SEPARATORS:
-        text = pattern.sub(replacement, text)
-    text = plain_operators(text).replace("\\approx", "=").replace("≈", "=")
-    text = _FRACTION.sub(r" \1\2/\3\4 ", _UNIT_POWER.sub("", _WRAPPERS.sub(" ", text)))
-    for side in reversed(re.sub(r"\\?[$€£¥%]|[{}]", " ", text).split("=")):
-        numbers = list(_NUMBER.finditer(side))
+    for side, numbers in _sides(text):
         if numbers:
-            return None if _VALUED.search(side) else _value(side, numbers[-1 if last else 0])
+            return None if _VALUED.search(side) else _value(side, numbers, len(numbers) - 1 if last else 0)
     return None
 
 
-def _value(side: str, match: re.Match[str]) -> Fraction | None:
-    before = side[: match.start()] + ("-" if match["sign"] else "")
-    if _JOINED_BEFORE.search(before) or _JOINED_AFTER.match(side, match.end()) or len(match[0]) > MAX_NUMBER:
+def quantity(text: str) -> Fraction | None:
+    """The number that is all that an answer states, perhaps with its name (``x = 5``) and a unit; else None."""
+    text = _TEXT.sub(
+        lambda m: f" {m[1]} " if re.search("[0-9]", m[1]) or not _REMARK.fullmatch(" " + m[1]) else " unit ", text
+    )
+    if "\\approx" in text or (text.count("=") > 1 and re.search(r"[,;]|\band\b", text)):
+        return None
+    left = re.sub(r"\\[a-zA-Z]+", " ", text.rpartition("=")[0])
+    if re.search("[a-zA-Z]", left) and re.search(r"[-+*/^!]|[0-9]\s*[a-zA-Z]|\\frac", text.rpartition("=")[0]):
+        return None  # an equation, no name of the number
+    side, numbers = next(_sides(text))
+    if len(numbers) != 1 or _VALUED.search(side) or (numbers[0]["scale"] or "").strip() in _SUFFIXES:
+        return None
+    before, after = side[: numbers[0].start()], side[numbers[0].end() :]
+    if not re.fullmatch(r"[\s(\\]*", before) or not _REMARK.fullmatch(side, numbers[0].end()) or len(after.split()) > 6:
+        return None
+    return _value(side, numbers, 0)
+
+
+def _sides(text: str) -> Iterator[tuple[str, list[re.Match[str]]]]:
+    """The sides of the equations in an answer, the last one first, with the numbers in each."""
+    text = _FRACTION.sub(r" \1/\2 ", _UNIT_POWER.sub("", operators(plain(text)).replace("\\approx", "=")))
+    for side in reversed(_WRAPPERS.sub(" ", text).split("=")):
+        yield side, list(_NUMBER.finditer(side))
+
+
+def _value(side: str, numbers: list[re.Match[str]], which: int) -> Fraction | None:
+    match = numbers[which]
+    before = side[max(0, match.start() - 200) : match.start()]
+    spaced = match["sign"] and match["sign"][0] == "-" and match["sign"] != "-" and re.search(r"\w\s+\Z", before)
+    joined = _JOINED_BEFORE.search(before + ("-" if match["sign"] else "")) or _JOINED_AFTER.match(side, match.end())
+    parts = any(_PART.fullmatch(side, a.end(), b.start()) for a, b in zip(numbers, numbers[1:]) if match in (a, b))
+    if spaced or joined or parts or len(match[0]) > MAX_NUMBER:
         return None
     value, under = (Fraction(part.replace(",", "")) for part in (match["value"], match["under"] or "1"))
-    if under == 0:
+    if under == 0 or (match["whole"] and value >= under):
         return None
     total = value / under + Fraction(match["whole"] or 0)
+    total *= Fraction(10) ** int((match["power"] or match["ten"] or "0").replace(" ", ""))
+    for scale in re.findall("[a-zA-Z]+", match["scale"] or ""):
+        total *= _SUFFIXES.get(scale) or _SCALES[scale.removesuffix("s")]
     return -total if match["sign"] else total
+
+
+def without_unit(text: str) -> str:
+    """A plain formula without the words behind it that are units: ``12\\pi \\text{ cm}^2``, ``3\\sqrt{2} units``."""
+    return _LAST_UNIT.sub("", text).strip() or text
 
 
 def published_number(text: str) -> float | None:
@@ -175,15 +276,10 @@ def published_number(text: str) -> float | None:
 
     A box counts as a whole or by its first number, tags by their last; thousands separators are not read.
     """
-    text = text[:MAX_COMPLETION]
-    position = 0
-    while (start := text.find("\\boxed{", position)) >= 0 and (end := text.find("}", start)) >= 0:
-        position = start + len("\\boxed{")
-        if text.find("\n", start, end) < 0:
-            found = _published_value(text[position:end].strip(), 0)
-            position = end + 1
-            if found is not None:
-                return found
+    for piece in re.findall(r"[^\n}]*\}", text):  # a box ends at the first closing brace, on its own line
+        _, box, content = piece[:-1].partition("\\boxed{")
+        if box and (found := _published_value(content.strip(), 0)) is not None:
+            return found
     tags = _first_tags(text)
     return None if tags is None else _published_value(tags, -1)
 
@@ -196,23 +292,63 @@ def _published_value(text: str, which: int) -> float | None:
         return float(numbers[which]) if numbers else None
 
 
-def published_latex(text: str) -> str | None:
-    """The released evaluation's reading of a formula: the last box; the first answer tags only where that box stays open."""
-    text = text[:MAX_COMPLETION]
+def published_latex(text: str) -> str:
+    """The released evaluation's reading of a formula: the last box; the first answer tags where that box is open or empty.
+
+    Without any box the whole completion is the answer (which is right only where nothing else was written).
+    """
+    return released_box(text) or _first_tags(text) or ""
+
+
+def released_box(text: str) -> str | None:
+    """The content of the last box, the whole text where there is none, None where it stays open."""
     if "\\boxed " in text:
         return text.rsplit("\\boxed ", 1)[1].split("$")[0]
     start = text.rfind("\\boxed" if "\\boxed" in text else "\\fbox")
     if start < 0:
-        return None  # the released code compares the whole completion here, which equals no answer
+        return text
     depth = 0
     for brace in re.finditer(r"[{}]", text[start:]):
         depth += 1 if brace[0] == "{" else -1
-        if depth == 0:
+        if depth == 0 and brace[0] == "}":
             content = text[start : start + brace.end()]
-            if content.startswith("\\boxed{"):
-                content = content[len("\\boxed{") : -1]
-            return content or _first_tags(text)
-    return _first_tags(text)
+            return content[len("\\boxed{") : -1] if content.startswith("\\boxed{") else content
+    return None
+
+
+_RELEASED_OPERATORS = {"\\div": "/", "\\times": "*", "\\cdot": "*"}
+_RELEASED_EQUATION = re.compile(r"(?<![0-9+\-*/() ])([0-9+\-*/() ]+)=[0-9. ]")
+
+
+def published_expression(text: str) -> str:
+    """The released evaluation's reading of a Countdown answer: the last box; the answer tags where it stays open; else all.
+
+    Of the first ``expression = number`` in it, wherever that stands, the expression.
+    """
+    found = released_box(text)
+    if found is None:
+        tags = _first_tags(text)
+        found = text if tags is None else tags
+    for latex, sign in _RELEASED_OPERATORS.items():
+        found = found.replace(latex, sign)
+    equation = _RELEASED_EQUATION.search(found)
+    return equation[1].strip() if equation else found
+
+
+def released_value(expression: str, numbers: list[int]) -> Any:
+    """The value of an expression as the released code computes it (floats, also of ``//`` and ``**``); None where it has none.
+
+    None too where the digits in it are not just the given numbers.
+    """
+    try:
+        used = sorted(map(int, re.findall(r"\d+", expression)))
+    except ValueError:  # of thousands of digits
+        return None
+    if used != sorted(numbers) or len(expression) > 10 * MAX_EXPRESSION:
+        return None
+    if not re.match(r"[\d+\-*/().\s]+\Z", expression):
+        return None
+    return _evaluated(expression.strip(), _PYTHON, lambda literal: literal)
 
 
 def _first_tags(text: str) -> str | None:
@@ -222,7 +358,7 @@ def _first_tags(text: str) -> str | None:
 
 
 def same_latex(left: str, right: str) -> bool:
-    """Equality after the field's usual normalisation of LaTeX; as written where that does not apply to one of them."""
+    """Equality after the field's usual normalization of LaTeX; as written where that does not apply to one of them."""
     a, b = _normal(left), _normal(right)
     return left == right if a is None or b is None else a == b
 
@@ -230,25 +366,35 @@ def same_latex(left: str, right: str) -> bool:
 def _normal(text: str) -> str | None:
     """Spaces, ``\\left``, degrees, currency, percent and units gone; one way of writing fractions and roots.
 
-    None for more than one unit or a quotient that is not one of integers.
+    None for more than one unit, a quotient that is not one of integers, and a root or fraction of nothing.
     """
     text = text.replace("\n", "").replace("\\!", "").replace("\\\\", "\\")
-    text = re.sub(r"[dt]frac", "frac", text)
-    text = re.sub(r"\\left|\\right|\^\{\\circ\}|\^\\circ|\\\$|\\%", "", text)
+    text = text.replace("tfrac", "frac").replace("dfrac", "frac")
+    for gone in ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$"):
+        text = text.replace(gone, "")
     if text.count("\\text{ ") > 1:
         return None
-    text = text.split("\\text{ ")[0]
+    text = text.split("\\text{ ")[0].replace("\\%", "")
     text = re.sub(r"(^|[ {])\.", r"\g<1>0.", text)
     name, equals, value = text.partition("=")
     if equals and "=" not in value and len(name) <= 2:
         text = value
+    if text.endswith("\\sqrt"):
+        return None
     text = re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", text).replace(" ", "")
-    text = re.sub(
-        r"\\frac([^{])(?:([^{])|(?=\{))", lambda m: f"\\frac{{{m[1]}}}" + (f"{{{m[2]}}}" if m[2] else ""), text
-    )
+    if text.endswith("\\frac"):
+        return None
+    if re.search(r"\\frac[^{](?:\Z|\\frac)", text) is None:
+        text = re.sub(
+            r"\\frac([^{])(?:([^{])|(?=\{))", lambda m: f"\\frac{{{m[1]}}}" + (f"{{{m[2]}}}" if m[2] else ""), text
+        )
     if text == "0.5":
         return "\\frac{1}{2}"
-    if text.count("/") == 1:
-        quotient = re.fullmatch(r"(-?[0-9]+)/(-?[0-9]+)", text)
-        return f"\\frac{{{quotient[1]}}}{{{quotient[2]}}}" if quotient else None
+    over, slash, under = text.partition("/")
+    if slash and "/" not in under:
+        try:
+            whole = f"{int(over)}/{int(under)}" == text
+        except ValueError:
+            return None
+        return f"\\frac{{{over}}}{{{under}}}" if whole else text
     return text

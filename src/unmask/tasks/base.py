@@ -108,6 +108,12 @@ class Task(ABC):
     def rewards(self) -> dict[str, tuple[Reward, float]]:
         """Reward functions by name with their weights; TRL's signature, the column ``problem`` holds Problems."""
 
+    def released_rewards(self) -> dict[str, tuple[Reward, float]]:
+        """The reward functions of the released trainer as they run, by name with their weights. UserError where it has none."""
+        raise UserError(
+            f"task {self.name} has no released reward: take 'released' out of reward, or choose other tasks"
+        )
+
     def completion_truth(self, row: dict[str, Any]) -> Problem:
         """The Problem behind a row of a completions file (``question``, ``completion``, ``ground_truth``)."""
         raise UserError(f"task {self.name} cannot grade completions made elsewhere")

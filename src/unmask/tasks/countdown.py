@@ -8,7 +8,6 @@ from which the target can be reached, so its length cannot be known before the p
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,7 +19,7 @@ from typing import Any, ClassVar
 import reasoning_gym
 
 from unmask.spec import UserError
-from unmask.tasks import answers
+from unmask.tasks import answers, released
 from unmask.tasks.base import Grade, Problem, Reward, Task, first_different, split_of, stream_seed
 
 INSTRUCTION = """\
@@ -96,7 +95,7 @@ class Countdown(Task):
         return Problem(identity, f"Numbers: {list(numbers)}\nTarget: {target}", truth)
 
     def load(self, path: str) -> Iterator[Problem]:
-        for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+        for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
             try:
                 row = json.loads(line)
                 yield self.problem(tuple(int(n) for n in row["input"].split(",")), int(row["output"]))
@@ -111,23 +110,20 @@ class Countdown(Task):
         return INSTRUCTION.format(operators=", ".join(self.operators), question=problem.question)
 
     def extract(self, completion: str) -> str:
-        """The expression: of the last box, else of the answer tags, else the whole text; LaTeX operators made plain.
-
-        The released evaluation means to read the tags too but never reaches that branch, so ``published`` has none.
-        """
-        text = answers.cut_at_end(completion)
-        boxes = answers.boxed(text)
-        tag = None if self.extraction == "published" else answers.tagged(text)
-        found = answers.plain_operators(boxes[-1] if boxes else tag if tag is not None else text)
-        sides = [side.strip() for side in found.split("=")]  # of "expression = number" the expression
+        """The expression that a completion marks as its answer (the whole text where nothing is marked), as plain arithmetic."""
         if self.extraction == "published":
-            return sides[0]
-        return next((side for side in sides if re.search(r"[\d)]\s*[-+*/]", side)), sides[0])
+            return answers.published_expression(completion)
+        text = answers.cut_at_end(completion)
+        marked = answers.final(text, numeric=True)
+        return answers.expression(text if marked is None else marked[0])
 
     def grade(self, problem: Problem, completion: str) -> Grade:
-        expression = self.extract(completion)
-        value = self.value(problem, expression)
-        solved = value is not None and abs(value - problem.truth["target"]) < 1e-5
+        """By default exactly; ``published`` as the released code computes, within 1e-5."""
+        expression, target = self.extract(completion), problem.truth["target"]
+        if self.extraction == "published":
+            solved = released.is_near(expression, problem.truth["numbers"], target)
+        else:
+            solved = self.value(problem, expression) == target
         return Grade(solved, float(solved), 1.0, expression[: answers.MAX_EXPRESSION])
 
     def value(self, problem: Problem, expression: str) -> Fraction | None:
@@ -149,6 +145,9 @@ class Countdown(Task):
             well_formed = self.value(p, self.extract(completion)) is not None
             values.append(1.0 if self.grade(p, completion).solved else 0.1 if well_formed else 0.0)
         return values
+
+    def released_rewards(self) -> dict[str, tuple[Reward, float]]:
+        return {"countdown": (released.countdown, 1.0)}
 
     def completion_truth(self, row: dict[str, Any]) -> Problem:
         numbers, target = row["ground_truth"]

@@ -1,9 +1,13 @@
 """Whether two LaTeX answers mean the same, decided by math-verify in a process of its own.
 
 Its own time-out rests on a signal, which works in the main thread of a POSIX program only, and nothing bounds its memory. So
-one helper process answers question by question; it is ended and replaced when it takes too long. Its processor time and
-memory are limited where the system can, so that an answer does not depend on what else the machine does. Text that is long,
-deeply nested, builds huge numbers or uses commands outside a list never gets there.
+one helper process answers question by question. Its processor time and memory are limited where the system can, so that an
+answer does not depend on what else the machine does; one that takes too long ends a copy of the helper, made after its slow
+imports, and the next copy goes on. Text that is long, deeply nested, builds huge numbers or uses commands outside a list
+never gets there.
+
+math-verify compares values as floats of 15 digits and then simplifies their difference, which may take seconds. Here values are
+compared exactly where they are rational, else to a thousand digits, with numbers in place of variables; decimals are exact.
 
 math-verify's reader of plain expressions and sympy's conversion of strings evaluate text as Python; even the numbers of a
 LaTeX answer take that way. So in the helper sympy's ``parse_expr`` is replaced by one that reads numerals and names and
@@ -13,9 +17,9 @@ refuses all else, and the ``eval`` behind it refuses whatever may still lead the
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -29,7 +33,8 @@ from unmask.spec import UserError
 MAX_LATEX = 300  # characters; no answer of MATH has more than 160
 MAX_DEPTH = 12
 MAX_DIGITS = 40
-CPU_SECONDS = 5  # of the helper, for one question
+CPU_SECONDS = 0.7  # of the helper, for one question
+DIGITS = 1000  # to which values are compared that are not rational
 WALL_SECONDS = 60.0  # for a question on a busy machine, or where processor time cannot be limited
 START_SECONDS = 120.0
 MEMORY = 2 << 30  # bytes
@@ -155,17 +160,19 @@ _helper = _Helper()
 def _serve(questions: IO[str], replies: IO[str]) -> None:
     """The helper: a JSON pair [truth, answer] a line in, ``1`` or ``0`` a line out."""
     import logging
+    from dataclasses import replace
 
     import math_verify
+    from math_verify import grader
     from math_verify.parser import LatexExtractionConfig
-    from sympy import Float, Integer, Symbol
+    from sympy import Integer, Rational, Symbol
     from sympy.parsing import sympy_parser
 
     def atom(text: str, *_: Any, **__: Any) -> Any:
         if re.fullmatch(r"[0-9]+", text):
             return Integer(int(text))
         if re.fullmatch(r"[0-9]*\.[0-9]+|[0-9]+\.", text):
-            return Float(text)
+            return Rational(text)
         if text.isidentifier():  # sympy's own modules read names so when they are imported late
             return Symbol(text)
         raise ValueError("only numerals and names are read from text")
@@ -175,20 +182,71 @@ def _serve(questions: IO[str], replies: IO[str]) -> None:
 
     sympy_parser.parse_expr, sympy_parser.eval_expr = atom, refuse
     logging.disable()
-    target = [LatexExtractionConfig(boxed_match_priority=0)]
+    simplified = grader.sympy_symbolic_eq
+
+    def same_value(a: Any, b: Any, *_: Any) -> bool:
+        same = _same_value(a, b)
+        return bool(simplified(a, b) if same is None else same)
+
+    grader.sympy_numeric_eq, grader.sympy_symbolic_eq = same_value, lambda *_: False
+    plain = LatexExtractionConfig(boxed_match_priority=0)
+    target = [replace(plain, normalization_config=replace(plain.normalization_config, units=False))]
 
     def parsed(text: str) -> list[Any]:
         return math_verify.parse(f"\\boxed{{{text}}}", target, parsing_timeout=None)
 
+    with suppress(Exception):  # builds the tables of the parser
+        math_verify.verify(parsed("\\frac{x}{2}"), parsed("0.5x"), timeout_seconds=None)
     print("ready", file=replies, flush=True)
-    for line in questions:
-        _limit("RLIMIT_CPU", math.ceil(time.process_time()) + CPU_SECONDS)  # the system ends it there
+    while hasattr(os, "fork") and (copy := os.fork()):
+        if os.waitpid(copy, 0)[1] == 0:  # no more questions
+            return
+        print(0, file=replies, flush=True)
+    for line in iter(questions.readline, ""):
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # its signal ends the process
         try:
             truth, answer = json.loads(line)
             same = math_verify.verify(parsed(truth), parsed(answer), timeout_seconds=None)
         except Exception:  # noqa: BLE001  (a formula that sympy stumbles over equals nothing)
             same = False
         print(int(bool(same)), file=replies, flush=True)
+
+
+def _same_value(a: Any, b: Any) -> bool | None:
+    """Whether two values of sympy are equal, whatever numbers their variables stand for; None where that cannot be told so."""
+    from sympy import MatrixBase, Rational
+    from sympy.core.evalf import PrecisionExhausted
+
+    if isinstance(a, MatrixBase) or isinstance(b, MatrixBase):
+        if not (isinstance(a, MatrixBase) and isinstance(b, MatrixBase)) or a.shape != b.shape:
+            return False
+        same = [_same_value(x, y) for x, y in zip(a.flat(), b.flat(), strict=True)]
+        return False if False in same else None if None in same else True
+    variables = sorted(a.free_symbols | b.free_symbols, key=str)
+    told = 0
+    for row in _POINTS:
+        values = {v: Rational(row[i % len(row)], 7 + i) for i, v in enumerate(variables)}
+        x, y = a.xreplace(values).doit(), b.xreplace(values).doit()
+        if x.is_Rational and y.is_Rational:
+            if x != y:
+                return False
+        else:
+            try:
+                x, y = x.evalf(DIGITS), y.evalf(DIGITS)
+            except PrecisionExhausted:
+                continue
+            if not all(part.is_Float or part.is_Rational for z in (x, y) for part in z.as_real_imag()):
+                continue
+            if abs(x - y) > Rational(1, 10) ** (DIGITS - 50) * max(abs(x), abs(y)):
+                return False
+        told += 1
+        if not variables:
+            return True
+    return True if told > 1 else None
+
+
+_POINTS = ((11, 19, 13, 17), (-10, 16, -23, 12), (25, -9, 15, -31))  # rows of numerators
 
 
 def _limit(name: str, value: int) -> None:

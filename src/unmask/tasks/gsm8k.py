@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any, ClassVar
 
-from unmask.tasks import answers
+from unmask.tasks import answers, released
 from unmask.tasks.base import Grade, Problem, Reward
 from unmask.tasks.worded import Worded
 
@@ -25,7 +25,8 @@ class GSM8K(Worded):
         steps, mark, stated = row["answer"].rpartition("####")
         if not mark:
             raise ValueError(f"the answer {row['answer'][-40:]!r} does not end in '#### number'")
-        return self.made(row["question"], _plain(stated), re.sub(r"<<[^<>]*>>", "", steps))
+        made = self.made(row["question"], _plain(stated), re.sub(r"<<[^<>]*>>", "", steps))
+        return replace(made, truth={**made.truth, "stated": stated.strip()})
 
     def completion_truth(self, row: dict[str, Any]) -> Problem:
         """A null ground truth (the released files have two: the negative answers) lets no completion be right."""
@@ -41,13 +42,13 @@ class GSM8K(Worded):
             read = answers.published_number(completion)
             solved = read is not None and truth is not None and read == float(truth)
             return Grade(solved, float(solved), 1.0, None if read is None else f"{read:.12g}")
-        marked = answers.final(answers.cut_at_end(completion))
+        marked = answers.final(answers.cut_at_end(completion), numeric=True)
         value = None if marked is None else answers.number(marked[0], last=not marked[1])
         solved = value is not None and value == truth
         return Grade(solved, float(solved), 1.0, None if value is None else _written(value))
 
     def rewards(self) -> dict[str, tuple[Reward, float]]:
-        """Weight times value is the published reward: 2 for a right answer, 0.5 at most for each of the others."""
+        """The released terms and weights, each judged as it is meant; `released_rewards` judges as the released code runs."""
         return {
             "correct": (self.correct, 2.0),
             "integer": (self._each(_integer), 0.5),
@@ -55,6 +56,18 @@ class GSM8K(Worded):
             "soft_format": (self._each(_soft), 0.5),
             "tags": (self._each(_tag_count), 0.5),
         }
+
+    def released_rewards(self) -> dict[str, tuple[Reward, float]]:
+        """All have weight 1 in the released code."""
+        judges = (released.strict_format, released.soft_format, released.integer, released.tag_count)
+        return {"correct": (self._correct_as_released, 2.0)} | {j.__name__: (self._each(j), 0.5) for j in judges}
+
+    def _correct_as_released(
+        self, prompts: list[str], completions: list[str], problem: list[Problem], **_: Any
+    ) -> list[float | None]:
+        """1 where the text in the tags is the answer as the data set writes it."""
+        stated = [p.truth.get("stated", p.truth["answer"]) for p in problem]
+        return [float(released.last_tags(self.whole(c)) == s) for c, s in zip(completions, stated, strict=True)]
 
     def _each(self, judge: Callable[[str], float]) -> Reward:
         def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:

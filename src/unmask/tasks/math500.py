@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, isqrt
 from typing import Any, ClassVar
 
-from unmask.tasks import answers
+from unmask.tasks import answers, released
+from unmask.tasks.answers import quantity, without_unit
 from unmask.tasks.base import Grade, Problem, Reward
 from unmask.tasks.equivalence import equivalent
+from unmask.tasks.notation import plain
 from unmask.tasks.worded import Worded
 
-_MATH = re.compile(r"\$([^$]+)\$|\\\((.*?)\\\)|\\\[(.*?)\\\]", re.DOTALL)
-_BASE = re.compile(r"[0-9]_\{?([0-9]+)\}?\Z")
+_DELIMITER = re.compile(r"(?<!\\)(?:\\[()\[\]]|\${1,2})")
+_CLOSES = {"$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
+_JOINS = re.compile(r"[\s,;]*(?:and|or)?\s*")
+_BASE = re.compile(r"(?<=[0-9])_(?:\{([0-9]+)\}|([0-9]+))\Z")
 _QUOTIENT = re.compile(
-    r"\\[dtc]?frac\s*\{\s*([0-9]{1,20})\s*\}\s*\{\s*([0-9]{1,20})\s*\}"
+    r"\\frac\s*\{\s*([0-9]{1,20})\s*\}\s*\{\s*([0-9]{1,20})\s*\}"
     r"|(?<![0-9.}])([0-9]{1,20})\s*/\s*([0-9]{1,20})(?![0-9.])"
+)
+_ROOT = re.compile(r"\\sqrt\s*\{\s*([0-9]{1,20})\s*\}")
+_UNDONE = re.compile(
+    r"[0-9]\s*!|[0-9]\s*(?:\\times|\\cdot|\\div|\*)\s*[0-9]|(?<![0-9.a-zA-Z])[0-9.]+\s*\^\s*\{?\s*[0-9]"
+    r"|(?<![\w}).^{])(?<![\w}).^{]\s)[0-9]+\s*[-+]\s*[0-9]+(?![\w\\({.^!])"
 )
 
 
@@ -48,16 +57,30 @@ class MATH500(Worded):
         """By default the last marked answer, see `same`; ``published``: the last box, equal as normalised LaTeX."""
         truth = problem.truth["answer"]
         if self.extraction == "published":
-            read = answers.published_latex(completion)
-            solved = read is not None and answers.same_latex(read, truth)
+            read: str | None = answers.published_latex(completion)
+            solved = answers.same_latex(read, truth)
         else:
             read = extract(completion)
             solved = read is not None and same(truth, read, problem.question)
         return Grade(solved, float(solved), 1.0, None if read is None else read[: answers.MAX_ANSWER])
 
     def rewards(self) -> dict[str, tuple[Reward, float]]:
-        """Weight times value is the published reward: 2 for a right answer, 0.5 at most for its form."""
-        return {"correct": (self.correct, 2.0), "boxed_format": (self.boxed_format, 0.5)}
+        """The released terms and weights, 2 for a right answer and up to 1 for its form, each judged as it is meant."""
+        return {"correct": (self.correct, 2.0), "boxed_format": (self.boxed_format, 1.0)}
+
+    def released_rewards(self) -> dict[str, tuple[Reward, float]]:
+        return {"correct": (self._correct_as_released, 2.0), "boxed_format": (self._format_as_released, 1.0)}
+
+    def _correct_as_released(
+        self, prompts: list[str], completions: list[str], problem: list[Problem], **_: Any
+    ) -> list[float | None]:
+        """1 where the last box (the whole text where none closes) is the answer as normalized LaTeX."""
+        read = [released.box_or_all(self.whole(c)) for c in completions]
+        return [float(answers.same_latex(r, p.truth["answer"])) for r, p in zip(read, problem, strict=True)]
+
+    def _format_as_released(self, prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
+        """0.75 for answer tags, open ones too, else 0.25: no box is ever found, as the literal looked for is no ``\\boxed``."""
+        return [0.75 if "<answer>" in self.whole(c) else 0.25 for c in completions]
 
     def boxed_format(self, prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
         """1 for a box inside answer tags, 0.75 for tags without one, 0.5 for a box without tags, else 0.25."""
@@ -75,31 +98,68 @@ def extract(completion: str) -> str | None:
     if marked is None:
         return None
     text, box = marked
-    formulas = [] if box else [a or b or c for a, b, c in _MATH.findall(text[-answers.MAX_ANSWER :])]
-    return (formulas[-1] if formulas else text).strip().strip("$").removesuffix(".").strip()
+    return (text if box else _formula(text)).strip().removesuffix(".").strip()
+
+
+def _formula(text: str) -> str:
+    """The last formula between math delimiters, with those that a comma, "and" or "or" joins to it; the text without any."""
+    opened: tuple[str, int] | None = None
+    formulas: list[tuple[int, int, int, int]] = []  # with and without its delimiters
+    for mark in _DELIMITER.finditer(text):
+        if opened is None and mark[0] not in ("\\)", "\\]"):
+            opened = mark[0], mark.start()
+        elif opened is not None and mark[0] == _CLOSES[opened[0]]:
+            begin = opened[1] + len(opened[0])
+            if begin < mark.start():
+                formulas.append((opened[1], begin, mark.start(), mark.end()))
+            opened = None
+    if not formulas:
+        return text
+    first = len(formulas) - 1
+    while first and _JOINS.fullmatch(text, formulas[first - 1][3], formulas[first][0]):
+        first -= 1
+    return ", ".join(text[a:b] for _, a, b, _ in formulas[first:])
 
 
 def same(truth: str, answer: str, question: str = "") -> bool:
-    """Whether an answer means the truth and is finished: equal as LaTeX, as words, or by math-verify.
+    """Whether an answer means the truth and is finished: equal as a number, as words, as LaTeX, or by math-verify.
 
-    As the problems of MATH ask, fractions of integers must be in lowest terms, and a decimal is no answer where the question
+    As the problems of MATH ask, an answer must be finished: where the truth is a number, so is the answer (``7! \\times 2!``
+    and ``\\frac{6}{3}`` are none yet), fractions of integers are in lowest terms, and a decimal is no answer where the question
     wants a fraction. A number of another base is another number; a base left out is taken as meant.
     """
-    bases = [found[1] for text in (truth, answer) if (found := _BASE.search(text.strip()))]
-    if len(set(bases)) == 2 or (bases and not _BASE.search(truth.strip())):
-        return False
-    if truth == answer or ("\\text" not in truth + answer and answers.same_latex(truth, answer)):
+    if truth == answer:
         return True
+    truth, answer = plain(truth), plain(answer)
+    bases = [found[1] or found[2] for text in (truth, answer) if (found := _BASE.search(text))]
+    if len(set(bases)) == 2 or (bases and not _BASE.search(truth)):
+        return False
+    truth, answer = (_BASE.sub("", text) for text in (truth, answer))
+    finished = _finished(truth, answer, "fraction" in question and "frac" in truth)
+    value, stated = quantity(truth), quantity(answer)
+    if value is not None:
+        percent = 100 if "%" in answer and "%" not in truth else 1
+        return finished and stated is not None and stated in (value, value * percent)
+    if re.search(r"[0-9]\s+[0-9]", answer):  # neither one number nor a product
+        return False
     if _words(truth) == _words(answer) != "":
         return True
-    return _finished(answer, "fraction" in question and "frac" in truth) and equivalent(truth, answer)
+    truth, answer = without_unit(truth), without_unit(answer)
+    if "\\text" not in truth + answer and answers.same_latex(truth, answer):
+        return True
+    return finished and equivalent(truth, answer)
 
 
-def _finished(answer: str, as_fraction: bool) -> bool:
+def _finished(truth: str, answer: str, as_fraction: bool) -> bool:
+    """Whether no arithmetic on integers is left to do in an answer that is done in the truth."""
     last = answer.rsplit("=", 1)[-1]
     pairs = [(int(a or c), int(b or d)) for a, b, c, d in _QUOTIENT.findall(last)]
-    return all(gcd(a, b) == 1 != b for a, b in pairs) and not (
-        as_fraction and re.search(r"[0-9]\.[0-9]|\A\.[0-9]", last)
+    roots = [int(n) for n in _ROOT.findall(last)]
+    return (
+        all(gcd(a, b) == 1 != b for a, b in pairs)
+        and not any(isqrt(n) ** 2 == n for n in roots)
+        and not (as_fraction and re.search(r"[0-9]\.[0-9]|\A\.[0-9]", last))
+        and (_UNDONE.search(last) is None or _UNDONE.search(truth) is not None)
     )
 
 

@@ -18,8 +18,9 @@ from typing import Any, ClassVar
 import reasoning_gym
 
 from unmask.spec import UserError
-from unmask.tasks import answers
+from unmask.tasks import answers, released
 from unmask.tasks.base import Grade, Problem, Reward, Task, bucket, first_different, split_of, stream_seed
+from unmask.tasks.notation import plain
 
 INSTRUCTION = """\
 Solve the 4x4 Sudoku below. It is written row by row as 16 digits, and 0 is an empty cell. Each row, each column and each \
@@ -37,6 +38,10 @@ _PUBLISHED = (
     ("", r"(\d{16})\s*</answer>"),
     ("", r"\b(\d{16})\b"),
 )
+_LABELS = re.compile(
+    r"[0-9]+ ?(?:x|\\times|by) ?[0-9]+|(?i:row|r|column|col|line) ?[0-9]\b|(?m:^[ \t]*[0-9][.):](?=\s*[0-9|]))"
+)
+_WORDS = re.compile(r"[a-zA-Z]{2,}")
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class Sudoku(Task):
         return Problem(f"sudoku {puzzle}", f"Solve the following Sudoku puzzle: {puzzle}", truth)
 
     def load(self, path: str) -> Iterator[Problem]:
-        with Path(path).open(newline="") as file:
+        with Path(path).open(newline="", encoding="utf-8-sig") as file:
             for number, row in enumerate(csv.DictReader(file), 2):
                 puzzle, solution = row.get("Puzzle") or "", row.get("Solution") or ""
                 if not re.fullmatch("(?=.*0)[0-4]{16}", puzzle) or not re.fullmatch("[1-4]{16}", solution):
@@ -91,15 +96,14 @@ class Sudoku(Task):
     def extract(self, completion: str) -> str:
         """16 characters, ``0`` where the answer is too short.
 
-        Default: the digits 1-4 (or 0) of the last answer tags, else of an answer left open, else the last run of 16.
+        Default: the cells in the last answer tags, else in an answer left open, else in the last box, else the last run of 16.
         """
         if self.extraction == "published":
-            published = completion[: answers.MAX_COMPLETION]
             for start, pattern in _PUBLISHED:
-                if start not in published:
+                if start not in completion:
                     continue
                 # From the first tag on only, so that hostile text costs linear time.
-                found = re.search(pattern, published[published.find(start) :], re.DOTALL)
+                found = re.search(pattern, completion[completion.find(start) :], re.DOTALL)
                 if found and found[1].strip():
                     return re.sub(r"\s", "", found[1]).ljust(16, "0")[:16]
             return "0" * 16
@@ -108,9 +112,8 @@ class Sudoku(Task):
         if tag is None and "<answer>" in text:
             tag = text.rsplit("<answer>", 1)[1]
         if tag is None:
-            runs = re.findall(r"(?<!\d)[0-9]{16}(?!\d)", text)
-            tag = runs[-1] if runs else ""
-        return "".join(re.findall("[0-9]", tag)).ljust(16, "0")[:16]
+            tag = next(reversed(answers.boxed(text)), None)
+        return cells(text if tag is None else tag, whole=tag is None).ljust(16, "0")[:16]
 
     def grade(self, problem: Problem, completion: str) -> Grade:
         answer = self.extract(completion)
@@ -129,6 +132,9 @@ class Sudoku(Task):
         grades = [self.grade(p, c) for p, c in zip(problem, completions, strict=True)]
         return [g.points / g.possible for g in grades]
 
+    def released_rewards(self) -> dict[str, tuple[Reward, float]]:
+        return {"sudoku": (released.sudoku, 1.0)}
+
     def completion_truth(self, row: dict[str, Any]) -> Problem:
         puzzle = re.search("[0-4]{16}", row["question"])
         if puzzle is None or "0" not in puzzle[0]:
@@ -136,6 +142,24 @@ class Sudoku(Task):
         if not re.fullmatch("[1-4]{16}", row["ground_truth"]):
             raise ValueError(f"ground_truth {row['ground_truth']!r} is not a grid of 16 digits")
         return self.problem(puzzle[0], row["ground_truth"])
+
+
+def cells(text: str, whole: bool) -> str:
+    """The digits of the grid in an answer: its last run of 16, else its last part without words that holds 16, else its rows.
+
+    Sizes (``4x4``), labels (``Row 1:``, ``1.``) and other numbers in prose are no cells.
+
+    Args:
+        whole: only a run of 16 counts.
+    """
+    text = plain(text)
+    runs = re.findall(r"(?<![0-9])[0-9]{16}(?![0-9])", text)
+    if runs or whole:
+        return runs[-1] if runs else ""
+    parts = ["".join(re.findall("[0-9]", part)) for part in _WORDS.split(_LABELS.sub("  ", text))]
+    full = [part for part in parts if len(part) >= 16]
+    rows = [part for part in parts if len(part) >= 4]
+    return full[-1] if full else "".join(rows or parts)
 
 
 def _flat(board: list[list[int]]) -> str:

@@ -55,7 +55,7 @@ class Worded(Task):
         if self.prompt in PROMPTS:
             return PROMPTS[self.prompt]
         try:
-            text = Path(self.prompt).read_text(encoding="utf-8")
+            text = Path(self.prompt).read_text(encoding="utf-8-sig")
         except (OSError, ValueError):
             raise UserError(
                 f"prompt of task {self.name} is {self.prompt!r}: give {' or '.join(PROMPTS)}, or a text file that exists"
@@ -119,7 +119,7 @@ class Worded(Task):
             except ArrowInvalid as error:
                 raise UserError(f"cannot read the data file {path}: {error}") from None
         else:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8-sig")
             try:
                 rows = (
                     json.loads(text) if suffix == ".json" else [json.loads(line) for line in text.split("\n") if line]
