@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from transformers import TrainerCallback, TrainerState
 from transformers.integrations import get_available_reporting_integrations
 
 from unmask.config import read_config, save_config
 from unmask.files import writing_to
+from unmask.model_card import model_card
+from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
+from unmask.resume import check_state, checkpoints, reading
 from unmask.spec import UserError, check_own_folder
 
 
@@ -30,8 +36,10 @@ def claim(output: Path, config: Any, may_change: Collection[str], write: bool = 
     if write:
         check_own_folder(str(output))
     # The Trainer writes trainer_state.json last, so a checkpoint without it was cut off.
-    complete = [p for p in output.glob("checkpoint-*") if (p / "trainer_state.json").is_file()]
-    newest = max(complete, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
+    complete = [p for p in checkpoints(output) if (p / "trainer_state.json").is_file()]
+    newest = complete[-1] if complete else None
+    if newest is not None:
+        check_state(newest)
     if newest is not None and (output / "config.yaml").is_file():
         before, now = asdict(read_config(type(config), output / "config.yaml")), asdict(config)
         changed = [k for k in now if before[k] != now[k] and k not in may_change]
@@ -61,13 +69,62 @@ def check_reporters(names: Collection[str]) -> None:
             raise UserError(f"report_to names {name!r}, which is not installed: pip install it or leave it out")
 
 
-def export(lm: MaskedLM, folder: Path) -> Path:
-    """Weights and tokenizer as a plain checkpoint that ``load`` takes, whole or not at all."""
+class FolderCheck(TrainerCallback):
+    """Ends a run whose folder is gone: the Trainer would make it anew, without what the run needs to go on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not (self.folder / "config.yaml").is_file():
+            raise removed(self.folder)
+
+
+def removed(folder: Path) -> UserError:
+    return UserError(f"{folder} was removed while the run wrote to it: give the same command again, which starts anew")
+
+
+@contextmanager
+def writing_run(folder: Path) -> Iterator[None]:
+    """Turns what a run raises that cannot write to its folder, gone or on a full disk, into a UserError."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise  # of standard output
+        if not (folder / "config.yaml").is_file():
+            raise removed(folder) from None
+        if isinstance(error, OSError) and str(error.filename or "").startswith(str(folder)):
+            raise UserError(f"cannot write to {folder}: {error.strerror}; give another --output") from None
+        if "No space left" in str(error) or "PytorchStreamWriter" in str(error):
+            raise UserError(
+                f"cannot write to {folder}: no space left; make room, then give the same command again"
+            ) from None
+        raise
+
+
+def finish(output: Path, checkpoint: Path, config: Any, command: str) -> Path:
+    """``final`` from a run's last checkpoint: whole also where the weights are sharded; an adapter is merged."""
+    with reading(checkpoint, "trainer_state.json"):
+        history = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history
+    try:
+        lm = load(str(checkpoint), config.dtype, "cpu")
+    except UserError as error:
+        raise UserError(
+            f"{error}; or remove {checkpoint}, and the same command goes on from the one before it"
+        ) from None
+    with writing_run(output):
+        return export(lm, output / "final", model_card(lm, config, command, history))
+
+
+def export(lm: MaskedLM, folder: Path, card: str = "") -> Path:
+    """Weights, tokenizer and (where it is given) a README.md as a plain checkpoint that ``load`` takes, whole or not at all."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     lm.model.save_pretrained(partial, max_shard_size="5GB")
-    lm.tokenizer.init_kwargs.pop("auto_map", None)  # names Python files that are not saved
     lm.tokenizer.save_pretrained(partial)
+    if card:
+        (partial / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return folder

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from unmask.adapters import LORA_TARGETS, adapted, adapter_config, check_precision
 from unmask.files import writing_to
@@ -27,7 +27,8 @@ from unmask.models.masked_lm import MaskedLM
 from unmask.models.scratch import new_model
 from unmask.noise import corrupt, diffusion_loss, sample_times
 from unmask.optim import MuonAdamW
-from unmask.runs import check_reporters, claim, export, warn_of_warmup
+from unmask.resume import ResumableTrainer
+from unmask.runs import FolderCheck, check_reporters, claim, finish, warn_of_warmup, writing_run
 from unmask.sft_data import OVERLONG, Collate, Examples, FillCollate, read_chat
 from unmask.spec import UserError, check_at_least, check_positive, expand_paths
 
@@ -173,7 +174,7 @@ class SFTConfig:
         return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
 
 
-class DiffusionTrainer(Trainer):
+class DiffusionTrainer(ResumableTrainer):
     """transformers.Trainer with the masked diffusion loss, exact resume and validation at fixed masking times.
 
     ``prompt_width`` is the number of columns before the canvases: 0 where every row's canvas starts elsewhere.
@@ -400,6 +401,7 @@ def train(config: SFTConfig) -> Path:
             eval_dataset=data.validation,
             data_collator=data.collate,
             processing_class=lm.tokenizer,
+            callbacks=[FolderCheck(output)],
         )
     checkpoint = claim(output, config, _MAY_CHANGE, first)
     if first and data.line:
@@ -408,10 +410,9 @@ def train(config: SFTConfig) -> Path:
         warn_of_warmup(config.warmup_steps, args.max_steps)
     last = output / f"checkpoint-{args.max_steps}"
     if checkpoint != last:  # the Trainer would take a finished run one step further
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    final = output / "final"
+        with writing_run(output):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.is_world_process_zero():
-        # From the last checkpoint: whole also where the weights are sharded; an adapter is merged.
-        export(load(str(last), config.dtype, "cpu"), final)
+        finish(output, last, config, "sft")
     trainer.accelerator.wait_for_everyone()
-    return final
+    return output / "final"

@@ -158,6 +158,21 @@ class A2DLlamaLMHeadModel(_MaskedHead, LlamaPreTrainedModel):  # type: ignore[mi
     trunk = FullLlama
 
 
+class Qwen2ForCausalLM(A2DQwen2LMHeadModel):
+    """Qwen2 run with full attention under its own name, so that what is saved of it opens wherever Qwen2 does."""
+
+    config_class = Qwen2Config  # type: ignore[assignment]
+
+
+class Qwen3ForCausalLM(A2DQwen3LMHeadModel):
+    config_class = Qwen3Config  # type: ignore[assignment]
+
+
+class LlamaForCausalLM(A2DLlamaLMHeadModel):
+    config_class = LlamaConfig  # type: ignore[assignment]
+
+
+UNDER_PARENTS_NAME = (Qwen2ForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM)
 MODELS = (DreamModel, A2DQwen2LMHeadModel, A2DQwen3LMHeadModel, A2DLlamaLMHeadModel)
 for _model in MODELS:
     AutoConfig.register(_model.config_class.model_type, _model.config_class)

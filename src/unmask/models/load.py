@@ -28,9 +28,7 @@ FAMILIES: dict[str, type[PreTrainedModel]] = {
     "llada": LLaDAModelLM,
     **{model.config_class.model_type: model for model in bidirectional.MODELS},
     # Converted checkpoints that kept their parent's name; one without a mask token is refused.
-    "qwen2": bidirectional.A2DQwen2LMHeadModel,
-    "qwen3": bidirectional.A2DQwen3LMHeadModel,
-    "llama": bidirectional.A2DLlamaLMHeadModel,
+    **{model.config_class.model_type: model for model in bidirectional.UNDER_PARENTS_NAME},
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Block diffusion and mixtures of experts (SDAR and TraDo, LLaDA2, LLaDA-MoE, Fast-dLLM v2, Stable-DiffCoder, BD3LM, Nemotron).
@@ -302,13 +300,14 @@ def _in_tree(
     """A model of a known family; refused by name where its files hold other keys or shapes."""
     architecture = next(iter(config.get("architectures") or [kind.__name__]))
     own = kind.config_class.model_type if kind.config_class else None
-    if config["model_type"] == own and architecture != kind.__name__:
+    if config["model_type"] == own and architecture != kind.__name__ and kind not in bidirectional.UNDER_PARENTS_NAME:
         raise UserError(
             f"{name} is refused: its architecture {architecture} is not {kind.__name__}, the one implemented for "
             f"{config['model_type']}"
         )
     loaded: Any = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True, **settings)
     model, report = loaded
+    vars(model.config).pop("auto_map", None)  # names Python files that are neither needed nor saved with the model
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[problem]:
             keys = sorted(str(k) for k in report[problem])
@@ -326,12 +325,15 @@ def _tokenizer(folder: Path, kind: type[PreTrainedModel], name: str) -> PreTrain
         raise UserError(f"{name} holds no tokenizer.json: save the tokenizer beside the weights")
     try:
         if dream:
-            return Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            found = Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
+        else:
+            found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001  (the tokenizers library raises nothing narrower)
         raise UserError(
             f"the tokenizer of {name} cannot be read ({_first_line(error)}): fetch its tokenizer files again"
         ) from None
+    found.init_kwargs.pop("auto_map", None)  # as with the model
+    return found
 
 
 def as_masked_lm(model: MaskedLM | PreTrainedModel | str, tokenizer: PreTrainedTokenizerBase | None = None) -> MaskedLM:
@@ -347,8 +349,7 @@ def as_masked_lm(model: MaskedLM | PreTrainedModel | str, tokenizer: PreTrainedT
 
 def _merged(lm: MaskedLM, adapter: Path, name: str) -> MaskedLM:
     """The model, now called ``name``, with an adapter merged into its weights (kept beside them where they are quantised)."""
-    from peft import PeftModel, get_peft_model_state_dict
-    from peft.utils import load_peft_weights
+    from peft import PeftModel
 
     files = sorted(adapter.glob("*.safetensors"))
     if not files:
@@ -357,16 +358,10 @@ def _merged(lm: MaskedLM, adapter: Path, name: str) -> MaskedLM:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of keys, which are compared, and of tied weights, which are untied
             adapted = PeftModel.from_pretrained(lm.model, adapter, local_files_only=True)  # type: ignore[arg-type]
-            wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-            there = set(load_peft_weights(str(adapter), device="cpu")) - set(
-                adapted.state_dict()
-            )  # embeddings, at times
-            if there != wanted:
-                strange = sorted(there ^ wanted)
-                raise UserError(
-                    f"the adapter {adapter} does not belong to {lm.name}: {', '.join(strange[:2])} ({len(strange)} keys "
-                    "differ)"
-                )
+            try:
+                check_adapter(adapted, adapter)
+            except KeyError as error:
+                raise UserError(f"the adapter {adapter} does not belong to {lm.name}: {error.args[0]}") from None
             model: Any = adapted
             if not getattr(lm.model, "is_loaded_in_4bit", False):
                 _untie(lm.model)
@@ -376,6 +371,18 @@ def _merged(lm: MaskedLM, adapter: Path, name: str) -> MaskedLM:
     lm = replace(lm, model=model.eval(), name=name, weights=f"{lm.weights}+{fingerprint(files)}")
     lm.self_test()
     return lm
+
+
+def check_adapter(adapted: Any, folder: Path) -> None:
+    """Raises KeyError, which says how, where the file of an adapter holds other keys than the model has for it."""
+    from peft import get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+    there = set(load_peft_weights(str(folder), device="cpu"))
+    strange = sorted(wanted ^ (there - set(adapted.state_dict())))  # peft adds the model's embeddings at times
+    if strange:
+        raise KeyError(f"{', '.join(strange[:2])} ({len(strange)} keys differ)")
 
 
 def _untie(model: Any) -> None:

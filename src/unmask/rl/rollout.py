@@ -15,6 +15,7 @@ from unmask.decoding import Decoder, decode
 from unmask.decoding.decode import guided
 from unmask.models.head import score_tokens
 from unmask.models.masked_lm import MaskedLM
+from unmask.resume import reading
 from unmask.rl.objectives import ViewRows
 from unmask.rl.rewards import Row
 from unmask.spec import UserError
@@ -48,8 +49,17 @@ class Rollout:
 
     @classmethod
     def load(cls, folder: Path, rank: int, device: torch.device) -> Rollout:
-        trajectory = Trajectory.load(folder / f"trajectory-{rank}.safetensors").to(device)
-        return cls(trajectory, **load_file(folder / f"rollout-{rank}.safetensors", device=str(device)))
+        """What ``save`` wrote. Raises UserError where a file is damaged or missing, or they do not belong together."""
+        with reading(folder, f"trajectory-{rank}.safetensors"):
+            trajectory = Trajectory.load(folder / f"trajectory-{rank}.safetensors").to(device)
+        with reading(folder, f"rollout-{rank}.safetensors"):
+            found = cls(trajectory, **load_file(folder / f"rollout-{rank}.safetensors", device=str(device)))
+            rows, scores = (found.advantages, found.active, found.seeds), (found.old, found.reference)
+            if any(t.shape != trajectory.tokens.shape[:1] for t in rows) or any(
+                t is not None and t.shape[1:] != trajectory.tokens.shape for t in scores
+            ):
+                raise ValueError("its tensors do not have the rows of the trajectory")
+        return found
 
 
 class RolloutSampler(Sampler[list[int]]):

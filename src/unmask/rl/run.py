@@ -19,7 +19,7 @@ from unmask.models.masked_lm import MaskedLM
 from unmask.rl.config import GRPOSettings, TrajectoryGRPOConfig
 from unmask.rl.rewards import Row, load_rewards, task_rewards
 from unmask.rl.trainer import TrajectoryGRPOTrainer
-from unmask.runs import check_reporters, claim, export, warn_of_warmup
+from unmask.runs import FolderCheck, check_reporters, claim, finish, warn_of_warmup, writing_run
 from unmask.spec import UserError, check_at_least, check_positive, check_seed, expand_paths, unknown
 from unmask.tasks import Task, make_task
 
@@ -246,22 +246,22 @@ def train(config: RLConfig) -> Path:
     Raises:
         UserError: for anything wrong in the request, and for what goes wrong in rewards or the loss.
     """
-    log, bar = RunLog(Path(config.output)), Bar()
-    trainer = make_trainer(config, [log, bar])
+    output = Path(config.output)
+    log, bar = RunLog(output), Bar()
+    trainer = make_trainer(config, [FolderCheck(output), log, bar])
     log.trainer = trainer
     for unwanted in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(unwanted)
-    checkpoint = claim(Path(config.output), config, MAY_CHANGE, trainer.is_world_process_zero())
+    checkpoint = claim(output, config, MAY_CHANGE, trainer.is_world_process_zero())
     if trainer.is_world_process_zero():
         warn_of_warmup(config.warmup_steps, config.steps)
     trainer.args.eval_on_start = checkpoint is None  # a resumed run has that line already
     try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with writing_run(output):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         bar.progress.stop()
-    final = Path(config.output) / "final"
     if trainer.is_world_process_zero():
-        # From the last checkpoint: whole also where the weights are sharded; an adapter is merged.
-        export(load(str(Path(config.output) / f"checkpoint-{config.steps}"), config.dtype, "cpu"), final)
+        finish(output, output / f"checkpoint-{config.steps}", config, "rl")
     trainer.accelerator.wait_for_everyone()
-    return final
+    return output / "final"

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
 from unmask.adapters import adapted
 from unmask.models.load import as_masked_lm
 from unmask.models.masked_lm import MaskedLM
+from unmask.resume import ResumableTrainer, reading
 from unmask.rl.advantages import group_advantages, varied
 from unmask.rl.config import TrajectoryGRPOConfig
 from unmask.rl.metrics import ROLLOUT, UPDATE, rollout_values, update_sums, validation_sums
@@ -39,7 +40,7 @@ from unmask.tasks.base import Reward
 from unmask.trajectory import Trajectory
 
 
-class TrajectoryGRPOTrainer(Trainer):
+class TrajectoryGRPOTrainer(ResumableTrainer):
     """GRPO for masked diffusion language models; objective and decoder are chosen independently of each other.
 
     Args:
@@ -421,7 +422,12 @@ class TrajectoryGRPOTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
-            folder = Path(resume_from_checkpoint)
-            if int(folder.name.removeprefix("checkpoint-")) % self.args.num_iterations:
-                self.rollout = Rollout.load(folder, self.args.process_index, self.args.device)
+            folder, rank = Path(resume_from_checkpoint), self.args.process_index
+            with reading(folder, "trainer_state.json"):
+                step = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
+            if step % self.args.num_iterations:
+                self.rollout = Rollout.load(folder, rank, self.args.device)
+                with reading(folder, f"trajectory-{rank}.safetensors"):
+                    if len(self.rollout.active) != self.args.per_device_train_batch_size:
+                        raise ValueError(f"it has {len(self.rollout.active)} rows")
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)

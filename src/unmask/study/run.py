@@ -69,12 +69,13 @@ def run_job(job: Job, folder: Path, done: set[str], report: Callable[[str, Table
 
 def _trained(config: RLConfig, folder: Path) -> tuple[str, Table]:
     """The trained checkpoint, made now or before, and the line of its training. What only serves to go on is removed."""
+    from unmask.resume import checkpoints
     from unmask.rl.run import train
 
     final = folder / "final"  # whole, if it is there
     if not final.is_dir():
         train(dataclasses.replace(config, output=str(folder)))
-    for checkpoint in folder.glob("checkpoint-*"):
+    for checkpoint in checkpoints(folder):
         shutil.rmtree(checkpoint)
     times = read_lines(folder / "times.jsonl")
     seconds = {k: round(sum(t[f"seconds_{k}"] for t in times), 3) for k in ("rollout", "update")}

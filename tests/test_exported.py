@@ -1,0 +1,108 @@
+"""``final``: its model card, and that it opens in transformers and peft without unmask as far as its family allows."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoConfig, AutoModel
+
+from checkpoints import write_dream, write_llada, write_qwen3_a2d
+from conftest import SHAPE
+from test_sft_data import chat, no_shared_cache  # noqa: F401  (a fixture for every test)
+from unmask import load
+from unmask.rl.run import RLConfig
+from unmask.rl.run import train as train_rl
+from unmask.sft import SFTConfig, train
+
+SMALL: dict[str, Any] = {"steps": 2, "batch_size": 2, "eval_every": 2, "save_every": 2, "bf16": False, "report_to": []}
+
+
+def write_qwen3(folder: Path) -> str:
+    """A converted checkpoint that kept its parent's name, and names Python files that are not there."""
+    write_qwen3_a2d(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "auto_map": {"AutoModel": "modeling.Nothing"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+FAMILIES: dict[str, tuple[Any, str | None, int | None]] = {  # the class that opens it elsewhere; the adapter's rank
+    "llada": (write_llada, None, None),
+    "Dream": (write_dream, "Qwen2ForCausalLM", 2),
+    "a2d-qwen3": (write_qwen3_a2d, "Qwen3ForCausalLM", None),
+    "qwen3": (write_qwen3, "AutoModelForCausalLM", 2),
+}
+ELSEWHERE = """
+import sys, transformers
+from peft import LoraConfig, get_peft_model
+for opener, folder in zip(sys.argv[1::2], sys.argv[2::2]):
+    model = getattr(transformers, opener).from_pretrained(folder, dtype="float32")
+    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    print(float(sum(p.detach().double().sum() for n, p in model.named_parameters() if "lora" not in n)))
+assert "unmask" not in sys.modules
+"""
+
+
+def test_final_opens_elsewhere(tmp_path: Path) -> None:
+    opened = []
+    for family, (write, opener, rank) in FAMILIES.items():
+        base, output = write(tmp_path / family), str(tmp_path / f"{family}-run")
+        values = {"data": chat(tmp_path), "model": base, "validation_share": 0.1, "lora_r": rank, **SMALL}
+        final = train(SFTConfig(output=output, **values))
+        config = json.loads((final / "config.json").read_text())
+        assert config["model_type"] == family and "auto_map" not in config
+        assert "auto_map" not in json.loads((final / "tokenizer_config.json").read_text())
+        lm = load(str(final), "float32")
+        assert lm.model.config.model_type == family
+        if family != "qwen3":  # that is transformers' own, with causal attention
+            assert type(AutoConfig.from_pretrained(final)) is type(lm.model.config)
+            found = AutoModel.from_pretrained(final, dtype="float32")
+            assert all(torch.equal(a, b) for a, b in zip(found.parameters(), lm.model.parameters(), strict=True))
+        card = (final / "README.md").read_text(encoding="utf-8")
+        assert (opener or "Python files").removeprefix("AutoModelFor") in card
+        if opener is not None:
+            opened.append((opener, str(final), float(sum(p.detach().double().sum() for p in lm.model.parameters()))))
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    arguments = [sys.executable, "-c", ELSEWHERE, *(text for o in opened for text in o[:2])]
+    done = subprocess.run(arguments, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    assert [float(line) for line in done.stdout.split()] == pytest.approx([o[2] for o in opened], rel=1e-6)
+
+
+@pytest.mark.parametrize("command", ["sft", "sft from nothing", "sft without validation", "rl"])
+def test_the_card_says_what_was_done(command: str, tmp_path: Path, toy_folder: str) -> None:
+    output = str(tmp_path / "my-run")
+    if command == "rl":
+        small = {"num_generations": 2, "max_completion_length": 4, "problems": 2, "validation_problems": 1, "lora_r": 2}
+        tasks = ["sudoku:style=compact"]
+        final = train_rl(RLConfig(output=output, model=toy_folder, tasks=tasks, learning_rate=1e-3, **small, **SMALL))
+    else:
+        start = {"new_model": SHAPE} if "nothing" in command else {"model": toy_folder}
+        share = 0.0 if "without" in command else 0.1
+        final = train(SFTConfig(output=output, data=chat(tmp_path), validation_share=share, **start, **SMALL))
+    _, head, body = (final / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    front = yaml.safe_load(head)
+    assert front.get("base_model") == (None if "nothing" in command else toy_folder)
+    assert front["library_name"] == "transformers" and {"unmask", command.split()[0]} <= set(front["tags"])
+    assert ("lora" in front["tags"]) == (command == "rl")
+    assert body.startswith("\n# my-run\n") and f"`unmask {command.split()[0]}`" in body and "unmask.load" in body
+    recipe = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
+    assert recipe["steps"] == 2 and recipe["learning_rate"] == {"rl": 1e-3, "sft from nothing": 2e-3}.get(command, 1e-5)
+    state = json.loads((tmp_path / "my-run" / "checkpoint-2" / "trainer_state.json").read_text())
+    last = [line for line in state["log_history"] if "eval_loss" in line or "eval_reward" in line]
+    assert bool(last) == ("without" not in command)
+    for name, value in last[-1].items() if last else ():
+        assert not name.startswith("eval_") or f"| {name.removeprefix('eval_')} | {value:.4g} |" in body
+    assert "Validation after update 2" in body or "No validation" in body
