@@ -27,7 +27,7 @@ def curves(shift: float = 0.0) -> dict[str, Any]:
         "commits": [8.0] * STEPS,
         "eos_share": [0.0, 0.25 + shift, None, 1.0],
         "end_confidence": [None, 0.5, None, 0.75],
-        "other_confidence": [1.0, 0.9, 0.8 + shift, None],
+        "other_confidence": [1.0, 0.9, 0.8 - shift, None],
         "order": order,
     }
 
@@ -38,6 +38,7 @@ def records(count: int, solved: int, nfe: int, length: int = 20) -> list[dict[st
         {
             "index": i,
             "id": f"p{i}",
+            "prompt": "q",
             "completion": '"length": 9999',
             "solved": i < solved,
             "points": float(i < solved),
@@ -97,6 +98,7 @@ def cell(
         "cell": {**axes, "train.seed": seed},
         "score_name": "cell accuracy",
         "budget": {"nfe": 7, **budget},
+        "model": {"name": "toy", "weights": "w"},
         "problems": "hash",
         "solved": solved,
         "points": [float(c) for c in solved],

@@ -98,10 +98,13 @@ FILES = {
         (["rl", "twice.yaml"], ["the key 'steps' stands twice", "line 3"]),
         (["rl", "no_base.yaml"], ["cannot read the base of no_base.yaml, nothing.yaml"]),
         (["generate", "x", "--decoder", "twice.yaml"], ["the decoder file twice.yaml", "stands twice"]),
-        (["grade", "number.jsonl", "--task", "gsm8k"], ["number.jsonl:1", "completion is 5, not text"]),
+        (
+            ["grade", "number.jsonl", "--task", "gsm8k"],
+            ["number.jsonl:1 cannot be used (completion is 5, not text): write a JSON object"],
+        ),
         (["grade", "truth.jsonl", "--task", "gsm8k"], ["truth.jsonl:1", "not a number"]),
         (["grade", "truth.jsonl", "--task", "math500"], ["truth.jsonl:1", "not a formula"]),
-        (["grade", "lacks.jsonl", "--task", "gsm8k"], ["'ground_truth' is missing"]),
+        (["grade", "lacks.jsonl", "--task", "gsm8k"], ["lacks.jsonl:1 cannot be used (it lacks 'ground_truth')"]),
         (
             ["grade", "lacks.jsonl", "--task", "gsm8k:extraction=published", "--extraction", "default"],
             ["both name one"],
@@ -189,7 +192,7 @@ def test_grade(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     default, published = capsys.readouterr().out.split("countdown, published")
     assert "2 of 3" in default and "1 of 3" in published
     file.write_text('{"question": "q"}\n')
-    fails(capsys, ["grade", str(file), "--task", "countdown"], ":1 is no JSON object")
+    fails(capsys, ["grade", str(file), "--task", "countdown"], ":1 cannot be used (it lacks 'completion')")
     file.write_text(json.dumps({**rows[0], "ground_truth": [[8, 3, 5], "29"]}))
     fails(capsys, ["grade", str(file), "--task", "countdown"], "is not [[numbers], target]")
     fails(capsys, ["grade", str(file), "--task", "countdown", "--extraction", "x"], "choose from default, published")

@@ -172,13 +172,18 @@ def test_a_mistake_ends_all_with_one_sentence(
     assert not list(tmp_path.glob("run*/records/*"))
 
 
+def record(index: int) -> Record:
+    counts = {"points": 0.0, "possible": 1.0, "nfe": 1, "committed": 1, "length": 1, "seconds": 0.0}
+    return {"index": index, "id": f"p{index}", "prompt": "", "completion": "", "solved": False, **counts}
+
+
 def test_shards_of_any_number_of_processes_merge(tmp_path: Path) -> None:
     """Also those of a merge that a crash cut off, with a line that another crash cut off; nothing twice, nothing lost."""
     problems = [Problem(f"p{i}", "", {}) for i in range(9)]
     path = tmp_path / "cell.jsonl"
 
     def write(to: Path, indexes: list[int]) -> None:
-        to.write_text("".join(json.dumps({"index": i, "id": f"p{i}", "from": to.name}) + "\n" for i in indexes))
+        to.write_text("".join(json.dumps({**record(i), "from": to.name}) + "\n" for i in indexes))
 
     write(path, [5, 1])
     write(shard(path, 0), [6, 0])
@@ -197,12 +202,12 @@ def test_shards_of_any_number_of_processes_merge(tmp_path: Path) -> None:
         (8, ".rank-12"),
     ]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cell.jsonl", "cell.jsonl-other.jsonl.rank-0"]
-    shard(path, 2).write_text('{"index": 2, "id": "p3"}\n')
+    shard(path, 2).write_text(json.dumps({**record(2), "id": "p3"}) + "\n")
     before = path.read_bytes()
     with pytest.raises(UserError, match=r"rank-2 holds records of other problems"):
         merge(path, problems, 1)
     shard(path, 2).write_text("[]\n")
-    with pytest.raises(UserError, match="is damaged: remove it"):
+    with pytest.raises(UserError, match=r"rank-2:1 is damaged .*: remove it"):
         merge(path, problems, 1)
     assert path.read_bytes() == before and shard(path, 2).exists()
 
@@ -210,7 +215,7 @@ def test_shards_of_any_number_of_processes_merge(tmp_path: Path) -> None:
 def test_a_merge_that_cannot_write_keeps_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     problems = [Problem("p0", "", {})]
     path = tmp_path / "cell.jsonl"
-    line = '{"index": 0, "id": "p0"}\n'
+    line = json.dumps(record(0)) + "\n"
     shard(path, 0).write_text(line)
 
     def full(*_: object) -> None:

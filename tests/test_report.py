@@ -29,6 +29,7 @@ from unmask.report.command import command
 from unmask.report.sections import _differences, report
 from unmask.report.style import Picture
 from unmask.report.tables import results_tables
+from unmask.schema import STEPS
 from unmask.spec import UserError
 
 
@@ -227,7 +228,7 @@ def test_a_study_reads_as_its_summary_says(tmp_path: Path) -> None:
 
 def test_curves_are_means_over_the_seeds_that_have_a_value(tmp_path: Path) -> None:
     folder = study(tmp_path / "study")
-    short = {**curves(), "eos_share": [0.5, None]}
+    short = {**curves(), **{key: curves()[key][:2] for key in STEPS}, "eos_share": [0.5, None]}
     cells = [cell("full", "10", "cj", 0, curves=curves()), cell("full", "10", "cj", 1, curves=short)]
     (folder / "cells.jsonl").write_text(lines(cells))
     (found,) = collect([folder]).results
@@ -327,10 +328,10 @@ def test_a_mistake_is_one_sentence(tmp_path: Path) -> None:
         ([good / "summary.json"], "summary.json is a file: give a folder of unmask rl"),
         ([tmp_path / "empty"], "holds no reinforcement-learning run"),
         ([good, good], "good is given twice: give it once"),
-        ([cut], "cut is damaged .*: give a whole folder"),
-        ([strange], r"strange is damaged \(it lacks 'cells'\): give a whole folder"),
+        ([cut], r"cut/summary\.json is damaged \(.*\): give a whole folder"),
+        ([strange], r"strange/summary\.json is damaged \(it lacks 'environment'\): give a whole folder"),
         ([unfinished], "not finished: start its unmask eval command again"),
-        ([broken], "broken is damaged"),
+        ([broken], r"broken/records/sudoku--full\.jsonl:5 is damaged"),
         ([waiting], "metrics.jsonl is empty: let the run make its first update"),
         ([sft], "no rewards among the metrics"),
         ([no_cells], "holds no finished cell of a study"),

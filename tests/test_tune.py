@@ -394,11 +394,11 @@ def test_damaged_files_are_named(model: str, tmp_path: Path) -> None:
     whole = path.read_text()
     for damaged in ("[1]\n", "{\n", whole.replace('"nfe"', '"passes"')):
         path.write_text(damaged)
-        with pytest.raises(UserError, match=r"measurements\.jsonl is damaged: remove it"):
+        with pytest.raises(UserError, match=r"measurements\.jsonl:1 is damaged .*: remove it"):
             tune(chosen)
     path.write_text(whole.replace('"id": "countdown', '"id": "sudoku'))
     with pytest.raises(UserError, match="holds records of other problems: give another --output"):
         tune(chosen)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json is damaged: give another --output"):
+    with pytest.raises(UserError, match=r"config\.json is damaged .*: give another --output"):
         tune(chosen)

@@ -153,11 +153,12 @@ def test_mistakes_are_one_sentence(
     [
         (None, "", "is in no run's records: give it as RUN/records/"),
         ("{", "", "Expecting property name"),
-        ("[]", "", "does not say how"),
-        ('{"model": {}, "tasks": {}, "decoders": {}}', "", "it lacks 'name'"),
+        ("[]", "", "config.json is damaged (it is [], not an object)"),
+        ('{"model": {}, "tasks": {}, "decoders": {}}', "", "it lacks 'seed'"),
+        ('{"model": {}, "tasks": {}, "decoders": {}, "seed": 0, "early_stop": true}', "", "does not say how"),
         ("same", "{", "holds no record of problem 0 (it has 0)"),
         ("same", "{\n", "is damaged"),
-        ("same", '{"index": 0}\n', "a line lacks 'id'"),
+        ("same", '{"index": 0}\n', ":1 is damaged (it lacks 'id')"),
         ("same", "[]\n", "is damaged"),
     ],
 )

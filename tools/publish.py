@@ -26,7 +26,7 @@ from unmask.spec import UserError
 from unmask.study import pivot
 from unmask.study.grid import Job, StudyConfig, jobs_of, labels, settings_of, training_labels
 from unmask.study.run import Lines
-from unmask.study.summary import markdown, read_cells, summarise_study
+from unmask.study.summary import cell_lines, markdown, read_cells, run_lines, summarise_study
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results" / "study"
@@ -106,9 +106,9 @@ def publish(name: str) -> None:
     for file in ("cells.jsonl", "runs.jsonl"):
         shutil.copy(run / file, folder)
     named = labels(jobs)[0]
-    Lines(folder / "cells.jsonl", [cell.key for job in jobs for cell in job.cells]).label("cell", named)
+    Lines(folder / "cells.jsonl", [cell.key for job in jobs for cell in job.cells], cell_lines).label("cell", named)
     trainings = training_labels(jobs, named)
-    Lines(folder / "runs.jsonl", list(trainings)).label("train", trainings)
+    Lines(folder / "runs.jsonl", list(trainings), run_lines).label("train", trainings)
     if not trainings:
         (folder / "runs.jsonl").unlink()
     summarised = {"compare": config.compare, "baselines": config.baselines, "tables": config.tables}

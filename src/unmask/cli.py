@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from unmask.files import each_line
 from unmask.flags import read_flags
 from unmask.models.source import ModelSource
 from unmask.spec import UserError, convert, split_spec, unknown
@@ -213,26 +213,12 @@ class GradeArguments:
 
 def grade_file(task: Task, path: str) -> list[Grade]:
     """Grades of a completions file, in its order. Raises UserError naming the first line that is not a completion."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
-    if lines == [""]:
+    schema = {"question?": str, "completion": str, "ground_truth": object}
+    fix = f"write a JSON object with the question, completion and ground_truth of a {task.name} problem"
+    rows = each_line(Path(path), schema, fix, lambda row: (task.completion_truth(row), row["completion"]), own=False)
+    grades = [task.grade(problem, completion) for problem, completion in rows]
+    if not grades:
         raise UserError(f"{path} holds no completions")
-    grades = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            problem, completion = task.completion_truth(row), row["completion"]
-            if not isinstance(completion, str):
-                raise ValueError(f"completion is {completion!r}, not text")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
-            raise UserError(
-                f"{path}:{number} is no JSON object with the question, completion and ground_truth of a {task.name} problem "
-                f"({what}): repair the line"
-            ) from None
-        grades.append(task.grade(problem, completion))
     return grades
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from unmask.schema import DEEPEST, check
 from unmask.spec import UserError
 
 
@@ -65,8 +66,8 @@ _NUMBERS = {
     "float": rf"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*(?:{_POWER})?|{_POWER})|\.[0-9][0-9_]*(?:{_POWER})?|\.(?:inf|Inf|INF))"
     r"|\.(?:nan|NaN|NAN)",
 }
-DEEPEST, MOST_VALUES = 32, 100_000
-"""Levels and values of a YAML file, with every alias written out."""
+MOST_VALUES = 100_000
+"""Values of a YAML file, with every alias written out."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -90,8 +91,8 @@ def as_yaml(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
 
 
-def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """A YAML file of settings. Raises UserError, which calls the file ``what``, where it is none."""
+def read_yaml(path: Path, what: str, schema: Any = dict) -> dict[str, Any]:
+    """A YAML file of settings. Raises UserError, which calls the file ``what``, where it is none or not as ``schema`` says."""
     try:
         loader = _Loader(path.read_text(encoding="utf-8-sig"))
         root = loader.get_single_node()
@@ -111,6 +112,10 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         raise UserError(f"{what} {path} is not YAML of settings ({says}): write lines of key: value") from None
     if not isinstance(found, dict):
         raise UserError(f"{what} {path} is not a table of settings: write lines of key: value")
+    try:
+        check(found, schema)
+    except ValueError as error:
+        raise UserError(f"{what} {path} has a wrong setting ({error}): correct it") from None
     return found
 
 
@@ -147,12 +152,64 @@ def _check_node(loader: _Loader, root: yaml.Node) -> None:
             raise wrong(node, f"the tag {node.tag.replace(_KIND, '!!'):.60} is not read: write the plain value")
 
 
-# ---- JSON lines ------------------------------------------------------------------------------------------------------------
+# ---- JSON ------------------------------------------------------------------------------------------------------------------
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file; a last line that is not (yet) whole is passed over. No file, no lines."""
-    if not path.exists():
-        return []
-    raw = path.read_bytes()
-    return [json.loads(line) for line in raw[: raw.rfind(b"\n") + 1].splitlines()]
+def read_json(path: Path, schema: Any, fix: str, make: Callable[[Any], Any] = lambda value: value) -> Any:
+    """The value in a JSON file that is as its schema (``schema.py``) says.
+
+    Args:
+        fix, make: as for ``each_line``.
+
+    Raises:
+        UserError: for a file that cannot be read, or holds something else.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; {fix}") from None
+    return _parsed(raw, schema, f"{path} is damaged", fix, make)
+
+
+def each_line(
+    path: Path, schema: Any, fix: str, make: Callable[[Any], Any] = lambda value: value, own: bool = True
+) -> Iterator[Any]:
+    """The lines of a JSON-lines file, one at a time, each as its schema says.
+
+    Args:
+        fix: what to do where a line is not, as the end of a sentence. make: what becomes of a line; a ValueError, KeyError,
+            TypeError or OverflowError of it is the line's mistake.
+        own: whether a run writes the file: then it may be missing, and a last line that is not (yet) whole is passed over.
+            Else empty lines are.
+
+    Raises:
+        UserError: naming the file and the first line that is something else.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                if raw.endswith(b"\n") if own else raw.strip():
+                    wrong = "is damaged" if own else "cannot be used"
+                    yield _parsed(raw, schema, f"{path}:{number} {wrong}", fix, make)
+    except OSError as error:
+        if not own or not isinstance(error, FileNotFoundError):
+            raise UserError(f"cannot read {path}: {error.strerror}; {fix}") from None
+
+
+def read_lines(path: Path, schema: Any = dict, fix: str = "remove it") -> list[dict[str, Any]]:
+    """The whole lines of a file that a run writes, as ``each_line`` reads them."""
+    return list(each_line(path, schema, fix))
+
+
+def _parsed(raw: bytes, schema: Any, wrong: str, fix: str, make: Callable[[Any], Any]) -> Any:
+    try:
+        value = json.loads(raw.decode("utf-8-sig"))
+        check(value, schema)
+        return make(value)
+    except RecursionError:
+        says = f"it has more than {DEEPEST} levels"
+    except KeyError as error:
+        says = f"it lacks {error}"
+    except (ValueError, TypeError, OverflowError) as error:
+        says = " ".join(str(error).split())[:200]
+    raise UserError(f"{wrong} ({says}): {fix}")

@@ -18,9 +18,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unmask.files import whole
+from unmask.schema import AMOUNT, check
 from unmask.spec import UserError
 
-_TENSORS = ("prompt", "prompt_mask", "tokens", "step", "logprob")
+_TENSORS = {
+    "prompt": torch.int64,
+    "prompt_mask": torch.bool,
+    "tokens": torch.int64,
+    "step": torch.int16,
+    "logprob": torch.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,25 @@ class Trajectory:
             with safe_open(path, "pt") as file:
                 meta = file.metadata() or {}
                 tensors = {k: file.get_tensor(k) for k in _TENSORS}
-            return cls(**tensors, mask_id=int(meta["mask_id"]), decoder=json.loads(meta["decoder"]))
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise UserError(f"{path} is not a saved trajectory: {error}") from None
+            decoder = json.loads(meta["decoder"])
+            check(decoder, {"cfg_scale": AMOUNT})
+            found = cls(**tensors, mask_id=int(meta["mask_id"]), decoder=decoder)
+            found._check()
+        except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path} is not a saved trajectory ({error}): give a file that Trajectory.save wrote"
+            ) from None
+        return found
+
+    def _check(self) -> None:
+        """Raises ValueError unless the tensors have the types and sizes of one batch."""
+        for name, kind in _TENSORS.items():
+            like = self.prompt if name.startswith("prompt") else self.tokens
+            tensor = getattr(self, name)
+            if (
+                tensor.dtype != kind
+                or tensor.ndim != 2
+                or tensor.shape != like.shape
+                or len(tensor) != len(self.prompt)
+            ):
+                raise ValueError(f"{name} is {tensor.dtype} of {tuple(tensor.shape)}")

@@ -25,9 +25,10 @@ from unmask.decoding import Decoder, decode_each, make_decoder
 from unmask.evaluation.curves import curves, kept_trajectories
 from unmask.evaluation.processes import Processes, join, take_own_gpu
 from unmask.evaluation.records import Record, as_lines, merge, shard, slug, summarise
-from unmask.files import write_json, writing_to
+from unmask.files import read_json, write_json, writing_to
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.source import ModelSource
+from unmask.schema import CONFIG, COUNT, RECORD, Number
 from unmask.spec import UserError, check_at_least, check_own_folder, check_seed, expand_paths, with_parameters
 from unmask.tasks import Problem, Task, make_task
 
@@ -150,6 +151,14 @@ class Cell:
     prompts: list[str]
     path: Path
 
+    def record(self, config: EvalConfig) -> dict[str, Any]:
+        """What a record must hold."""
+        if not config.trajectories:
+            return RECORD
+        length, last = self.decoder.max_new_tokens, self.decoder.plan.steps - 1
+        kinds = {"tokens": COUNT, "steps": Number(-1, last, whole=True), "logprobs": Number()}
+        return {**RECORD, **{name: [kind, length] for name, kind in kinds.items()}}
+
     def todo(self, done: set[int]) -> list[int]:
         """The problems without a record, by length of prompt, so that batches waste little on padding."""
         return sorted(set(range(len(self.problems))) - done, key=lambda i: (len(self.prompts[i]), i))
@@ -264,13 +273,10 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
 def _open(request: Request, config: EvalConfig, world: int) -> tuple[dict[str, Any], list[set[int]]]:
     """Claim the folder and merge what a killed run left; the settings and the problems done, cell by cell."""
     output = Path(config.output)
-    try:
-        with writing_to(output):
-            (output / "records").mkdir(parents=True, exist_ok=True)
-            _claim(output / "config.json", request.resolved)
-            return request.resolved, [set(merge(c.path, c.problems, world)) for c in request.cells]
-    except json.JSONDecodeError:
-        raise UserError(f"{output / 'config.json'} is damaged: remove it or give another --output") from None
+    with writing_to(output):
+        (output / "records").mkdir(parents=True, exist_ok=True)
+        _claim(output / "config.json", request.resolved)
+        return request.resolved, [set(merge(c.path, c.problems, world, c.record(config))) for c in request.cells]
 
 
 def _decode(
@@ -305,7 +311,7 @@ def _finish(request: Request, config: EvalConfig, world: int) -> dict[str, Any]:
     cells = []
     for cell in request.cells:
         with writing_to(config.output):
-            records = merge(cell.path, cell.problems, world)
+            records = merge(cell.path, cell.problems, world, cell.record(config))
         if missing := len(cell.problems) - len(records):
             raise UserError(
                 f"{cell.path} lacks {missing} of {len(cell.problems)} records: give an --output that all processes share "
@@ -334,7 +340,7 @@ def _finish(request: Request, config: EvalConfig, world: int) -> dict[str, Any]:
 def _with_defaults(resolved: dict[str, Any]) -> dict[str, Any]:
     """Settings that were written before a field was added, with what then held: its default."""
     known = {f.name: f.default for f in fields(EvalConfig) if f.default is not MISSING and f.name not in _ELSEWHERE}
-    decoders = {spec: {**Decoder().config(), **d} for spec, d in resolved.get("decoders", {}).items()}
+    decoders = {spec: {**Decoder().config(), **d} for spec, d in resolved["decoders"].items()}
     return {**known, **resolved, "decoders": decoders}
 
 
@@ -344,11 +350,11 @@ def _claim(path: Path, resolved: dict[str, Any]) -> None:
     if not path.exists():
         write_json(path, now)
         return
-    before = _with_defaults(json.loads(path.read_text()))
+    before = _with_defaults(read_json(path, CONFIG, "remove it or give another --output"))
     changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k) and k != "batch_size")
     # More tasks or decoders may join a folder; what is there already must be unchanged.
     for key in ("tasks", "decoders"):
-        shared = set(before.get(key, {})) & set(now[key])
+        shared = set(before[key]) & set(now[key])
         if key in changed and all(before[key][s] == now[key][s] for s in shared):
             changed.remove(key)
             now[key] = {**before[key], **now[key]}

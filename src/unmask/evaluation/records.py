@@ -11,10 +11,12 @@ from typing import Any
 
 from unmask.evaluation.statistics import pooled_bootstrap, wilson
 from unmask.files import read_lines, whole
+from unmask.schema import RECORD
 from unmask.spec import UserError
 from unmask.tasks import Problem
 
 Record = dict[str, Any]
+_FIX = "remove it, and its problems are decoded again"
 
 
 def slug(text: str) -> str:
@@ -24,8 +26,8 @@ def slug(text: str) -> str:
 
 
 def read_records(path: Path) -> list[Record]:
-    """A records file by index."""
-    return sorted(read_lines(path), key=lambda r: int(r["index"]))
+    """A records file by index. Raises UserError where it is damaged."""
+    return sorted(read_lines(path, RECORD, _FIX), key=lambda r: r["index"])
 
 
 def shard(path: Path, rank: int) -> Path:
@@ -37,7 +39,7 @@ def as_lines(records: Sequence[Record]) -> str:
     return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
 
 
-def merge(path: Path, problems: Sequence[Problem], world: int) -> dict[int, Record]:
+def merge(path: Path, problems: Sequence[Problem], world: int, schema: Any = RECORD) -> dict[int, Record]:
     """Take all shards, of whatever number of processes, into ``path``; returns its records by index, in order.
 
     The file is in place, whole and sorted, before a shard goes, and an index counts once: a crash at any moment neither loses
@@ -50,12 +52,8 @@ def merge(path: Path, problems: Sequence[Problem], world: int) -> dict[int, Reco
     parts = sorted(p for p in shards if p.exists())
     records: dict[int, Record] = {}
     for part in (path, *parts):
-        try:
-            found = {int(r["index"]): r for r in read_lines(part)}
-            strange = any(not 0 <= i < len(problems) or r["id"] != problems[i].id for i, r in found.items())
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{part} is damaged: remove it, and its problems are decoded again") from None
-        if strange:
+        found = {r["index"]: r for r in read_lines(part, schema, _FIX)}
+        if any(i >= len(problems) or r["id"] != problems[i].id for i, r in found.items()):
             raise UserError(f"{part} holds records of other problems: give another --output")
         records = {**found, **records}
     records = dict(sorted(records.items()))

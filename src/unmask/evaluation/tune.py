@@ -18,9 +18,10 @@ from statistics import fmean, stdev
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from unmask.files import read_lines, whole, write_json, writing_to
+from unmask.files import read_json, read_lines, whole, write_json, writing_to
 from unmask.flags import read_flags
 from unmask.models.source import ModelSource
+from unmask.schema import CONFIG, MEASURED
 from unmask.spec import TooFewProblems, UserError, check_at_least, expand_paths
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ RUN_OFF = 6
 """So many go into the run-off, the best preset besides, and the best preset that cannot exceed the budget."""
 SLACK = 2
 """Before the last round, a mean that is over the budget by no more than so many standard errors may still be within it."""
-KEPT = ("index", "id", "solved", "points", "possible", "nfe", "committed", "length", "seconds")
+KEPT = tuple(MEASURED)
 
 
 @dataclass(kw_only=True)
@@ -201,18 +202,14 @@ class Measurements:
         """Raises UserError where the file is damaged."""
         self.path, self.request, self.config = path, request, config
         self.found: dict[tuple[str, str], dict[int, Record]] = {}
-        try:
-            lines = read_lines(path)
-            for line in lines:
-                self._add(line)
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is damaged: remove it, and the search starts again") from None
+        schema = {"split": str, "decoder": str, "records": [MEASURED]}
+        lines = read_lines(path, schema, "remove it, and the search starts again")
+        for line in lines:
+            self._add(line)
         with whole(path) as partial:  # without what a killed run left of its last line
             partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def _add(self, line: dict[str, Any]) -> None:
-        if any(set(record) != set(KEPT) for record in line["records"]):
-            raise ValueError("a record of something else")
         known = self.found.setdefault((line["split"], line["decoder"]), {})
         known |= {record["index"]: record for record in line["records"]}
 
@@ -374,12 +371,8 @@ def _claim(path: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         write_json(path, settings)
         return
-    try:
-        before = json.loads(path.read_text())
-        changed = sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k))
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(f"{path} is damaged: give another --output") from None
-    if changed:
+    before = read_json(path, CONFIG, "give another --output")
+    if changed := sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k)):
         raise UserError(f"{path.parent} holds a search with other {', '.join(changed)}: give another --output")
 
 

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from unmask.evaluation.records import slug
-from unmask.files import read_lines, read_yaml
-from unmask.spec import UserError, build
-from unmask.study import SEEDS
+from unmask.files import each_line, read_json, read_lines, read_yaml
+from unmask.schema import COUNT, CURVES, METRICS, POSITIVE, RECORD, SUMMARY, TIMES, whole_summary
+from unmask.spec import UserError, build, unknown
+from unmask.study import PLAN, SEEDS
 from unmask.study.pivot import Pivot, Shown, plain, tables
-from unmask.study.summary import groups_of, read_cells, summarise_study
+from unmask.study.summary import groups_of, read_cells, run_lines, summarise_study
 
 Curve = dict[int, float]
+_FIX = "give a whole folder"
 _FOLDERS = "a folder of unmask rl, unmask eval or unmask study"
 _NOT_SETTINGS = (*SEEDS, "output", "eval_every", "save_every", "report_to", "log_completions", "rows_per_forward")
 
@@ -84,12 +88,7 @@ def collect(folders: Sequence[Path]) -> Material:
     """
     material = Material()
     for folder, name in zip(folders, _names(folders), strict=True):
-        read = _reader(folder)
-        try:
-            read(folder, name, material)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            what = f"it lacks {error}" if isinstance(error, KeyError) else error
-            raise UserError(f"{folder} is damaged ({what}): give a whole folder") from None
+        _reader(folder)(folder, name, material)
     _label_results(material.results)
     _label_runs(material.runs)
     return material
@@ -124,18 +123,14 @@ def _reader(folder: Path) -> Callable[[Path, str, Material], None]:
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def _read_evaluation(folder: Path, name: str, material: Material) -> None:
-    summary = _json(folder / "summary.json")
+    summary = read_json(folder / "summary.json", SUMMARY, _FIX, whole_summary)
     config = summary["config"]
     for cell in summary["cells"]:
         records = folder / "records" / f"{slug(cell['task'])}--{slug(cell['decoder'])}.jsonl"
         numbers = {"seeds": 1, **cell}
         curves = _curves([cell["curves"]]) if "curves" in cell else {}
-        lengths = list(_lengths(records)) if records.is_file() else []
+        lengths = list(each_line(records, RECORD, _FIX, itemgetter("length")))  # not the whole records at once
         material.results.append(Result(name, cell["task"], cell["decoder"], {}, numbers, curves, lengths))
     if "diagnostics" in summary:
         material.diagnostics[name] = summary
@@ -144,16 +139,9 @@ def _read_evaluation(folder: Path, name: str, material: Material) -> None:
     material.folders.append(Folder(name, what, facts))
 
 
-def _lengths(records: Path) -> Iterator[int]:
-    """Line by line: a file may be far larger than what is kept of it."""
-    with records.open(encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)["length"]
-
-
 def _curves(found: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
     """The curves of a cell's seeds as their mean; where only some seeds have a value, of those."""
-    return {key: _mean([np.array(c[key], dtype=float) for c in found]) for key in found[0]}
+    return {key: _mean([np.array(c[key], dtype=float) for c in found]) for key in CURVES} if found else {}
 
 
 def _mean(arrays: Sequence[np.ndarray]) -> np.ndarray:
@@ -168,14 +156,14 @@ def _mean(arrays: Sequence[np.ndarray]) -> np.ndarray:
 
 def _read_study(folder: Path, name: str, material: Material) -> None:
     cells = read_cells(folder)
-    config = read_yaml(folder / "study.yaml", "the study") if (folder / "study.yaml").is_file() else {}
+    config = _settings(folder / "study.yaml", cells)
     chosen = [build(Pivot, table, "tables") for table in config.get("tables", [])]
     summary = summarise_study(cells, config.get("compare", []), config.get("baselines", []), chosen)
     for entry, group in zip(summary["cells"], groups_of(cells).values(), strict=True):
         lines = group.lines
         axes = {k: v for k, v in entry["cell"].items() if k not in ("task", "decoder")}
         numbers = {"score_name": lines[0]["score_name"], "seconds": sum(line["seconds"] for line in lines), **entry}
-        curves = _curves([line["curves"] for line in lines if "curves" in line] or [{}])
+        curves = _curves([line["curves"] for line in lines if "curves" in line])
         lengths = [length for line in lines for length in line["length"]]
         task, decoder = entry["cell"]["task"], entry["cell"]["decoder"]
         material.results.append(Result(name, task, decoder, axes, numbers, curves, lengths))
@@ -183,10 +171,12 @@ def _read_study(folder: Path, name: str, material: Material) -> None:
     if summary["differences"]:
         material.differences += [{"folder": name, **d} for d in summary["differences"]]
         material.notes[name] = summary["note"]
-    for line in read_lines(folder / "runs.jsonl"):
+    for line in run_lines(folder / "runs.jsonl"):
         settings = {k.removeprefix("train."): v for k, v in line["train"].items() if k not in SEEDS}
         costs = {**line["budget"], **{f"seconds_{k}": v for k, v in line["seconds"].items()}}
-        material.runs.append(Run(name, line["key"], settings, _by_update(line["metrics"]), costs))
+        material.runs.append(
+            Run(name, line["key"], settings, _by_update(line["metrics"], folder / "runs.jsonl"), costs)
+        )
     facts = {"configuration": config} if config else {}
     environments = {json.dumps(line["environment"]): line["environment"] for line in cells}
     many = len(environments) > 1
@@ -195,30 +185,50 @@ def _read_study(folder: Path, name: str, material: Material) -> None:
     material.folders.append(Folder(name, what, facts))
 
 
-def _by_update(entries: Sequence[dict[str, Any]]) -> dict[str, Curve]:
+def _settings(path: Path, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A study's file, if it is there, with axes that its cells have."""
+    if not path.is_file():
+        return {}
+    table = {"title": str, "rows": [str], **{f"{key}?": [str] for key in ("columns", "mean_over")}, "where?": dict}
+    config = read_yaml(path, "the study", {"compare?": [str], "baselines?": [str], "tables?": [table]})
+    named = [
+        axis
+        for t in config.get("tables", [])
+        for k in ("rows", "columns", "where", "mean_over")
+        for axis in t.get(k, ())
+    ]
+    for axis in (*config.get("compare", ()), *named):
+        if axis not in (known := [*cells[0]["cell"], PLAN]):
+            raise unknown(f"axis in {path}", axis, known)
+    return config
+
+
+def _by_update(entries: Sequence[dict[str, Any]], path: Path) -> dict[str, Curve]:
+    """The curves of a run's metrics; what is not finite, as a diverging run logs it, has no point."""
     curves: dict[str, Curve] = {}
     for entry in entries:
         for key, value in entry.items():
-            if key != "step":
+            if key != "step" and math.isfinite(value):
                 curves.setdefault(key, {})[entry["step"]] = value
     if not {"reward", "eval_reward"} & set(curves):
-        raise ValueError("no rewards among the metrics")
+        raise UserError(f"{path} holds no rewards among the metrics: {_FIX}")
     return curves
 
 
 def _read_run(folder: Path, name: str, material: Material) -> None:
-    config = read_yaml(folder / "config.yaml", "the config")
-    entries = read_lines(folder / "metrics.jsonl")
+    schema = {"objective": str, "decoder": str, "seed": COUNT, "batch_size": POSITIVE}
+    config = read_yaml(folder / "config.yaml", "the config", schema)
+    entries = read_lines(folder / "metrics.jsonl", METRICS, _FIX)
     if not entries:
         raise UserError(f"{folder / 'metrics.jsonl'} is empty: let the run make its first update")
     rollouts = sum("reward" in entry for entry in entries)
     costs = {"updates": max(e["step"] for e in entries), "completions": rollouts * config["batch_size"]}
-    times = read_lines(folder / "times.jsonl")
+    times = read_lines(folder / "times.jsonl", TIMES, _FIX)
     if times:
         costs |= {key: sum(t.get(key, 0) for t in times) for key in ("seconds_rollout", "seconds_update")}
     settings = {k: v for k, v in config.items() if k not in _NOT_SETTINGS}
     what = f"training with {config['objective']} along {config['decoder']}, seed {config['seed']}"
-    material.runs.append(Run("", name, settings, _by_update(entries), costs))
+    material.runs.append(Run("", name, settings, _by_update(entries, folder / "metrics.jsonl"), costs))
     material.folders.append(Folder(name, what, {"configuration": config}))
 
 

@@ -20,6 +20,7 @@ from unmask.rl.config import GRPOSettings, TrajectoryGRPOConfig
 from unmask.rl.rewards import Row, load_rewards, task_rewards
 from unmask.rl.trainer import TrajectoryGRPOTrainer
 from unmask.runs import FolderCheck, check_reporters, claim, finish, warn_of_warmup, writing_run
+from unmask.schema import COUNT
 from unmask.spec import UserError, check_at_least, check_positive, check_seed, expand_paths, unknown
 from unmask.tasks import Task, make_task
 
@@ -136,7 +137,8 @@ class RunLog(TrainerCallback):
         for name in ("metrics", "times", "completions"):
             path = self.folder / f"{name}.jsonl"
             # The validation before the first update belongs to step 0 of a fresh start only.
-            kept = [e for e in read_lines(path) if e["step"] <= state.global_step] if state.global_step else []
+            lines = read_lines(path, {"step": COUNT}, "remove it, and the run goes on without what it held")
+            kept = [e for e in lines if e["step"] <= state.global_step] if state.global_step else []
             with whole(path) as partial:
                 partial.write_text("".join(json.dumps(e) + "\n" for e in kept))
 

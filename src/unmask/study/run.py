@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from unmask.config import save_config
 from unmask.files import read_lines, whole, write_json, writing_to
+from unmask.schema import METRICS, TIMES
 from unmask.spec import UserError
 from unmask.study import Table
 from unmask.study.grid import Job, StudyConfig, check_compared, jobs_of, labels, settings_of, training_labels
@@ -77,10 +78,13 @@ def _trained(config: RLConfig, folder: Path) -> tuple[str, Table]:
         train(dataclasses.replace(config, output=str(folder)))
     for checkpoint in checkpoints(folder):
         shutil.rmtree(checkpoint)
-    times = read_lines(folder / "times.jsonl")
-    seconds = {k: round(sum(t[f"seconds_{k}"] for t in times), 3) for k in ("rollout", "update")}
+    fix = f"remove {folder}, and it is trained again"
+    times, metrics = (
+        read_lines(folder / f"{name}.jsonl", schema, fix) for name, schema in (("times", TIMES), ("metrics", METRICS))
+    )
+    seconds = {k: round(sum(t.get(f"seconds_{k}", 0) for t in times), 3) for k in ("rollout", "update")}
     settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "output"}
-    return str(final), {"settings": settings, "metrics": read_lines(folder / "metrics.jsonl"), "seconds": seconds}
+    return str(final), {"settings": settings, "metrics": metrics, "seconds": seconds}
 
 
 def training_budget(config: RLConfig) -> dict[str, int]:
@@ -152,13 +156,10 @@ def _end_with_parent(pipe: Connection) -> None:
 class Lines:
     """A study's cells.jsonl or runs.jsonl: always whole, and in the order of the study, whatever is finished first."""
 
-    def __init__(self, path: Path, keys: Sequence[str]) -> None:
+    def __init__(self, path: Path, keys: Sequence[str], read: Callable[[Path, str], list[Table]]) -> None:
         """Raises UserError where the file is damaged, or holds lines that the study does not name."""
         self.path, self.keys = path, keys
-        try:
-            self.lines = {line["key"]: line for line in read_lines(path)}
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{path} is damaged: remove it, and what it held is run again") from None
+        self.lines = {line["key"]: line for line in read(path, "remove it, and what it held is run again")}
         if strangers := len(set(self.lines) - set(keys)):
             raise UserError(
                 f"{path} holds {strangers} lines that this study does not name: give another output, or name them again"
@@ -192,7 +193,7 @@ def study(config: StudyConfig, beside: Path, progress: Progress | None = None) -
         UserError: for anything wrong in the request, where the folder holds cells of another study, and where a job fails;
             what is finished stays.
     """
-    from unmask.study.summary import markdown, summarise_study
+    from unmask.study.summary import cell_lines, markdown, run_lines, summarise_study
 
     jobs = jobs_of(config, beside)
     tables, axes = labels(jobs)
@@ -203,8 +204,8 @@ def study(config: StudyConfig, beside: Path, progress: Progress | None = None) -
     with writing_to(output, "output"):
         output.mkdir(parents=True, exist_ok=True)
     with _alone(output):
-        cells = Lines(output / "cells.jsonl", keys)
-        runs = Lines(output / "runs.jsonl", [job.name for job in jobs if job.training])
+        cells = Lines(output / "cells.jsonl", keys, cell_lines)
+        runs = Lines(output / "runs.jsonl", [job.name for job in jobs if job.training], run_lines)
         trained = training_labels(jobs, tables)
         waiting = [job for job in jobs if not _finished(job, cells, runs)]
         _check_problems(waiting)

@@ -16,22 +16,32 @@ import numpy as np
 from unmask.evaluation.report import markdown as markdown_table
 from unmask.evaluation.report import percent, points
 from unmask.evaluation.statistics import Bootstrap, holm, student_half_width, student_p, wilson
-from unmask.files import read_lines
+from unmask.files import each_line
+from unmask.schema import CELL, RUN, whole_cell
 from unmask.spec import UserError
 from unmask.study import METRICS, SEEDS, Table
 from unmask.study.pivot import OTHERS, Pivot, plain, tables
 
 
+def cell_lines(path: Path, fix: str = "give a whole study") -> list[Table]:
+    """The lines of a cells.jsonl. Raises UserError, with ``fix`` as its end, where one is no cell."""
+    return list(each_line(path, CELL, fix, whole_cell))
+
+
+def run_lines(path: Path, fix: str = "give a whole study") -> list[Table]:
+    """The lines of a runs.jsonl. Raises UserError, with ``fix`` as its end, where one is no training."""
+    return list(each_line(path, RUN, fix))
+
+
 def read_cells(folder: Path) -> list[Table]:
-    """The lines of a study's cells.jsonl. Raises UserError where there are none, or the file is damaged."""
-    try:
-        cells = read_lines(folder / "cells.jsonl")
-    except ValueError:
-        raise UserError(f"{folder / 'cells.jsonl'} is damaged: give a whole study") from None
+    """The lines of a study's cells.jsonl. Raises UserError where there are none, or they are not those of one study."""
+    cells = cell_lines(folder / "cells.jsonl")
     if not cells:
         raise UserError(f"{folder} holds no finished cell of a study (cells.jsonl): let it run first")
     if len({cell["key"] for cell in cells}) < len(cells):
         raise UserError(f"{folder / 'cells.jsonl'} holds a cell twice: give a whole study")
+    if any(set(cell["cell"]) != set(cells[0]["cell"]) for cell in cells):
+        raise UserError(f"{folder / 'cells.jsonl'} holds cells with different axes: let unmask study write it again")
     return cells
 
 
@@ -105,7 +115,7 @@ def summarise_study(
         **summary,
         "note": _note(summary["differences"], [len(g.lines) for g in groups.values()]),
         "budgets": {
-            k: trained[0][k] if len({b[k] for b in trained}) == 1 else None
+            k: trained[0].get(k) if len({b.get(k) for b in trained}) == 1 else None
             for k in ("updates", "completions", "training_passes")
             if trained
         },

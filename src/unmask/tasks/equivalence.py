@@ -23,7 +23,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from contextlib import suppress
 from functools import lru_cache
 from typing import IO, Any

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,9 +11,11 @@ import torch
 
 from unmask.decoding import Decoder, make_decoder
 from unmask.evaluation.evaluate import row_seeds
-from unmask.evaluation.records import Record, read_records, slug
+from unmask.evaluation.records import Record, slug
+from unmask.files import each_line, read_json
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.source import ModelSource
+from unmask.schema import CONFIG, RECORD, Number
 from unmask.spec import UserError, build, expand_home
 from unmask.tasks import make_task
 
@@ -130,19 +131,16 @@ def _read(path: Path, index: int) -> tuple[Settings, Decoder, Record]:
     if not run.is_file():
         raise UserError(f"{path} is in no run's records: give it as RUN/records/{path.name}, with {run.name} in RUN")
     try:
-        config = json.loads(run.read_text(encoding="utf-8"))
+        config = read_json(
+            run, {**CONFIG, "seed": Number(0, 2**30 - 1, whole=True), "early_stop": bool}, "evaluate again"
+        )
         values = {**config, **config["model"]}
         settings = build(Settings, {f.name: values[f.name] for f in fields(Settings)}, str(run))
         specs = {f"{slug(t)}--{slug(d)}.jsonl": d for t in config["tasks"] for d in config["decoders"]}
         decoder = build(Decoder, config["decoders"][specs[path.name]], str(run))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{run} does not say how {path} was made ({what}): evaluate again") from None
-    try:
-        records = {r["index"]: {k: r[k] for k in ("id", "prompt", "completion", "solved")} for r in read_records(path)}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"a line lacks {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{path} is damaged ({what}): run its unmask eval command again") from None
+    except KeyError as error:
+        raise UserError(f"{run} does not say how {path} was made (it lacks {error}): evaluate again") from None
+    records = {r["index"]: r for r in each_line(path, RECORD, "run its unmask eval command again")}
     if index not in records:
         raise UserError(f"{path} holds no record of problem {index} (it has {len(records)}): give another --index")
     return settings, decoder, records[index]
