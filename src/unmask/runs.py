@@ -8,8 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers.integrations import get_available_reporting_integrations
-
 from unmask.config import read_config, save_config
 from unmask.files import writing_to
 from unmask.models.masked_lm import MaskedLM
@@ -41,13 +39,6 @@ def claim(output: Path, config: Any, may_change: Collection[str], write: bool = 
             output.mkdir(parents=True, exist_ok=True)
             save_config(config, output / "config.yaml")
     return newest
-
-
-def check_reporters(names: Collection[str]) -> None:
-    """Raises UserError for the first name that is no installed logger of transformers."""
-    for name in names:
-        if name not in get_available_reporting_integrations():
-            raise UserError(f"report_to names {name!r}, which is not installed: pip install it or leave it out")
 
 
 def export(lm: MaskedLM, folder: Path) -> Path:
