@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from unmask.bench.command import BENCHMARKS
 from unmask.cli import COMMANDS, main
 from unmask.evaluation.records import shard
 
@@ -142,6 +144,62 @@ def test_damaged_files(
 def test_flags_that_cannot_be_read(capsys: pytest.CaptureFixture[str], arguments: list[str], said: list[str]) -> None:
     config = str(ROOT / "configs" / "tiny" / "cj_sudoku.yaml")
     fails(capsys, [config if a == "CONFIG" else a for a in arguments], *said)
+
+
+HEAVY = ("torch", "transformers", "matplotlib", "datasets", "peft", "reasoning_gym", "lm_eval")
+
+
+ANSWERED_AT_ONCE = [
+    *([name, "--help"] for name in COMMANDS if name != "lm-eval"),
+    *(["bench", name, "--help"] for name in BENCHMARKS),
+    *([name, "--nothing", "x"] for name in ("generate", "info", "view", "eval", "sft", "rl", "tune", "study", "demo")),
+    *(["bench", name, "--nothing"] for name in BENCHMARKS),
+    *([name, "no.yaml"] for name in ("sft", "rl", "study")),
+    *(
+        [name, str(ROOT / "configs" / "tiny" / file), "--stepz", "2"]
+        for name, file in (("sft", "sft.yaml"), ("rl", "cj_sudoku.yaml"))
+    ),
+    ["evall"],
+    ["bench", "decoding"],
+]
+
+
+def test_help_and_typos_answer_without_heavy_imports() -> None:
+    """What takes seconds is these imports: in one interpreter for all calls, none of them may be found."""
+    code = f"""
+import sys
+from unmask.cli import main
+for arguments in {ANSWERED_AT_ONCE!r}:
+    try:
+        code = main(arguments)
+    except SystemExit as stop:
+        code = stop.code or 0
+    assert code == (0 if "--help" in arguments else 2), arguments
+    assert not (found := {{*{HEAVY!r}}} & {{*sys.modules}}), (arguments, found)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keys"),
+    [
+        (
+            ["sft"],
+            ["--steps {None}|INT", "--decay-share FLOAT", "(default: 0.4)", "The last share of the updates", "CONFIG"],
+        ),
+        (["rl"], ["--dry-run", "--tasks", "--num-generations INT", "(default: 8)", "Completions a prompt, the group"]),
+        (["study"], ["--jobs INT", "(default: 1)", "evaluate", "train", "tables", "Jobs at a time"]),
+        (["bench"], [*BENCHMARKS]),
+    ],
+)
+def test_help_lists_the_keys_of_the_file(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], keys: list[str]
+) -> None:
+    with contextlib.suppress(SystemExit):
+        main([*arguments, "--help"])
+    said = capsys.readouterr().out
+    assert [key for key in keys if key not in said] == []
 
 
 def test_generate_prints_plain_text_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,15 +12,10 @@ from typing import Any
 
 import torch
 
+from unmask.config import LORA_TARGETS
 from unmask.models.load import SHIPPED
 from unmask.models.masked_lm import MaskedLM
 from unmask.spec import UserError
-
-# Every matrix of every block: LLaDA's names, then those of Qwen and Llama. The head outside the blocks is left alone.
-LORA_TARGETS = (
-    r"(.*\.)?(blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"
-    r"|layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj))"
-)
 
 
 def adapter_config(r: int, alpha: int, targets: str = LORA_TARGETS, dropout: float = 0.0) -> Any:

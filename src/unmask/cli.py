@@ -8,19 +8,20 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from unmask.files import each_line
-from unmask.flags import read_flags
+from unmask.flags import overview, read_flags
 from unmask.models.source import ModelSource
 from unmask.spec import UserError, convert, split_spec, unknown
 from unmask.terminal import console, standard_streams
 
 if TYPE_CHECKING:
-    from unmask.evaluation.evaluate import EvalConfig
+    from unmask.evaluation.config import EvalConfig
     from unmask.tasks import Grade, Task
 
 # Heavy imports stand inside the commands, so that --help and a typo answer at once.
@@ -67,7 +68,7 @@ def generate(arguments: list[str]) -> None:
 
 
 def evaluate(arguments: list[str]) -> None:
-    from unmask.evaluation.evaluate import EvalConfig
+    from unmask.evaluation.config import EvalConfig
 
     _run_evaluation(read_flags(EvalConfig, arguments, prog="unmask eval"))
 
@@ -100,21 +101,15 @@ def _run_evaluation(config: EvalConfig) -> None:
         print(f"figure   {figure}")
 
 
-@dataclass
-class SFTArguments:
-    """Supervised training with the masked diffusion loss. Any key of the config may follow as a flag: ``--steps 2``."""
-
-    config: Annotated[str, tyro.conf.Positional]
-    """YAML file of SFTConfig fields."""
-
-
 def sft(arguments: list[str]) -> None:
-    if not arguments or arguments[0].startswith("-"):
-        read_flags(SFTArguments, arguments, prog="unmask sft")
-    from unmask.config import read_config
-    from unmask.sft import SFTConfig, train
+    from unmask.config import command_config
+    from unmask.sft_config import SFTConfig
 
-    _say_where(train(read_config(SFTConfig, arguments[0], arguments[1:])))
+    about = "Supervised training with the masked diffusion loss."
+    config = command_config(SFTConfig, arguments, "unmask sft", about)
+    from unmask.sft import train
+
+    _say_where(train(config))
 
 
 def _speaks() -> bool:
@@ -127,26 +122,18 @@ def _say_where(final: Path) -> None:
         print(f"checkpoint  {final}")
 
 
-@dataclass
-class RLArguments:
-    """Reinforcement learning (GRPO) with any decoder. Any key of the config may follow as a flag: ``--steps 2``."""
-
-    config: Annotated[str, tyro.conf.Positional]
-    """YAML file of RLConfig fields."""
-    dry_run: bool = False
-    """Print what the run would do (batches, forward passes, memory) and stop; no weights are read."""
-
-
 def rl(arguments: list[str]) -> None:
+    from unmask.config import command_config
+    from unmask.rl.config import RLConfig
+
     dry = "--dry-run" in arguments
     arguments = [a for a in arguments if a != "--dry-run"]
-    if not arguments or arguments[0].startswith("-"):
-        read_flags(RLArguments, arguments, prog="unmask rl")
-    from unmask.config import read_config
-    from unmask.rl.run import RLConfig, train
-
-    config = read_config(RLConfig, arguments[0], arguments[1:])
+    about = "Reinforcement learning (GRPO) along the trajectories of any decoder."
+    switch = "Print what the run would do (batches, forward passes, memory) and stop; no weights are read."
+    config = command_config(RLConfig, arguments, "unmask rl", about, dry_run=switch)
     if not dry:
+        from unmask.rl.run import train
+
         _say_where(train(config))
         return
     from unmask.rl.plan import dry_run
@@ -187,17 +174,18 @@ def export_checkpoint(arguments: list[str]) -> None:
         print(f"checkpoint  {export(load(a.checkpoint, device='cpu'), output)}")
 
 
-def bench(arguments: list[str]) -> None:
-    from unmask.bench.tables import BENCHMARKS
-
-    if not arguments or arguments[0] not in BENCHMARKS:
-        raise unknown("benchmark", arguments[0] if arguments else "", BENCHMARKS)
-    BENCHMARKS[arguments[0]](arguments[1:])
-
-
 def _elsewhere(module: str) -> Callable[[list[str]], None]:
     """The ``command`` of a module, imported when it is called."""
     return lambda arguments: import_module(module).command(arguments)
+
+
+def lm_eval(arguments: list[str]) -> None:
+    if not {"-h", "--help"}.isdisjoint(arguments) and find_spec(
+        "lm_eval"
+    ):  # its help knows no models, so it needs none
+        sys.argv = ["lm-eval", *arguments]
+        import_module("lm_eval.__main__").cli_evaluate()
+    _elsewhere("unmask.evaluation.harness")(arguments)
 
 
 @dataclass
@@ -259,7 +247,7 @@ DEMO_DECODERS = ["full", "semi-ar", "eoser", "full:steps=7", "ass", "eoser-ass",
 
 def demo(arguments: list[str]) -> None:
     a = read_flags(DemoArguments, arguments, prog="unmask demo")
-    from unmask.evaluation.evaluate import EvalConfig
+    from unmask.evaluation.config import EvalConfig
     from unmask.models.load import load
     from unmask.tasks import make_task
 
@@ -287,20 +275,18 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "tune": (_elsewhere("unmask.evaluation.tune"), "the best decoder for a task within a budget of forward passes"),
     "study": (_elsewhere("unmask.study.command"), "a grid of trainings and evaluations with equal budgets, resumable"),
     "export": (export_checkpoint, "merge a checkpoint's adapter into a plain checkpoint"),
-    "bench": (bench, "decode, rl: time and memory; memory: the formula; gap: objectives against samples"),
-    "lm-eval": (
-        _elsewhere("unmask.evaluation.harness"),
-        "lm-evaluation-harness's own command line, with --model unmask",
+    "bench": (
+        _elsewhere("unmask.bench.command"),
+        "time and memory of decoding and updates; how far objectives are from samples",
     ),
+    "lm-eval": (lm_eval, "lm-evaluation-harness's own command line, with --model unmask"),
     "grade": (grade, "grade completions made elsewhere"),
     "demo": (demo, "the shipped model under each decoder"),
 }
 
 
 def usage() -> str:
-    width = max(map(len, COMMANDS))
-    rows = "\n".join(f"  {name:<{width}}  {what}" for name, (_, what) in COMMANDS.items())
-    return f"usage: unmask COMMAND …    (unmask COMMAND --help for its options)\n\n{rows}\n"
+    return overview("unmask", "COMMAND", {name: what for name, (_, what) in COMMANDS.items()})
 
 
 def main(arguments: list[str] | None = None) -> int:

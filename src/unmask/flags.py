@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import tyro
@@ -32,6 +33,13 @@ def read_flags(kind: type[T], arguments: list[str], prog: str, **settings: Any) 
         raise UserError(_sentence(said.getvalue(), prog)) from None
     expand_paths(found)  # a shell leaves ~ in --output=~/x
     return found
+
+
+def overview(prog: str, what: str, choices: Mapping[str, str]) -> str:
+    """The help of a command that is a choice of others: their names, and what each does."""
+    width = max(map(len, choices))
+    rows = "".join(f"  {name:<{width}}  {does}\n" for name, does in choices.items())
+    return f"usage: {prog} {what} …    ({prog} {what} --help for its options)\n\n{rows}"
 
 
 def _sentence(box: str, prog: str) -> str:

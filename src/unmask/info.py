@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import torch
 import tyro
 
-from unmask.memory import GIB, Load, Need, decoding_need, training_need
-from unmask.models.load import find_folder, outline, read_json
-from unmask.models.masked_lm import MaskedLM
 from unmask.models.source import ModelSource
 from unmask.spec import UserError, check_at_least
 from unmask.terminal import console
+
+if TYPE_CHECKING:
+    from unmask.memory import Need
+    from unmask.models.masked_lm import MaskedLM
+
+# Heavy imports stand inside the functions, so that --help and a typo answer at once.
 
 DECODING = (
     "alg",
@@ -83,6 +85,10 @@ def facts(lm: MaskedLM) -> dict[str, Any]:
 
 def memory(lm: MaskedLM, a: InfoArguments) -> list[tuple[str, int, Need]]:
     """(what, L, bytes) for decoding, for training an adapter and for training all weights, with and without checkpointing."""
+    import torch
+
+    from unmask.memory import Load, decoding_need, training_need
+
     cuda = not a.weights or lm.device.type != "cpu"
     own = lm.model.dtype
     rows = []
@@ -111,6 +117,9 @@ def memory(lm: MaskedLM, a: InfoArguments) -> list[tuple[str, int, Need]]:
 def info(a: InfoArguments) -> None:
     """Print it. Raises UserError as ``load`` does."""
     from rich.table import Table
+
+    from unmask.memory import GIB, Need
+    from unmask.models.load import find_folder, outline, read_json
 
     if a.trust_remote_code or a.load_in_4bit:
         raise UserError(

@@ -12,7 +12,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState
-from transformers.integrations import get_available_reporting_integrations
 
 from unmask.config import read_config, save_config
 from unmask.files import writing_to
@@ -60,13 +59,6 @@ def warn_of_warmup(warmup_steps: int | None, steps: int) -> None:
             "set warmup_steps lower or train longer",
             file=sys.stderr,
         )
-
-
-def check_reporters(names: Collection[str]) -> None:
-    """Raises UserError for the first name that is no installed logger of transformers."""
-    for name in names:
-        if name not in get_available_reporting_integrations():
-            raise UserError(f"report_to names {name!r}, which is not installed: pip install it or leave it out")
 
 
 class FolderCheck(TrainerCallback):

@@ -24,7 +24,6 @@ from unmask.models.masked_lm import MaskedLM
 from unmask.spec import UserError
 from unmask.tasks import make_task
 
-OVERLONG = ("refuse", "truncate", "drop")
 _REASONING = (
     "Think between <reasoning> and </reasoning>, then write only the final answer between <answer> and </answer>.\n\n"
 )

@@ -10,41 +10,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from unmask.bench.config import Shape
 from unmask.models.llada import LLaDAConfig, LLaDAModelLM
 from unmask.models.load import DTYPES
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.scratch import character_tokenizer
-from unmask.spec import UserError, check_at_least
+from unmask.spec import UserError
 
 CLEAR = Path("/proc/self/clear_refs")
-
-
-@dataclass
-class Shape:
-    """A stand-in with LLaDA's vocabulary and random weights."""
-
-    vocabulary: int = 126_464
-    d_model: int = 256
-    n_layers: int = 4
-    n_heads: int = 4
-    mlp_hidden_size: int = 768
-
-    def check(self, device: str) -> None:
-        """Raises UserError for a shape that cannot be built, or a GPU that is not there."""
-        check_at_least(self, 1, "d_model", "n_layers", "n_heads", "mlp_hidden_size")
-        check_at_least(self, 128, "vocabulary")
-        if self.d_model % (2 * self.n_heads):
-            raise UserError(
-                f"d_model={self.d_model} is no multiple of 2 * n_heads={2 * self.n_heads}: change one of them"
-            )
-        if device != "cpu" and not torch.cuda.is_available():
-            raise UserError(f"device is {device}, but there is no GPU here: give --device cpu")
 
 
 def stand_in(shape: Shape, dtype: str, device: str) -> MaskedLM:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unmask.bench.common import (
-    Shape,
     answer,
     gemm_peak,
     measure_apart,
@@ -24,64 +23,23 @@ from unmask.bench.common import (
     spread,
     stand_in,
 )
+from unmask.bench.config import STAND_IN, BenchDecode
 from unmask.bench.reference import load_reference, reference_decode
-from unmask.decoding import PRESETS, Decoder, decode, make_decoder
+from unmask.decoding import Decoder, decode, make_decoder
 from unmask.decoding.canvas import Canvases
 from unmask.decoding.decode import Decoding
 from unmask.evaluation.evaluate import environment, task_prompts
 from unmask.files import claim_result, write_json
 from unmask.memory import GIB
-from unmask.models.load import DTYPES, load
+from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
-from unmask.spec import UserError, check_at_least, unknown
+from unmask.spec import UserError
 from unmask.tasks import make_task
 from unmask.trajectory import Trajectory
 
-STAND_IN = "stand-in"
 HEAD_SCALE = (
     8.0  # the stand-in's head: confidences as far apart as a trained model's, so that no order hangs on rounding
 )
-
-
-@dataclass
-class BenchDecode(Shape):
-    """Time and memory of decoding, without early stop.
-
-    *step*: one pass of our loop with its commits. *needed*: the same forward pass with logits at the open masked positions and
-    nothing else. *trunk*: the same without logits. They alternate on recorded states, ``passes`` of them evenly spaced over
-    the plan; tokens a second are those of the whole plan at that speed (of whole decodes for a decoder with a cache).
-    """
-
-    model: tuple[str, ...] = (STAND_IN, "tiny")
-    """``stand-in`` (random weights of the shape below), a shipped model's name or the path of a checkpoint folder."""
-    decoder: tuple[str, ...] = tuple(PRESETS)
-    temperature: tuple[float, ...] = (0.0, 1.0)
-    length: tuple[int, ...] = (128,)
-    """Canvas lengths in tokens; several also give a figure of the time per sequence."""
-    rows: int = 4
-    prompt: int = 64
-    """Prompt length in tokens; models other than the stand-in get Countdown prompts of one length instead."""
-    passes: int = 8
-    """States of each trajectory that are timed."""
-    repeats: int = 5
-    reference: str | None = None
-    """A checkout of EOSER-ASS-RL: its eval/generate.py decodes the same prompts with the same weights, whole decodes are
-    compared in time and at temperature 0 in tokens."""
-    dtype: str = "float32"
-    device: Literal["cpu", "cuda"] = "cpu"
-    output: str = "runs/bench-decode.json"
-
-    def __post_init__(self) -> None:
-        self.check(self.device)
-        check_at_least(self, 1, "rows", "prompt", "passes", "repeats")
-        if self.dtype not in DTYPES:
-            raise unknown("dtype", self.dtype, DTYPES)
-        if not (self.model and self.decoder and self.temperature and self.length):
-            raise UserError("model, decoder, temperature and length each need at least one value")
-        for spec, temperature, length in product(self.decoder, self.temperature, self.length):
-            make_decoder(spec, max_new_tokens=length, temperature=temperature)
-        if self.reference is not None:
-            load_reference(self.reference)
 
 
 def bench_decode(config: BenchDecode, progress: Callable[[str], None]) -> dict[str, Any]:

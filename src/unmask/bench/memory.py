@@ -4,64 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from unmask.bench.common import Shape, answer, measure_apart, peak_bytes, reset_peak, stand_in
-from unmask.bench.update import BenchRL, bench_trainer, random_rollout
+from unmask.bench.common import answer, measure_apart, peak_bytes, reset_peak, stand_in
+from unmask.bench.config import BenchMemory, BenchRL
+from unmask.bench.update import bench_trainer, random_rollout
 from unmask.decoding import decode, make_decoder
 from unmask.evaluation.evaluate import environment
 from unmask.files import claim_result, write_json
 from unmask.memory import GIB, Load, decoding_need, training_need
 from unmask.models.masked_lm import MaskedLM
-from unmask.spec import UserError, check_at_least
 
 # Small allocations too go back to the system when they are freed, so that resident memory is what lives.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-WORKS = ("decode", "lora", "lora checkpointing", "all", "all checkpointing")
-
-
-@dataclass
-class BenchMemory(Shape):
-    """Formula and measured peak of decoding, and of an update with a LoRA adapter or of all weights (AdamW included).
-
-    The model is a stand-in of the asked shape. Where all weights are trained they are float32, else ``dtype``; autocast is to
-    bfloat16.
-    """
-
-    vocabulary: int = 32_768
-    d_model: int = 512
-    n_layers: int = 6
-    n_heads: int = 8
-    mlp_hidden_size: int = 1536
-    work: tuple[str, ...] = WORKS
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    length: tuple[int, ...] = (64, 256)
-    """Canvas lengths L."""
-    completions: tuple[int, ...] = (2, 8)
-    """Completions of the update, or rows in decoding (G)."""
-    steps: int = 8
-    """Steps that the update scores (S)."""
-    rows_per_forward: int = 8
-    prompt: int = 64
-    lora: int = 16
-    device: Literal["cpu", "cuda"] = "cpu"
-    output: str = "runs/bench-memory.json"
-
-    def __post_init__(self) -> None:
-        self.check(self.device)
-        check_at_least(self, 1, "steps", "rows_per_forward", "prompt", "lora")
-        if not set(self.work) <= set(WORKS):
-            raise UserError(f"work is {self.work}: give some of {', '.join(WORKS)}")
-        if min((0, *self.length, *self.completions)[1:], default=0) < 1 or self.steps > min(self.length):
-            raise UserError(
-                f"length={self.length}, completions={self.completions}, steps={self.steps}: give 1 or more, and no more "
-                "steps than tokens"
-            )
 
 
 def bench_memory(config: BenchMemory, progress: Callable[[str], None]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""``unmask bench``: the benchmarks' command lines and tables."""
+"""What the benchmarks print: tables and a figure."""
 
 from __future__ import annotations
 
@@ -11,23 +11,22 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
 
-from unmask.bench.decoding import BenchDecode, bench_decode
-from unmask.bench.memory import BenchMemory, bench_memory
+from unmask.bench.config import BenchDecode, BenchGap, BenchMemory, BenchRL
+from unmask.bench.decoding import bench_decode
+from unmask.bench.memory import bench_memory
 from unmask.bench.memory import table as memory_table
-from unmask.bench.update import BenchRL, bench_rl
+from unmask.bench.update import bench_rl
 from unmask.evaluation.report import COLOURS, MARKERS, markdown, save_figure
 from unmask.files import whole
-from unmask.flags import read_flags
-from unmask.rl.gap import BenchGap, bench_gap
+from unmask.rl.gap import bench_gap
 from unmask.terminal import console
 
 Row = list[str]
 
 
-def _run(kind: Any, work: Callable[..., dict[str, Any]], name: str, arguments: list[str]) -> tuple[Any, dict[str, Any]]:
-    config = read_flags(kind, arguments, f"unmask bench {name}")
+def _run(config: Any, work: Callable[..., dict[str, Any]]) -> dict[str, Any]:
     with console(stderr=True).status("") as status:
-        return config, work(config, lambda what: status.update(Text(what)))
+        return work(config, lambda what: status.update(Text(what)))
 
 
 def _print(title: str, headings: Row, rows: list[Row], output: str) -> None:
@@ -112,8 +111,9 @@ def lengths_figure(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def _decode(arguments: list[str]) -> None:
-    config, result = _run(BenchDecode, bench_decode, "decode", arguments)
+def decode(config: BenchDecode) -> None:
+    """Measure, write and print."""
+    result = _run(config, bench_decode)
     title = f"decoding {config.rows} rows, {config.dtype}; median (range) of {config.repeats}"
     _print(title, DECODE_HEADINGS, decode_rows(result), config.output)
     if len(config.length) > 1:
@@ -140,8 +140,9 @@ def update_rows(result: dict[str, Any]) -> list[Row]:
 UPDATE_HEADINGS = ["way", "S", "seconds", "peak GiB", "before", "% GEMM"]
 
 
-def _rl(arguments: list[str]) -> None:
-    config, result = _run(BenchRL, bench_rl, "rl", arguments)
+def rl(config: BenchRL) -> None:
+    """Measure, write and print."""
+    result = _run(config, bench_rl)
     title = (
         f"one update, {config.rows} rows of {config.prompt} + {config.length} tokens, V = {config.vocabulary}; "
         f"median (range) of {config.repeats}"
@@ -149,8 +150,9 @@ def _rl(arguments: list[str]) -> None:
     _print(title, UPDATE_HEADINGS, update_rows(result), config.output)
 
 
-def _gap(arguments: list[str]) -> None:
-    config, result = _run(BenchGap, bench_gap, "gap", arguments)
+def gap(config: BenchGap) -> None:
+    """Measure, write and print."""
+    result = _run(config, bench_gap)
 
     def shown(cell: dict[str, Any], key: str) -> str:
         return "{:.2g} [{:.2g}, {:.2g}]".format(cell[key], *cell[f"{key}_interval"])
@@ -161,11 +163,9 @@ def _gap(arguments: list[str]) -> None:
     _print(title, headings, rows, config.output)
 
 
-def _memory(arguments: list[str]) -> None:
-    config, result = _run(BenchMemory, bench_memory, "memory", arguments)
+def memory(config: BenchMemory) -> None:
+    """Measure, write and print."""
+    result = _run(config, bench_memory)
     shape = f"{config.n_layers} layers of {config.d_model}, V = {config.vocabulary}"
     title = f"peak memory, {shape}, P = {config.prompt}, S = {config.steps}"
     _print(title, *memory_table(result), config.output)
-
-
-BENCHMARKS: dict[str, Callable[[list[str]], None]] = {"decode": _decode, "rl": _rl, "gap": _gap, "memory": _memory}

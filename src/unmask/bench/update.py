@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from unmask.adapters import adapter_config
 from unmask.bench.common import (
-    Shape,
     answer,
     free_bytes,
     gemm_peak,
@@ -25,60 +24,18 @@ from unmask.bench.common import (
     spread,
     stand_in,
 )
+from unmask.bench.config import BenchRL
 from unmask.decoding import make_decoder
 from unmask.decoding.plan import uniform
 from unmask.evaluation.evaluate import environment
 from unmask.files import claim_result, write_json
 from unmask.memory import GIB
 from unmask.models.masked_lm import MaskedLM
-from unmask.rl.config import TrajectoryGRPOConfig
+from unmask.rl.arguments import TrajectoryGRPOConfig
 from unmask.rl.objectives import ViewRows
 from unmask.rl.rollout import Rollout
 from unmask.rl.trainer import TrajectoryGRPOTrainer
-from unmask.spec import UserError, check_at_least
 from unmask.trajectory import Trajectory
-
-
-@dataclass
-class BenchRL(Shape):
-    """Time and peak memory of one ``cj`` update over S steps, beside the plain way and the other objectives.
-
-    The model is a stand-in: LLaDA's vocabulary, random weights. *plain*: S forwards with logits of the whole sequence, all
-    graphs alive until one backward, and S more without gradient for the old log-probabilities. *bare*: forward and backward of
-    the same rows, the head at the scored positions, a plain sum as loss.
-    """
-
-    steps: tuple[int, ...] = (8, 16, 32, 64)
-    """Numbers of decoding steps S."""
-    rows: int = 2
-    """Completions in the update."""
-    rows_per_forward: int = 8
-    """Rows of one forward pass, of whatever views."""
-    prompt: int = 64
-    """Prompt length in tokens."""
-    length: int = 128
-    """Canvas length in tokens."""
-    lora: int = 0
-    """Rank of an adapter; 0 trains all weights."""
-    bf16: bool = False
-    """Weights in bfloat16 (an adapter's stay float32) and autocast to it."""
-    gradient_checkpointing: bool = False
-    device: Literal["cpu", "cuda"] = "cpu"
-    repeats: int = 3
-    memory_limit: float = 0.6
-    """Cells that would need more than this share of the free memory (the plain way at many steps) are not run."""
-    output: str = "runs/bench-rl.json"
-
-    def __post_init__(self) -> None:
-        self.check(self.device)
-        check_at_least(self, 1, "rows", "rows_per_forward", "prompt", "length", "repeats")
-        check_at_least(self, 0, "lora")
-        if not self.steps or not all(1 <= s <= self.length for s in self.steps):
-            raise UserError(f"steps {self.steps} do not fit a canvas of {self.length}: give 1 to {self.length}")
-
-    @property
-    def dtype(self) -> str:
-        return "bfloat16" if self.bf16 else "float32"
 
 
 def cells(config: BenchRL) -> list[tuple[str, int]]:

@@ -11,7 +11,8 @@ from torch import Tensor
 from unmask.decoding import Decoder, decode
 from unmask.decoding.decode import guided
 from unmask.decoding.sampling import Candidates, candidates
-from unmask.evaluation.evaluate import EvalConfig, row_seeds, task_prompts
+from unmask.evaluation.config import EvalConfig
+from unmask.evaluation.evaluate import row_seeds, task_prompts
 from unmask.models.head import Head
 from unmask.models.masked_lm import MaskedLM
 from unmask.tasks import Task

@@ -25,7 +25,8 @@ from unmask.schema import CONFIG, MEASURED
 from unmask.spec import TooFewProblems, UserError, check_at_least, expand_paths
 
 if TYPE_CHECKING:
-    from unmask.evaluation.evaluate import Cell, EvalConfig, Progress, Request
+    from unmask.evaluation.config import EvalConfig
+    from unmask.evaluation.evaluate import Cell, Progress, Request
     from unmask.evaluation.records import Record
 
 # Heavy imports stand inside the functions, so that --help and a typo answer at once.
@@ -87,7 +88,7 @@ class TuneConfig(ModelSource):
 
     def evaluation(self, decoders: list[str]) -> EvalConfig:
         """The same settings for decoding the validation problems."""
-        from unmask.evaluation.evaluate import EvalConfig
+        from unmask.evaluation.config import EvalConfig
 
         mine = {f.name for f in fields(self)} - {"task"}
         shared = {f.name: getattr(self, f.name) for f in fields(EvalConfig) if f.name in mine}

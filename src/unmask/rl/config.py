@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from transformers import TrainingArguments
+from unmask.config import LORA_TARGETS, check_reporters
+from unmask.spec import UserError, check_at_least, check_positive, check_seed, expand_paths, unknown
 
-from unmask.decoding import Decoder, make_decoder
-from unmask.rl.objectives import OBJECTIVES
-from unmask.spec import UserError, check_at_least, unknown
+if TYPE_CHECKING:
+    from unmask.decoding import Decoder
+
+# Heavy imports stand inside the checks, so that help and a typo answer at once.
+
+MAY_CHANGE = ("output", "eval_every", "save_every", "report_to", "log_completions", "rows_per_forward")
+_SCHEDULES = ("constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt")
 
 
 @dataclass
@@ -60,6 +65,8 @@ class GRPOSettings:
 
     def check(self) -> None:
         """Raises UserError for a value out of range."""
+        from unmask.rl.objectives import OBJECTIVES
+
         if self.objective not in OBJECTIVES:
             raise unknown("objective", self.objective, OBJECTIVES)
         check_at_least(self, 2, "num_generations")
@@ -108,36 +115,87 @@ class GRPOSettings:
     @property
     def uses_recorded(self) -> bool:
         """Whether the old policy's log-probabilities are the recorded ones."""
+        from unmask.rl.objectives import OBJECTIVES
+
         return OBJECTIVES[self.objective].recorded and self.old_logprobs == "recorded"
 
     def rollout_decoder(self) -> Decoder:
+        from unmask.decoding import make_decoder
+
         return make_decoder(
             self.decoder, max_new_tokens=self.max_completion_length, temperature=float(self.temperature)
         )
 
 
-@dataclass
-class TrajectoryGRPOConfig(GRPOSettings, TrainingArguments):  # type: ignore[misc]
-    """``TrainingArguments`` with the settings above.
+@dataclass(kw_only=True)
+class RLConfig(GRPOSettings):
+    """One reinforcement-learning run."""
 
-    ``per_device_train_batch_size`` counts completions of one update on each process, as in TRL; ``num_generations`` must
-    divide it. Gradient accumulation is not needed: ``rows_per_forward`` bounds memory.
-    """
-
-    output_dir: str = field(default="runs/rl")
-    remove_unused_columns: bool = False
-    logging_steps: float = 1  # with more, the updates between would go unreported
-    logging_nan_inf_filter: bool = False
-    ddp_find_unused_parameters: bool | None = False
+    output: str
+    """The run folder: config.yaml, metrics.jsonl, completions.jsonl, checkpoints, TensorBoard files, ``final``."""
+    tasks: list[str]
+    """Task specs whose problems are the prompts, in equal shares, e.g. ``sudoku countdown``."""
+    model: str = "tiny"
+    """A shipped model's name, a hub name, or the folder of a checkpoint or adapter (which is merged)."""
+    dtype: str = "float32"
+    """Dtype of the weights: ``float32``, for adapters also ``bfloat16`` (an adapter's own stay float32) or ``auto``."""
+    reward: list[str] = field(default_factory=list)
+    """Reward functions ``package.module:function`` instead of the tasks' own."""
+    lora_r: int | None = None
+    """Rank of a low-rank adapter (LoRA, arXiv 2106.09685) to train; ``none`` trains all weights."""
+    lora_alpha: int = 32
+    lora_target_modules: str = LORA_TARGETS
+    """Regular expression over module names; by default every matrix of every block."""
+    problems: int | None = 5000
+    """Training problems a task; ``none`` takes all of a finite training split."""
+    validation_problems: int = 64
+    """Validation problems a task."""
+    steps: int = 100
+    """Updates."""
+    batch_size: int = 64
+    """Completions of one update on each process; ``num_generations`` must divide it."""
+    learning_rate: float = 3e-6
+    warmup_steps: int = 0
+    lr_scheduler: str = "constant_with_warmup"
+    """``constant_with_warmup``, ``linear``, ``cosine``, ``polynomial`` or ``inverse_sqrt``."""
+    adam_beta2: float = 0.99
+    weight_decay: float = 0.0
+    max_grad_norm: float = 0.2
+    bf16: bool = True
+    """Autocast sampling and updates to bfloat16 (log-softmax stays float32, and so do weights of dtype float32)."""
+    gradient_checkpointing: bool = False
+    attention: str = "sdpa"
+    """``sdpa`` or ``eager`` (faster backward on CPUs)."""
+    seed: int = 0
+    eval_every: int = 20
+    """Updates between validations; one more is made before the first update."""
+    save_every: int = 20
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        expand_paths(self)
         self.check()
-        self.check_batch(self.per_device_train_batch_size)
-        if self.gradient_accumulation_steps != 1:
+        if not self.tasks:
+            raise UserError("tasks needs at least one entry")
+        gym = "reasoning_gym:"  # whose tasks are told apart by their data sets
+        names = [spec.partition("," if spec.startswith(gym) else ":")[0] for spec in self.tasks]
+        if len(set(names)) < len(names):
+            raise UserError(f"tasks {self.tasks} names a task twice, and their figures would mix: make it two runs")
+        if self.attention not in ("sdpa", "eager"):
+            raise UserError(f"attention is {self.attention!r}: give sdpa or eager")
+        if self.lr_scheduler not in _SCHEDULES:
+            raise unknown("lr_scheduler", self.lr_scheduler, _SCHEDULES)
+        if self.warmup_steps < 0 or not 0 <= self.weight_decay < 1 or not 0 <= self.adam_beta2 < 1:
             raise UserError(
-                f"gradient_accumulation_steps is {self.gradient_accumulation_steps}: raise per_device_train_batch_size "
-                "instead, memory is bounded by rows_per_forward"
+                f"warmup_steps={self.warmup_steps}, weight_decay={self.weight_decay}, adam_beta2={self.adam_beta2}: "
+                "give 0 or more, and below 1 for the last two"
             )
-        if self.max_steps < 1:
-            raise UserError(f"max_steps is {self.max_steps}: give the number of updates")
+        check_reporters(self.report_to)
+        check_seed(self)
+        if self.lora_r is not None and self.lora_r < 1:
+            raise UserError(f"lora_r is {self.lora_r}: give a rank of 1 or more, or none to train all weights")
+        if self.problems is not None and self.problems < 1:
+            raise UserError(f"problems is {self.problems}: give 1 or more, or none for all of a finite split")
+        counts = ("validation_problems", "steps", "batch_size", "eval_every", "save_every", "lora_alpha")
+        check_at_least(self, 1, *counts)
+        check_positive(self, "learning_rate", "max_grad_norm")

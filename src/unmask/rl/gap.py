@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from unmask.bench.config import BenchGap
 from unmask.decoding import make_decoder
 from unmask.evaluation.evaluate import environment, task_prompts
 from unmask.evaluation.statistics import pooled_bootstrap
@@ -16,28 +17,7 @@ from unmask.files import claim_result, write_json
 from unmask.models.load import load
 from unmask.rl.objectives import OBJECTIVES, ViewRows
 from unmask.rl.rollout import row_seeds, sample_trajectory, score_all
-from unmask.spec import UserError
 from unmask.tasks import make_task
-
-
-@dataclass
-class BenchGap:
-    """Replay gap of every objective under several decoders: mean |recorded - recomputed| log-probability, nats a token."""
-
-    model: str = "tiny"
-    task: list[str] = field(default_factory=lambda: ["sudoku", "countdown"])
-    decoder: list[str] = field(default_factory=lambda: ["full", "semi-ar", "eoser", "eoser-ass"])
-    limit: int = 64
-    """Training problems a task, one completion each."""
-    temperature: float = 1.0
-    max_new_tokens: int = 128
-    rows_per_forward: int = 32
-    seed: int = 0
-    output: str = "runs/bench-gap.json"
-
-    def __post_init__(self) -> None:
-        if self.limit < 1 or self.rows_per_forward < 1 or not self.task or not self.decoder:
-            raise UserError("limit, rows_per_forward, task and decoder each need at least one")
 
 
 def bench_gap(config: BenchGap, progress: Callable[[str], None]) -> dict[str, Any]:

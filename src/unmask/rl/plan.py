@@ -14,9 +14,10 @@ from unmask.decoding import Decoder
 from unmask.files import as_yaml
 from unmask.memory import GIB, Load, training_need
 from unmask.models.load import outline
+from unmask.rl.config import RLConfig
 from unmask.rl.objectives import OBJECTIVES
 from unmask.rl.rewards import check_weights, load_rewards, reward_names, task_rewards
-from unmask.rl.run import RLConfig, problem_rows
+from unmask.rl.run import problem_rows
 from unmask.tasks import make_task
 from unmask.trajectory import Trajectory
 

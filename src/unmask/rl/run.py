@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,96 +11,19 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from unmask.adapters import LORA_TARGETS, adapter_config, check_precision
+from unmask.adapters import adapter_config, check_precision
 from unmask.files import read_lines, whole, writing_to
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
-from unmask.rl.config import GRPOSettings, TrajectoryGRPOConfig
+from unmask.rl.arguments import TrajectoryGRPOConfig
+from unmask.rl.config import MAY_CHANGE, GRPOSettings, RLConfig
 from unmask.rl.rewards import Row, load_rewards, task_rewards
 from unmask.rl.trainer import TrajectoryGRPOTrainer
-from unmask.runs import FolderCheck, check_reporters, claim, finish, warn_of_warmup, writing_run
+from unmask.runs import FolderCheck, claim, finish, warn_of_warmup, writing_run
 from unmask.schema import COUNT
-from unmask.spec import UserError, check_at_least, check_positive, check_seed, expand_paths, unknown
+from unmask.spec import UserError
 from unmask.tasks import Task, make_task
 
-_SCHEDULES = ("constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt")
-
-
-@dataclass(kw_only=True)
-class RLConfig(GRPOSettings):
-    """One reinforcement-learning run."""
-
-    output: str
-    """The run folder: config.yaml, metrics.jsonl, completions.jsonl, checkpoints, TensorBoard files, ``final``."""
-    tasks: list[str]
-    """Task specs whose problems are the prompts, in equal shares, e.g. ``sudoku countdown``."""
-    model: str = "tiny"
-    """A shipped model's name, a hub name, or the folder of a checkpoint or adapter (which is merged)."""
-    dtype: str = "float32"
-    """Dtype of the weights: ``float32``, for adapters also ``bfloat16`` (an adapter's own stay float32) or ``auto``."""
-    reward: list[str] = field(default_factory=list)
-    """Reward functions ``package.module:function`` instead of the tasks' own."""
-    lora_r: int | None = None
-    """Rank of a low-rank adapter (LoRA, arXiv 2106.09685) to train; ``none`` trains all weights."""
-    lora_alpha: int = 32
-    lora_target_modules: str = LORA_TARGETS
-    """Regular expression over module names; by default every matrix of every block."""
-    problems: int | None = 5000
-    """Training problems a task; ``none`` takes all of a finite training split."""
-    validation_problems: int = 64
-    """Validation problems a task."""
-    steps: int = 100
-    """Updates."""
-    batch_size: int = 64
-    """Completions of one update on each process; ``num_generations`` must divide it."""
-    learning_rate: float = 3e-6
-    warmup_steps: int = 0
-    lr_scheduler: str = "constant_with_warmup"
-    """``constant_with_warmup``, ``linear``, ``cosine``, ``polynomial`` or ``inverse_sqrt``."""
-    adam_beta2: float = 0.99
-    weight_decay: float = 0.0
-    max_grad_norm: float = 0.2
-    bf16: bool = True
-    """Autocast sampling and updates to bfloat16 (log-softmax stays float32, and so do weights of dtype float32)."""
-    gradient_checkpointing: bool = False
-    attention: str = "sdpa"
-    """``sdpa`` or ``eager`` (faster backward on CPUs)."""
-    seed: int = 0
-    eval_every: int = 20
-    """Updates between validations; one more is made before the first update."""
-    save_every: int = 20
-    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
-
-    def __post_init__(self) -> None:
-        expand_paths(self)
-        self.check()
-        if not self.tasks:
-            raise UserError("tasks needs at least one entry")
-        gym = "reasoning_gym:"  # whose tasks are told apart by their data sets
-        names = [spec.partition("," if spec.startswith(gym) else ":")[0] for spec in self.tasks]
-        if len(set(names)) < len(names):
-            raise UserError(f"tasks {self.tasks} names a task twice, and their figures would mix: make it two runs")
-        if self.attention not in ("sdpa", "eager"):
-            raise UserError(f"attention is {self.attention!r}: give sdpa or eager")
-        if self.lr_scheduler not in _SCHEDULES:
-            raise unknown("lr_scheduler", self.lr_scheduler, _SCHEDULES)
-        if self.warmup_steps < 0 or not 0 <= self.weight_decay < 1 or not 0 <= self.adam_beta2 < 1:
-            raise UserError(
-                f"warmup_steps={self.warmup_steps}, weight_decay={self.weight_decay}, adam_beta2={self.adam_beta2}: "
-                "give 0 or more, and below 1 for the last two"
-            )
-        check_reporters(self.report_to)
-        check_seed(self)
-        if self.lora_r is not None and self.lora_r < 1:
-            raise UserError(f"lora_r is {self.lora_r}: give a rank of 1 or more, or none to train all weights")
-        if self.problems is not None and self.problems < 1:
-            raise UserError(f"problems is {self.problems}: give 1 or more, or none for all of a finite split")
-        counts = ("validation_problems", "steps", "batch_size", "eval_every", "save_every", "lora_alpha")
-        check_at_least(self, 1, *counts)
-        check_positive(self, "learning_rate", "max_grad_norm")
-
-
-MAY_CHANGE = ("output", "eval_every", "save_every", "report_to", "log_completions", "rows_per_forward")
 _TIMES = ("seconds_rollout", "seconds_update")
 
 

@@ -21,7 +21,7 @@ from unmask.models.load import as_masked_lm
 from unmask.models.masked_lm import MaskedLM
 from unmask.resume import ResumableTrainer, reading
 from unmask.rl.advantages import group_advantages, varied
-from unmask.rl.config import TrajectoryGRPOConfig
+from unmask.rl.arguments import TrajectoryGRPOConfig
 from unmask.rl.metrics import ROLLOUT, UPDATE, rollout_values, update_sums, validation_sums
 from unmask.rl.objectives import (
     OBJECTIVES,

@@ -3,35 +3,24 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
-
-from unmask.flags import read_flags
+from unmask.config import command_config
+from unmask.study.config import StudyConfig
 from unmask.terminal import console
-
-
-@dataclass
-class StudyArguments:
-    """A grid of trainings and evaluations, resumable. Keys of the file may follow as flags: ``--jobs 2 --output DIR``."""
-
-    config: Annotated[str, tyro.conf.Positional]
-    """YAML file of a study."""
 
 
 def command(arguments: list[str]) -> None:
     """``unmask study CONFIG``."""
-    if not arguments or arguments[0].startswith("-"):
-        read_flags(StudyArguments, arguments, prog="unmask study")
+    about = (
+        "A grid of trainings and evaluations, resumable. Only in the file: evaluate, tables of unmask eval settings and decoder"
+        " fields (at least one); train, tables of unmask rl settings; tables, for reading. A list makes one run of each value."
+    )
+    config = command_config(StudyConfig, arguments, "unmask study", about)
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from unmask.config import read_config
-    from unmask.study.grid import StudyConfig
     from unmask.study.run import study
 
-    config = read_config(StudyConfig, arguments[0], arguments[1:])
     screen = console(stderr=True)
     text = TextColumn("{task.fields[working]}", style="dim", markup=False)
     bar = Progress(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), text, console=screen)

@@ -12,61 +12,23 @@ import itertools
 import json
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from unmask.config import read_config
 from unmask.decoding import Decoder, make_decoder
-from unmask.evaluation.evaluate import EvalConfig
+from unmask.evaluation.config import EvalConfig
 from unmask.evaluation.records import slug
-from unmask.rl.run import MAY_CHANGE, RLConfig
-from unmask.spec import (
-    UserError,
-    build,
-    check_at_least,
-    check_own_folder,
-    default_of,
-    expand_home,
-    expand_paths,
-    unknown,
-    with_parameters,
-)
+from unmask.rl.config import MAY_CHANGE, RLConfig
+from unmask.spec import UserError, build, default_of, expand_home, unknown, with_parameters
 from unmask.study import PLAN, SEEDS, Table, distinct
+from unmask.study.config import StudyConfig
 from unmask.tasks import make_task
 
 _NAMES = ("name", "decoder", "batch_size")
 """Settings of an evaluation that change no record."""
 _CHOSEN_HERE = ("output", "data", "diagnostics", "compile", "trajectories")
-
-
-@dataclass
-class StudyConfig:
-    """A grid of evaluations, of the models that a grid of trainings makes where there is one."""
-
-    output: str
-    """The study's folder."""
-    evaluate: Annotated[list[dict[str, Any]], tyro.conf.Suppress]
-    """Tables of ``unmask eval`` settings and Decoder fields."""
-    train: Annotated[list[dict[str, Any]], tyro.conf.Suppress] = field(default_factory=list)
-    """Tables of ``unmask rl`` settings; ``base`` names a file, beside this one, whose values hold where a table sets none."""
-    compare: list[str] = field(default_factory=list)
-    """Axes along which cells are compared with their first value; by default all but the task."""
-    baselines: list[str] = field(default_factory=list)
-    """Decoders, as ``evaluate`` names them, with which every other one of as many passes is compared."""
-    tables: Annotated[list[dict[str, Any]], tyro.conf.Suppress] = field(default_factory=list)
-    """Tables for reading, ``Pivot`` settings, at the head of ``table.md``."""
-    jobs: int = 1
-    """Jobs at a time, each in a process of its own; the cores are shared out, and GPUs are taken in turn."""
-
-    def __post_init__(self) -> None:
-        expand_paths(self)
-        check_at_least(self, 1, "jobs")
-        check_own_folder(self.output)
-        if not self.evaluate:
-            raise UserError("evaluate needs at least one table, with the tasks and decoders to evaluate")
 
 
 @dataclass(frozen=True)

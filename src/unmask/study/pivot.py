@@ -13,7 +13,7 @@ from unmask.spec import UserError, build, unknown
 from unmask.study import METRICS, PLAN, Table, distinct
 
 if TYPE_CHECKING:
-    from unmask.study.grid import StudyConfig
+    from unmask.study.config import StudyConfig
 
 CLEAR = 0.05
 """A difference with Holm's p below this gets a star."""

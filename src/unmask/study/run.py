@@ -32,7 +32,7 @@ from unmask.study.grid import Job, StudyConfig, check_compared, jobs_of, labels,
 from unmask.study.pivot import pivots
 
 if TYPE_CHECKING:
-    from unmask.rl.run import RLConfig
+    from unmask.rl.config import RLConfig
 
 _START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 Progress = Callable[[int, int, list[str]], None]
@@ -47,7 +47,8 @@ def run_job(job: Job, folder: Path, done: set[str], report: Callable[[str, Table
     Args:
         done: keys of cells that need not be evaluated again.
     """
-    from unmask.evaluation.evaluate import EvalConfig, evaluate
+    from unmask.evaluation.config import EvalConfig
+    from unmask.evaluation.evaluate import evaluate
     from unmask.evaluation.records import read_records, slug
 
     model, budget = None, {}
