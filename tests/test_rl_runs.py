@@ -223,7 +223,7 @@ def test_mistakes_on_the_command_line(rewards: Path, toy_folder: str, capsys: py
         (["--lr-scheduler", "linea"], "did you mean 'linear'"),
         (["--adam-beta2", "1.5"], "adam_beta2=1.5"),
         (["--tasks", "sudoku", "sudoku:max_empty=4"], "names a task twice"),
-        (["--report-to", "nowhere"], "'nowhere', which is not installed"),
+        (["--report-to", "nowhere"], "unknown logger in report_to 'nowhere'"),
         (["--model", "nothing"], "unknown model 'nothing'"),
         (["--max-completion-length", "1020"], "shorten the prompt"),
         (["--reward-weights", "1", "2"], "2 reward_weights for the reward functions digits"),

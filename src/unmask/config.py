@@ -96,9 +96,12 @@ def save_config(config: Any, path: Path) -> None:
 
 
 def check_reporters(names: Collection[str]) -> None:
-    """Raises UserError for the first name that is no installed logger of transformers."""
-    from transformers.integrations import get_available_reporting_integrations  # only here: flags are read without it
+    """Raises UserError for the first name that is no logger of transformers, or one that is not installed."""
+    # Only here: flags are read without it.
+    from transformers.integrations import get_available_reporting_integrations, integration_utils
 
     for name in names:
+        if name not in integration_utils.INTEGRATION_TO_CALLBACK:
+            raise unknown("logger in report_to", name, integration_utils.INTEGRATION_TO_CALLBACK)
         if name not in get_available_reporting_integrations():
             raise UserError(f"report_to names {name!r}, which is not installed: pip install it or leave it out")

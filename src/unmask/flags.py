@@ -10,10 +10,30 @@ from typing import Any, TypeVar
 
 import tyro
 
-from unmask.spec import UserError, expand_paths
+from unmask.spec import UserError, expand_paths, is_none
 
 T = TypeVar("T")
 _FRAME = re.compile(r"[│╭╮╰╯]")
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _none(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[None] | None:
+    """``none`` in every form that files and specs know."""
+    if info.type is not type(None):
+        return None
+
+    def read(words: list[str]) -> None:
+        if not is_none(words[0]):
+            raise ValueError(f"{words[0]} is not none")
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="none",
+        instance_from_str=read,
+        is_instance=lambda value: value is None,
+        str_from_instance=lambda _: ["none"],
+    )
 
 
 def read_flags(kind: type[T], arguments: list[str], prog: str, **settings: Any) -> T:
@@ -25,12 +45,15 @@ def read_flags(kind: type[T], arguments: list[str], prog: str, **settings: Any) 
     """
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(said), _REGISTRY:
             found = tyro.cli(kind, args=arguments, prog=prog, **settings)
     except SystemExit as stop:
         if not stop.code:
             raise
         raise UserError(_sentence(said.getvalue(), prog)) from None
+    for name, value in vars(found).items():
+        if isinstance(value, list) and len(value) == 1 and is_none(value[0]):
+            setattr(found, name, [])
     expand_paths(found)  # a shell leaves ~ in --output=~/x
     return found
 

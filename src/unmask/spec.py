@@ -93,14 +93,21 @@ def split_spec(spec: str) -> tuple[str, dict[str, str]]:
     return expand_home(name), parameters
 
 
+def is_none(value: Any) -> bool:
+    """Whether a value of a file, a flag or a spec says none: ``none`` and ``null`` in any case, and YAML's null."""
+    return value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null"))
+
+
 def convert(value: Any, hint: Any, where: str) -> Any:
     """A value (often text) as the type that a dataclass field declares; UserError names the field otherwise."""
     arms = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if (value is None or str(value).lower() == "none") and type(None) in arms:
+    if is_none(value) and type(None) in arms:
         return None
     for arm in (a for a in arms if a is not type(None)):
         if typing.get_origin(arm) is list and isinstance(value, list):
             return [convert(v, typing.get_args(arm)[0], where) for v in value]
+        if typing.get_origin(arm) is list and is_none(value):
+            return []
         if typing.get_origin(arm) is dict and isinstance(value, dict):
             return value
         if typing.get_origin(arm) is typing.Literal:

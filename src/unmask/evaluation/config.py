@@ -19,7 +19,7 @@ class EvalConfig(ModelSource):
     decoder: list[str] = field(default_factory=lambda: ["full", "semi-ar", "eoser", "ass", "eoser-ass", "hybrid"])
     """Decoder specs, e.g. ``full eoser-ass:blocks=4``, or YAML files."""
     limit: int | None = 256
-    """Problems a task (``None``: a whole data file)."""
+    """Problems a task (``none``: a whole data file)."""
     split: str = "test"
     """``train``, ``validation``, ``test``; Sudoku also ``heldout`` (grids no training puzzle came from)."""
     shots: int = 0

@@ -1,0 +1,61 @@
+"""Values mean the same in a flag, a file and a spec; loggers are named."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from unmask import UserError
+from unmask.config import check_reporters, read_config
+from unmask.flags import read_flags
+from unmask.spec import build, split_spec
+
+
+@dataclass
+class Settings:
+    whole: int | None = 3
+    share: float | None = 0.5
+    text: str | None = "x"
+    entries: list[float] | None = None
+    names: list[str] = field(default_factory=lambda: ["x"])
+    rule: Literal["group", "none"] = "group"
+
+
+@pytest.mark.parametrize("none", ["none", "None", "NONE", "null", "Null"])
+@pytest.mark.parametrize("key", ["whole", "share", "text", "entries", "names", "rule"])
+def test_none_is_none_everywhere(key: str, none: str, tmp_path: Path) -> None:
+    """Of a list it is the empty one, and where none is one of the choices it is that choice."""
+    if key == "rule" and none != "none":
+        return
+    (tmp_path / "c.yaml").write_text(f"{key}: {none}")
+    found: list[Any] = [
+        read_flags(Settings, [f"--{key}", none], "test"),
+        read_flags(Settings, [f"--{key}={none}"], "test"),
+        read_config(Settings, tmp_path / "c.yaml"),
+        read_config(Settings, tmp_path / "c.yaml", [f"--{key}", none]),
+        build(Settings, split_spec(f"spec:{key}={none}")[1], "spec"),
+    ]
+    expected = {"names": [], "rule": "none"}.get(key)
+    if key == "rule":
+        expected = "none"
+    assert [getattr(f, key) for f in found] == [expected] * len(found)
+
+
+def test_other_words_are_no_none() -> None:
+    assert read_flags(Settings, ["--text", "nothing", "--names", "none", "x"], "test").names == ["none", "x"]
+    for flags in (["--whole", "nothing"], ["--share", "no"]):
+        with pytest.raises(UserError, match=f"{flags[0]}.*{flags[1]}"):
+            read_flags(Settings, flags, "test")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("tensorbord", "did you mean 'tensorboard'"), ("wandbb", "did you mean 'wandb'"), ("nowhere", "choose from")],
+)
+def test_loggers_are_named(name: str, says: str) -> None:
+    with pytest.raises(UserError, match=f"{name}.*{says}"):
+        check_reporters([name])
+    check_reporters([])
