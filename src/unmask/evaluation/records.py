@@ -20,8 +20,8 @@ _FIX = "remove it, and its problems are decoded again"
 
 
 def slug(text: str) -> str:
-    """A file name for a spec; a hash keeps apart what the replacement of characters would confuse."""
-    plain = re.sub(r"[^A-Za-z0-9.+=-]+", "_", text).strip("_")
+    """A file name for a spec, of at most 109 characters; a hash keeps apart what cutting and replacing would confuse."""
+    plain = re.sub(r"[^A-Za-z0-9.+=-]+", "_", text).strip("_")[:100]
     return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 

@@ -92,6 +92,7 @@ def share_axis(axis: Axes, whole: float = 1.0) -> None:
     axis.set_ylim(0, min(axis.get_ylim()[1], 1.03 * whole))
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # a name may have dollar signs
 def accuracy_figure(summary: dict[str, Any]) -> Figure:
     """Problems solved against forward passes, one panel a task, with 95 % intervals."""
     tasks = list(dict.fromkeys(c["task"] for c in summary["cells"]))
@@ -122,6 +123,7 @@ def accuracy_figure(summary: dict[str, Any]) -> Figure:
     return figure
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # a name may have dollar signs
 def diagnostics_figure(summary: dict[str, Any]) -> Figure:
     """EOS over the steps of each decoder: candidate confidence, share of EOS among commits."""
     curves = summary["diagnostics"]

@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -209,6 +210,7 @@ def _quoted(word: str) -> str:
     return f"$'{''.join(plain)}'"
 
 
+@matplotlib.rc_context({"text.parse_math": False})  # a name may have dollar signs
 def front_figure(result: Result) -> Figure:
     """Value against passes: who came to the last round, the front through them, and what two of them reach on test."""
     metric, budget = result["config"]["metric"], result["config"]["budget"]
