@@ -22,7 +22,7 @@ from transformers import TrainingArguments
 from unmask.adapters import adapted, adapter_config, check_precision
 from unmask.files import writing_to
 from unmask.models.head import Head, score_tokens
-from unmask.models.load import load
+from unmask.models.load import load, warn_of_slow_bf16
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.scratch import new_model
 from unmask.noise import corrupt, diffusion_loss, sample_times
@@ -270,6 +270,8 @@ def train(config: SFTConfig) -> Path:
         print(data.line, file=sys.stderr)
     if first:
         warn_of_warmup(config.warmup_steps, args.max_steps)
+        if config.bf16:
+            warn_of_slow_bf16(args.device)
     last = output / f"checkpoint-{args.max_steps}"
     if checkpoint != last:  # the Trainer would take a finished run one step further
         with writing_run(output):

@@ -27,6 +27,7 @@ from unmask.evaluation.curves import curves, kept_trajectories
 from unmask.evaluation.processes import Processes, join, take_own_gpu
 from unmask.evaluation.records import Record, as_lines, merge, shard, slug, summarise
 from unmask.files import read_json, write_json, writing_to
+from unmask.models.load import warn_of_slow_bf16
 from unmask.models.masked_lm import MaskedLM
 from unmask.schema import CONFIG, COUNT, RECORD, Number
 from unmask.spec import UserError
@@ -121,6 +122,8 @@ class Request:
 def prepare(config: EvalConfig) -> Request:
     """Everything that can be wrong with a request is found here, before a folder is claimed. Raises UserError."""
     lm = config.load()
+    if lm.model.dtype == torch.bfloat16:
+        warn_of_slow_bf16(lm.device)
     tasks = {spec: make_task(spec, lm.task_defaults) for spec in config.task_specs()}
     decoders = {spec: make_decoder(spec, max_new_tokens=config.max_new_tokens) for spec in config.decoder}
     cached = [spec for spec, decoder in decoders.items() if decoder.cache != "none"]

@@ -13,7 +13,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from unmask.adapters import adapter_config, check_precision
 from unmask.files import read_lines, whole, writing_to
-from unmask.models.load import load
+from unmask.models.load import load, warn_of_slow_bf16
 from unmask.models.masked_lm import MaskedLM
 from unmask.rl.arguments import TrajectoryGRPOConfig
 from unmask.rl.config import MAY_CHANGE, GRPOSettings, RLConfig
@@ -179,6 +179,8 @@ def train(config: RLConfig) -> Path:
     checkpoint = claim(output, config, MAY_CHANGE, trainer.is_world_process_zero())
     if trainer.is_world_process_zero():
         warn_of_warmup(config.warmup_steps, config.steps)
+        if config.bf16:
+            warn_of_slow_bf16(trainer.args.device)
     trainer.args.eval_on_start = checkpoint is None  # a resumed run has that line already
     try:
         with writing_run(output):
