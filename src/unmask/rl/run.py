@@ -17,7 +17,7 @@ from unmask.files import read_lines, whole, writing_to
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
 from unmask.rl.config import GRPOSettings, TrajectoryGRPOConfig
-from unmask.rl.rewards import Row, load_reward, task_rewards
+from unmask.rl.rewards import Row, reward_functions
 from unmask.rl.trainer import TrajectoryGRPOTrainer
 from unmask.runs import check_reporters, claim, export
 from unmask.spec import UserError, check_at_least, check_positive, check_seed, unknown
@@ -39,7 +39,8 @@ class RLConfig(GRPOSettings):
     dtype: str = "float32"
     """Dtype of the weights: ``float32``, for adapters also ``bfloat16`` (an adapter's own stay float32) or ``auto``."""
     reward: list[str] = field(default_factory=list)
-    """Reward functions ``package.module:function`` instead of the tasks' own."""
+    """Reward functions ``package.module:function`` instead of the tasks' own; ``released`` stands for those that the released
+    trainer pays the tasks by (docs/grading.md)."""
     lora_r: int | None = None
     """Rank of a low-rank adapter (LoRA, arXiv 2106.09685) to train; ``none`` trains all weights."""
     lora_alpha: int = 32
@@ -224,11 +225,8 @@ def make_trainer(config: RLConfig, callbacks: list[TrainerCallback]) -> Trajecto
     with args.main_process_first():  # one process fetches a data set, the others find it
         train_rows = problem_rows(lm, tasks, "train", config.problems, config.seed + 1)
         validation = problem_rows(lm, tasks, "validation", config.validation_problems, 0)
-    if config.reward:
-        functions = [load_reward(spec) for spec in config.reward]
-    else:
-        functions, weights = map(list, zip(*task_rewards(tasks), strict=True))
-        args.reward_weights = args.reward_weights or weights
+    functions, weights = map(list, zip(*reward_functions(config.reward, tasks), strict=True))
+    args.reward_weights = args.reward_weights or weights
     adapter = None
     if config.lora_r is not None:
         adapter = adapter_config(config.lora_r, config.lora_alpha, config.lora_target_modules)
