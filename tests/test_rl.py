@@ -12,7 +12,7 @@ import torch
 
 from conftest import PROMPTS, toy
 from unmask import PRESETS, UserError
-from unmask.rl.config import TrajectoryGRPOConfig
+from unmask.rl.arguments import TrajectoryGRPOConfig
 from unmask.rl.objectives import OBJECTIVES, View, k3, sample_views, token_weights
 from unmask.rl.trainer import TrajectoryGRPOTrainer
 

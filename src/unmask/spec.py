@@ -104,10 +104,10 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     if is_none(value) and type(None) in arms:
         return None
     for arm in (a for a in arms if a is not type(None)):
-        if typing.get_origin(arm) is list and isinstance(value, list):
-            return [convert(v, typing.get_args(arm)[0], where) for v in value]
         if typing.get_origin(arm) is list and is_none(value):
             return []
+        if typing.get_origin(arm) is list and isinstance(value, (list, str)):  # one text is a list of one
+            return [convert(v, typing.get_args(arm)[0], where) for v in ([value] if isinstance(value, str) else value)]
         if typing.get_origin(arm) is dict and isinstance(value, dict):
             return value
         if typing.get_origin(arm) is typing.Literal:

@@ -140,7 +140,8 @@ class RLConfig(GRPOSettings):
     dtype: str = "float32"
     """Dtype of the weights: ``float32``, for adapters also ``bfloat16`` (an adapter's own stay float32) or ``auto``."""
     reward: list[str] = field(default_factory=list)
-    """Reward functions ``package.module:function`` instead of the tasks' own."""
+    """Reward functions ``package.module:function`` instead of the tasks' own; ``released`` stands for those that the released
+    trainer pays the tasks by (docs/grading.md)."""
     lora_r: int | None = None
     """Rank of a low-rank adapter (LoRA, arXiv 2106.09685) to train; ``none`` trains all weights."""
     lora_alpha: int = 32

@@ -16,7 +16,7 @@ from unmask.memory import GIB, Load, training_need
 from unmask.models.load import outline
 from unmask.rl.config import RLConfig
 from unmask.rl.objectives import OBJECTIVES
-from unmask.rl.rewards import check_weights, load_rewards, reward_names, task_rewards
+from unmask.rl.rewards import check_weights, reward_functions, reward_names
 from unmask.rl.run import problem_rows
 from unmask.tasks import make_task
 from unmask.trajectory import Trajectory
@@ -86,7 +86,7 @@ def dry_run(config: RLConfig) -> str:
     tasks = [make_task(spec, lm.task_defaults) for spec in config.tasks]
     rows = problem_rows(lm, tasks, "train", config.problems, config.seed + 1)
     validation = problem_rows(lm, tasks, "validation", config.validation_problems, 0)
-    rewards = reward_names(load_rewards(config.reward) or [f for f, _ in task_rewards(tasks)])
+    rewards = reward_names([f for f, _ in reward_functions(config.reward, tasks)])
     check_weights(config.reward_weights, rewards)
     texts = [row["prompt"] for row in (*rows, *validation)]
     prompt = lm.encode(texts, config.max_completion_length)[0].shape[1]

@@ -17,6 +17,8 @@ from unmask.spec import UserError
 from unmask.tasks.base import Problem, Reward, Task
 
 Row = dict[str, Any]
+RELEASED = "released"
+"""Stands in ``reward`` for the released trainer's own reward functions of the tasks."""
 
 
 def reward_name(function: Reward) -> str:
@@ -49,7 +51,7 @@ def load_reward(spec: str) -> Reward:
     """The function named ``package.module:function``; modules of the working folder are found too."""
     module, colon, name = spec.partition(":")
     if not colon or not module or not name:
-        raise UserError(f"reward {spec!r} names no function: write package.module:function")
+        raise UserError(f"reward {spec!r} names no function: write package.module:function, or released")
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -81,10 +83,26 @@ def solved(
     return [float(t.grade(p, c).solved) for t, p, c in zip(task, problem, completions, strict=True)]
 
 
-def task_rewards(tasks: Sequence[Task]) -> list[tuple[Reward, float]]:
-    """The reward functions of tasks with their weights; each returns None for rows of other tasks.
+def reward_functions(specs: Sequence[str], tasks: Sequence[Task]) -> list[tuple[Reward, float]]:
+    """The reward functions that a run names, with their weights; the tasks' own where it names none.
+
+    Raises:
+        UserError: for a function that cannot be imported, and for ``released`` with a task that has no released reward.
+    """
+    if not specs:
+        return task_rewards(tasks)
+    own = iter(load_rewards([s for s in specs if s != RELEASED]))
+    found = [task_rewards(tasks, released=True) if s == RELEASED else [(next(own), 1.0)] for s in specs]
+    return [pair for pairs in found for pair in pairs]
+
+
+def task_rewards(tasks: Sequence[Task], released: bool = False) -> list[tuple[Reward, float]]:
+    """The reward functions of tasks (the released ones instead) with their weights; each returns None for rows of other tasks.
 
     Those of several tasks bear their task's name before their own.
+
+    Raises:
+        UserError: where a task has no released reward.
     """
 
     def only(task: Task, function: Reward) -> Reward:
@@ -104,7 +122,7 @@ def task_rewards(tasks: Sequence[Task]) -> list[tuple[Reward, float]]:
     return [
         (_named(only(task, function), name if len(different) == 1 else f"{task.name}_{name}"), weight)
         for task in different
-        for name, (function, weight) in task.rewards().items()
+        for name, (function, weight) in (task.released_rewards() if released else task.rewards()).items()
     ]
 
 

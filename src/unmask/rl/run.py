@@ -17,7 +17,7 @@ from unmask.models.load import load, warn_of_slow_bf16
 from unmask.models.masked_lm import MaskedLM
 from unmask.rl.arguments import TrajectoryGRPOConfig
 from unmask.rl.config import MAY_CHANGE, GRPOSettings, RLConfig
-from unmask.rl.rewards import Row, load_rewards, task_rewards
+from unmask.rl.rewards import Row, reward_functions
 from unmask.rl.trainer import TrajectoryGRPOTrainer
 from unmask.runs import FolderCheck, claim, finish, warn_of_warmup, writing_run
 from unmask.schema import COUNT
@@ -150,11 +150,8 @@ def make_trainer(config: RLConfig, callbacks: list[TrainerCallback]) -> Trajecto
     with args.main_process_first():  # one process fetches a data set, the others find it
         train_rows = problem_rows(lm, tasks, "train", config.problems, config.seed + 1)
         validation = problem_rows(lm, tasks, "validation", config.validation_problems, 0)
-    if config.reward:
-        functions = load_rewards(config.reward)
-    else:
-        functions, weights = map(list, zip(*task_rewards(tasks), strict=True))
-        args.reward_weights = args.reward_weights or weights
+    functions, weights = map(list, zip(*reward_functions(config.reward, tasks), strict=True))
+    args.reward_weights = args.reward_weights or weights
     adapter = None
     if config.lora_r is not None:
         adapter = adapter_config(config.lora_r, config.lora_alpha, config.lora_target_modules)

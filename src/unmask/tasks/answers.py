@@ -8,6 +8,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any
 
 from unmask.tasks.notation import operators, plain
@@ -25,7 +26,7 @@ _PLACEHOLDER = re.compile(  # what stands where an answer belongs: dots, or word
 _EMPTY_BOX = re.compile(r"\\boxed\s*\{[\s.…]*\}")
 _BARE_BOX = re.compile(r"\\boxed\s+(-?[0-9.][^\s${}\\<]*|[a-zA-Z](?=\$))")  # ``\boxed 5``, but no mention of ``\boxed``
 _LAST_LINE = re.compile(
-    r"[ \t]*(?:#{4}[ \t]+(?![a-zA-Z]{2}|[0-9]+[.)]\s)|[#*_ \t]*(?:final[ \t]+)?answer[*_ \t]*[:=][*_ \t]*)(?=\S)(.*)",
+    r"(?:#{4}[ \t]+(?![a-zA-Z]{2}|[0-9]+[.)]\s)|[#*_ \t]*(?:final[ \t]+)?answer[*_ \t]*[:=][*_ \t]*)(?=\S)(.*)",
     re.IGNORECASE,
 )
 _CLOSING = re.compile(r"(?:\s|</(?:reasoning|answer)>)+\Z")
@@ -46,7 +47,7 @@ _JOINED_AFTER = re.compile(  # neither an inequality nor the start of 3x, 0x1f, 
     r"[)\]\s]*(?:[-+*/^:,]\s*[-+($\[]*[.0-9]|[<>])|[eE][-+]?[0-9]|[xX][0-9a-fA-F]|[xyz](?![a-zA-Z])|\)*\([-(]*[0-9]|\.[0-9]"
     r"|\s*-?\s*(?:squared|cubed|factorial|(?:ten|hundred|thousand|million|billion)ths?)(?![a-zA-Z])"
 )
-_JOINED_BEFORE = re.compile(r"[0-9)]\s*[-+*/^:,][-+(\s]*\Z")
+_JOINED_BEFORE = re.compile(r"[0-9)](?:\s*[-+*/^:,][-+(\s]*|\([-(]*)\Z")
 _UNIT = (
     r"(?:square|cubic|sq|cu|units?|[cmk]?m|inch(?:es)?|in|feet|foot|ft|yards?|yd|miles?|mi|(?:centi|milli|kilo)?met(?:er|re)s?|"
     r"degrees?|deg|radians?|rad|dollars?|cents?|hours?|hrs?|minutes?|mins?|seconds?|secs?|days?|weeks?|months?|years?|"
@@ -151,7 +152,7 @@ def arithmetic(expression: str) -> tuple[Fraction, list[int]] | None:
 
 
 def expression(text: str) -> str:
-    """A marked answer as Python arithmetic: of ``a = b`` the side with an operator; LaTeX fractions and operators made plain."""
+    """A marked answer as Python arithmetic, LaTeX made plain; of ``a = b`` the side with an operator."""
     text = operators(plain(text))
     if len(text) <= 10 * MAX_EXPRESSION:
         for _ in range(MAX_EXPRESSION):
@@ -174,7 +175,7 @@ def final(text: str, numeric: bool = False) -> tuple[str, bool] | None:
         numeric: only what has a digit is an answer.
     """
     text = text.replace("\\fbox", "\\boxed")
-    digits = [m.start() for m in re.finditer("[0-9]", plain_digits(text))] if numeric else []
+    digits = [i for i, character in enumerate(text) if character.isnumeric()] if numeric else []
 
     def answers(a: int, b: int) -> bool:
         if numeric:
@@ -200,11 +201,6 @@ def final(text: str, numeric: bool = False) -> tuple[str, bool] | None:
         return None
     _, content, in_box = max(found, key=lambda f: f[0])
     return content.strip(), in_box
-
-
-def plain_digits(text: str) -> str:
-    """Text of the same length whose full-width digits are ASCII."""
-    return text.translate({0xFF10 + i: 48 + i for i in range(10)})
 
 
 def number(text: str, last: bool = False) -> Fraction | None:
@@ -236,7 +232,11 @@ def quantity(text: str) -> Fraction | None:
     if len(numbers) != 1 or _VALUED.search(side) or (numbers[0]["scale"] or "").strip() in _SUFFIXES:
         return None
     before, after = side[: numbers[0].start()], side[numbers[0].end() :]
-    if not re.fullmatch(r"[\s(\\]*", before) or not _REMARK.fullmatch(side, numbers[0].end()) or len(after.split()) > 6:
+    if (
+        not re.fullmatch(r"[\s(\\+]*", before)
+        or not _REMARK.fullmatch(side, numbers[0].end())
+        or len(after.split()) > 6
+    ):
         return None
     return _value(side, numbers, 0)
 
@@ -253,7 +253,8 @@ def _value(side: str, numbers: list[re.Match[str]], which: int) -> Fraction | No
     before = side[max(0, match.start() - 200) : match.start()]
     spaced = match["sign"] and match["sign"][0] == "-" and match["sign"] != "-" and re.search(r"\w\s+\Z", before)
     joined = _JOINED_BEFORE.search(before + ("-" if match["sign"] else "")) or _JOINED_AFTER.match(side, match.end())
-    parts = any(_PART.fullmatch(side, a.end(), b.start()) for a, b in zip(numbers, numbers[1:]) if match in (a, b))
+    beside = pairwise(numbers[max(0, which - 1) : which + 2])
+    parts = any(_PART.fullmatch(side, a.end(), b.start()) for a, b in beside)
     if spaced or joined or parts or len(match[0]) > MAX_NUMBER:
         return None
     value, under = (Fraction(part.replace(",", "")) for part in (match["value"], match["under"] or "1"))
@@ -268,7 +269,8 @@ def _value(side: str, numbers: list[re.Match[str]], which: int) -> Fraction | No
 
 def without_unit(text: str) -> str:
     """A plain formula without the words behind it that are units: ``12\\pi \\text{ cm}^2``, ``3\\sqrt{2} units``."""
-    return _LAST_UNIT.sub("", text).strip() or text
+    unit = _LAST_UNIT.search(text, max(0, len(text) - MAX_ANSWER))
+    return text[: unit.start()].strip() if unit and unit.start() else text
 
 
 def published_number(text: str) -> float | None:
@@ -276,8 +278,8 @@ def published_number(text: str) -> float | None:
 
     A box counts as a whole or by its first number, tags by their last; thousands separators are not read.
     """
-    for piece in re.findall(r"[^\n}]*\}", text):  # a box ends at the first closing brace, on its own line
-        _, box, content = piece[:-1].partition("\\boxed{")
+    for piece in (piece for line in text.split("\n") for piece in line.split("}")[:-1]):  # what a closing brace ends
+        _, box, content = piece.partition("\\boxed{")
         if box and (found := _published_value(content.strip(), 0)) is not None:
             return found
     tags = _first_tags(text)

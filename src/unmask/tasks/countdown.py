@@ -110,7 +110,7 @@ class Countdown(Task):
         return INSTRUCTION.format(operators=", ".join(self.operators), question=problem.question)
 
     def extract(self, completion: str) -> str:
-        """The expression that a completion marks as its answer (the whole text where nothing is marked), as plain arithmetic."""
+        """The expression that a completion marks as its answer, as plain arithmetic; all of it where nothing is marked."""
         if self.extraction == "published":
             return answers.published_expression(completion)
         text = answers.cut_at_end(completion)

@@ -214,9 +214,10 @@ def _serve(questions: IO[str], replies: IO[str]) -> None:
 
 def _same_value(a: Any, b: Any) -> bool | None:
     """Whether two values of sympy are equal, whatever numbers their variables stand for; None where that cannot be told so."""
-    from sympy import MatrixBase, Rational
+    from sympy import MatrixBase, MatrixExpr, Rational
     from sympy.core.evalf import PrecisionExhausted
 
+    a, b = (x.doit() if isinstance(x, MatrixExpr) else x for x in (a, b))
     if isinstance(a, MatrixBase) or isinstance(b, MatrixBase):
         if not (isinstance(a, MatrixBase) and isinstance(b, MatrixBase)) or a.shape != b.shape:
             return False

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from unmask.tasks import answers, released
 from unmask.tasks.answers import quantity, without_unit
 from unmask.tasks.base import Grade, Problem, Reward
-from unmask.tasks.equivalence import equivalent
+from unmask.tasks.equivalence import MAX_LATEX, equivalent
 from unmask.tasks.notation import plain
 from unmask.tasks.worded import Worded
 
@@ -57,11 +57,12 @@ class MATH500(Worded):
         """By default the last marked answer, see `same`; ``published``: the last box, equal as normalised LaTeX."""
         truth = problem.truth["answer"]
         if self.extraction == "published":
-            read: str | None = answers.published_latex(completion)
-            solved = answers.same_latex(read, truth)
-        else:
-            read = extract(completion)
-            solved = read is not None and same(truth, read, problem.question)
+            read = answers.published_latex(completion)
+            return self._graded(read, answers.same_latex(read, truth))
+        marked = extract(completion)
+        return self._graded(marked, marked is not None and same(truth, marked, problem.question))
+
+    def _graded(self, read: str | None, solved: bool) -> Grade:
         return Grade(solved, float(solved), 1.0, None if read is None else read[: answers.MAX_ANSWER])
 
     def rewards(self) -> dict[str, tuple[Reward, float]]:
@@ -113,7 +114,7 @@ def _formula(text: str) -> str:
             if begin < mark.start():
                 formulas.append((opened[1], begin, mark.start(), mark.end()))
             opened = None
-    if not formulas:
+    if not formulas or quantity(text) is not None:
         return text
     first = len(formulas) - 1
     while first and _JOINS.fullmatch(text, formulas[first - 1][3], formulas[first][0]):
@@ -135,11 +136,12 @@ def same(truth: str, answer: str, question: str = "") -> bool:
     if len(set(bases)) == 2 or (bases and not _BASE.search(truth)):
         return False
     truth, answer = (_BASE.sub("", text) for text in (truth, answer))
-    finished = _finished(truth, answer, "fraction" in question and "frac" in truth)
+    if len(answer) > 10 * MAX_LATEX or not _reduced(answer, "fraction" in question and "frac" in truth):
+        return False
     value, stated = quantity(truth), quantity(answer)
     if value is not None:
         percent = 100 if "%" in answer and "%" not in truth else 1
-        return finished and stated is not None and stated in (value, value * percent)
+        return stated is not None and stated in (value, value * percent)
     if re.search(r"[0-9]\s+[0-9]", answer):  # neither one number nor a product
         return False
     if _words(truth) == _words(answer) != "":
@@ -147,11 +149,12 @@ def same(truth: str, answer: str, question: str = "") -> bool:
     truth, answer = without_unit(truth), without_unit(answer)
     if "\\text" not in truth + answer and answers.same_latex(truth, answer):
         return True
-    return finished and equivalent(truth, answer)
+    done = _UNDONE.search(answer.rsplit("=", 1)[-1]) is None or _UNDONE.search(truth) is not None
+    return done and equivalent(truth, answer)
 
 
-def _finished(truth: str, answer: str, as_fraction: bool) -> bool:
-    """Whether no arithmetic on integers is left to do in an answer that is done in the truth."""
+def _reduced(answer: str, as_fraction: bool) -> bool:
+    """Whether fractions and roots of integers are reduced, and no decimal stands where a fraction is asked for."""
     last = answer.rsplit("=", 1)[-1]
     pairs = [(int(a or c), int(b or d)) for a, b, c, d in _QUOTIENT.findall(last)]
     roots = [int(n) for n in _ROOT.findall(last)]
@@ -159,7 +162,6 @@ def _finished(truth: str, answer: str, as_fraction: bool) -> bool:
         all(gcd(a, b) == 1 != b for a, b in pairs)
         and not any(isqrt(n) ** 2 == n for n in roots)
         and not (as_fraction and re.search(r"[0-9]\.[0-9]|\A\.[0-9]", last))
-        and (_UNDONE.search(last) is None or _UNDONE.search(truth) is not None)
     )
 
 

@@ -64,6 +64,7 @@ class _Table(dict[int, str]):
 
 _TABLE = _Table()
 _RAISED = re.compile("[⁰¹²³⁴-⁹⁺⁻ⁿ]+")
+_FRACTIONS = re.compile("[¼-¾⅐-⅞]{2,}")  # no number, and each would become eleven characters
 _LOWERED = re.compile("[₀-₉]+")
 _ROOT = re.compile(r"(?:√|(?<![\\a-zA-Z])sqrt)\s*(?:\(([^()]*)\)|\{([^{}]*)\}|([0-9]+(?:\.[0-9]+)?|[a-z](?![a-z])))")
 
@@ -99,7 +100,7 @@ _THOUSANDS = re.compile(
 )
 _LABEL = re.compile(
     r"\A\W*(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+)?(?:answer|result|solution|expression)\s*"
-    r"(?:is\s*:?|[:=])\s*(?=\S)",
+    r"(?:is\s*:?|[:=\n])\s*(?=\S)",
     re.IGNORECASE,
 )
 _OPERATORS = {"div": "/", "times": "*", "cdot": "*", "ast": "*"}
@@ -114,6 +115,7 @@ def plain(text: str) -> str:
     """
     text = _ROOT.sub(lambda m: f"\\sqrt{{{m[1] or m[2] or m[3] or ''}}}", text)
     if not text.isascii():
+        text = _FRACTIONS.sub("?", text)
         text = _RAISED.sub(lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", text)
         text = _LOWERED.sub(lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text).translate(_TABLE)
     for pattern, replacement in (*_MARKDOWN, *_LATEX):

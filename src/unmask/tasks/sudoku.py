@@ -39,7 +39,7 @@ _PUBLISHED = (
     ("", r"\b(\d{16})\b"),
 )
 _LABELS = re.compile(
-    r"[0-9]+ ?(?:x|\\times|by) ?[0-9]+|(?i:row|r|column|col|line) ?[0-9]\b|(?m:^[ \t]*[0-9][.):](?=\s*[0-9|]))"
+    r"(?<![0-9])[0-9]{1,2} ?(?:x|\\times|by) ?[0-9]+|(?i:row|r|column|col|line) ?[0-9]\b|(?m:^[ \t]*[0-9][.):](?=\s*[0-9|]))"
 )
 _WORDS = re.compile(r"[a-zA-Z]{2,}")
 
