@@ -164,13 +164,13 @@ def _fast_tokenizer(folder: Path, tokens: dict[int, str], settings: dict[str, An
     core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in every.values()])
     core.save(str(folder / "tokenizer.json"))
     settings = {"added_tokens_decoder": _added(every), "tokenizer_class": "PreTrainedTokenizerFast", **settings}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
 def _save(model: PreTrainedModel, folder: Path, config: dict[str, Any], shard: str) -> None:
     model.save_pretrained(folder, max_shard_size=shard)
     assert len(list(folder.glob("model-0000?-of-0000?.safetensors"))) >= 2
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def write_llada(folder: Path, seed: int = 1, **changes: Any) -> str:
@@ -212,8 +212,10 @@ def write_llada_8b(folder: Path) -> str:
             save_file(shard, folder / name, metadata={"format": "pt"})
             index |= dict.fromkeys(shard, name)
             shard = {}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8"
+    )
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     _llada_tokenizer(folder)
     return str(folder)
 
@@ -224,8 +226,10 @@ def write_dream(folder: Path, seed: int = 1, **changes: Any) -> str:
     torch.manual_seed(seed)
     _save(DreamModel(DreamConfig(**config)).bfloat16(), folder, config, "60KB")
     vocabulary, merges = _bytes()
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(f"{a} {b}" for a, b in merges) + "\n")
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (folder / "merges.txt").write_text(
+        "#version: 0.2\n" + "\n".join(f"{a} {b}" for a, b in merges) + "\n", encoding="utf-8"
+    )
     special = {300: "<|endoftext|>", 301: "<|im_start|>", 302: "<|im_end|>", 322: "<|beginoftext|>", 323: "<|mask|>"}
     every = {i: special.get(i, f"<|fill_{i}|>") for i in range(len(vocabulary), 324)}
     settings = {
@@ -239,7 +243,7 @@ def write_dream(folder: Path, seed: int = 1, **changes: Any) -> str:
         "tokenizer_class": "DreamTokenizer",
         "unk_token": None,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return str(folder)
 
 

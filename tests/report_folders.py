@@ -59,7 +59,7 @@ def evaluation(folder: Path, cells: dict[str, list[dict[str, Any]]], task: str =
     found = [{**names, "decoder": decoder, **summarise(rows), **more} for decoder, rows in cells.items()]
     (folder / "records").mkdir(parents=True)
     for decoder, rows in cells.items():
-        (folder / "records" / f"{slug(task)}--{slug(decoder)}.jsonl").write_text(as_lines(rows))
+        (folder / "records" / f"{slug(task)}--{slug(decoder)}.jsonl").write_text(as_lines(rows), encoding="utf-8")
     write_json(folder / "config.json", config)
     write_json(folder / "summary.json", {"config": config, "environment": {"unmask": "1"}, "cells": found})
     return folder
@@ -79,10 +79,11 @@ def run(folder: Path, seed: int, **config: Any) -> Path:
     """A folder as ``unmask rl`` leaves it."""
     folder.mkdir(parents=True)
     values = {"objective": "cj", "decoder": "ass", "seed": seed, "output": str(folder), "batch_size": 8, **config}
-    (folder / "config.yaml").write_text(yaml.safe_dump(values))
-    (folder / "metrics.jsonl").write_text(lines(metrics(0.5 + seed / 10)))
+    (folder / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    (folder / "metrics.jsonl").write_text(lines(metrics(0.5 + seed / 10)), encoding="utf-8")
     (folder / "times.jsonl").write_text(
-        lines([{"step": s, "seconds_rollout": 2.0, "seconds_update": 1.0} for s in (1, 2)])
+        lines([{"step": s, "seconds_rollout": 2.0, "seconds_update": 1.0} for s in (1, 2)]),
+        encoding="utf-8",
     )
     return folder
 
@@ -122,7 +123,7 @@ def study(folder: Path) -> Path:
         cell("full", "1100000000", "diffu", 0),
     ]
     folder.mkdir(parents=True)
-    (folder / "cells.jsonl").write_text(lines(cells))
+    (folder / "cells.jsonl").write_text(lines(cells), encoding="utf-8")
     train = {"train.objective": "cj", "train.decoder": "ass"}
     runs = [
         {
@@ -134,7 +135,7 @@ def study(folder: Path) -> Path:
         }
         for seed in (0, 1)
     ]
-    (folder / "runs.jsonl").write_text(lines(runs))
+    (folder / "runs.jsonl").write_text(lines(runs), encoding="utf-8")
     return folder
 
 

@@ -54,7 +54,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["eval", "--batch-size", "0"], ["batch_size is 0"]),
         (["eval", "--seed", "99999999999"], ["seed is 99999999999"]),
         (["eval", "--max-new-tokens", "4000", "--decoder", "ass"], ["at most 2048 together"]),
-        (["eval", "--task", "countdown:data=/dev/null"], ["holds no problems"]),
+        (["eval", "--task", "countdown:data=/dev/null"], ["holds no rows"]),
         (["eval", "--task", "countdown:max_value=2"], ["give at least 5"]),
         (["sft", "configs/tiny/sft.yaml", "--steps", "0"], ["steps is 0"]),
         (["eval", "--split", "tset"], ["choose from"]),
@@ -95,7 +95,7 @@ FILES = {
     ("arguments", "said"),
     [
         (["eval", "--task", "gsm8k", "--data", "deep.json", "--output", "out"], ["deep.json is not JSON"]),
-        (["eval", "--task", "countdown", "--data", "deep.json", "--output", "out"], ["deep.json:1 is not a line like"]),
+        (["eval", "--task", "countdown", "--data", "deep.json", "--output", "out"], ["deep.json is not JSON"]),
         (["rl", "deep.yaml"], ["the config deep.yaml is not YAML"]),
         (["rl", "twice.yaml"], ["the key 'steps' stands twice", "line 3"]),
         (["rl", "no_base.yaml"], ["cannot read the base of no_base.yaml, nothing.yaml"]),
@@ -255,7 +255,7 @@ def test_grade(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     fails(capsys, ["grade", str(file), "--task", "countdown"], "is not [[numbers], target]")
     fails(capsys, ["grade", str(file), "--task", "countdown", "--extraction", "x"], "choose from default, published")
     file.write_text("")
-    fails(capsys, ["grade", str(file), "--task", "countdown"], "holds no completions")
+    fails(capsys, ["grade", str(file), "--task", "countdown"], "holds no rows")
     fails(capsys, ["grade", str(file), "--task", "countdwn"], "did you mean 'countdown'")
 
 

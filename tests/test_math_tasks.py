@@ -168,13 +168,13 @@ def test_no_network_is_one_sentence_and_fast(monkeypatch: pytest.MonkeyPatch, tm
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("a.jsonl", '{"question": "Q?", "answer": "7"}\n', r"a\.jsonl, row 1, is no problem of task gsm8k"),
-        ("a.jsonl", '{"question": "Q?", "answer": "#### 7"}\n[1]\n', "row 2"),
-        ("a.jsonl", "{\n", "is not JSONL"),
-        ("a.json", "7", "is no list of problems"),
-        ("a.json", "[]", "holds no problems"),
+        ("a.jsonl", '{"question": "Q?", "answer": "7"}\n', r"a\.jsonl:1 is no problem of task gsm8k"),
+        ("a.jsonl", '{"question": "Q?", "answer": "#### 7"}\n[1]\n', r"a\.jsonl:2 is \[1\]: write a JSON object"),
+        ("a.jsonl", "{\n", r"a\.jsonl:1 is not JSON"),
+        ("a.json", "7", r"a\.json:1 is 7: write a JSON object"),
+        ("a.json", "[]", r"a\.json holds no rows"),
         ("a.parquet", "x", "cannot read the data file"),
-        ("a.txt", "x", "give one of these, or a folder"),
+        ("a.txt", "x", r"give \.json, \.jsonl, \.parquet or a folder"),
     ],
 )
 def test_faulty_files_are_named(tmp_path: Path, file: str, content: str, message: str) -> None:
@@ -186,7 +186,7 @@ def test_faulty_files_are_named(tmp_path: Path, file: str, content: str, message
 def test_faulty_sources_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds test problems: split 'train'"):
         make_task(f"gsm8k:data={tmp_path}/a.jsonl", {}).problems("train", 3)
-    with pytest.raises(UserError, match="cannot read the data file"):
+    with pytest.raises(UserError, match=r"there is no data file .*a\.jsonl"):
         make_task(f"gsm8k:data={tmp_path}/a.jsonl", {}).problems("test", 3)
     with pytest.raises(UserError, match=r"give a folder with test\.jsonl, \.json or \.parquet"):
         make_task(f"gsm8k:data={tmp_path}", {}).problems("test", 3)

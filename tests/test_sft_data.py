@@ -118,7 +118,7 @@ def test_overlong_rows(tmp_path: Path) -> None:
             {"prompt": "p" * 10, "completion": "r"},
         ],
     )
-    with pytest.raises(UserError, match=r"row 2 of .*has 4 prompt and 7 response tokens.*max_length 10"):
+    with pytest.raises(UserError, match=r"jsonl:2.*has 4 prompt and 7 response tokens.*max_length 10"):
         read(lm, name, 10)
     cut = read(lm, name, 10, "truncate")
     assert texts(lm, cut) == [("pppp", "rrrrr<|eot_id|>"), ("pppp", "rrrrrr")]
@@ -151,24 +151,24 @@ GOOD = {"messages": turns("a", "b")}
     ("rows", "message"),
     [
         ([{"text": "a", "id": 1}], "has the columns id, text: rename them to messages or prompt .* or question"),
-        ([GOOD, {"messages": turns("a", " ")}], "row 2 of .*: the response is empty"),
-        ([{"messages": turns(" ", "b")}], "row 1 of .*: the prompt is empty"),
-        ([GOOD, {"messages": turns("a", "b", "c")}], "row 2 of .*: the last message is by 'user'"),
-        ([GOOD, {"messages": turns("", "b")[1:]}], "row 2 of .*: messages are no list of two or more"),
-        ([GOOD, {"messages": None}], "row 2 of .*: messages are no list"),
-        ([GOOD, {"messages": turns("a<|mdm_mask|>", "b")}], r"row 2 of .*holds the control token <\|mdm_mask\|>"),
-        ([GOOD, {"messages": turns("a", "b<|eot_id|>c")}], r"row 2 of .*holds the control token <\|eot_id\|>"),
-        ([GOOD, {"messages": turns("a<|endoftext|>", "b")}], r"row 2 of .*holds the control token <\|endoftext\|>"),
-        ([{"prompt": "a<|mdm_mask|>", "completion": "b"}], r"row 1 of .*holds the control token <\|mdm_mask\|>"),
-        ([{"prompt": "a", "completion": None}], "row 1 of .*: the response is empty"),
-        ([{"prompt": "a", "completion": 3}], "row 1 of .*: completion is int: give text"),
-        ([{"prompt": "a", "completion": turns("", "b")[1:]}], "row 1 of .*write both alike"),
-        ([{"prompt": turns("a"), "completion": turns("b", "c")}], "row 1 of .*completion holds 2 messages"),
+        ([GOOD, {"messages": turns("a", " ")}], "jsonl:2: the response is empty"),
+        ([{"messages": turns(" ", "b")}], "jsonl:1: the prompt is empty"),
+        ([GOOD, {"messages": turns("a", "b", "c")}], "jsonl:2: the last message is by 'user'"),
+        ([GOOD, {"messages": turns("", "b")[1:]}], "jsonl:2: messages are no list of two or more"),
+        ([GOOD, {"messages": None}], "jsonl:2: messages are no list"),
+        ([GOOD, {"messages": turns("a<|mdm_mask|>", "b")}], r"jsonl:2.*holds the control token <\|mdm_mask\|>"),
+        ([GOOD, {"messages": turns("a", "b<|eot_id|>c")}], r"jsonl:2.*holds the control token <\|eot_id\|>"),
+        ([GOOD, {"messages": turns("a<|endoftext|>", "b")}], r"jsonl:2.*holds the control token <\|endoftext\|>"),
+        ([{"prompt": "a<|mdm_mask|>", "completion": "b"}], r"jsonl:1.*holds the control token <\|mdm_mask\|>"),
+        ([{"prompt": "a", "completion": None}], "jsonl:1: the response is empty"),
+        ([{"prompt": "a", "completion": 3}], "jsonl:1: completion is int: give text"),
+        ([{"prompt": "a", "completion": turns("", "b")[1:]}], "jsonl:1.*write both alike"),
+        ([{"prompt": turns("a"), "completion": turns("b", "c")}], "jsonl:1.*completion holds 2 messages"),
         (
             [{"question": "a", "thinking_trajectories": [], "attempt": "b"}],
-            "row 1 of .*: thinking_trajectories is empty",
+            "jsonl:1: thinking_trajectories is empty",
         ),
-        ([{"question": "a", "thinking_trajectories": ["t"], "attempt": ""}], "row 1 of .*: attempt is empty"),
+        ([{"question": "a", "thinking_trajectories": ["t"], "attempt": ""}], "jsonl:1: attempt is empty"),
     ],
 )
 def test_bad_rows_are_named(tmp_path: Path, toy_lm: MaskedLM, rows: list[dict[str, Any]], message: str) -> None:
@@ -181,7 +181,7 @@ def test_data_that_cannot_be_read(tmp_path: Path, toy_lm: MaskedLM, monkeypatch:
     with pytest.raises(UserError, match=r"a\.csv is no data file that can be read: give \.json"):
         read(toy_lm, str(tmp_path / "a.csv"))
     (tmp_path / "a.jsonl").write_text('{"messages": [')
-    with pytest.raises(UserError, match=r"cannot read .*a\.jsonl"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1 is not JSON"):
         read(toy_lm, str(tmp_path / "a.jsonl"))
     with pytest.raises(UserError, match=r"cannot read .*empty"):
         (tmp_path / "empty").mkdir()
@@ -201,7 +201,7 @@ def test_data_that_cannot_be_read(tmp_path: Path, toy_lm: MaskedLM, monkeypatch:
     with pytest.raises(UserError, match="toy has no chat template"):
         read(lm, chat(tmp_path))
     lm.tokenizer.chat_template = "{{ raise_exception('no') }}"
-    with pytest.raises(UserError, match=r"row 1 of .*the chat template of toy refuses the messages \(no\)"):
+    with pytest.raises(UserError, match=r"jsonl:1.*the chat template of toy refuses the messages \(no\)"):
         read(lm, chat(tmp_path))
     lm.tokenizer.chat_template = "{{ 'a' if add_generation_prompt else 'b' }}"
     with pytest.raises(UserError, match="otherwise than it asks for it"):

@@ -247,7 +247,7 @@ def test_data_files(tmp_path: Path) -> None:
     sudoku.write_text("Puzzle,Solution\n3102200002100320,3142243142131324\n")
     assert make_task(f"sudoku:data={sudoku}", {}).problems("test", None)[0].truth["solution"] == "3142243142131324"
     countdown.write_text(json.dumps({"input": "1,2", "output": "x"}))
-    with pytest.raises(UserError, match=r"c\.jsonl:1 is not a line like"):
+    with pytest.raises(UserError, match=r"c\.jsonl:1 is not a problem like"):
         make_task(f"countdown:data={countdown}", {}).problems("test", None)
     with pytest.raises(UserError, match="cannot read"):
         make_task(f"sudoku:data={tmp_path}/none.csv", {}).problems("test", None)

@@ -59,7 +59,7 @@ def figure(folder: Path) -> str:
 
 def searches() -> str:
     """A table of the committed searches of ``unmask tune``."""
-    found = [json.loads(path.read_text()) for path in SEARCHES.glob("tune-*.json")]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in SEARCHES.glob("tune-*.json")]
     found.sort(key=lambda search: (list(search["config"]["tasks"]), search["config"]["budget"]))
     headings = ["task", "budget", "winner", "best preset", "decoders", "passes spent"]
     headings += ["winner on test: NFE", "solved % [95 %]", "best preset on test: NFE", "solved % [95 %]", "difference"]
@@ -112,9 +112,9 @@ def publish(name: str) -> None:
     if not trainings:
         (folder / "runs.jsonl").unlink()
     summarised = {"compare": config.compare, "baselines": config.baselines, "tables": config.tables}
-    (folder / "study.yaml").write_text(as_yaml(summarised))
-    (folder / "table.md").write_text(tables(folder)[0])
-    (folder / "front.svg").write_text(figure(folder))
+    (folder / "study.yaml").write_text(as_yaml(summarised), encoding="utf-8")
+    (folder / "table.md").write_text(tables(folder)[0], encoding="utf-8")
+    (folder / "front.svg").write_text(figure(folder), encoding="utf-8")
 
 
 def main(names: list[str]) -> None:
@@ -125,7 +125,7 @@ def main(names: list[str]) -> None:
         else:
             publish(name)
     for document in DOCUMENTS:
-        document.write_text(with_tables(document.read_text()))
+        document.write_text(with_tables(document.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from unmask.files import each_line
+from unmask.files import each_line, write_text
 from unmask.flags import overview, read_flags
 from unmask.models.source import ModelSource
 from unmask.spec import UserError, convert, split_spec, unknown
@@ -94,7 +94,7 @@ def _run_evaluation(config: EvalConfig) -> None:
         return
     output = Path(config.output)
     figures = report.write_figures(summary, output)
-    (output / "table.md").write_text(report.markdown_table(summary))
+    write_text(output / "table.md", report.markdown_table(summary))
     console().print(report.rich_table(summary))
     print(f"records  {output / 'records'}\nsummary  {output / 'summary.json'}")
     for figure in (f for f in figures if f.suffix == ".png"):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from unmask.files import as_yaml, read_yaml, whole
+from unmask.files import as_yaml, read_yaml, write_text
 from unmask.flags import read_flags
 from unmask.spec import UserError, convert, default_of, expand_home, unknown
 
@@ -91,8 +91,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def save_config(config: Any, path: Path) -> None:
     """Write the resolved configuration beside a run's results, whole or not at all."""
-    with whole(path) as partial:
-        partial.write_text(as_yaml(dataclasses.asdict(config)), encoding="utf-8")
+    write_text(path, as_yaml(dataclasses.asdict(config)))
 
 
 def check_reporters(names: Collection[str]) -> None:

@@ -34,8 +34,10 @@ def writing_to(output: Path | str, instead: str = "--output") -> Iterator[None]:
         yield
     except BrokenPipeError:
         raise  # what it says meanwhile finds no reader: no fault of the output
-    except OSError as error:
-        raise UserError(f"cannot write to {output}: {error.strerror}; give another {instead}") from None
+    except (OSError, UnicodeEncodeError) as error:  # the latter: a name that the locale does not have
+        raise UserError(
+            f"cannot write to {output}: {getattr(error, 'strerror', error)}; give another {instead}"
+        ) from None
 
 
 def claim_result(output: Path) -> None:
@@ -46,15 +48,37 @@ def claim_result(output: Path) -> None:
     with writing_to(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         there = output.exists()
-        output.open("a").close()
+        output.open("a", encoding="utf-8").close()
         if not there:
             output.unlink()
 
 
+def read_text(path: Path | str, what: str = "") -> str:
+    """A UTF-8 text file without its byte-order mark, lines ended by newlines.
+
+    Raises:
+        UserError: for a file that cannot be read, called ``what`` and its path, or the first line that is not UTF-8.
+    """
+    file = f"{what} {path}" if what else path
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        byte = f"byte 0x{error.object[error.start]:02x}"
+        raise UserError(f"cannot read {file}: line {line} is not UTF-8 ({byte}); save it as UTF-8") from None
+    except (OSError, ValueError) as error:  # ValueError: a path that the system cannot have
+        raise UserError(f"cannot read {file}: {getattr(error, 'strerror', error)}; check the path") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """A UTF-8 text file, whole or not at all. Bytes of a file name that the locale could not read are escaped, also in JSON."""
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Indented JSON, whole or not at all."""
-    with whole(path) as partial:
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 # ---- YAML ------------------------------------------------------------------------------------------------------------------
@@ -94,13 +118,11 @@ def as_yaml(value: Any) -> str:
 def read_yaml(path: Path, what: str, schema: Any = dict) -> dict[str, Any]:
     """A YAML file of settings. Raises UserError, which calls the file ``what``, where it is none or not as ``schema`` says."""
     try:
-        loader = _Loader(path.read_text(encoding="utf-8-sig"))
+        loader = _Loader(read_text(path, what))
         root = loader.get_single_node()
         if root is not None:
             _check_node(loader, root)
         found = None if root is None else loader.construct_document(root)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {what} {path}: {error}") from None
     except yaml.MarkedYAMLError as error:
         place = error.problem_mark or error.context_mark
         line = f" at line {place.line + 1}" if place else ""

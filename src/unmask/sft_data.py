@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from unmask.hub import BUILDERS, load_split
+from unmask.hub import SUFFIXES, load_split
 from unmask.models.masked_lm import MaskedLM
 from unmask.spec import UserError
 from unmask.tasks import make_task
@@ -148,26 +148,27 @@ def read_chat(lm: MaskedLM, name: str, max_length: int, overlong: str, validatio
             smallest hashes, so the choice depends neither on the order of the rows nor on the tokenizer or max_length.
 
     Raises:
-        UserError: for unknown columns, a row that cannot be learned (with its number, from 1), or no row left.
+        UserError: for a row of unknown columns or one that cannot be learned (with its place), or no row left.
     """
-    table = load_split(name, "train", instead=f"the path of a local copy ({', '.join(BUILDERS)} or a folder)")
-    columns, read = _format(table.column_names, name)
-    exchanges, cut, left_out = [], 0, 0
-    for number, raw in enumerate(table.select_columns(columns), 1):
-        with _of_row(number, name):
-            exchanges.append(read(raw))
+    exchanges, places, cut, left_out = [], [], 0, 0
+    for place, raw in load_split(
+        name, "train", instead=f"the path of a local copy ({', '.join(SUFFIXES)} or a folder)"
+    ):
+        with _of_row(place):
+            exchanges.append(_exchange(raw))
+        places.append(place)
     keys = [hashlib.sha256(json.dumps(e.prompt).encode()).hexdigest() for e in exchanges]
     different = sorted(set(keys))
     held = set(different[: max(1, round(validation_share * len(different)))] if validation_share else ())
     training: list[Row] = []
     validation: list[Row] = []
-    for number, (key, exchange) in enumerate(zip(keys, exchanges, strict=True), 1):
-        with _of_row(number, name):
+    for place, key, exchange in zip(places, keys, exchanges, strict=True):
+        with _of_row(place):
             prompt, response = tokenised(lm, exchange)
         if len(prompt) + len(response) > max_length:
             if overlong == "refuse":
                 raise UserError(
-                    f"row {number} of {name} has {len(prompt)} prompt and {len(response)} response tokens, together more "
+                    f"{place} has {len(prompt)} prompt and {len(response)} response tokens, together more "
                     f"than max_length {max_length}: raise it, or set overlong to truncate or drop"
                 )
             if overlong == "drop" or len(prompt) >= max_length:
@@ -186,12 +187,12 @@ def read_chat(lm: MaskedLM, name: str, max_length: int, overlong: str, validatio
 
 
 @contextmanager
-def _of_row(number: int, name: str) -> Iterator[None]:
-    """Puts the row's number before a UserError of the block."""
+def _of_row(place: str) -> Iterator[None]:
+    """Puts the row's place before a UserError of the block."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"row {number} of {name}: {error}") from None
+        raise UserError(f"{place}: {error}") from None
 
 
 def end_token(lm: MaskedLM) -> int:
@@ -289,7 +290,10 @@ def _from_pair(row: Mapping[str, Any]) -> Exchange:
 def _from_s1k(row: Mapping[str, Any]) -> Exchange:
     """simplescaling/s1K: the first reasoning trajectory and the final answer, in tags that the user's turn asks for."""
     question, attempt = _text(row["question"], "question"), _text(row["attempt"], "attempt")
-    trajectory = _text((row["thinking_trajectories"] or [None])[0], "thinking_trajectories")
+    trajectories = row["thinking_trajectories"] or [None]
+    if not isinstance(trajectories, list):
+        raise UserError(f"thinking_trajectories is {type(trajectories).__name__}: write a list of texts")
+    trajectory = _text(trajectories[0], "thinking_trajectories")
     for name, text in (("question", question), ("thinking_trajectories", trajectory), ("attempt", attempt)):
         if not text.strip():
             raise UserError(f"{name} is empty: fill or remove the row")
@@ -304,10 +308,10 @@ _FORMATS: list[tuple[list[str], Callable[[Mapping[str, Any]], Exchange]]] = [
 ]
 
 
-def _format(columns: list[str], name: str) -> tuple[list[str], Callable[[Mapping[str, Any]], Exchange]]:
-    """The first format whose columns are all there."""
+def _exchange(row: Mapping[str, Any]) -> Exchange:
+    """A row in the first format whose columns are all there."""
     for wanted, read in _FORMATS:
-        if set(wanted) <= set(columns):
-            return wanted, read
+        if set(wanted) <= set(row):
+            return read(row)
     known = " or ".join(" + ".join(wanted) for wanted, _ in _FORMATS)
-    raise UserError(f"{name} has the columns {', '.join(sorted(columns))}: rename them to {known}")
+    raise UserError(f"the row has the columns {', '.join(sorted(row)) or '(none)'}: rename them to {known}")

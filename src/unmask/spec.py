@@ -62,6 +62,16 @@ def expand_home(value: T) -> T:
     return os.path.expanduser(value) if isinstance(value, str) else value  # type: ignore[return-value]
 
 
+def read_typed(text: str) -> str:
+    """Text of a command line; bytes that the locale could not read are read as UTF-8. Raises UserError where they are not."""
+    try:
+        return text.encode(errors="surrogateescape").decode()
+    except UnicodeError:
+        raise UserError(
+            f"{text[:40]!r} is not UTF-8 text: write it as UTF-8, or set the locale it is written in"
+        ) from None
+
+
 def expand_paths(settings: Any) -> None:
     """``expand_home`` for every field of a dataclass but those that hold text as a person wrote it."""
     for name in {f.name for f in dataclasses.fields(settings)} - {"prompt", "prefill"}:

@@ -28,7 +28,7 @@ def standard_streams() -> Iterator[None]:
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in this order each takes its own descriptor
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -47,7 +47,7 @@ def standard_streams() -> Iterator[None]:
 
 def _end_output(said: str) -> NoReturn:
     """End the command, without another attempt to write what is still held back."""
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
         for stream in (sys.stdout, *(() if said else (sys.stderr,))):
             with suppress(OSError, ValueError):  # a stream without a descriptor holds nothing back
                 os.dup2(nowhere.fileno(), stream.fileno())

@@ -47,7 +47,8 @@ def stand_in(shape: Shape, dtype: str, device: str) -> MaskedLM:
 
 def measure_apart(module: str, what: str, request: dict[str, Any]) -> dict[str, Any]:
     """Run ``python -m module REQUEST`` and read the JSON of its last line. Raises UserError naming ``what`` where it fails."""
-    run = subprocess.run([sys.executable, "-m", module, json.dumps(request)], capture_output=True, text=True)
+    command = [sys.executable, "-m", module, json.dumps(request)]
+    run = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if run.returncode == 2:  # the user's mistake, in the sentence of ``answer``
         raise UserError(run.stderr.strip().splitlines()[-1])
     if run.returncode:
@@ -91,7 +92,7 @@ def reset_peak(device: str) -> float:
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
     elif CLEAR.exists():  # Linux
-        CLEAR.write_text("5")
+        CLEAR.write_text("5", encoding="utf-8")
     return peak_bytes(device)
 
 
@@ -100,7 +101,7 @@ def peak_bytes(device: str) -> float:
     if device != "cpu":
         return float(torch.cuda.max_memory_allocated())
     if CLEAR.exists():
-        status = Path("/proc/self/status").read_text().splitlines()
+        status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return 1024.0 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 

@@ -17,7 +17,7 @@ from unmask.bench.memory import bench_memory
 from unmask.bench.memory import table as memory_table
 from unmask.bench.update import bench_rl
 from unmask.evaluation.report import COLOURS, MARKERS, markdown, save_figure
-from unmask.files import whole
+from unmask.files import write_text
 from unmask.rl.gap import bench_gap
 from unmask.terminal import console
 
@@ -36,8 +36,7 @@ def _print(title: str, headings: Row, rows: list[Row], output: str) -> None:
     for row in rows:
         table.add_row(*row)
     console().print(table)
-    with whole(Path(output).with_suffix(".md")) as partial:
-        partial.write_text(markdown(headings, rows))
+    write_text(Path(output).with_suffix(".md"), markdown(headings, rows))
     print(f"result  {output}")
 
 

@@ -44,7 +44,7 @@ def environment() -> dict[str, Any]:
         git = ["git", "-C", str(Path(__file__).parent)]
         subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)
         describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(describe, capture_output=True, encoding="utf-8", check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None  # installed from a package, not a checkout
     return {
@@ -61,7 +61,7 @@ def environment() -> dict[str, Any]:
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
@@ -239,7 +239,7 @@ def _decode(
             progress(label, count, total)
         if not share:
             continue
-        with writing_to(config.output), shard(cell.path, processes.rank).open("a") as file:
+        with writing_to(config.output), shard(cell.path, processes.rank).open("a", encoding="utf-8") as file:
             for records in run_cell(request, cell, share, config):
                 file.write(as_lines(records))
                 file.flush()

@@ -22,7 +22,8 @@ _FIX = "remove it, and its problems are decoded again"
 def slug(text: str) -> str:
     """A file name for a spec, of at most 109 characters; a hash keeps apart what cutting and replacing would confuse."""
     plain = re.sub(r"[^A-Za-z0-9.+=-]+", "_", text).strip("_")[:100]
-    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    digest = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
+    return plain if plain == text else f"{plain}-{digest[:8]}"
 
 
 def read_records(path: Path) -> list[Record]:
@@ -59,7 +60,7 @@ def merge(path: Path, problems: Sequence[Problem], world: int, schema: Any = REC
     records = dict(sorted(records.items()))
     if parts:
         with whole(path) as partial:
-            partial.write_text(as_lines(list(records.values())))
+            partial.write_text(as_lines(list(records.values())), encoding="utf-8")
         for part in parts:
             part.unlink()
     return records

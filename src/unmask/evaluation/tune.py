@@ -208,7 +208,7 @@ class Measurements:
         for line in lines:
             self._add(line)
         with whole(path) as partial:  # without what a killed run left of its last line
-            partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
     def _add(self, line: dict[str, Any]) -> None:
         known = self.found.setdefault((line["split"], line["decoder"]), {})
@@ -233,7 +233,7 @@ class Measurements:
         for batch in run_cell(self.request, cell, todo, self.config) if todo else ():
             records = [{key: record[key] for key in KEPT} for record in batch]
             line = {"split": split, "decoder": cell.decoder_spec, "records": records}
-            with writing_to(self.path.parent), self.path.open("a") as file:
+            with writing_to(self.path.parent), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             self._add(line)
         return [known[i] for i in range(size)]

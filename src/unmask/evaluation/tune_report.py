@@ -18,7 +18,7 @@ from unmask.decoding import Decoder
 from unmask.evaluation.report import COLOURS, markdown, percent, save_figure
 from unmask.evaluation.tune import TuneConfig
 from unmask.evaluation.tune_space import unfit_presets
-from unmask.files import as_yaml, whole, writing_to
+from unmask.files import as_yaml, write_text, writing_to
 from unmask.spec import default_of
 from unmask.terminal import console
 
@@ -34,8 +34,7 @@ def write(result: Result, config: TuneConfig) -> list[Path]:
     )
     with writing_to(output):
         for name, text in (("front.md", said), ("decoder.yaml", decoder_file(result, config))):
-            with whole(output / name) as partial:
-                partial.write_text(text, encoding="utf-8")
+            write_text(output / name, text)
         return [output / "front.md", *save_figure(front_figure(result), output / "front"), output / "decoder.yaml"]
 
 

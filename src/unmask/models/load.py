@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
+from unmask.files import read_text
 from unmask.models import bidirectional, remote
 from unmask.models.llada import LLaDAModelLM
 from unmask.models.masked_lm import MaskedLM
@@ -244,8 +245,8 @@ def find_folder(
 def read_json(path: Path) -> dict[str, Any]:
     """A checkpoint's JSON file. Raises UserError where it is no JSON object."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        found = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): repair or fetch it again") from None
     if not isinstance(found, dict):
         raise UserError(f"{path} is not a JSON object: repair or fetch it again")

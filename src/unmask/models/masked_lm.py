@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unmask.models.backbone import KVCache
 from unmask.models.head import Head
-from unmask.spec import UserError
+from unmask.spec import UserError, read_typed
 
 Result = TypeVar("Result")
 END_OF_TURN = (
@@ -151,7 +151,7 @@ class MaskedLM:
         for asked, answered in examples:
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
         messages.append({"role": "user", "content": user})
-        return self.render(messages) + prefill
+        return read_typed(self.render(messages) + prefill)
 
     def render(self, messages: list[dict[str, str]], answer: bool = True, unfinished: bool = False) -> str:
         """Messages as the chat template writes them.
@@ -185,8 +185,10 @@ class MaskedLM:
             ids (B, P) int64 and the padding mask (B, P) bool (False = padding), on the model's device.
 
         Raises:
-            UserError: for an empty prompt, one that holds the mask token, or one longer than the context allows.
+            UserError: for an empty prompt, one that is not Unicode text, one that holds the mask token, or one longer than the
+                context allows.
         """
+        prompts = [read_typed(prompt) for prompt in prompts]
         rows = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
         for text, row in zip(prompts, rows, strict=True):
             if not row:

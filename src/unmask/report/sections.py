@@ -8,7 +8,7 @@ from typing import Any
 
 from unmask.evaluation.records import slug
 from unmask.evaluation.report import diagnostics_figure
-from unmask.files import claim_result, whole, writing_to
+from unmask.files import claim_result, write_text, writing_to
 from unmask.report import figures, tables
 from unmask.report.collect import Material, collect
 from unmask.report.curves import curves
@@ -30,8 +30,7 @@ def report(folders: Sequence[Path], output: Path) -> tuple[str, list[Path]]:
     html = render(material.folders, sections)
     with writing_to(output):
         written = [path for section in sections for shown in section.pictures for path in shown.save(output)]
-        with whole(page) as partial:
-            partial.write_text(html, encoding="utf-8")
+        write_text(page, html)
     main = [table for section in sections if section.name in ("results", "training") for table in section.tables]
     return "\n".join(f"{table.caption}\n\n{table.markdown()}" for table in main), [*written, page]
 

@@ -62,10 +62,10 @@ class RunLog(TrainerCallback):
             lines = read_lines(path, {"step": COUNT}, "remove it, and the run goes on without what it held")
             kept = [e for e in lines if e["step"] <= state.global_step] if state.global_step else []
             with whole(path) as partial:
-                partial.write_text("".join(json.dumps(e) + "\n" for e in kept))
+                partial.write_text("".join(json.dumps(e) + "\n" for e in kept), encoding="utf-8")
 
     def _append(self, name: str, entry: dict[str, Any]) -> None:
-        with (self.folder / f"{name}.jsonl").open("a") as file:
+        with (self.folder / f"{name}.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:

@@ -41,5 +41,5 @@ def command(arguments: list[str]) -> None:
     finally:
         if bar.tasks:
             bar.stop()
-    print((Path(config.output) / "table.md").read_text(), end="")
+    print((Path(config.output) / "table.md").read_text(encoding="utf-8"), end="")
     print(f"\nfigures: unmask report {config.output}", file=sys.stderr)

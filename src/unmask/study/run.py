@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unmask.config import save_config
-from unmask.files import read_lines, whole, write_json, writing_to
+from unmask.files import read_lines, whole, write_json, write_text, writing_to
 from unmask.schema import METRICS, TIMES
 from unmask.spec import UserError
 from unmask.study import Table
@@ -177,7 +177,7 @@ class Lines:
 
     def _write(self) -> None:
         with whole(self.path) as partial:
-            partial.write_text(_text([self.lines[k] for k in self.keys if k in self.lines]))
+            partial.write_text(_text([self.lines[k] for k in self.keys if k in self.lines]), encoding="utf-8")
 
 
 def _text(lines: list[Table]) -> str:
@@ -222,8 +222,7 @@ def study(config: StudyConfig, beside: Path, progress: Progress | None = None) -
         summary = summarise_study([cells.lines[k] for k in keys], config.compare, config.baselines, shown)
         with writing_to(output, "output"):
             write_json(output / "summary.json", summary)
-            with whole(output / "table.md") as partial:
-                partial.write_text(markdown(summary, shown))
+            write_text(output / "table.md", markdown(summary, shown))
     return summary
 
 
@@ -253,7 +252,7 @@ def _check_alike(jobs: list[Job], cells: Lines) -> None:
 def _alone(output: Path) -> Iterator[None]:
     """Raises UserError where another process runs a study in this folder."""
     with writing_to(output, "output"):
-        file = (output / "lock").open("w")
+        file = (output / "lock").open("w", encoding="utf-8")
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -75,7 +75,7 @@ class Task(ABC):
             raise UserError(f"data={path} holds test problems: split {split!r} is only generated")
         try:
             return list(self.load(path))
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
+        except csv.Error as error:
             raise UserError(f"cannot read the data file {path}: {error}") from None
 
     @property

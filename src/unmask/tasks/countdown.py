@@ -7,17 +7,16 @@ from which the target can be reached, so its length cannot be known before the p
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from itertools import combinations, count
-from pathlib import Path
 from typing import Any, ClassVar
 
 import reasoning_gym
 
+from unmask.hub import read_rows
 from unmask.spec import UserError
 from unmask.tasks import answers, released
 from unmask.tasks.base import Grade, Problem, Reward, Task, first_different, split_of, stream_seed
@@ -95,14 +94,11 @@ class Countdown(Task):
         return Problem(identity, f"Numbers: {list(numbers)}\nTarget: {target}", truth)
 
     def load(self, path: str) -> Iterator[Problem]:
-        for number, line in enumerate(Path(path).read_text(encoding="utf-8-sig").splitlines(), 1):
+        for place, row in read_rows(path):
             try:
-                row = json.loads(line)
                 yield self.problem(tuple(int(n) for n in row["input"].split(",")), int(row["output"]))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise UserError(
-                    f'{path}:{number} is not a line like {{"input": "30,100,93", "output": "23"}}'
-                ) from None
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f'{place} is not a problem like {{"input": "30,100,93", "output": "23"}}') from None
 
     def instruction(self, problem: Problem) -> str:
         if self.style == "compact":

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import count, permutations
-from pathlib import Path
 from typing import Any, ClassVar
 
 import reasoning_gym
 
+from unmask.files import read_text
 from unmask.spec import UserError
 from unmask.tasks import answers, released
 from unmask.tasks.base import Grade, Problem, Reward, Task, bucket, first_different, split_of, stream_seed
@@ -83,12 +83,11 @@ class Sudoku(Task):
         return Problem(f"sudoku {puzzle}", f"Solve the following Sudoku puzzle: {puzzle}", truth)
 
     def load(self, path: str) -> Iterator[Problem]:
-        with Path(path).open(newline="", encoding="utf-8-sig") as file:
-            for number, row in enumerate(csv.DictReader(file), 2):
-                puzzle, solution = row.get("Puzzle") or "", row.get("Solution") or ""
-                if not re.fullmatch("(?=.*0)[0-4]{16}", puzzle) or not re.fullmatch("[1-4]{16}", solution):
-                    raise UserError(f"{path}:{number} is not a row Puzzle,Solution of 16 digits each")
-                yield self.problem(puzzle, solution)
+        for number, row in enumerate(csv.DictReader(read_text(path).splitlines()), 2):
+            puzzle, solution = row.get("Puzzle") or "", row.get("Solution") or ""
+            if not re.fullmatch("(?=.*0)[0-4]{16}", puzzle) or not re.fullmatch("[1-4]{16}", solution):
+                raise UserError(f"{path}:{number} is not a row Puzzle,Solution of 16 digits each")
+            yield self.problem(puzzle, solution)
 
     def instruction(self, problem: Problem) -> str:
         return problem.question if self.style == "compact" else INSTRUCTION.format(question=problem.question)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import random
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from unmask.hub import BUILDERS, load_split
+from unmask.files import read_text
+from unmask.hub import SUFFIXES, load_split
 from unmask.spec import TooFewProblems, UserError
 from unmask.tasks import answers
 from unmask.tasks.base import Problem, Task, bucket
@@ -54,12 +55,11 @@ class Worded(Task):
         """The prompt with ``{question}`` where the question goes. Raises UserError for a file that is not one."""
         if self.prompt in PROMPTS:
             return PROMPTS[self.prompt]
-        try:
-            text = Path(self.prompt).read_text(encoding="utf-8-sig")
-        except (OSError, ValueError):
+        if not os.path.isfile(self.prompt):
             raise UserError(
                 f"prompt of task {self.name} is {self.prompt!r}: give {' or '.join(PROMPTS)}, or a text file that exists"
-            ) from None
+            )
+        text = read_text(self.prompt, "the prompt file")
         if "{question}" not in text:
             raise UserError(f"the prompt file {self.prompt} lacks {{question}}: put it where the question goes")
         return text
@@ -88,7 +88,7 @@ class Worded(Task):
         source = "test" if split == "test" else "train"
         name, configuration = self.hub[source]
         rows = load_split(name, source, configuration, f"a local file or folder as {self.name}:data=PATH")
-        found = self.cut(self.convert(rows, f"{name} ({source})"), split, seed)
+        found = self.cut(self.convert(rows), split, seed)
         if limit is not None and limit > len(found) and split != "test":
             raise TooFewProblems(f"task {self.name} has {len(found)} {split} problems, not {limit}: ask for fewer")
         return found[:limit]
@@ -99,43 +99,22 @@ class Worded(Task):
         if not folder.is_dir():
             return super().read(path, split, seed)
         source = "test" if split == "test" else "train"
-        files = [file for suffix in BUILDERS if (file := folder / f"{source}{suffix}").is_file()]
-        if files:
-            return self.cut(super().read(str(files[0]), "test", seed), split, seed)
+        files = [str(file) for suffix in SUFFIXES if (file := folder / f"{source}{suffix}").is_file()]
         configuration = self.hub[source][1] if (folder / "README.md").is_file() else None
         wanted = f"a folder with {source}.jsonl, .json or .parquet, or a copy of the hub's"
-        rows = load_split(path, source, configuration, wanted)
-        return self.cut(self.convert(rows, f"{path} ({source})"), split, seed)
+        return self.cut(self.convert(load_split([*files, path][0], source, configuration, wanted)), split, seed)
 
     def load(self, path: str) -> Iterator[Problem]:
-        suffix = Path(path).suffix
-        if suffix not in BUILDERS:
-            raise UserError(f"data={path} is no {', '.join(BUILDERS)} file: give one of these, or a folder")
-        if suffix == ".parquet":
-            from pyarrow import ArrowInvalid, parquet
+        if not os.path.isfile(path):
+            raise UserError(f"there is no data file {path}: check the path")
+        yield from self.convert(load_split(path, "test"))
 
-            try:
-                rows = parquet.read_table(path).to_pylist()
-            except ArrowInvalid as error:
-                raise UserError(f"cannot read the data file {path}: {error}") from None
-        else:
-            text = Path(path).read_text(encoding="utf-8-sig")
-            try:
-                rows = (
-                    json.loads(text) if suffix == ".json" else [json.loads(line) for line in text.split("\n") if line]
-                )
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"the data file {path} is not {suffix[1:].upper()}: {error}") from None
-        if not isinstance(rows, list):
-            raise UserError(f"the data file {path} is no list of problems: give one")
-        yield from self.convert(rows, path)
-
-    def convert(self, rows: Iterable[Any], source: str) -> Iterator[Problem]:
-        for number, row in enumerate(rows, 1):
+    def convert(self, rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Problem]:
+        for place, row in rows:
             try:
                 yield self.problem(row)
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(f"{source}, row {number}, is no problem of task {self.name} ({error!r})") from None
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise UserError(f"{place} is no problem of task {self.name} ({error!r})") from None
 
     def cut(self, problems: Iterable[Problem], split: str, seed: int) -> list[Problem]:
         """Of the published training problems a tenth, fixed by the question alone, is for validation. Test stays as it is."""
