@@ -75,10 +75,11 @@ _LAST_UNIT = re.compile(
 
 def boxed(text: str) -> list[str]:
     """Contents of every closed ``\\boxed{…}``, braces balanced, in the order of their opening. One pass."""
-    return [text[a:b] for a, b in _box_spans(text)]
+    return [text[a:b] for a, b in box_spans(text)]
 
 
-def _box_spans(text: str) -> list[tuple[int, int]]:
+def box_spans(text: str) -> list[tuple[int, int]]:
+    """Where the contents of the closed boxes begin and end, in the order of their opening."""
     spans: list[tuple[int, int]] = []
     opened: list[int | None] = []  # where the content of a box starts; None for a plain brace
     for match in _BRACES.finditer(text):
@@ -183,7 +184,7 @@ def final(text: str, numeric: bool = False) -> tuple[str, bool] | None:
             return place < len(digits) and digits[place] < b
         return not _PLACEHOLDER.fullmatch(text, a, b)
 
-    spans = sorted(_box_spans(text) + [m.span(1) for m in _BARE_BOX.finditer(text)], reverse=True)
+    spans = sorted(box_spans(text) + [m.span(1) for m in _BARE_BOX.finditer(text)], reverse=True)
     box = next((span for span in spans if answers(*span)), None)
     found = [] if box is None else [(box[0], text[box[0] : box[1]], True)]
     end = text.rfind("</answer>")
@@ -243,9 +244,15 @@ def quantity(text: str) -> Fraction | None:
 
 def _sides(text: str) -> Iterator[tuple[str, list[re.Match[str]]]]:
     """The sides of the equations in an answer, the last one first, with the numbers in each."""
-    text = _FRACTION.sub(r" \1/\2 ", _UNIT_POWER.sub("", operators(plain(text)).replace("\\approx", "=")))
+    text = _FRACTION.sub(_slashed, _UNIT_POWER.sub("", operators(plain(text)).replace("\\approx", "=")))
     for side in reversed(_WRAPPERS.sub(" ", text).split("=")):
         yield side, list(_NUMBER.finditer(side))
+
+
+def _slashed(fraction: re.Match[str]) -> str:
+    """``a/b``, apart from a whole number before it (``2\\frac{1}{2}``) but not from its sign."""
+    sign = fraction.string[fraction.start() - 1 : fraction.start()] == "-"
+    return f"{'' if sign else ' '}{fraction[1]}/{fraction[2]} "
 
 
 def _value(side: str, numbers: list[re.Match[str]], which: int) -> Fraction | None:

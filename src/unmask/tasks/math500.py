@@ -88,7 +88,7 @@ class MATH500(Worded):
         values: list[float | None] = []
         for text in map(self.whole, completions):
             tag = answers.tagged(text)
-            box = bool(answers.boxed(text if tag is None else tag))
+            box = bool(answers.box_spans(text if tag is None else tag))
             values.append(0.25 + 0.25 * box + 0.5 * (tag is not None))
         return values
 

@@ -85,6 +85,7 @@ _LATEX = (
     (re.compile(r"\\!\s*"), ""),
     (re.compile(r",\\[,;: ]\s*(?=[0-9]{3}(?![0-9]))"), ","),
     (re.compile(r"(?<!\\)\\(?:[,;:> ]|(?:quad|qquad|thinspace)(?![a-zA-Z]))|~"), " "),
+    (re.compile(r"(?<=-)(?:\\?\$|[€£¥₹₩])\s*"), ""),
     (re.compile(r"(?<!\\)\\[()\[\]]|(?:\b(?:US|AU?|CA?|NZ))?\\?\$|[€£¥₹₩]"), " "),
     (re.compile(r"\\(?:pounds|euro|texteuro|textdollar|textsterling|yen)(?![a-zA-Z])(?:\{\})?"), " "),
     (re.compile(r"(?<![a-zA-Z])(?:USD|EUR|GBP|INR|Rs\.?)(?=\s*[0-9])"), " "),

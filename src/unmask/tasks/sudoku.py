@@ -95,7 +95,7 @@ class Sudoku(Task):
     def extract(self, completion: str) -> str:
         """16 characters, ``0`` where the answer is too short.
 
-        Default: the cells in the last answer tags, else in an answer left open, else in the last box, else the last run of 16.
+        Default: the cells in the last answer tags, else in an answer left open, else the last run of 16, else the last box.
         """
         if self.extraction == "published":
             for start, pattern in _PUBLISHED:
@@ -110,9 +110,9 @@ class Sudoku(Task):
         tag = answers.tagged(text)
         if tag is None and "<answer>" in text:
             tag = text.rsplit("<answer>", 1)[1]
-        if tag is None:
-            tag = next(reversed(answers.boxed(text)), None)
-        return cells(text if tag is None else tag, whole=tag is None).ljust(16, "0")[:16]
+        marked = answers.final(text, numeric=True) if tag is None else None
+        found = cells(text, whole=True) if tag is None else cells(tag)
+        return (found or cells(marked[0] if marked else "")).ljust(16, "0")[:16]
 
     def grade(self, problem: Problem, completion: str) -> Grade:
         answer = self.extract(completion)
@@ -143,7 +143,7 @@ class Sudoku(Task):
         return self.problem(puzzle[0], row["ground_truth"])
 
 
-def cells(text: str, whole: bool) -> str:
+def cells(text: str, whole: bool = False) -> str:
     """The digits of the grid in an answer: its last run of 16, else its last part without words that holds 16, else its rows.
 
     Sizes (``4x4``), labels (``Row 1:``, ``1.``) and other numbers in prose are no cells.
