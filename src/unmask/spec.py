@@ -26,7 +26,7 @@ def unknown(kind: str, value: str, choices: Iterable[str]) -> UserError:
     choices = sorted(map(str, choices))
     near = difflib.get_close_matches(str(value), choices, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return UserError(f"unknown {kind} {value!r}: {hint}choose from {', '.join(choices)}")
+    return UserError(f"unknown {kind} {value!r:.100}: {hint}choose from {', '.join(choices)}")
 
 
 def check_at_least(config: Any, low: int, *names: str) -> None:
@@ -139,7 +139,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         elif arm is str and isinstance(value, str):
             return expand_home(value)
     names = " or ".join(getattr(a, "__name__", str(a)) for a in arms)
-    raise UserError(f"{where} is {value!r}: give {names.replace('NoneType', 'none')}")
+    raise UserError(f"{where} is {value!r:.100}: give {names.replace('NoneType', 'none')}")
 
 
 def build(cls: type[T], parameters: Mapping[str, Any], what: str) -> T:

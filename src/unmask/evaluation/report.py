@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from rich.table import Table
 
 matplotlib.use("Agg")
@@ -134,9 +135,8 @@ def diagnostics_figure(summary: dict[str, Any]) -> Figure:
             ("eos_confidence", COLOURS[3], "-", "EOS candidates"),
             ("other_confidence", COLOURS[0], "--", "other candidates"),
         ):
-            values = [float("nan") if v is None else v for v in curve[key]]
-            left.plot(steps, values, style, color=colour, label=label)
-        right.bar(steps, curve["eos_share"], color=COLOURS[3])
+            left.plot(steps, np.array(curve[key], dtype=float), style, color=colour, label=label)
+        right.bar(steps, np.array(curve["eos_share"], dtype=float), color=COLOURS[3])
         left.set_ylabel("mean confidence")
         right.set_ylabel("end-token share\nof commits")
         for axis in (left, right):

@@ -130,16 +130,16 @@ def _read(path: Path, index: int) -> tuple[Settings, Decoder, Record]:
     run = path.parent.parent / "config.json"
     if not run.is_file():
         raise UserError(f"{path} is in no run's records: give it as RUN/records/{path.name}, with {run.name} in RUN")
+    schema = {**CONFIG, "seed": Number(0, 2**30 - 1, whole=True), "early_stop": bool}
+    config = read_json(run, schema, "evaluate again")
     try:
-        config = read_json(
-            run, {**CONFIG, "seed": Number(0, 2**30 - 1, whole=True), "early_stop": bool}, "evaluate again"
-        )
         values = {**config, **config["model"]}
-        settings = build(Settings, {f.name: values[f.name] for f in fields(Settings)}, str(run))
+        settings = build(Settings, {f.name: values[f.name] for f in fields(Settings)}, "model")
         specs = {f"{slug(t)}--{slug(d)}.jsonl": d for t in config["tasks"] for d in config["decoders"]}
-        decoder = build(Decoder, config["decoders"][specs[path.name]], str(run))
-    except KeyError as error:
-        raise UserError(f"{run} does not say how {path} was made (it lacks {error}): evaluate again") from None
+        decoder = build(Decoder, config["decoders"][specs[path.name]], "decoder")
+    except (KeyError, UserError) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{run} does not say how {path} was made ({what!s:.200}): evaluate again") from None
     records = {r["index"]: r for r in each_line(path, RECORD, "run its unmask eval command again")}
     if index not in records:
         raise UserError(f"{path} holds no record of problem {index} (it has {len(records)}): give another --index")
