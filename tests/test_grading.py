@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask import make_task
-from unmask.tasks import answers, equivalence
+from unmask.tasks import equivalence
 from unmask.tasks.answers import final, number, published_latex, published_number, same_latex
 from unmask.tasks.gsm8k import GSM8K
 from unmask.tasks.math500 import MATH500, extract, same
@@ -69,7 +69,7 @@ PIECES = [
         ("3/4", Fraction(3, 4)),
         ("x = 5", 5),
         ("9 \\times 2 = 18 \\text{ dollars}", 18),
-        ("16 hours and 30 minutes", 16),
+        ("16 hours (two days)", 16),
         ("129+42", None),  # no number but a sum
         ("4, 6", None),
         ("2^3", None),
@@ -144,11 +144,11 @@ def test_the_published_reading_of_numbers(text: str, value: float | None) -> Non
     [
         ("\\boxed{3} \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
         ("<answer>7</answer> \\boxed{8", "7"),  # tags only where the last box stays open
-        ("<answer>7</answer>", None),
+        ("<answer>7</answer>", "<answer>7</answer>"),  # without a box the whole text
         ("so $\\boxed 5$", "5"),
     ],
 )
-def test_the_published_reading_of_formulas(text: str, found: str | None) -> None:
+def test_the_published_reading_of_formulas(text: str, found: str) -> None:
     assert published_latex(text) == found
 
 
@@ -275,15 +275,15 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda t: t[:14].encode("unicode_escape", "replace").decode())
 def test_hostile_answers_are_wrong_and_fast(text: str) -> None:
-    same("3", "1+2")  # the helper runs
+    same("x", "1x")  # the helper runs
     for task, problem in (("gsm8k", gsm8k("3")), ("math500", math500("3"))):
         for extraction in ("default", "published"):
             grader = make_task(f"{task}:extraction={extraction}", {})
             for completion in (text, f"<answer>{text}</answer>", FORM.format(f"\\boxed{{{text}}}")):
                 start = time.perf_counter()
                 assert not grader.grade(problem, completion).solved
-                assert time.perf_counter() - start < 2
-    assert same("3", "2+1")  # and it still does
+                assert time.perf_counter() - start < 2  # half of it for a machine at work
+    assert same("x+3", "3+x")  # and it still does
 
 
 def test_a_formula_that_takes_too_long_is_different_and_the_next_one_is_answered(
@@ -292,7 +292,7 @@ def test_a_formula_that_takes_too_long_is_different_and_the_next_one_is_answered
     monkeypatch.setattr(equivalence, "WALL_SECONDS", 0.3)
     start = time.perf_counter()
     with pytest.raises(TimeoutError):
-        equivalence._helper.ask("1", "(a+b+c+d)^{30}(a-b)^{30}")
+        equivalence._helper.ask("x^{99}+y=2", "y+x^{98}=2")
     assert time.perf_counter() - start < 3
     monkeypatch.undo()
     assert equivalence._helper.ask("2", "1+1")
@@ -306,13 +306,18 @@ def test_what_came_late_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_processor_time_is_what_is_limited() -> None:
-    assert not equivalence.equivalent("1", "(a+b+c+d)^{29}(a-b)^{31}")  # ends long before WALL_SECONDS
+    """One that takes too long ends a copy of the helper; the next is answered at once, by the same process."""
     assert equivalence.equivalent("2", "1 + 1")
+    process = equivalence._helper.process
+    start = time.perf_counter()
+    assert not equivalence.equivalent("x^{97}+y=2", "y+x^{98}=2")  # ends long before WALL_SECONDS
+    assert equivalence.equivalent("2", "1 +  1")
+    assert time.perf_counter() - start < 3 and equivalence._helper.process is process
 
 
 def test_formulas_are_compared_in_any_thread() -> None:
     found: list[bool] = []
-    threads = [threading.Thread(target=lambda i=i: found.append(same(str(i), f"{i - 1}+1"))) for i in range(5, 9)]
+    threads = [threading.Thread(target=lambda i=i: found.append(same(f"x+{i}", f"{i} + x"))) for i in range(5, 9)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -358,7 +363,7 @@ def test_reading_never_raises(text: str) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=4).map("".join))
 def test_reading_costs_linear_time(piece: str) -> None:
-    text = (piece * 20_000)[: answers.MAX_COMPLETION]
+    text = (piece * 20_000)[:20_000]
     times = []
     for _ in range(3):
         start = time.process_time()

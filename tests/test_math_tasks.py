@@ -73,7 +73,7 @@ def key(name: str) -> str:
 def test_problems_of_the_published_forms(tmp_path: Path) -> None:
     task = GSM8K()
     problem = task.problem({"question": "Q?", "answer": "Half is 4/2=<<4/2=2>>2.\nSo 1,002.\n#### 1,002"})
-    assert problem.truth == {"answer": "1002"}
+    assert problem.truth == {"answer": "1002", "stated": "1,002"}
     assert problem.response == "\nHalf is 4/2=2.\nSo 1,002.\n</reasoning>\n<answer>\n\\boxed{1002}\n</answer>"
     tags = GSM8K(prompt="tags").problem({"question": "Q?", "answer": "So 7.\n#### 7"})
     assert tags.response == "\nSo 7.\n</reasoning>\n<answer>\n7\n</answer>"
@@ -249,11 +249,11 @@ def test_gsm8k_rewards_by_hand(
 @pytest.mark.parametrize(
     ("completion", "correct", "form"),
     [
-        ("a</reasoning><answer>\\boxed{1.5}</answer>", 2, 0.5),
-        ("a</reasoning><answer>\\frac{3}{2}</answer>", 2, 0.375),
-        ("\\boxed{3}</reasoning><answer>4</answer>", 0, 0.375),
-        ("so \\boxed{\\frac32}", 2, 0.25),
-        ("so 3/2", 0, 0.125),
+        ("a</reasoning><answer>\\boxed{1.5}</answer>", 2, 1),
+        ("a</reasoning><answer>\\frac{3}{2}</answer>", 2, 0.75),
+        ("\\boxed{3}</reasoning><answer>4</answer>", 0, 0.75),
+        ("so \\boxed{\\frac32}", 2, 0.5),
+        ("so 3/2", 0, 0.25),
     ],
 )
 def test_math_rewards_by_hand(completion: str, correct: float, form: float) -> None:

@@ -182,7 +182,7 @@ def test_hostile_countdown_answers_are_wrong_and_fast(text: str) -> None:
             start = time.process_time()
             graded = task.grade(problem, completion)
             times.append(time.process_time() - start)
-        assert min(times) < 0.01
+        assert min(times) < 1  # of a million characters
         assert not graded.solved or text.startswith("8*3+5=")
 
 

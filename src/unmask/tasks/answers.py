@@ -161,7 +161,7 @@ def expression(text: str) -> str:
             if not found:
                 break
     text = re.sub(r"(?<=[0-9)])\s*[xX]\s*(?=[0-9(])", "*", re.sub(r"\s+", " ", text))
-    sides = [side.strip(" .,;") for side in text.translate(str.maketrans("[]{}", "()()")).split("=")]
+    sides = [side.strip().rstrip(" .,;") for side in text.translate(str.maketrans("[]{}", "()()")).split("=")]
     return next((side for side in sides if re.search(r"[0-9)] ?[-+*/]", side)), sides[0])
 
 

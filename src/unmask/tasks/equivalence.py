@@ -156,8 +156,12 @@ class _Helper:
 _helper = _Helper()
 
 
-def _serve(questions: IO[str], replies: IO[str]) -> None:
-    """The helper: a JSON pair [truth, answer] a line in, ``1`` or ``0`` a line out."""
+def _serve(questions: IO[str], replies: IO[str], copies: bool = False) -> None:
+    """The helper: a JSON pair [truth, answer] a line in, ``1`` or ``0`` a line out.
+
+    Args:
+        copies: a copy of this process answers, within its time; whenever one is ended, ``0`` is the answer and another goes on.
+    """
     import logging
     from dataclasses import replace
 
@@ -197,12 +201,12 @@ def _serve(questions: IO[str], replies: IO[str]) -> None:
     with suppress(Exception):  # builds the tables of the parser
         math_verify.verify(parsed("\\frac{x}{2}"), parsed("0.5x"), timeout_seconds=None)
     print("ready", file=replies, flush=True)
-    while hasattr(os, "fork") and (copy := os.fork()):
+    while copies and (copy := os.fork()):
         if os.waitpid(copy, 0)[1] == 0:  # no more questions
             return
         print(0, file=replies, flush=True)
     for line in iter(questions.readline, ""):
-        if hasattr(signal, "setitimer"):
+        if copies:
             signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # its signal ends the process
         try:
             truth, answer = json.loads(line)
@@ -266,4 +270,4 @@ if __name__ == "__main__":
     _limit("RLIMIT_AS", MEMORY)
     channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
     sys.stdout = sys.stderr  # whatever prints, prints elsewhere
-    _serve(sys.stdin, channel)
+    _serve(sys.stdin, channel, copies=hasattr(os, "fork"))

@@ -125,7 +125,7 @@ def plain(text: str) -> str:
         lambda m: f"\\frac{{{m[1] or m[2] or ''}}}{{{m[3] or m[4] or ''}}}", _STYLE.sub(_unstyled, text)
     )
     text = _THOUSANDS.sub(lambda m: re.sub("[^0-9]", "", m[0]), text)
-    return _LABEL.sub("", text).strip(' \t\n\r.,;:"')
+    return _LABEL.sub("", text).lstrip(' \t\n\r,;:"').rstrip(' \t\n\r.,;:"')
 
 
 def _unstyled(match: re.Match[str]) -> str:

@@ -111,8 +111,8 @@ class Sudoku(Task):
         if tag is None and "<answer>" in text:
             tag = text.rsplit("<answer>", 1)[1]
         marked = answers.final(text, numeric=True) if tag is None else None
-        found = cells(text, whole=True) if tag is None else cells(tag)
-        return (found or cells(marked[0] if marked else "")).ljust(16, "0")[:16]
+        digits = cells(text, whole=True) if tag is None else cells(tag)
+        return (digits or cells(marked[0] if marked else "")).ljust(16, "0")[:16]
 
     def grade(self, problem: Problem, completion: str) -> Grade:
         answer = self.extract(completion)
