@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -129,7 +130,9 @@ class ResumableTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # the Trainer's names are not exact
         try:
-            super()._save_checkpoint(model, trial)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", module="peft")  # it does not know where a shipped base model lies
+                super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         if limit and self.args.should_save:
