@@ -387,7 +387,7 @@ def mean_kl(t: TrajectoryGRPOTrainer) -> float:
 def test_activation_checkpointing_recomputes_and_changes_nothing(tmp_path: Path, adapter: bool) -> None:
     from peft import LoraConfig
 
-    from unmask.rl.run import LORA_TARGETS
+    from unmask.config import LORA_TARGETS
 
     gradients, calls = [], [0]
     for on in (False, True):
@@ -409,7 +409,7 @@ def test_activation_checkpointing_recomputes_and_changes_nothing(tmp_path: Path,
 def test_lora_reference_is_the_model_without_its_adapter(tmp_path: Path) -> None:
     from peft import LoraConfig
 
-    from unmask.rl.run import LORA_TARGETS
+    from unmask.config import LORA_TARGETS
 
     lm = toy()
     before = {k: v.clone() for k, v in lm.model.state_dict().items()}
