@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import accumulate
 from math import floor, log2
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unmask import Plan, UserError, ascending, make_decoder, uniform
+from unmask import PRESETS, Plan, UserError, ascending, make_decoder, uniform
 
 LENGTHS = [16, 31, 100, 128, 200, 256, 300]
 
@@ -127,3 +128,14 @@ def test_ascending_invariants(length: int, data: st.DataObject) -> None:
 def test_impossible_plans_name_the_choices(make: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("spec", [*PRESETS, "semi-ar:block_length=4", "hybrid:block_length=4", "ass:max_commit=2"])
+def test_long_canvases_have_plans_at_once(spec: str) -> None:
+    """The start of every block as its definition says, and a canvas of 32,704 tokens in far less than a pass takes."""
+    plan = make_decoder(spec, max_new_tokens=64).plan
+    assert plan.start == tuple(max((g for g in plan.horizon if g < h), default=0) for h in plan.horizon)
+    before = time.perf_counter()
+    plan = make_decoder(spec, max_new_tokens=32_704).plan
+    assert len(plan.start) == len(plan.open) == plan.steps and plan.length == 32_704
+    assert time.perf_counter() - before < 1.5

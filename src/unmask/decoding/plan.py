@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from unmask.spec import UserError
 
@@ -37,7 +37,7 @@ class Plan:
         if list(self.progress) != sorted(self.progress) or not 0 <= self.progress[0] <= self.progress[-1] <= 1:
             raise ValueError("progress must grow within [0, 1]")
 
-    @property
+    @cached_property
     def length(self) -> int:
         return sum(self.commits)
 
@@ -58,8 +58,8 @@ class Plan:
     @cached_property
     def start(self) -> tuple[int, ...]:
         """Where the block of step s begins: the horizon before it opened."""
-        earlier = {h: max((g for g in self.horizon if g < h), default=0) for h in self.horizon}
-        return tuple(earlier[h] for h in self.horizon)
+        start = {h: earlier for earlier, h in pairwise([0, *sorted(set(self.horizon))])}
+        return tuple(start[h] for h in self.horizon)
 
 
 def _divisors(n: int) -> list[int]:
