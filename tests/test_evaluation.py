@@ -74,6 +74,14 @@ def test_a_folder_belongs_to_one_evaluation(model: str, tmp_path: Path) -> None:
     before = records(tmp_path)
     with pytest.raises(UserError, match=r"other limit.*give another --output"):
         evaluate(config(model, tmp_path, limit=5))
+    more = evaluate(config(model, tmp_path / "raised", decoder=["ass"], limit=4))
+    first = records(tmp_path / "raised")
+    assert evaluate(config(model, tmp_path / "raised", decoder=["ass"])) != more  # a raised limit goes on
+    assert records(tmp_path / "raised") == before
+    assert {name: rows[:4] for name, rows in before.items()} == first
+    assert {r["decoder"] for rows in before.values() for r in rows} == {"ass"} and all(
+        r["truth"] for r in first.popitem()[1]
+    )
     with pytest.raises(UserError, match=r"other max_new_tokens|other decoders"):
         evaluate(config(model, tmp_path, decoder=["ass"], max_new_tokens=16))
     grown = evaluate(config(model, tmp_path, decoder=["ass", "hybrid:block_length=8"]))  # another decoder may join

@@ -117,7 +117,7 @@ MEASURED = {
     "seconds": AMOUNT,
 }
 """What is counted of a problem: the records of ``tune``'s measurements.jsonl."""
-RECORD = {**MEASURED, "prompt": str, "completion": str}
+RECORD = {**MEASURED, "task?": str, "decoder?": str, "prompt": str, "completion": str}
 """A line of ``eval``'s records."""
 CONFIG = {
     "model": dict,

@@ -171,6 +171,9 @@ def run_cell(request: Request, cell: Cell, indexes: list[int], config: EvalConfi
                 {
                     "index": indexes[number],
                     "id": problem.id,
+                    "task": cell.task_spec,
+                    "decoder": cell.decoder_spec,
+                    "truth": problem.truth,
                     "prompt": prompts[number],
                     "completion": texts[row],
                     **asdict(cell.task.grade(problem, texts[row])),
@@ -305,6 +308,8 @@ def _claim(path: Path, resolved: dict[str, Any]) -> None:
         if key in changed and all(before[key][s] == now[key][s] for s in shared):
             changed.remove(key)
             now[key] = {**before[key], **now[key]}
+    if "limit" in changed and before["limit"] is not None and (now["limit"] is None or now["limit"] > before["limit"]):
+        changed.remove("limit")  # the first problems stay the same, and more join them
     if changed:
         raise UserError(f"{path.parent} holds an evaluation with other {', '.join(changed)}: give another --output")
     write_json(path, now)
