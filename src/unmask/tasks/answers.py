@@ -197,7 +197,7 @@ def final(text: str, numeric: bool = False) -> tuple[str, bool] | None:
     line = text.rfind("\n", 0, body) + 1
     marked = _LAST_LINE.fullmatch(text, line, body)
     if marked and "\\boxed" not in marked[1] and not (start < line < end) and answers(*marked.span(1)):
-        found.append((line, marked[1], False))
+        found.append((line, marked[0], False))  # its label is dropped where the answer is read
     if not found:
         return None
     _, content, in_box = max(found, key=lambda f: f[0])

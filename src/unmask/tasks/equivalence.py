@@ -32,7 +32,7 @@ from unmask.spec import UserError
 MAX_LATEX = 300  # characters; no answer of MATH has more than 160
 MAX_DEPTH = 12
 MAX_DIGITS = 40
-CPU_SECONDS = 0.7  # of the helper, for one question
+CPU_SECONDS = 0.5  # of the helper, for one question
 DIGITS = 1000  # to which values are compared that are not rational
 WALL_SECONDS = 60.0  # for a question on a busy machine, or where processor time cannot be limited
 START_SECONDS = 120.0

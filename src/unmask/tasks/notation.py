@@ -100,8 +100,8 @@ _THOUSANDS = re.compile(
     r"(?<![\w.,'])(?<![0-9] )[0-9]{1,3}(?:(?: [0-9]{3})+|(?:'[0-9]{3})+|(?:\\?_[0-9]{3})+)(?![0-9'_]|\s*/|\s[0-9])"
 )
 _LABEL = re.compile(
-    r"\A\W*(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+)?(?:answer|result|solution|expression)\s*"
-    r"(?:is\s*:?|[:=\n])\s*(?=\S)",
+    r"\A(?:\W*(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+)?(?:answer|result|solution|expression)\s*"
+    r"(?:is\s*:?|[:=\n])\s*(?=\S))+",
     re.IGNORECASE,
 )
 _OPERATORS = {"div": "/", "times": "*", "cdot": "*", "ast": "*"}
