@@ -488,24 +488,7 @@ def test_a_run_names_the_released_reward(tmp_path: Path) -> None:
         dry_run(RLConfig(tasks=["reasoning_gym:leg_counting"], reward=["released"], **settings))  # type: ignore[arg-type]
 
 
-PIECES = [
-    "\\boxed{",
-    "}",
-    "<answer>",
-    "####",
-    "1",
-    "1 ",
-    "1,",
-    "1/2 ",
-    "=",
-    "½",
-    " ",
-    "-",
-    "square ",
-    "\\frac{1}{2}",
-    "$",
-    "</reasoning><answer>",
-]
+PIECES = ["\\boxed{", "<answer>", "####", "1,", "=", "½", " ", "</reasoning><answer>"]
 
 
 @pytest.mark.parametrize("piece", PIECES)
