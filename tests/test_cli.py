@@ -186,7 +186,7 @@ for arguments in {ANSWERED_AT_ONCE!r}:
     [
         (
             ["sft"],
-            ["--steps {None}|INT", "--decay-share FLOAT", "(default: 0.4)", "The last share of the updates", "CONFIG"],
+            ["--steps none|INT", "--decay-share FLOAT", "(default: 0.4)", "The last share of the updates", "CONFIG"],
         ),
         (["rl"], ["--dry-run", "--tasks", "--num-generations INT", "(default: 8)", "Completions a prompt, the group"]),
         (["study"], ["--jobs INT", "(default: 1)", "evaluate", "train", "tables", "Jobs at a time"]),
@@ -255,7 +255,7 @@ def test_grade(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     fails(capsys, ["grade", str(file), "--task", "countdown"], "is not [[numbers], target]")
     fails(capsys, ["grade", str(file), "--task", "countdown", "--extraction", "x"], "choose from default, published")
     file.write_text("")
-    fails(capsys, ["grade", str(file), "--task", "countdown"], "holds no rows")
+    fails(capsys, ["grade", str(file), "--task", "countdown"], "holds no completions")
     fails(capsys, ["grade", str(file), "--task", "countdwn"], "did you mean 'countdown'")
 
 
