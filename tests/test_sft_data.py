@@ -183,7 +183,7 @@ def test_data_that_cannot_be_read(tmp_path: Path, toy_lm: MaskedLM, monkeypatch:
     (tmp_path / "a.jsonl").write_text('{"messages": [')
     with pytest.raises(UserError, match=r"a\.jsonl:1 is not JSON"):
         read(toy_lm, str(tmp_path / "a.jsonl"))
-    with pytest.raises(UserError, match=r"cannot read .*empty"):
+    with pytest.raises(UserError, match=r"empty has no \.json, .* file of the train split"):
         (tmp_path / "empty").mkdir()
         read(toy_lm, str(tmp_path / "empty"))
 
