@@ -265,7 +265,7 @@ def test_adapters_reach_every_matrix_of_every_block() -> None:
         ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
         ({"validation_share": 1.5}, "validation_share is 1.5"),
-        ({"report_to": ["nowhere"]}, "report_to names 'nowhere'"),
+        ({"report_to": ["nowhere"]}, "unknown logger in report_to 'nowhere'"),
         ({"model": None, "new_model": {}, "lora_r": 2}, "a new_model trains whole"),
     ],
 )
