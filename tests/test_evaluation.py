@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from unmask import MaskedLM, UserError, make_task
 from unmask.evaluation import report
 from unmask.evaluation.evaluate import EvalConfig, evaluate, task_prompts
-from unmask.evaluation.records import read_records
+from unmask.evaluation.records import compare_to_best, read_records
 from unmask.evaluation.statistics import pooled_bootstrap, wilson
 
 
@@ -104,6 +105,26 @@ def test_summary_holds_what_a_number_needs(model: str, tmp_path: Path) -> None:
     figures = report.write_figures(summary, tmp_path)
     assert {f.name for f in figures} == {"accuracy.png", "accuracy.svg", "diagnostics.png", "diagnostics.svg"}
     assert report.markdown_table(summary).count("\n") == 6
+
+
+def test_cells_are_compared_with_the_best_on_the_same_problems() -> None:
+    def cell(task: str, decoder: str, solved: list[int], nfe: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        return {"task": task, "decoder": decoder, "solved": sum(solved) / 4, "nfe": nfe}, [
+            {"solved": s} for s in solved
+        ]
+
+    made = [
+        cell("a", "slow", [1, 1, 1, 0], 64),
+        cell("a", "fast", [1, 1, 0, 1], 7),  # as good in fewer passes: the best
+        cell("a", "worse", [1, 0, 0, 0], 7),
+        cell("b", "alone", [0, 0, 0, 0], 7),
+    ]
+    cells = [c for c, _ in made]
+    compare_to_best(cells, [records for _, records in made])
+    assert [c.get("to_best", {}).get("decoder") for c in cells] == ["fast", None, "fast", None]
+    assert cells[0]["to_best"]["difference"] == 0 and cells[2]["to_best"]["difference"] == -0.5
+    low, high = cells[2]["to_best"]["interval"]
+    assert -1 <= low < -0.5 < high <= 0  # no problem is solved by the worse alone
 
 
 def test_intervals_by_hand() -> None:

@@ -10,9 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
-from unmask.terminal import console
+from unmask import demo
+from unmask.cli import main
+from unmask.evaluation.progress import bar_columns, progress_bars
+from unmask.rl.run import Bar
+from unmask.terminal import console, fitting_table
 
 SAYS = {
     "usage": ["--help"],
@@ -84,3 +90,68 @@ def test_a_console_shows_text_as_it_is(text: str) -> None:
     screen.print(text)
     screen.print(table)
     assert screen.file.getvalue().count(text) == 4
+
+
+NAME = "eoser-ass:blocks=4,temperature=0.7"
+HEADINGS = ["task", "decoder", "NFE", "solved", "length", "seconds"]
+
+
+def screen(width: int) -> Console:
+    return Console(width=width, file=io.StringIO(), force_terminal=True, color_system=None, legacy_windows=False)
+
+
+def shown(to: Console, *, of: str) -> str:
+    """What a screen was given, and that ``of`` is there whole, folded or not."""
+    text = to.file.getvalue()  # type: ignore[attr-defined]
+    letters = iter("".join(text.split()))
+    assert all(letter in letters for letter in of), f"{of} is cut in {text}"
+    assert "…" not in text
+    return text
+
+
+@pytest.mark.parametrize("width", [30, 60, 80, 132])
+def test_a_table_drops_columns_and_cuts_no_name(width: int) -> None:
+    to = screen(width)
+    rows = [["countdown", NAME, "7", "12.9 [9.3, 17.5]", "20.1", "3.2"], ["sudoku", "full", "64", "1.0", "2.0", "3.0"]]
+    to.print(fitting_table(to, "title", HEADINGS, rows, 2, ["seconds", "length"], [0]))
+    text = shown(to, of=NAME)
+    dropped = width < 132
+    assert ("withoutseconds,length" in "".join(text.split())) == dropped != ("3.2" in text)
+    assert max(map(len, text.splitlines())) <= width
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 132])
+def test_a_bar_leaves_room_for_its_name(width: int) -> None:
+    to = screen(width)
+    bar = Progress(*bar_columns(to), console=to)
+    bar.add_task(f"countdown · {NAME}", total=256, completed=7)
+    to.print(bar)
+    assert "7/256" in shown(to, of=NAME)
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 132])
+def test_metrics_stand_under_the_bar(width: int) -> None:
+    bar, metrics = Bar(), "reward 0.512  kl 0.0123  length 45.2  nfe 7  replay_gap 6.1e-08  sudoku_solved 71.2%"
+    bar.progress.add_task("", total=60, completed=7, shown=metrics)
+    to = screen(width)
+    to.print(bar.progress.get_renderable())
+    assert "7/60" in shown(to, of=metrics.replace(" ", ""))
+
+
+def test_without_a_terminal_progress_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress_bars() as report:
+        for done in range(5):
+            report("sudoku · full", done, 4)
+    assert capsys.readouterr().err == "sudoku · full: 0 of 4\nsudoku · full: 4 of 4\n"
+
+
+def test_the_demo_says_how_long_and_what_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "DECODERS", ["full:steps=2", "eoser-ass"])
+    monkeypatch.setattr(demo, "CANVASES", [("sudoku", "full:steps=32", 0.0), ("countdown", "full:steps=1", 0.0)])
+    assert main(["demo", "--limit", "1", "--output", str(tmp_path / "demo")]) == 0
+    said = capsys.readouterr().out
+    assert "minutes" in said.splitlines()[0]
+    assert said.index("✓ solved") < said.index("✗ not solved") < said.index("2.0 passes") < said.index("to the best")
+    assert (tmp_path / "demo" / "accuracy.png").exists()

@@ -45,7 +45,11 @@ class GenerateArguments(ModelSource):
 
 
 def generate(arguments: list[str]) -> None:
-    a = read_flags(GenerateArguments, arguments, prog="unmask generate")
+    show_decoding(read_flags(GenerateArguments, arguments, prog="unmask generate"))
+
+
+def show_decoding(a: GenerateArguments) -> str:
+    """Decode, print and return the completion; a terminal sees the canvas fill."""
     import torch
 
     from unmask.decoding import decode, make_decoder
@@ -64,16 +68,18 @@ def generate(arguments: list[str]) -> None:
     finally:  # on Ctrl-C too the cursor comes back
         if streamer is not None:
             streamer.end()
-    print(lm.text(trajectory.tokens)[0])
+    text = lm.text(trajectory.tokens)[0]
+    print(text, flush=True)
+    return text
 
 
 def evaluate(arguments: list[str]) -> None:
     from unmask.evaluation.config import EvalConfig
 
-    _run_evaluation(read_flags(EvalConfig, arguments, prog="unmask eval"))
+    run_evaluation(read_flags(EvalConfig, arguments, prog="unmask eval"))
 
 
-def _run_evaluation(config: EvalConfig) -> None:
+def run_evaluation(config: EvalConfig) -> None:
     from unmask.evaluation import report
     from unmask.evaluation.evaluate import evaluate
     from unmask.evaluation.processes import AgreedError, join
@@ -95,7 +101,8 @@ def _run_evaluation(config: EvalConfig) -> None:
     output = Path(config.output)
     figures = report.write_figures(summary, output)
     write_text(output / "table.md", report.markdown_table(summary))
-    console().print(report.rich_table(summary))
+    screen = console()
+    screen.print(report.terminal_table(summary, screen))
     print(f"records  {output / 'records'}\nsummary  {output / 'summary.json'}")
     for figure in (f for f in figures if f.suffix == ".png"):
         print(f"figure   {figure}")
@@ -232,38 +239,6 @@ def grade(arguments: list[str]) -> None:
         print(f"  {task.score_name:<14} {percent(sum(points) / sum(possible), pooled_bootstrap(points, possible))} %")
 
 
-@dataclass
-class DemoArguments:
-    """The shipped model under seven decoders: a live canvas, then a table and a figure."""
-
-    limit: int = 64
-    """Problems a task."""
-    output: str = "runs/demo"
-
-
-# At L/2 passes, then at the logarithmic budget.
-DEMO_DECODERS = ["full", "semi-ar", "eoser", "full:steps=7", "ass", "eoser-ass", "hybrid"]
-
-
-def demo(arguments: list[str]) -> None:
-    a = read_flags(DemoArguments, arguments, prog="unmask demo")
-    from unmask.evaluation.config import EvalConfig
-    from unmask.models.load import load
-    from unmask.tasks import make_task
-
-    lm = load("tiny")
-    for name, decoder in (("sudoku", "full"), ("countdown", "semi-ar"), ("countdown", "eoser-ass")):
-        task = make_task(name, lm.task_defaults)
-        problem = task.problems("test", 1)[0]
-        print(f"\n$ unmask generate {problem.question!r} --decoder {decoder}")
-        generate(
-            [task.instruction(problem), "--decoder", decoder, "--delay", "0.05" if decoder != "eoser-ass" else "0.5"]
-        )
-    print()
-    config = EvalConfig(decoder=DEMO_DECODERS, limit=a.limit, output=a.output)
-    _run_evaluation(config)
-
-
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "generate": (generate, "decode one prompt and watch the canvas fill"),
     "info": (info, "what a checkpoint is, its self-test, the memory that decoding and training take"),
@@ -281,7 +256,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     ),
     "lm-eval": (lm_eval, "lm-evaluation-harness's own command line, with --model unmask"),
     "grade": (grade, "grade completions made elsewhere"),
-    "demo": (demo, "the shipped model under each decoder"),
+    "demo": (_elsewhere("unmask.demo"), "the shipped model under each decoder"),
 }
 
 

@@ -6,12 +6,13 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 _UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
@@ -62,3 +63,35 @@ def console(stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() or "COLUMNS" in os.environ else 132
     return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
+
+
+def fitting_table(
+    screen: Console,
+    title: str,
+    headings: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    text_columns: int = 1,
+    drop_first: Sequence[str] = (),
+    sections: Collection[int] = (),
+) -> Table:
+    """A table as wide as the screen allows: words in the first ``text_columns``, numbers in the others.
+
+    Args:
+        drop_first: headings of the columns that go, in this order, where the screen is too narrow for all; what then still does
+            not fit is folded, not cut.
+        sections: rows under which a line is drawn.
+    """
+    from rich.measure import Measurement
+    from rich.table import Table
+
+    for dropped in range(len(drop_first) + 1):
+        gone = drop_first[:dropped]
+        table = Table(title=title, caption=f"without {', '.join(gone)}: the screen is narrow" if gone else None)
+        kept = [i for i, heading in enumerate(headings) if heading not in gone]
+        for i in kept:
+            table.add_column(headings[i], justify="left" if i < text_columns else "right", overflow="fold")
+        for number, row in enumerate(rows):
+            table.add_row(*(row[i] for i in kept), end_section=number in sections)
+        if Measurement.get(screen, screen.options.update(max_width=10_000), table).maximum <= screen.width:
+            break
+    return table

@@ -8,7 +8,6 @@ from typing import Any
 
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
-from rich.table import Table
 from rich.text import Text
 
 from unmask.bench.config import BenchDecode, BenchGap, BenchMemory, BenchRL
@@ -19,7 +18,7 @@ from unmask.bench.update import bench_rl
 from unmask.evaluation.report import COLOURS, MARKERS, markdown, save_figure
 from unmask.files import write_text
 from unmask.rl.gap import bench_gap
-from unmask.terminal import console
+from unmask.terminal import console, fitting_table
 
 Row = list[str]
 
@@ -30,12 +29,8 @@ def _run(config: Any, work: Callable[..., dict[str, Any]]) -> dict[str, Any]:
 
 
 def _print(title: str, headings: Row, rows: list[Row], output: str) -> None:
-    table = Table(title=title)
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number == 0 else "right")
-    for row in rows:
-        table.add_row(*row)
-    console().print(table)
+    screen = console()
+    screen.print(fitting_table(screen, title, headings, rows))
     write_text(Path(output).with_suffix(".md"), markdown(headings, rows))
     print(f"result  {output}")
 

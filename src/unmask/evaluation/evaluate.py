@@ -25,7 +25,7 @@ from unmask.decoding import Decoder, decode_each, make_decoder
 from unmask.evaluation.config import EvalConfig
 from unmask.evaluation.curves import curves, kept_trajectories
 from unmask.evaluation.processes import Processes, join, take_own_gpu
-from unmask.evaluation.records import Record, as_lines, merge, shard, slug, summarise
+from unmask.evaluation.records import Record, as_lines, compare_to_best, merge, shard, slug, summarise
 from unmask.files import read_json, write_json, writing_to
 from unmask.models.load import warn_of_slow_bf16
 from unmask.models.masked_lm import MaskedLM
@@ -258,7 +258,7 @@ def _decode(
 
 def _finish(request: Request, config: EvalConfig, world: int) -> dict[str, Any]:
     """Merge the shards and write the summary."""
-    cells = []
+    cells, kept = [], []
     for cell in request.cells:
         with writing_to(config.output):
             records = merge(cell.path, cell.problems, world, cell.record(config))
@@ -273,6 +273,8 @@ def _finish(request: Request, config: EvalConfig, world: int) -> dict[str, Any]:
             steps = cell.decoder.plan.steps if cell.decoder.threshold is None else None
             found["curves"] = curves(list(records.values()), request.lm.end_ids, steps)
         cells.append({**names, **found})
+        kept.append(list(records.values()))
+    compare_to_best(cells, kept)
     facts = {**environment(), "processes": world}
     summary = {"config": request.resolved, "environment": facts, "cells": cells}
     if config.diagnostics:

@@ -2,35 +2,56 @@
 
 from __future__ import annotations
 
+import math
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from unmask.terminal import console
 
 if TYPE_CHECKING:
     from unmask.evaluation.evaluate import Progress as Report
 
+SECONDS_BETWEEN_LINES = 20.0
+"""Where standard error is no terminal."""
+
+
+def bar_columns(screen: Console) -> tuple[ProgressColumn, ...]:
+    """What it is, a bar that leaves it room (a name that still does not fit is folded, not cut), how far, how long."""
+    text = TextColumn("{task.description:<28}", markup=False, table_column=Column(overflow="fold"))
+    bar = BarColumn(bar_width=max(5, min(40, screen.width - 72)))
+    return text, bar, MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+
 
 @contextmanager
 def progress_bars() -> Iterator[Report]:
     """A function (label, done, total) that draws a line a label; nothing is drawn before its first call."""
-    text = TextColumn("{task.description:<28}", markup=False)
-    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=console(stderr=True))
+    screen = console(stderr=True)
+    bar = Progress(*bar_columns(screen), console=screen)
     lines: dict[str, TaskID] = {}
+    said: dict[str, float] = {}
 
     def report(label: str, done: int, total: int) -> None:
+        if not screen.is_terminal:
+            if done == total or time.monotonic() > said.get(label, -math.inf) + SECONDS_BETWEEN_LINES:
+                said[label] = time.monotonic()
+                print(f"{label}: {done} of {total}", file=sys.stderr, flush=True)
+            return
         bar.start()  # only now: a mistake in the request leaves nothing but its sentence
         if label not in lines:
             lines[label] = bar.add_task(label, total=total)

@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from rich.console import Console
 from rich.table import Table
 
 matplotlib.use("Agg")
@@ -16,6 +17,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
+
+from unmask.terminal import fitting_table
 
 # Okabe-Ito, safe for colour-blind readers; each colour also has its own marker.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999"]
@@ -27,22 +30,30 @@ def percent(share: float, interval: tuple[float, float] | list[float] | None = N
     return text if interval is None else f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
 
-def points(difference: float, interval: Sequence[float]) -> str:
+def points(difference: float, interval: Sequence[float], **_: Any) -> str:
     """A difference of shares in percentage points, with its interval."""
     low, high = interval
     return f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
 
 
 HEADINGS = ["task", "decoder", "NFE", "solved % [95 %]", "score % [95 %]", "tokens/forward", "length", "seconds"]
+DIFFERENCE = "to the best, points [95 %]"
+
+
+def headings(summary: dict[str, Any]) -> list[str]:
+    return HEADINGS[:4] + [DIFFERENCE] * any("to_best" in cell for cell in summary["cells"]) + HEADINGS[4:]
 
 
 def table_rows(summary: dict[str, Any]) -> list[list[str]]:
+    """One row a cell, under ``headings``."""
+    differs = any("to_best" in cell for cell in summary["cells"])
     return [
         [
             cell["task"],
             cell["decoder"],
             f"{cell['nfe']:.1f}".removesuffix(".0"),
             percent(cell["solved"], cell["solved_interval"]),
+            *[points(**cell["to_best"]) if "to_best" in cell else "best"] * differs,
             percent(cell["score"], cell["score_interval"]),
             f"{cell['tokens_per_forward']:.1f}",
             f"{cell['length']:.1f}",
@@ -52,20 +63,18 @@ def table_rows(summary: dict[str, Any]) -> list[list[str]]:
     ]
 
 
-def rich_table(summary: dict[str, Any]) -> Table:
+def title(summary: dict[str, Any]) -> str:
+    """One line over the table."""
     config = summary["config"]
-    table = Table(
-        title=f"{config['model']['name']}, {config['split']} split, {summary['cells'][0]['problems']} problems a task"
-    )
-    for i, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="left" if i < 2 else "right")
-    previous = None
-    for row in table_rows(summary):
-        if previous not in (None, row[0]):
-            table.add_section()
-        previous = row[0]
-        table.add_row(*row)
-    return table
+    return f"{config['model']['name']}, {config['split']} split, {summary['cells'][0]['problems']} problems a task"
+
+
+def terminal_table(summary: dict[str, Any], screen: Console) -> Table:
+    """The table as a terminal shows it, a line between tasks."""
+    rows = table_rows(summary)
+    last_of_task = [i for i in range(len(rows) - 1) if rows[i][0] != rows[i + 1][0]]
+    spare = ["tokens/forward", "length", "seconds", "score % [95 %]"]
+    return fitting_table(screen, title(summary), headings(summary), rows, 2, spare, last_of_task)
 
 
 def markdown(headings: list[str], rows: list[list[str]], left: int = 1) -> str:
@@ -75,7 +84,7 @@ def markdown(headings: list[str], rows: list[list[str]], left: int = 1) -> str:
 
 
 def markdown_table(summary: dict[str, Any]) -> str:
-    return markdown(HEADINGS, table_rows(summary), left=2)
+    return markdown(headings(summary), table_rows(summary), left=2)
 
 
 def passes_axis(axis: Axes) -> None:

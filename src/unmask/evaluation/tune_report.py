@@ -12,7 +12,6 @@ import matplotlib
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.table import Table
 
 from unmask.decoding import Decoder
 from unmask.evaluation.report import COLOURS, markdown, percent, save_figure
@@ -20,7 +19,7 @@ from unmask.evaluation.tune import TuneConfig
 from unmask.evaluation.tune_space import unfit_presets
 from unmask.files import as_yaml, write_text, writing_to
 from unmask.spec import default_of
-from unmask.terminal import console
+from unmask.terminal import console, fitting_table
 
 Result = dict[str, Any]
 HEADINGS = ["decoder", "plan", "NFE", "solved % [95 %]", "score % [95 %]", "problems", "what it is"]
@@ -40,15 +39,9 @@ def write(result: Result, config: TuneConfig) -> list[Path]:
 
 def show(result: Result, written: list[Path]) -> None:
     """The table, the sentences and where the files are, on stdout."""
-    table = Table(title=title(result))
-    for i, heading in enumerate(HEADINGS):
-        table.add_column(heading, justify="right" if 0 < i < len(HEADINGS) - 1 else "left", overflow="fold")
-    body = rows(result)
-    for i, row in enumerate(body):
-        if i in (len(result["front"]), len(body) - len(result["run_off"])):
-            table.add_section()
-        table.add_row(*row)
-    console().print(table)
+    screen, body = console(), rows(result)
+    ends = (len(result["front"]) - 1, len(body) - len(result["run_off"]) - 1)
+    screen.print(fitting_table(screen, title(result), HEADINGS, body, 1, ["problems", "score % [95 %]"], ends))
     for line in sentences(result):
         print(line)
     for path in written:

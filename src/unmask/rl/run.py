@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from unmask.adapters import adapter_config, check_precision
@@ -81,13 +84,21 @@ class RunLog(TrainerCallback):
                 self._append("completions", {"step": state.global_step, **completion})
 
 
+class _BarOverMetrics(Progress):
+    """The bar, and the metrics in lines of their own."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        for task in self.tasks:
+            yield Text(task.fields["shown"], style="dim")
+
+
 class Bar(TrainerCallback):
     """A progress bar with reward, KL, length and passes."""
 
     def __init__(self) -> None:
-        text = TextColumn("[dim]{task.fields[shown]}")
-        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), text)
-        self.progress = Progress(*columns)
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        self.progress = _BarOverMetrics(*columns)
         self.shown: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
