@@ -163,7 +163,7 @@ def test_a_mean_is_over_axes_of_the_training() -> None:
     [
         ({"columns": ["x"]}, "table 1 of tables lacks rows: add it"),
         ({"rows": ["task", "decoder", "x"], "show": []}, "the table 'T' shows nothing: give show or against"),
-        ({"rows": "decoder"}, "rows of table 1 of tables is 'decoder': give list"),
+        ({"rows": {"decoder": 1}}, "rows of table 1 of tables is {'decoder': 1}"),
         ({"rows": ["decoder", "taks"]}, r"unknown axis in the table 'T' 'taks': did you mean 'task'"),
         ({"rows": ["decoder"], "columns": ["y"]}, "unknown axis in the table 'T' 'y'"),
         ({"rows": ["decoder"], "where": {"y": 1}}, "unknown axis in the table 'T' 'y'"),

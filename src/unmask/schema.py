@@ -123,6 +123,7 @@ CONFIG = {
     "model": dict,
     "tasks": {...: dict},
     "decoders": {...: dict},
+    "limit?": (POSITIVE, None),
 }
 """``eval``'s and ``tune``'s config.json."""
 CURVES = {
