@@ -22,6 +22,8 @@ CPU_SECONDS = 0.5  # of the helper, for one question
 WALL_SECONDS = 60.0  # for a question on a busy machine, or where processor time cannot be limited
 START_SECONDS = 120.0
 MEMORY = 2 << 30  # bytes
+_ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+"""Sets have one order, so that equal questions have equal answers; threads that nobody needs take no memory."""
 
 
 class Helper:
@@ -37,13 +39,13 @@ class Helper:
         """The reply to a question of JSON values; None where it took too much time or memory.
 
         Raises:
-            TimeoutError: if no reply came in WALL_SECONDS.
+            TimeoutError: if no reply came in WALL_SECONDS, or the process is gone. The next question starts another.
             UserError: if the process cannot be started at all.
         """
         with self.lock:
             if self.process is None or self.owner != os.getpid():
                 self.start()
-            return json.loads(self.exchange(json.dumps(question), WALL_SECONDS) or "null")
+            return json.loads(self.exchange(json.dumps(question), WALL_SECONDS))
 
     def start(self) -> None:
         code = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
@@ -55,7 +57,7 @@ class Helper:
             stderr=subprocess.DEVNULL,
             text=True,
             encoding="utf-8",
-            env={**os.environ, "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env={**os.environ, **_ENVIRONMENT},
         )
         try:
             ready = self.exchange("", START_SECONDS)
@@ -65,7 +67,7 @@ class Helper:
             raise UserError(f"the process that {self.what} did not start: try {sys.executable} {self.script}")
 
     def exchange(self, line: str, seconds: float) -> str:
-        """Send a line and wait for one; empty from a process that is gone. Ends one that is late: TimeoutError."""
+        """Send a line and wait for one. TimeoutError from a process that is gone or late, which is ended."""
         process = self.process
         assert process is not None and process.stdin is not None and process.stdout is not None
         late = threading.Event()
@@ -90,7 +92,6 @@ class Helper:
             process.kill()
             process.communicate()
             self.process = None
-        if late.is_set():
             raise TimeoutError
         return reply
 

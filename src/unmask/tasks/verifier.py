@@ -62,7 +62,7 @@ def score(name: str, options: Options, seed: int, index: int, answer: str) -> fl
 
 
 def _ask(*question: Any) -> Any:
-    for _ in range(2):  # a machine that stood still gets a second chance
+    for _ in range(2):  # a machine that stood still gets a second chance, and a process that somebody ended
         with suppress(TimeoutError):
             return _helper.ask(*question)
     return None
