@@ -2,8 +2,8 @@
 
 Verifiers are other people's code that meets text of a model: some give it to ``eval`` or to sympy, which is the same, some take
 forever over it. So they run in a helper (``unmask.bounded``), where an audit hook refuses whatever a verifier does beyond a
-short list: above all to compile text that is not the problem's own, to start processes, to connect, to write files. A verifier
-that is refused, fails or takes too long says that the answer is wrong.
+short list: above all to compile text that is not the problem's own, to start processes, to connect, to write files. A verifier that
+is refused, fails or takes too long says that the answer is wrong.
 
 A data set is probed before it is used: its own answers must be right and nonsense must not be paid.
 """
@@ -31,9 +31,8 @@ PROBES = 2  # problems per data set
 NONSENSE = ("", "nonsense", "nan", "-987654321987", "(1,", "{}")
 MOST = 0.5  # a score above it is no consolation
 
-_HARMLESS = frozenset(
-    ("builtins.id", "exec", "import", "marshal.loads", "os.listdir", "os.scandir", "sys._getframe")
-)  # exec: of code that was compiled, which is guarded
+_HARMLESS = {"builtins.id", "exec", "import", "marshal.loads", "os.listdir", "os.scandir", "sys._getframe"}
+"""Events that a verifier may cause. ``exec`` is of compiled code, and compiling is guarded."""
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -41,9 +40,9 @@ _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 def refusal(name: str, options: Options) -> str | None:
     """Why a data set cannot be a task, None where it can: parameters that it refuses, or a verifier that fails the probe."""
     reply = _ask("probe", name, options)
-    return (
-        f"reasoning_gym:{name} cannot be made and graded within its time and memory" if reply is None else reply or None
-    )
+    if reply is None:
+        return f"reasoning_gym:{name} takes more than {MAKE_SECONDS:.0f} seconds or {bounded.MEMORY >> 30} GiB to make"
+    return reply or None
 
 
 def question(name: str, options: Options, seed: int, index: int) -> str:
@@ -91,7 +90,7 @@ class _Guard:
             return False
         text, file = arguments
         text = text.decode(errors="replace") if isinstance(text, bytes) else text
-        return text in self.own or not str(file).startswith("<")  # type: ignore[operator]  # a module imported late
+        return not str(file).startswith("<") or (self.own is not None and text in self.own)  # a module imported late
 
 
 _guard = _Guard()
