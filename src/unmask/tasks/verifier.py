@@ -2,8 +2,8 @@
 
 Verifiers are other people's code that meets text of a model: some give it to ``eval`` or to sympy, which is the same, some take
 forever over it. So they run in a helper (``unmask.bounded``), where an audit hook refuses whatever a verifier does beyond a
-short list: above all to compile text that is not the problem's own, to start processes, to connect, to write files. A verifier that
-is refused, fails or takes too long says that the answer is wrong.
+short list: above all to compile text that is not the problem's own, to start processes, to connect, to write files. A verifier
+that is refused, fails or takes too long says that the answer is wrong.
 
 A data set is probed before it is used: its own answers must be right and nonsense must not be paid.
 """
