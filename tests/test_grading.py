@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unmask import make_task
+from unmask import bounded, make_task
 from unmask.tasks import equivalence
 from unmask.tasks.answers import final, number, published_latex, published_number, same_latex
 from unmask.tasks.gsm8k import GSM8K
@@ -289,7 +289,7 @@ def test_hostile_answers_are_wrong_and_fast(text: str) -> None:
 def test_a_formula_that_takes_too_long_is_different_and_the_next_one_is_answered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(equivalence, "WALL_SECONDS", 0.3)
+    monkeypatch.setattr(bounded, "WALL_SECONDS", 0.3)
     start = time.perf_counter()
     with pytest.raises(TimeoutError):
         equivalence._helper.ask("x^{99}+y=2", "y+x^{98}=2")
@@ -299,7 +299,7 @@ def test_a_formula_that_takes_too_long_is_different_and_the_next_one_is_answered
 
 
 def test_what_came_late_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(equivalence._Helper, "ask", lambda *_: (_ for _ in ()).throw(TimeoutError))
+    monkeypatch.setattr(bounded.Helper, "ask", lambda *_: (_ for _ in ()).throw(TimeoutError))
     assert not equivalence.equivalent("9", "8 + 1")
     monkeypatch.undo()
     assert equivalence.equivalent("9", "8 + 1")
@@ -329,9 +329,10 @@ def test_no_text_reaches_python() -> None:
     """In the helper sympy's evaluation of strings refuses, by whatever name it is called."""
     code = (
         "import io\n"
+        "from unmask.bounded import serve\n"
         "from unmask.tasks import equivalence\n"
         "out = io.StringIO()\n"
-        'equivalence._serve(io.StringIO(\'["1", "1"]\\n\'), out)\n'
+        'serve(equivalence._comparison(), io.StringIO(\'["1", "1"]\\n\'), out)\n'
         "import sympy, math_verify.parser as parser\n"
         "evil = '(1).__class__.__base__.__subclasses__()'\n"
         "refused = 0\n"
@@ -341,7 +342,7 @@ def test_no_text_reaches_python() -> None:
         "print(out.getvalue().split(), refused)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['ready', '1'] 3"
+    assert done.stdout.strip() == "['ready', 'true'] 3"
 
 
 @settings(max_examples=150, deadline=None)

@@ -208,17 +208,6 @@ def test_countdown_rewards_by_hand() -> None:
     assert not make_task("countdown:operators=+-", {}).grade(problem, completions[0]).solved  # an operator not allowed
 
 
-def test_reasoning_gym_uses_its_own_verifier() -> None:
-    task = make_task("reasoning_gym:leg_counting,max_animals=4", {})
-    problem = task.problems("test", 1)[0]
-    from unmask.tasks.reasoning_gym import _source
-
-    source = _source("leg_counting", (("max_animals", "4"),), 0)
-    answer = source[problem.truth["index"]]["answer"]
-    assert task.grade(problem, f"<answer>{answer}</answer>").solved
-    assert not task.grade(problem, "<answer>-1</answer>").solved
-
-
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

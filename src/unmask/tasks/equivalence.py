@@ -1,10 +1,8 @@
 """Whether two LaTeX answers mean the same, decided by math-verify in a process of its own.
 
 Its own time-out rests on a signal, which works in the main thread of a POSIX program only, and nothing bounds its memory. So
-one helper process answers question by question. Its processor time and memory are limited where the system can, so that an
-answer does not depend on what else the machine does; one that takes too long ends a copy of the helper, made after its slow
-imports, and the next copy goes on. Text that is long, deeply nested, builds huge numbers or uses commands outside a list
-never gets there.
+one helper process answers question by question (``unmask.bounded``). Text that is long, deeply nested, builds huge numbers or
+uses commands outside a list never gets there.
 
 math-verify compares values as floats of 15 digits and then simplifies their difference, which may take seconds. Here values are
 compared exactly where they are rational, else to a thousand digits, with numbers in place of variables; decimals are exact.
@@ -16,27 +14,18 @@ refuses all else, and the ``eval`` behind it refuses whatever may still lead the
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import threading
+from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
-from typing import IO, Any
+from typing import Any
 
-from unmask.spec import UserError
+from unmask.bounded import Helper, main
 
 MAX_LATEX = 300  # characters; no answer of MATH has more than 160
 MAX_DEPTH = 12
 MAX_DIGITS = 40
-CPU_SECONDS = 0.5  # of the helper, for one question
 DIGITS = 1000  # to which values are compared that are not rational
-WALL_SECONDS = 60.0  # for a question on a busy machine, or where processor time cannot be limited
-START_SECONDS = 120.0
-MEMORY = 2 << 30  # bytes
 
 _LIST = """frac dfrac tfrac cfrac sqrt cdot times div pm mp pi circ degree infty cup cap setminus in notin emptyset varnothing
     left right big Big bigl bigr lfloor rfloor lceil rceil langle rangle lvert rvert vert mid begin end text mbox textbf
@@ -87,81 +76,14 @@ def equivalent(truth: str, answer: str) -> bool:
 @lru_cache(maxsize=8192)
 def _asked(truth: str, answer: str) -> bool:
     """The helper's word. Raises TimeoutError (which is not remembered) where it did not come in time."""
-    return _helper.ask(truth, answer)
+    return _helper.ask(truth, answer) is True
 
 
-class _Helper:
-    """The helper process of this process (a fork starts its own)."""
-
-    def __init__(self) -> None:
-        self.process: subprocess.Popen[str] | None = None
-        self.owner = 0
-        self.lock = threading.Lock()
-
-    def ask(self, truth: str, answer: str) -> bool:
-        with self.lock:
-            if self.process is None or self.owner != os.getpid():
-                self.start()
-            return self.exchange(json.dumps([truth, answer]), WALL_SECONDS) == "1"
-
-    def start(self) -> None:
-        code = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
-        self.owner = os.getpid()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, __file__, *sys.path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-        )
-        try:
-            ready = self.exchange("", START_SECONDS)
-        except TimeoutError:
-            ready = ""
-        if ready != "ready":
-            raise UserError(f"the process that compares formulas did not start: try {sys.executable} {__file__}")
-
-    def exchange(self, line: str, seconds: float) -> str:
-        """Send a line and wait for one; empty from a process that is gone. Ends one that is late: TimeoutError."""
-        process = self.process
-        assert process is not None and process.stdin is not None and process.stdout is not None
-        late = threading.Event()
-
-        def end() -> None:
-            late.set()
-            process.kill()
-
-        timer = threading.Timer(seconds, end)
-        timer.start()
-        try:
-            if line:
-                process.stdin.write(line + "\n")
-                process.stdin.flush()
-            reply = process.stdout.readline().strip()
-        except (OSError, ValueError):
-            reply = ""
-        finally:
-            timer.cancel()
-            timer.join()
-        if late.is_set() or not reply:
-            process.kill()
-            process.communicate()
-            self.process = None
-        if late.is_set():
-            raise TimeoutError
-        return reply
+_helper = Helper(__file__, "compares formulas")
 
 
-_helper = _Helper()
-
-
-def _serve(questions: IO[str], replies: IO[str], copies: bool = False) -> None:
-    """The helper: a JSON pair [truth, answer] a line in, ``1`` or ``0`` a line out.
-
-    Args:
-        copies: a copy of this process answers, within its time; whenever one is ended, ``0`` is the answer and another goes on.
-    """
+def _comparison() -> Callable[[str, str], bool]:
+    """The helper's function of truth and answer. Changes sympy and math-verify for the whole process."""
     import logging
     from dataclasses import replace
 
@@ -200,20 +122,14 @@ def _serve(questions: IO[str], replies: IO[str], copies: bool = False) -> None:
 
     with suppress(Exception):  # builds the tables of the parser
         math_verify.verify(parsed("\\frac{x}{2}"), parsed("0.5x"), timeout_seconds=None)
-    print("ready", file=replies, flush=True)
-    while copies and (copy := os.fork()):
-        if os.waitpid(copy, 0)[1] == 0:  # no more questions
-            return
-        print(0, file=replies, flush=True)
-    for line in iter(questions.readline, ""):
-        if copies:
-            signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # its signal ends the process
+
+    def same(truth: str, answer: str) -> bool:
         try:
-            truth, answer = json.loads(line)
-            same = math_verify.verify(parsed(truth), parsed(answer), timeout_seconds=None)
+            return bool(math_verify.verify(parsed(truth), parsed(answer), timeout_seconds=None))
         except Exception:  # noqa: BLE001  (a formula that sympy stumbles over equals nothing)
-            same = False
-        print(int(bool(same)), file=replies, flush=True)
+            return False
+
+    return same
 
 
 def _same_value(a: Any, b: Any) -> bool | None:
@@ -253,21 +169,5 @@ def _same_value(a: Any, b: Any) -> bool | None:
 _POINTS = ((11, 19, 13, 17), (-10, 16, -23, 12), (25, -9, 15, -31))  # rows of numerators
 
 
-def _limit(name: str, value: int) -> None:
-    """Limit this process, where the system can."""
-    try:
-        import resource
-    except ImportError:  # not on this system
-        return
-    kind = getattr(resource, name)
-    _, hard = resource.getrlimit(kind)
-    if hard == resource.RLIM_INFINITY or hard > value:
-        with suppress(ValueError, OSError):
-            resource.setrlimit(kind, (value, hard))
-
-
 if __name__ == "__main__":
-    _limit("RLIMIT_AS", MEMORY)
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    sys.stdout = sys.stderr  # whatever prints, prints elsewhere
-    _serve(sys.stdin, channel, copies=hasattr(os, "fork"))
+    main(_comparison)
