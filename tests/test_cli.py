@@ -260,8 +260,8 @@ def test_grade(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 
 def test_ctrl_c_keeps_the_records_and_a_second_call_goes_on(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "unmask", "eval", "--task", "countdown", "--decoder", "full", "--limit", "40"]
-    command += ["--batch-size", "2", "--max-new-tokens", "64", "--output", str(tmp_path)]
+    command = [sys.executable, "-m", "unmask", "eval", "--task", "countdown", "--decoder", "full", "--limit", "24"]
+    command += ["--batch-size", "2", "--max-new-tokens", "32", "--output", str(tmp_path)]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -280,9 +280,9 @@ def test_ctrl_c_keeps_the_records_and_a_second_call_goes_on(tmp_path: Path) -> N
     assert process.returncode == 130
     assert "interrupted" in err and "Traceback" not in err
     before = file.read_text().splitlines()
-    assert 4 <= len(before) < 40 and not whole.exists() and not (tmp_path / "summary.json").exists()
+    assert 4 <= len(before) < 24 and not whole.exists() and not (tmp_path / "summary.json").exists()
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     after = whole.read_text().splitlines()
-    assert set(before) < set(after) and len(after) == 40 and not file.exists()
-    assert json.loads((tmp_path / "summary.json").read_text())["cells"][0]["problems"] == 40
+    assert set(before) < set(after) and len(after) == 24 and not file.exists()
+    assert json.loads((tmp_path / "summary.json").read_text())["cells"][0]["problems"] == 24

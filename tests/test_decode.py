@@ -25,14 +25,14 @@ SPECS = [*PRESETS, "full:confidence=margin", "full:confidence=entropy", "eoser:e
 
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_batch_equals_single(tiny_lm: MaskedLM, preset: str) -> None:
-    """16 prompts of different lengths, greedy: token for token and step for step what each gives alone."""
+    """Prompts of different lengths, greedy: token for token and step for step what each gives alone."""
     sudoku, countdown = (make_task(n, tiny_lm.model.config.task_defaults) for n in ("sudoku", "countdown"))
-    questions = [p.question for t in (sudoku, countdown) for p in t.problems("test", 7)] + ["hi", "1 + 1"]
+    questions = [p.question for t in (sudoku, countdown) for p in t.problems("test", 2)] + ["hi", "1 + 1"]
     prompts = [tiny_lm.chat(q) for q in questions]
-    decoder = make_decoder(preset, max_new_tokens=64)
+    decoder = make_decoder(preset, max_new_tokens=32)
     ids, mask = tiny_lm.encode(prompts)
     assert len(set(mask.sum(1).tolist())) >= 4
-    seeds = torch.arange(16)
+    seeds = torch.arange(6)
     batch = decode(tiny_lm, ids, mask, decoder, seeds=seeds)
     for i, prompt in enumerate(prompts):
         one = decode(tiny_lm, *tiny_lm.encode([prompt]), decoder, seeds=seeds[i : i + 1])

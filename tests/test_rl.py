@@ -56,7 +56,7 @@ def disturb(model: torch.nn.Module, size: float) -> None:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("decoder", [p if p != "dream" else "dream:top_p=1" for p in PRESETS])
 def test_views_score_every_token(tmp_path: Path, objective: str, decoder: str) -> None:
-    t = trainer(tmp_path, objective=objective, decoder=decoder, max_completion_length=64, num_iterations=2)
+    t = trainer(tmp_path, objective=objective, decoder=decoder, max_completion_length=32, num_iterations=2)
     t.rollout = t.sample(ROWS)
     trajectory = t.rollout.trajectory
     for iteration in range(2):
@@ -247,7 +247,7 @@ def test_row_batches_change_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("decoder", [p if p != "dream" else "dream:top_p=1" for p in PRESETS])
 def test_ratio_is_one_on_the_sampled_states(tmp_path: Path, decoder: str) -> None:
     """cj, mixed-length prompts, float32: recorded and recomputed log-probabilities agree for every preset."""
-    t = trainer(tmp_path, decoder=decoder, max_completion_length=64, rows_per_forward=6)
+    t = trainer(tmp_path, decoder=decoder, max_completion_length=32, rows_per_forward=6)
     t.rollout = t.sample(ROWS)
     t.model.train()
     t.update(t.model, t.rollout, 0)

@@ -76,7 +76,7 @@ def test_early_stop_saves_passes(ending_lm: MaskedLM) -> None:
 @pytest.mark.parametrize("spec", [*PRESETS, "full:temperature=1", *CACHED])
 @pytest.mark.parametrize("static", [False, True])
 def test_a_full_batch_gives_what_each_prompt_gives_alone(ending_lm: MaskedLM, spec: str, static: bool) -> None:
-    decoder = make_decoder(spec, max_new_tokens=32 if "block_length" in spec else 64)
+    decoder = make_decoder(spec, max_new_tokens=64 if "cache" in spec else 32)
     seeds = torch.arange(9) + 5
     width = max(len(p) for p in NINE) + 4 if static else 0
     found = list(decode_each(ending_lm, NINE, decoder, seeds, batch_size=4, static_width=width))
@@ -288,12 +288,12 @@ def test_autocast_scores_in_its_precision() -> None:
 # ---- the device ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", [*STATIC, "semi-ar:cache=dual,block_length=16"])
+@pytest.mark.parametrize("spec", [*STATIC, "semi-ar:cache=dual,block_length=8"])
 def test_the_loop_never_waits_for_the_device(spec: str) -> None:
     """On tensors without values, whatever must look at one raises: so would a synchronisation."""
-    decoder = make_decoder(spec, max_new_tokens=32)
+    decoder = make_decoder(spec, max_new_tokens=16)
     prompt = torch.zeros(3, 5, dtype=torch.int64)
-    rows = Canvases.new(prompt, prompt > 0, 32, toy().mask_id, prompt[:, 0], range(3))
+    rows = Canvases.new(prompt, prompt > 0, 16, toy().mask_id, prompt[:, 0], range(3))
     with FakeTensorMode() as mode:
         lm = toy()
         for name in ("ids", "visible", "step", "logprob", "seeds", "at"):
