@@ -221,7 +221,7 @@ def stay(job, folder, done, report):
     while True:
         pass
 
-run.run_job = stay
+run.run_job, run._check_problems = stay, lambda jobs: None
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
 """
@@ -238,12 +238,11 @@ def processes_of(marker: str) -> list[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's table of processes")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
-def test_nothing_outlives_a_study(number: signal.Signals, model: str, tmp_path: Path) -> None:
-    """Neither its jobs, busy for ever, nor what they started, nor the server that forks them."""
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])  # SIGTERM ends a study as SIGKILL does
+def test_nothing_outlives_a_study(number: signal.Signals, tmp_path: Path) -> None:
+    """Neither a job, busy for ever, nor what it started, nor the server that forks jobs."""
     (tmp_path / "stays.py").write_text(STAYS)
-    tables = [{"task": "countdown", "decoder": ["ass", "full"], "limit": 1, "max_new_tokens": 8, "model": model}]
-    path = write(tmp_path, evaluate=tables, jobs=2)
+    path = write(tmp_path, evaluate=[{"task": "countdown", "decoder": "ass"}])
     process = subprocess.Popen(
         [sys.executable, str(tmp_path / "stays.py"), "study", str(path)],
         env={**os.environ, "MARKER": str(tmp_path)},
@@ -251,10 +250,10 @@ def test_nothing_outlives_a_study(number: signal.Signals, model: str, tmp_path: 
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
     )
-    while len(list(tmp_path.glob("out/jobs/*/busy"))) < 2:
+    while not list(tmp_path.glob("out/jobs/*/busy")):
         assert process.poll() is None
         time.sleep(0.05)
-    assert sum("sleep" in name for name in processes_of(str(tmp_path))) == 2
+    assert sum("sleep" in name for name in processes_of(str(tmp_path))) == 1
     process.send_signal(number)
     said = process.communicate(timeout=60)[1]
     assert "Traceback" not in said and (number != signal.SIGINT or process.returncode == 130)

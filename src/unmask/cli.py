@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from unmask.files import each_line, write_text
+from unmask.files import each_line, write_text, writing_to
 from unmask.flags import overview, read_flags
 from unmask.models.source import ModelSource
 from unmask.spec import UserError, convert, split_spec, unknown
@@ -93,8 +93,9 @@ def _run_evaluation(config: EvalConfig) -> None:
     if processes.rank:
         return
     output = Path(config.output)
-    figures = report.write_figures(summary, output)
-    write_text(output / "table.md", report.markdown_table(summary))
+    with writing_to(output):
+        figures = report.write_figures(summary, output)
+        write_text(output / "table.md", report.markdown_table(summary))
     console().print(report.rich_table(summary))
     print(f"records  {output / 'records'}\nsummary  {output / 'summary.json'}")
     for figure in (f for f in figures if f.suffix == ".png"):
@@ -162,7 +163,6 @@ class ExportArguments:
 
 def export_checkpoint(arguments: list[str]) -> None:
     a = read_flags(ExportArguments, arguments, prog="unmask export")
-    from unmask.files import writing_to
     from unmask.models.load import load
     from unmask.runs import export
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unmask.config import save_config
-from unmask.files import read_lines, whole, write_json, write_text, writing_to
+from unmask.files import read_lines, removed, whole, write_json, write_text, writing_to
 from unmask.schema import METRICS, TIMES
 from unmask.spec import UserError
 from unmask.study import Table
@@ -125,7 +125,6 @@ def _process(job: Job, folder: Path, done: set[str], threads: int, gpu: str | No
     threading.Thread(target=_end_with_study, args=(pipe,), daemon=True).start()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    folder.mkdir(parents=True, exist_ok=True)
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
@@ -304,6 +303,8 @@ def _run(
                 job = waiting.pop(0)
                 ours, theirs = context.Pipe()
                 folder, done = output / "jobs" / job.name, {c.key for c in job.cells if c.key in cells.lines}
+                with writing_to(output, "output"):
+                    folder.mkdir(parents=True, exist_ok=True)
                 gpu = gpus[slot % len(gpus)] if gpus else None
                 process = context.Process(target=_process, args=(job, folder, done, threads, gpu, theirs))
                 with _undisturbed():
@@ -316,6 +317,8 @@ def _run(
             for slot, (process, pipe, job) in list(slots.items()):
                 if pipe not in ready:
                     continue
+                if not (output / "study.yaml").is_file():
+                    raise removed(output)
                 try:
                     kind, line = pipe.recv()
                 except (EOFError, OSError):
