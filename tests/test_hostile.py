@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import yaml
 
 from unmask.cli import main
-from unmask.evaluation import evaluate, report, tune, tune_report, tune_space
+from unmask.evaluation import evaluate, report, tune_report, tune_space
 from unmask.study import run as study
 
 TABLE = {"task": "countdown", "decoder": "ass", "limit": 2, "max_new_tokens": 16}
@@ -24,14 +25,21 @@ FLAGS = [f"--{key.replace('_', '-')}={value}" for key, value in TABLE.items()]
 @pytest.fixture
 def command(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
     """The shortest run of a command that writes ``out``."""
+    of_tune = [
+        "--budget=4",
+        "--max-new-tokens=32",
+        "--task=countdown",
+        "--limit=2",
+        "--run-off-limit=2",
+        "--test-limit=2",
+    ]
     few = (["ass", "full:steps=4", "eoser"], ["semi-ar:steps=4", "ass:temperature=0.5"])
     monkeypatch.setattr(tune_space, "candidates", lambda *_: few)
     tables = [{**TABLE, "model": model}]
     (tmp_path / "study.yaml").write_text(yaml.safe_dump({"output": str(tmp_path / "out"), "evaluate": tables}))
     known = {
         "eval": [f"--model={model}", f"--output={tmp_path / 'out'}", *FLAGS],
-        "tune": [f"--model={model}", f"--output={tmp_path / 'out'}", "--budget=4", "--max-new-tokens=32"]
-        + ["--task=countdown", "--limit=2", "--run-off-limit=2", "--test-limit=2"],
+        "tune": [f"--model={model}", f"--output={tmp_path / 'out'}", *of_tune],
         "study": [str(tmp_path / "study.yaml")],
     }
     return lambda name: [name, *known[name]]
@@ -101,3 +109,25 @@ def test_a_lost_output_loses_no_result(
             assert end.value.code == 1
     assert "Traceback" not in capsys.readouterr().err
     assert (tmp_path / "out" / ("front.json" if name == "tune" else "summary.json")).is_file()
+
+
+# ---- the home folder -------------------------------------------------------------------------------------------------------
+
+
+def test_a_home_that_cannot_be_written_changes_nothing(command: Callable[[str], list[str]], tmp_path: Path) -> None:
+    (tmp_path / "home").touch()  # a file
+    homes = {"HOME": "", "XDG_CACHE_HOME": "cache", "HF_HOME": "hf", "MPLCONFIGDIR": "figures"}
+    env = {**os.environ, **{name: str(tmp_path / "home" / inside) for name, inside in homes.items()}}
+    done = subprocess.run([sys.executable, "-m", "unmask", *command("eval")], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "out" / "accuracy.png").is_file()
+
+
+def test_a_cache_that_torch_cannot_make_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert main(["generate", "x"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"unmask: cannot write to {tmp_path}/file/cache: Not a directory") and said.count("\n") == 1

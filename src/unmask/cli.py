@@ -308,6 +308,9 @@ def _run(arguments: list[str]) -> int:
         if arguments[0] not in COMMANDS:
             raise unknown("command", arguments[0], COMMANDS)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        if cache := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):  # torch makes it as soon as it is imported
+            with writing_to(cache, "TORCHINDUCTOR_CACHE_DIR"):
+                os.makedirs(cache, exist_ok=True)
         COMMANDS[arguments[0]][0](arguments[1:])
     except UserError as error:
         print(f"unmask: {error}", file=sys.stderr)
