@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,59 @@ def test_killed_twice_and_resumed_equals_uninterrupted(
         fcntl.flock(file, fcntl.LOCK_EX)
         assert main(["study", str(whole), "--output", str(parts)]) == 2
     assert "another process runs a study" in capsys.readouterr().err
+
+
+STAYS = """
+import subprocess, sys
+from unmask.cli import main
+from unmask.study import run
+
+def stay(job, folder, done, report):
+    subprocess.Popen(["sleep", "1000"])
+    (folder / "busy").touch()
+    while True:
+        pass
+
+run.run_job, run._check_problems = stay, lambda jobs: None
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def processes_of(marker: str) -> list[str]:
+    """The processes that have it in their environment, by name."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if marker.encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_text())
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's table of processes")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])  # SIGTERM ends a study as SIGKILL does
+def test_nothing_outlives_a_study(number: signal.Signals, tmp_path: Path) -> None:
+    """Neither a job, busy for ever, nor what it started, nor the server that forks jobs."""
+    (tmp_path / "stays.py").write_text(STAYS)
+    path = write(tmp_path, evaluate=[{"task": "countdown", "decoder": "ass"}])
+    process = subprocess.Popen(
+        [sys.executable, str(tmp_path / "stays.py"), "study", str(path)],
+        env={**os.environ, "MARKER": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
+    )
+    while not list(tmp_path.glob("out/jobs/*/busy")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    assert sum("sleep" in name for name in processes_of(str(tmp_path))) == 1
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[1]
+    assert "Traceback" not in said and (number != signal.SIGINT or process.returncode == 130)
+    deadline = time.time() + 10
+    while left := processes_of(str(tmp_path)):
+        assert time.time() < deadline, left
+        time.sleep(0.05)
 
 
 def test_a_study_grows(model: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from unmask.files import each_line, write_text
+from unmask.files import each_line, write_text, writing_to
 from unmask.flags import overview, read_flags
 from unmask.models.source import ModelSource
 from unmask.spec import UserError, convert, split_spec, unknown
@@ -99,8 +99,9 @@ def run_evaluation(config: EvalConfig) -> None:
     if processes.rank:
         return
     output = Path(config.output)
-    figures = report.write_figures(summary, output)
-    write_text(output / "table.md", report.markdown_table(summary))
+    with writing_to(output):
+        figures = report.write_figures(summary, output)
+        write_text(output / "table.md", report.markdown_table(summary))
     screen = console()
     screen.print(report.terminal_table(summary, screen))
     print(f"records  {output / 'records'}\nsummary  {output / 'summary.json'}")
@@ -169,7 +170,6 @@ class ExportArguments:
 
 def export_checkpoint(arguments: list[str]) -> None:
     a = read_flags(ExportArguments, arguments, prog="unmask export")
-    from unmask.files import writing_to
     from unmask.models.load import load
     from unmask.runs import export
 
@@ -283,6 +283,9 @@ def _run(arguments: list[str]) -> int:
         if arguments[0] not in COMMANDS:
             raise unknown("command", arguments[0], COMMANDS)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        if cache := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):  # torch makes it as soon as it is imported
+            with writing_to(cache, "TORCHINDUCTOR_CACHE_DIR"):
+                os.makedirs(cache, exist_ok=True)
         COMMANDS[arguments[0]][0](arguments[1:])
     except UserError as error:
         print(f"unmask: {error}", file=sys.stderr)

@@ -40,6 +40,10 @@ def writing_to(output: Path | str, instead: str = "--output") -> Iterator[None]:
         ) from None
 
 
+def removed(folder: Path) -> UserError:
+    return UserError(f"{folder} was removed while the run wrote to it: give the same command again, which starts anew")
+
+
 def claim_result(output: Path) -> None:
     """Try a result file before anything is measured for it; an earlier result stays until there is a new one.
 

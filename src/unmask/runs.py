@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback, TrainerState
 
 from unmask.config import read_config, save_config
-from unmask.files import writing_to
+from unmask.files import removed, writing_to
 from unmask.model_card import model_card
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
@@ -70,10 +70,6 @@ class FolderCheck(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not (self.folder / "config.yaml").is_file():
             raise removed(self.folder)
-
-
-def removed(folder: Path) -> UserError:
-    return UserError(f"{folder} was removed while the run wrote to it: give the same command again, which starts anew")
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from unmask.evaluation.config import EvalConfig
 from unmask.evaluation.curves import curves, kept_trajectories
 from unmask.evaluation.processes import Processes, join, take_own_gpu
 from unmask.evaluation.records import Record, as_lines, compare_to_best, merge, shard, slug, summarise
-from unmask.files import read_json, write_json, writing_to
+from unmask.files import read_json, removed, write_json, writing_to
 from unmask.models.load import warn_of_slow_bf16
 from unmask.models.masked_lm import MaskedLM
 from unmask.schema import CONFIG, COUNT, RECORD, Number
@@ -244,6 +244,8 @@ def _decode(
             continue
         with writing_to(config.output), shard(cell.path, processes.rank).open("a", encoding="utf-8") as file:
             for records in run_cell(request, cell, share, config):
+                if not (Path(config.output) / "config.json").is_file():
+                    raise removed(Path(config.output))
                 file.write(as_lines(records))
                 file.flush()
                 count += len(records)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from unmask.config import command_config
+from unmask.files import read_text
 from unmask.study.config import StudyConfig
 from unmask.terminal import console
 
@@ -41,5 +42,5 @@ def command(arguments: list[str]) -> None:
     finally:
         if bar.tasks:
             bar.stop()
-    print((Path(config.output) / "table.md").read_text(encoding="utf-8"), end="")
+    print(read_text(Path(config.output) / "table.md"), end="")
     print(f"\nfigures: unmask report {config.output}", file=sys.stderr)

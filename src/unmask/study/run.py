@@ -18,13 +18,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unmask.config import save_config
-from unmask.files import read_lines, whole, write_json, write_text, writing_to
+from unmask.files import read_lines, removed, whole, write_json, write_text, writing_to
 from unmask.schema import METRICS, TIMES
 from unmask.spec import UserError
 from unmask.study import Table
@@ -119,14 +119,15 @@ def compact(model: str, records: list[Table], summary: Table) -> Table:
 
 
 def _process(job: Job, folder: Path, done: set[str], threads: int, gpu: str | None, pipe: Connection) -> None:
-    """A job's process: what it prints goes to log.txt, what it finds through the pipe; it ends when its parent does."""
+    """A job's process: what it prints goes to log.txt, what it finds through the pipe. It and all that it starts are a process
+    group, which ends when the study does."""
+    os.setpgrp()
+    threading.Thread(target=_end_with_study, args=(pipe,), daemon=True).start()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
-    folder.mkdir(parents=True, exist_ok=True)
     log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
-    threading.Thread(target=_end_with_parent, args=(pipe,), daemon=True).start()
     import torch
 
     torch.set_num_threads(threads)
@@ -139,16 +140,13 @@ def _process(job: Job, folder: Path, done: set[str], threads: int, gpu: str | No
     except UserError as error:
         report("error", {"says": str(error)})
         sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
-def _end_with_parent(pipe: Connection) -> None:
-    """The parent never sends: what ends the wait is its end."""
-    try:
+def _end_with_study(pipe: Connection) -> None:
+    """The study never sends: what ends the wait is its end."""
+    with suppress(EOFError, OSError):
         pipe.recv()
-    except (EOFError, OSError):
-        os._exit(1)
+    os.killpg(0, signal.SIGKILL)
 
 
 # ---- the study -------------------------------------------------------------------------------------------------------------
@@ -305,6 +303,8 @@ def _run(
                 job = waiting.pop(0)
                 ours, theirs = context.Pipe()
                 folder, done = output / "jobs" / job.name, {c.key for c in job.cells if c.key in cells.lines}
+                with writing_to(output, "output"):
+                    folder.mkdir(parents=True, exist_ok=True)
                 gpu = gpus[slot % len(gpus)] if gpus else None
                 process = context.Process(target=_process, args=(job, folder, done, threads, gpu, theirs))
                 with _undisturbed():
@@ -317,6 +317,8 @@ def _run(
             for slot, (process, pipe, job) in list(slots.items()):
                 if pipe not in ready:
                     continue
+                if not (output / "study.yaml").is_file():
+                    raise removed(output)
                 try:
                     kind, line = pipe.recv()
                 except (EOFError, OSError):
@@ -336,7 +338,9 @@ def _run(
             progress(finished, total, [])
     finally:
         for process, pipe, _ in slots.values():
-            process.terminate()
+            with suppress(ProcessLookupError):  # where it has no group yet
+                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
             process.join()
             pipe.close()
 
@@ -359,8 +363,6 @@ def _undisturbed() -> Iterator[None]:
 
 def _check_end(job: Job, code: int | None, output: Path, cells: Lines) -> None:
     missing = [c.key for c in job.cells if c.key not in cells.lines]
-    if code == 130:
-        raise KeyboardInterrupt
     if code or missing:
         raise UserError(
             f"job {job.name} ended with exit code {code}: see {output / 'jobs' / job.name / 'log.txt'}; what is finished "

@@ -1,0 +1,133 @@
+"""Commands whose folder, standard output or home folder is taken away: one sentence and no traceback, or no difference."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from unmask.cli import main
+from unmask.evaluation import evaluate, report, tune_report, tune_space
+from unmask.study import run as study
+
+TABLE = {"task": "countdown", "decoder": "ass", "limit": 2, "max_new_tokens": 16}
+FLAGS = [f"--{key.replace('_', '-')}={value}" for key, value in TABLE.items()]
+
+
+@pytest.fixture
+def command(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
+    """The shortest run of a command that writes ``out``."""
+    of_tune = [
+        "--budget=4",
+        "--max-new-tokens=32",
+        "--task=countdown",
+        "--limit=2",
+        "--run-off-limit=2",
+        "--test-limit=2",
+    ]
+    few = (["ass", "full:steps=4", "eoser"], ["semi-ar:steps=4", "ass:temperature=0.5"])
+    monkeypatch.setattr(tune_space, "candidates", lambda *_: few)
+    tables = [{**TABLE, "model": model}]
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump({"output": str(tmp_path / "out"), "evaluate": tables}))
+    known = {
+        "eval": [f"--model={model}", f"--output={tmp_path / 'out'}", *FLAGS],
+        "tune": [f"--model={model}", f"--output={tmp_path / 'out'}", *of_tune],
+        "study": [str(tmp_path / "study.yaml")],
+    }
+    return lambda name: [name, *known[name]]
+
+
+# ---- the folder ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "moment", "says"),
+    [
+        ("eval", evaluate, "as_lines", "was removed while the run wrote to it"),
+        ("eval", report, "accuracy_figure", "cannot write to"),
+        ("tune", evaluate, "run_cell", "cannot write to"),
+        ("tune", tune_report, "front_figure", "cannot write to"),
+        ("study", study, "wait", "was removed while the run wrote to it"),
+    ],
+    ids=["eval, a batch", "eval, the figure", "tune, a batch", "tune, the figure", "study, a job"],
+)
+def test_a_folder_removed_meanwhile_is_one_sentence(
+    name: str,
+    place: Any,
+    moment: str,
+    says: str,
+    command: Callable[[str], list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    usual = getattr(place, moment)
+
+    def without_folder(*arguments: Any) -> Any:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        return usual(*arguments)
+
+    monkeypatch.setattr(place, moment, without_folder)
+    arguments = command(name)
+    if moment == "as_lines":
+        arguments.append("--batch-size=1")
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert f"unmask: {tmp_path / 'out'} {says}" in said or f"unmask: {says} {tmp_path / 'out'}" in said
+
+
+# ---- standard output -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("closed", [False, True], ids=["no reader", "closed"])
+@pytest.mark.parametrize("name", ["eval", "tune", "study"])
+def test_a_lost_output_loses_no_result(
+    name: str,
+    closed: bool,
+    command: Callable[[str], list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with io.TextIOWrapper(os.fdopen(writer, "wb")) as stream:
+        monkeypatch.setattr(sys, "stdout", None if closed else stream)
+        if closed:
+            assert main(command(name)) == 0
+        else:
+            with pytest.raises(SystemExit) as end:
+                main(command(name))
+            assert end.value.code == 1
+    assert "Traceback" not in capsys.readouterr().err
+    assert (tmp_path / "out" / ("front.json" if name == "tune" else "summary.json")).is_file()
+
+
+# ---- the home folder -------------------------------------------------------------------------------------------------------
+
+
+def test_a_home_that_cannot_be_written_changes_nothing(command: Callable[[str], list[str]], tmp_path: Path) -> None:
+    (tmp_path / "home").touch()  # a file
+    homes = {"HOME": "", "XDG_CACHE_HOME": "cache", "HF_HOME": "hf", "MPLCONFIGDIR": "figures"}
+    env = {**os.environ, **{name: str(tmp_path / "home" / inside) for name, inside in homes.items()}}
+    done = subprocess.run([sys.executable, "-m", "unmask", *command("eval")], env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert (tmp_path / "out" / "accuracy.png").is_file()
+
+
+def test_a_cache_that_torch_cannot_make_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert main(["generate", "x"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"unmask: cannot write to {tmp_path}/file/cache: Not a directory") and said.count("\n") == 1
