@@ -1,4 +1,4 @@
-"""``recipes_run.py MODEL DATA OUTPUT FILE…``: two updates of every recipe, one after the other, in one launch."""
+"""``recipes_run.py MODEL DATA OUTPUT FILE…``: two updates of each recipe, one after the other, in one launch."""
 
 from __future__ import annotations
 

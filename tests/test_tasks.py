@@ -32,7 +32,7 @@ def test_problems_are_seeded_and_splits_disjoint(spec: str) -> None:
     assert splits["train"] == task.problems("train", 40, seed=3)
     assert splits["train"] != task.problems("train", 40, seed=4)
     assert splits["test"][:10] == task.problems("test", 10, seed=3)
-    other_seed = {p.question for p in task.problems("train", 200, seed=99)}
+    other_seed = {p.question for p in task.problems("train", 80, seed=99)}
     for split in ("validation", "test"):
         assert not {p.question for p in splits[split]} & {p.question for p in splits["train"]}
         assert not {p.question for p in splits[split]} & other_seed
@@ -68,7 +68,7 @@ def test_countdown_number_order_does_not_leak() -> None:
     """The same numbers in another order are the same problem, so they stay in one split."""
     task = make_task("countdown", COMPACT)
     test = {p.id for p in task.problems("test", 100)}
-    assert not test & {p.id for p in task.problems("train", 2000)}
+    assert not test & {p.id for p in task.problems("train", 600)}
 
 
 def test_sudoku_grids() -> None:
@@ -177,12 +177,12 @@ def test_hostile_countdown_answers_are_wrong_and_fast(text: str) -> None:
     task = make_task("countdown", {})
     problem = task.problem((8, 3, 5), 29)  # type: ignore[attr-defined]
     for completion in (f"<answer>{text}</answer>", text):
-        times = []
-        for _ in range(3):
+        for last in (False, False, True):
             start = time.process_time()
             graded = task.grade(problem, completion)
-            times.append(time.process_time() - start)
-        assert min(times) < 1  # of a million characters
+            if time.process_time() - start < 1:  # of a million characters
+                break
+            assert not last
         assert not graded.solved or text.startswith("8*3+5=")
 
 
