@@ -11,6 +11,8 @@ import pytest
 import unmask
 from checkpoints import write_llada
 from unmask.cli import COMMANDS, main
+from unmask.evaluation.tune import TuneConfig
+from unmask.flags import read_flags
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -45,7 +47,6 @@ SMALL = {
     "eval": ["--limit", "2", "--max-new-tokens", "32"],
     "demo": ["--limit", "2"],
     "info": ["--max-new-tokens", "8"],
-    "tune": ["--limit", "8", "--test-limit", "8", "--max-new-tokens", "16", "--budget", "2"],
 }
 
 
@@ -64,6 +65,9 @@ def test_readme_commands_run(
     if arguments[0] == "study":
         assert (ROOT / arguments[1]).exists()  # test_study reads every one
         return
+    if arguments[0] == "tune":
+        read_flags(TuneConfig, arguments[1:], prog="unmask tune")  # test_tune runs one
+        return
     if arguments[0] == "lm-eval":
         assert arguments[1:4] == ["run", "--model", "unmask"]  # test_harness runs one; this task is on the hub
         return
@@ -72,7 +76,7 @@ def test_readme_commands_run(
     if arguments[0] == "grade":
         (tmp_path / arguments[1]).write_text('{"question": "q", "completion": "1", "ground_truth": [[1, 1], 2]}\n')
     monkeypatch.chdir(tmp_path)
-    for flag in ("--limit", "--max-new-tokens", "--budget"):
+    for flag in ("--limit", "--max-new-tokens"):
         if flag in arguments and arguments[0] in SMALL:
             at = arguments.index(flag)
             del arguments[at : at + 2]

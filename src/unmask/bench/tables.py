@@ -21,6 +21,7 @@ from unmask.rl.gap import bench_gap
 from unmask.terminal import console, fitting_table
 
 Row = list[str]
+_DROP_FIRST = ("% GEMM", "+GiB", "T", "trunk ms")
 
 
 def _run(config: Any, work: Callable[..., dict[str, Any]]) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def _run(config: Any, work: Callable[..., dict[str, Any]]) -> dict[str, Any]:
 
 def _print(title: str, headings: Row, rows: list[Row], output: str) -> None:
     screen = console()
-    screen.print(fitting_table(screen, title, headings, rows))
+    screen.print(fitting_table(screen, title, headings, rows, drop_first=_DROP_FIRST))
     write_text(Path(output).with_suffix(".md"), markdown(headings, rows))
     print(f"result  {output}")
 
