@@ -9,8 +9,8 @@ from pathlib import Path
 from unmask.config import read_config
 from unmask.rl.run import RLConfig
 from unmask.rl.run import train as train_rl
-from unmask.sft import SFTConfig
-from unmask.sft import train as train_sft
+from unmask.training.sft import SFTConfig
+from unmask.training.sft import train as train_sft
 
 SMALL = {"report_to": [], "lora_r": 2, "eval_every": 2, "save_every": 2}
 

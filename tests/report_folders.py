@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from unmask.evaluation.records import as_lines, slug, summarise
-from unmask.files import write_json
-from unmask.report.collect import Result
+from unmask.io.files import write_json
+from unmask.results.collect import Result
 
 HOSTILE = "full:note=<b>&\"'</script><script>x</script>"
 STEPS = 4

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from checkpoints import write_dream, write_llada, write_qwen3_a2d
 from unmask import load
 from unmask.models import bidirectional
-from unmask.runs import export
+from unmask.training.run_folder import export
 
 
 def _another_backbone(kind: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from unmask import UserError, make_task
-from unmask.rl.plan import dry_run
+from unmask.rl.dry_run import dry_run
 from unmask.rl.rewards import reward_functions
 from unmask.rl.run import RLConfig
 from unmask.tasks.notation import plain

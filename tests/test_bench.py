@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import decoding, update
+from benchmarks.decoding import BenchDecode, bench_decode, standing_at
+from benchmarks.gap import BenchGap, bench_gap
+from benchmarks.reference import counterpart, load_reference, reference_decode
+from benchmarks.update import BenchRL, bench_rl, bench_trainer, measure, plain_update, random_rollout
 from unmask import Decoder, MaskedLM, UserError, make_decoder
-from unmask.bench import decoding, update
-from unmask.bench.decoding import BenchDecode, bench_decode, standing_at
-from unmask.bench.reference import counterpart, load_reference, reference_decode
-from unmask.bench.update import BenchRL, bench_rl, bench_trainer, measure, plain_update, random_rollout
 from unmask.cli import main
 from unmask.decoding import decode
-from unmask.rl.gap import BenchGap, bench_gap
 from unmask.rl.objectives import OBJECTIVES
 
 SMALL = {

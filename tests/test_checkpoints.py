@@ -20,7 +20,7 @@ from unmask.models import bidirectional
 from unmask.models.backbone import KVCache
 from unmask.models.load import _HUB_FILES, outline
 from unmask.models.remote import RemoteLM
-from unmask.runs import export
+from unmask.training.run_folder import export
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from unmask.bench.command import BENCHMARKS
+from benchmarks.__main__ import BENCHMARKS
 from unmask.cli import COMMANDS, main
 from unmask.evaluation.records import shard
 

@@ -11,8 +11,8 @@ import pytest
 import unmask
 from checkpoints import write_llada
 from unmask.cli import COMMANDS, main
+from unmask.config import read_flags
 from unmask.evaluation.tune import TuneConfig
-from unmask.flags import read_flags
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from unmask import MaskedLM, UserError, make_task
-from unmask.evaluation import report
 from unmask.evaluation.evaluate import EvalConfig, evaluate, task_prompts
 from unmask.evaluation.records import compare_to_best, read_records
-from unmask.evaluation.statistics import pooled_bootstrap, wilson
+from unmask.results import accuracy as report
+from unmask.results.statistics import pooled_bootstrap, wilson
 
 
 def config(model: str, output: Path, **changes: object) -> EvalConfig:

@@ -20,7 +20,7 @@ from test_sft_data import chat, no_shared_cache  # noqa: F401  (a fixture for ev
 from unmask import load
 from unmask.rl.run import RLConfig
 from unmask.rl.run import train as train_rl
-from unmask.sft import SFTConfig, train
+from unmask.training.sft import SFTConfig, train
 
 SMALL: dict[str, Any] = {"steps": 2, "batch_size": 2, "eval_every": 2, "save_every": 2, "bf16": False, "report_to": []}
 

@@ -21,14 +21,14 @@ from safetensors.torch import save_file
 import report_folders
 from unmask import Trajectory, make_decoder
 from unmask.cli import grade_file, main
+from unmask.errors import UserError
 from unmask.evaluation.evaluate import EvalConfig, evaluate, prepare
 from unmask.evaluation.records import merge
 from unmask.evaluation.tune import Measurements
-from unmask.files import as_yaml, read_yaml
-from unmask.report.collect import collect
-from unmask.schema import MEASURED
-from unmask.spec import UserError
-from unmask.study.summary import run_lines
+from unmask.io.files import as_yaml, read_yaml
+from unmask.io.schema import MEASURED
+from unmask.results.collect import collect
+from unmask.results.summary import run_lines
 from unmask.tasks import make_task
 from unmask.view.command import ViewArguments
 from unmask.view.jobs import from_records

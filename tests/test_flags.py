@@ -9,9 +9,7 @@ from typing import Any, Literal
 import pytest
 
 from unmask import UserError
-from unmask.config import check_reporters, read_config
-from unmask.flags import read_flags
-from unmask.spec import build, split_spec
+from unmask.config import build, check_reporters, read_config, read_flags, split_spec
 
 
 @dataclass

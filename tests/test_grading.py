@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask import bounded, make_task
-from unmask.tasks import equivalence
 from unmask.tasks.answers import final, number, published_latex, published_number, same_latex
-from unmask.tasks.gsm8k import GSM8K
-from unmask.tasks.math500 import MATH500, extract, same
+from unmask.tasks.math import equivalence
+from unmask.tasks.math.gsm8k import GSM8K
+from unmask.tasks.math.math500 import MATH500, extract, same
 
 FORM = "steps\n</reasoning>\n<answer>\n{}\n</answer>"
 PIECES = [
@@ -329,7 +329,7 @@ def test_no_text_reaches_python() -> None:
     """In the helper sympy's evaluation of strings refuses, by whatever name it is called."""
     code = (
         "import io\n"
-        "from unmask.bounded import serve\n"
+        "from unmask.tasks.bounded import serve\n"
         "from unmask.tasks import equivalence\n"
         "out = io.StringIO()\n"
         'serve(equivalence._comparison(), io.StringIO(\'["1", "1"]\\n\'), out)\n'
@@ -375,7 +375,7 @@ def test_reading_costs_linear_time(piece: str) -> None:
 
 
 def test_the_helper_ends_with_its_program() -> None:
-    code = "from unmask.tasks import equivalence as e; print(e.equivalent('2', '1+1'), e._helper.process.pid)"
+    code = "from unmask.tasks.math import equivalence as e; print(e.equivalent('2', '1+1'), e._helper.process.pid)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     found, pid = done.stdout.split()
     assert found == "True"

@@ -27,8 +27,8 @@ from lm_eval.api.model import CachingLM
 from lm_eval.tasks import TaskManager
 
 from unmask import UserError, decode, make_decoder, make_task
-from unmask.evaluation.harness import UnmaskLM, until
 from unmask.evaluation.likelihood import Pair, bounds, fitted, greedily_written, mask_sets
+from unmask.evaluation.lm_eval import UnmaskLM, until
 from unmask.models.masked_lm import MaskedLM
 
 TEXT = "make 5 from"
@@ -292,9 +292,9 @@ def test_mistakes_are_sentences(line: str, sentence: str) -> None:
 
 def test_without_lm_eval_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
-    monkeypatch.delitem(sys.modules, "unmask.evaluation.harness")
+    monkeypatch.delitem(sys.modules, "unmask.evaluation.lm_eval")
     with pytest.raises(UserError, match=r"pip install unmask\[lm-eval\]"):
-        importlib.import_module("unmask.evaluation.harness")
+        importlib.import_module("unmask.evaluation.lm_eval")
 
 
 def test_what_is_cached_is_not_computed_again(toy_lm: MaskedLM, tmp_path: Path, passes: list[int]) -> None:
@@ -381,7 +381,7 @@ def test_lm_eval_scores_what_decoding_and_bounds_give(results: dict[str, Any], t
 
 def test_the_command_line_on_two_processes_gives_the_same(tasks: Path, results: dict[str, Any], tmp_path: Path) -> None:
     script = tmp_path / "lm_eval_unmask.py"
-    script.write_text("import sys; from unmask.evaluation.harness import command; command(sys.argv[1:])")
+    script.write_text("import sys; from unmask.evaluation.lm_eval import command; command(sys.argv[1:])")
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     flags = ["--model", "unmask", "--model_args", MODEL_ARGS, "--tasks", "made_up_countdown,made_up_sums"]
     flags += ["--include_path", str(tasks), "--apply_chat_template", "--output_path", str(tmp_path / "out")]

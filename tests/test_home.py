@@ -12,11 +12,10 @@ import yaml
 from test_sft_data import chat, no_shared_cache  # noqa: F401  (a fixture for every test)
 from unmask import load, make_decoder
 from unmask.cli import main
-from unmask.config import read_config
+from unmask.config import build, read_config
 from unmask.rl.run import RLConfig
-from unmask.sft import SFTConfig, train
-from unmask.spec import build
 from unmask.tasks import make_task
+from unmask.training.sft import SFTConfig, train
 
 SMALL: dict[str, Any] = {"steps": 2, "batch_size": 2, "eval_every": 2, "save_every": 1, "bf16": False, "report_to": []}
 RL = {"num_generations": 2, "max_completion_length": 4, "tasks": ["sudoku:style=compact"], "problems": 2}

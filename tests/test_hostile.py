@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from unmask.cli import main
-from unmask.evaluation import evaluate, report, tune_report, tune_space
+from unmask.evaluation import evaluate, tune_report, tune_space
+from unmask.results import accuracy as report
 from unmask.study import run as study
 
 TABLE = {"task": "countdown", "decoder": "ass", "limit": 2, "max_new_tokens": 16}

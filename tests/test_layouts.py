@@ -13,8 +13,8 @@ from unmask import load
 from unmask.cli import main
 from unmask.rl.run import RLConfig
 from unmask.rl.run import train as train_rl
-from unmask.sft import SFTConfig
-from unmask.sft import train as train_sft
+from unmask.training.sft import SFTConfig
+from unmask.training.sft import train as train_sft
 
 
 @pytest.mark.parametrize("name", WRITERS)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from unmask import Task, UserError, make_task
-from unmask.tasks.gsm8k import GSM8K
-from unmask.tasks.math500 import MATH500
+from unmask.tasks.math.gsm8k import GSM8K
+from unmask.tasks.math.math500 import MATH500
 
 FORM = "steps\n</reasoning>\n<answer>\n{}\n</answer>"
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.memory import BenchMemory, bench_memory
 from checkpoints import WRITERS
-from unmask.bench.memory import BenchMemory, bench_memory
 from unmask.cli import main
-from unmask.memory import Load, _peak, decoding_need, training_need
 from unmask.models.load import load, outline
+from unmask.models.memory import Load, _peak, decoding_need, training_need
 
 ROWS = Load(torch.float32, rows=2, prompt=10, length=22)
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from unmask import UserError
+from unmask.evaluation.distributed import take_own_gpu
 from unmask.evaluation.evaluate import EvalConfig, evaluate
-from unmask.evaluation.processes import take_own_gpu
 from unmask.evaluation.records import Record, merge, shard
-from unmask.files import read_lines
+from unmask.io.files import read_lines
 from unmask.tasks import Problem
 
 SETTINGS = {
@@ -223,7 +223,7 @@ def test_a_merge_that_cannot_write_keeps_the_shards(tmp_path: Path, monkeypatch:
         raise OSError("disk full")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr("unmask.files.os.replace", full)
+        patch.setattr("unmask.io.files.os.replace", full)
         merge(path, problems, 1)
     assert not path.exists() and shard(path, 0).read_text() == line
     merge(path, problems, 1)

@@ -12,7 +12,7 @@ import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
 from unmask import make_task
-from unmask.spec import UserError
+from unmask.errors import UserError
 from unmask.tasks import verifier
 from unmask.tasks.base import split_of, stream_seed
 

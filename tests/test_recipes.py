@@ -17,8 +17,8 @@ from recipes_run import small_rl
 from unmask import UserError, load
 from unmask.cli import main
 from unmask.config import read_config, save_config
+from unmask.rl.dry_run import dry_run
 from unmask.rl.objectives import ViewRows
-from unmask.rl.plan import dry_run
 from unmask.rl.run import RLConfig, make_trainer
 
 ROOT = Path(__file__).parent.parent

@@ -20,17 +20,17 @@ from PIL import Image
 
 from browser import open_page
 from report_folders import CELLS, cell, curves, evaluation, lines, records, result, run, study
+from unmask.errors import UserError
 from unmask.evaluation.records import summarise
-from unmask.evaluation.report import percent
-from unmask.files import write_json
-from unmask.report import page
-from unmask.report.collect import Folder, Material, collect, setting, varying
-from unmask.report.command import command
-from unmask.report.sections import _differences, report
-from unmask.report.style import Picture
-from unmask.report.tables import results_tables
-from unmask.schema import STEPS
-from unmask.spec import UserError
+from unmask.io.files import write_json
+from unmask.io.schema import STEPS
+from unmask.results import page
+from unmask.results.accuracy import percent
+from unmask.results.collect import Folder, Material, collect, setting, varying
+from unmask.results.command import command
+from unmask.results.sections import _differences, report
+from unmask.results.style import Picture
+from unmask.results.tables import results_tables
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_the_same_folders_give_the_same_bytes(mixed: tuple[list[Path], Path], tm
     """Also in another process, with other hashes and other settings of matplotlib."""
     folders, first = mixed
     (tmp_path / "matplotlibrc").write_text("axes.linewidth: 5\nxtick.major.size: 20\n")
-    code = "import sys; from unmask.report.command import command; command(sys.argv[1:])"
+    code = "import sys; from unmask.results.command import command; command(sys.argv[1:])"
     arguments = [*map(str, folders), "--output", str(tmp_path / "again")]
     environment = {**os.environ, "PYTHONHASHSEED": "7", "MATPLOTLIBRC": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment)
@@ -206,7 +206,7 @@ def test_a_page_never_exceeds_its_limit() -> None:
 
 
 def test_a_study_reads_as_its_summary_says(tmp_path: Path) -> None:
-    from unmask.study.summary import read_cells, summarise_study
+    from unmask.results.summary import read_cells, summarise_study
 
     folder = study(tmp_path / "study")
     computed = collect([folder])

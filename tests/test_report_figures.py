@@ -12,10 +12,10 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from report_folders import result
-from unmask.evaluation.report import accuracy_figure
-from unmask.report import figures
-from unmask.report.collect import Run
-from unmask.report.curves import band, curves, smooth
+from unmask.results import figures
+from unmask.results.accuracy import accuracy_figure
+from unmask.results.collect import Run
+from unmask.results.curves import band, curves, smooth
 
 
 def test_the_front_by_hand() -> None:
@@ -76,7 +76,7 @@ def test_axes_of_an_evaluation_have_numbers(passes: list[float], solved: float) 
 @pytest.mark.parametrize("gap", [0.0, 7.49351e-09, 3e-4, 2.0])
 def test_axes_of_a_training_have_numbers(monkeypatch: pytest.MonkeyPatch, level: float, gap: float) -> None:
     drawn: list[Figure] = []
-    monkeypatch.setattr("unmask.report.curves.picture", lambda stem, caption, figure: drawn.append(figure))
+    monkeypatch.setattr("unmask.results.curves.picture", lambda stem, caption, figure: drawn.append(figure))
     values = {"eval_sudoku_solved": level, "groups_without_variance": level, "replay_gap": gap}
     curves([Run("f", "n", {}, {k: {1: v / 2, 2: v, 3: v} for k, v in values.items()}, {}, "cj")])
     (figure,) = drawn
@@ -117,7 +117,7 @@ def test_bands_by_hand() -> None:
 
 
 def test_series_are_told_apart_without_colours() -> None:
-    from unmask.report.style import colour, marker
+    from unmask.results.style import colour, marker
 
     assert len({(colour(i), marker(i)) for i in range(64)}) == 64
     assert len({marker(i) for i in range(8)}) == 8 == len({colour(i) for i in range(8)})

@@ -19,7 +19,7 @@ from test_sft_data import chat, no_shared_cache  # noqa: F401  (a fixture for ev
 from unmask import UserError, runs
 from unmask.rl.run import RLConfig
 from unmask.rl.run import train as train_rl
-from unmask.sft import SFTConfig, train
+from unmask.training.sft import SFTConfig, train
 
 SMALL: dict[str, Any] = {"batch_size": 2, "eval_every": 9, "save_every": 1, "bf16": False, "report_to": []}
 RL: dict[str, Any] = {"num_generations": 2, "num_iterations": 2, "max_completion_length": 4, "problems": 2}
@@ -235,7 +235,7 @@ def test_a_folder_that_is_gone_ends_the_run(
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             self.remover.on_save(args, state, control)
 
-    module = "unmask.sft" if kind == "sft" else "unmask.rl.run"
+    module = "unmask.training.sft" if kind == "sft" else "unmask.rl.run"
     monkeypatch.setattr(f"{module}.FolderCheck", Check)
     with pytest.raises(UserError, match="was removed while the run wrote to it"):
         run(kind, tmp_path / "run", toy_folder, chat(tmp_path), steps=4, **({"log_every": 1} if kind == "sft" else {}))

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from unmask.files import read_lines
-from unmask.rl.plan import dry_run
+from unmask.io.files import read_lines
+from unmask.rl.dry_run import dry_run
 from unmask.rl.rewards import reward_names, task_rewards
 from unmask.rl.run import RLConfig, train
 from unmask.tasks import make_task

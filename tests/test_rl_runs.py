@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from unmask import UserError, load
 from unmask.cli import main
 from unmask.config import read_config
-from unmask.files import read_lines
+from unmask.io.files import read_lines
 from unmask.rl.run import RLConfig, train
 
 ROOT = Path(__file__).parent.parent

@@ -19,12 +19,12 @@ from transformers import TrainerCallback, TrainingArguments
 from conftest import SHAPE, toy
 from test_sft_data import WIDTH, chat, no_shared_cache, read, turns, write  # noqa: F401  (a fixture for every test)
 from unmask import UserError, load
-from unmask.adapters import LORA_TARGETS, adapted, adapter_config
 from unmask.config import read_config
+from unmask.models.adapters import LORA_TARGETS, adapted, adapter_config
 from unmask.models.masked_lm import MaskedLM
-from unmask.noise import sample_times
-from unmask.sft import DiffusionTrainer, SFTConfig, _arguments, _set_length, train
-from unmask.sft_data import ChatRows, FillCollate
+from unmask.training.noise import sample_times
+from unmask.training.sft import DiffusionTrainer, SFTConfig, _arguments, _set_length, train
+from unmask.training.sft_data import ChatRows, FillCollate
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,7 +14,7 @@ from conftest import toy
 from unmask import UserError
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.scratch import CHAT_TEMPLATE
-from unmask.sft_data import ChatRows, read_chat
+from unmask.training.sft_data import ChatRows, read_chat
 
 WIDTH = 64
 

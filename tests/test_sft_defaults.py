@@ -15,7 +15,7 @@ from conftest import SHAPE
 from test_sft_data import chat, no_shared_cache  # noqa: F401  (a fixture for every test)
 from unmask import UserError, load
 from unmask.config import read_config
-from unmask.sft import SFTConfig, train
+from unmask.training.sft import SFTConfig, train
 
 SMALL: dict[str, Any] = {"validation_share": 0.1, "steps": 2, "batch_size": 2, "bf16": False, "report_to": []}
 
@@ -46,7 +46,7 @@ def test_what_is_left_open_suits_the_run_and_is_written(
 
 
 def _rows(model: str, data: str) -> list[list[int]]:
-    from unmask.sft_data import read_chat
+    from unmask.training.sft_data import read_chat
 
     found = read_chat(load(model), data, 1024, "refuse", 0.0)
     return [[*r["prompt"], *r["response"]] for r in found.training]

@@ -20,11 +20,11 @@ import yaml
 from unmask.cli import main
 from unmask.config import read_config
 from unmask.evaluation.records import read_records
-from unmask.files import read_lines
+from unmask.io.files import read_lines
+from unmask.results.summary import read_cells
 from unmask.rl.run import RLConfig
 from unmask.study.grid import StudyConfig, _key, jobs_of, labels
 from unmask.study.run import _undisturbed, training_budget
-from unmask.study.summary import read_cells
 
 ROOT = Path(__file__).parent.parent
 RL = {

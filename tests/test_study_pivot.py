@@ -12,12 +12,12 @@ import yaml
 
 from report_folders import study
 from unmask import UserError
-from unmask.report.collect import collect
-from unmask.report.sections import report
-from unmask.report.tables import chosen_tables
-from unmask.study import pivot
+from unmask.results import pivot
+from unmask.results.collect import collect
+from unmask.results.sections import report
+from unmask.results.summary import markdown, read_cells, summarise_study
+from unmask.results.tables import chosen_tables
 from unmask.study.grid import StudyConfig, jobs_of, labels, settings_of
-from unmask.study.summary import markdown, read_cells, summarise_study
 
 
 def line(solved: str, passes: int, **cell: Any) -> dict[str, Any]:

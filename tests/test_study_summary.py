@@ -15,7 +15,7 @@ from unmask import decode, load, make_decoder, make_task
 from unmask.evaluation.curves import POSITION_BINS, TIME_BINS, curves
 from unmask.evaluation.evaluate import EvalConfig, evaluate, task_prompts
 from unmask.evaluation.records import read_records
-from unmask.evaluation.statistics import (
+from unmask.results.statistics import (
     Bootstrap,
     holm,
     paired_difference,
@@ -23,8 +23,8 @@ from unmask.evaluation.statistics import (
     student_p,
     wilson,
 )
+from unmask.results.summary import Group, markdown, summarise_study
 from unmask.study.run import compact
-from unmask.study.summary import Group, markdown, summarise_study
 
 TASK = "countdown:style=compact,max_value=9"
 

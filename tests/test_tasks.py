@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from unmask import UserError, make_task
-from unmask.spec import TooFewProblems
+from unmask.errors import TooFewProblems
 from unmask.tasks import base
 from unmask.tasks.answers import arithmetic, boxed
 from unmask.tasks.countdown import Countdown, worked_solution

@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from unmask import demo
 from unmask.cli import main
+from unmask.evaluation import demo
 from unmask.evaluation.progress import bar_columns, progress_bars
+from unmask.io.terminal import console, fitting_table
 from unmask.rl.run import Bar
-from unmask.terminal import console, fitting_table
 
 SAYS = {
     "usage": ["--help"],

@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from conftest import SHAPE, toy
 from unmask import UserError, load
 from unmask.config import read_config
-from unmask.noise import corrupt, diffusion_loss, sample_times
-from unmask.optim import MuonAdamW
-from unmask.sft import Collate, Examples, SFTConfig, train
+from unmask.training.noise import corrupt, diffusion_loss, sample_times
+from unmask.training.optim import MuonAdamW
+from unmask.training.sft import Collate, Examples, SFTConfig, train
 
 TASKS = {
     "sudoku": {"style": "compact", "max_empty": 6, "min_empty": 4},
@@ -95,7 +95,7 @@ def test_trainer_loss_equals_restatement(tmp_path: Path, eos_in_loss: bool) -> N
     """The trainer's loss of a batch, row by row: only canvas tokens (with or without filling), weighted by 1/t."""
     from transformers import TrainingArguments
 
-    from unmask.sft import DiffusionTrainer
+    from unmask.training.sft import DiffusionTrainer
 
     lm = toy(task_defaults=TASKS)
     c = config(tmp_path, eos_in_loss=eos_in_loss)

@@ -14,17 +14,17 @@ import pytest
 
 from unmask import UserError, make_decoder
 from unmask.cli import main
+from unmask.config import read_flags
+from unmask.errors import TooFewProblems
 from unmask.evaluation import evaluate as evaluation
 from unmask.evaluation import tune as module
 from unmask.evaluation import tune_report, tune_space
 from unmask.evaluation.evaluate import EvalConfig, evaluate
 from unmask.evaluation.progress import progress_bars
-from unmask.evaluation.statistics import paired_difference
 from unmask.evaluation.tune import Standing, TuneConfig, command, pareto, tune
 from unmask.evaluation.tune_space import candidates
-from unmask.flags import read_flags
+from unmask.results.statistics import paired_difference
 from unmask.rl.run import RLConfig
-from unmask.spec import TooFewProblems
 from unmask.tasks import Grade, Problem
 from unmask.tasks.base import bucket
 from unmask.tasks.countdown import Countdown

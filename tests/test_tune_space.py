@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from unmask import UserError, make_decoder
+from unmask.config import read_flags
 from unmask.decoding.decoder import PRESETS
 from unmask.evaluation import tune_report
 from unmask.evaluation.tune import (
@@ -27,7 +28,6 @@ from unmask.evaluation.tune import (
     successive_halving,
 )
 from unmask.evaluation.tune_space import behaviour, candidates, unfit_presets
-from unmask.flags import read_flags
 
 # ---- the search, without a model -------------------------------------------------------------------------------------
 

@@ -17,12 +17,12 @@ from browser import open_page, page_data
 from checkpoints import write_dream
 from conftest import PROMPTS
 from unmask.decoding import decode, make_decoder
+from unmask.decoding.trajectory import Trajectory
+from unmask.errors import UserError
 from unmask.models import head
 from unmask.models.head import Head
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
-from unmask.spec import UserError
-from unmask.trajectory import Trajectory
 from unmask.view import candidates
 from unmask.view import page as page_module
 from unmask.view.candidates import held, likeliest

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from browser import page_data
+from unmask.errors import UserError
 from unmask.evaluation.evaluate import EvalConfig, evaluate
-from unmask.spec import UserError
 from unmask.view.command import ViewArguments, command
 from unmask.view.jobs import Settings
 

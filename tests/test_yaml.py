@@ -9,11 +9,11 @@ import pytest
 
 from unmask import make_decoder
 from unmask.config import read_config
-from unmask.files import as_yaml, read_yaml
+from unmask.io.files import as_yaml, read_yaml
 from unmask.models.scratch import new_model
 from unmask.rl.run import RLConfig
-from unmask.sft import SFTConfig
 from unmask.study.grid import StudyConfig, jobs_of
+from unmask.training.sft import SFTConfig
 
 NUMBERS = ["1e-5", "1E-5", "+1e-5", "-2e3", "1.e-5", ".5e-3", "2.5e+3", "2.5e3", "3e0"]
 TEXTS = ["1e", "e5", "1e5x", "1e-", "1e5-2", "12e3f"]

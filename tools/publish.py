@@ -16,17 +16,16 @@ from functools import cache
 from pathlib import Path
 
 from unmask.config import read_config
-from unmask.evaluation.report import markdown as table_text
-from unmask.evaluation.report import percent, points
-from unmask.files import as_yaml
-from unmask.report import figures
-from unmask.report.collect import collect
-from unmask.report.style import look
-from unmask.spec import UserError
-from unmask.study import pivot
+from unmask.errors import UserError
+from unmask.io.files import as_yaml
+from unmask.results import figures, pivot
+from unmask.results.accuracy import markdown as table_text
+from unmask.results.accuracy import percent, points
+from unmask.results.collect import collect
+from unmask.results.style import look
+from unmask.results.summary import cell_lines, markdown, read_cells, run_lines, summarise_study
 from unmask.study.grid import Job, StudyConfig, jobs_of, labels, settings_of, training_labels
 from unmask.study.run import Lines
-from unmask.study.summary import cell_lines, markdown, read_cells, run_lines, summarise_study
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results" / "study"

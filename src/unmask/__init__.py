@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unmask.decoding import PRESETS, Decoder, Plan, ascending, decode, decode_each, make_decoder, replay, uniform
+    from unmask.decoding.trajectory import Trajectory
+    from unmask.errors import UserError
     from unmask.models.load import load
     from unmask.models.masked_lm import MaskedLM
-    from unmask.spec import UserError
     from unmask.tasks import Grade, Problem, Task, make_task
-    from unmask.trajectory import Trajectory
 
 try:
     __version__ = version("unmask")
@@ -55,9 +55,9 @@ _HOMES = {
     ),
     "unmask.models.load": ("load",),
     "unmask.models.masked_lm": ("MaskedLM",),
-    "unmask.spec": ("UserError",),
+    "unmask.errors": ("UserError",),
     "unmask.tasks": ("Grade", "Problem", "Task", "make_task"),
-    "unmask.trajectory": ("Trajectory",),
+    "unmask.decoding.trajectory": ("Trajectory",),
 }
 
 

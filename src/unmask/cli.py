@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from unmask.files import each_line, write_text, writing_to
-from unmask.flags import overview, read_flags
+from unmask.config import convert, overview, read_flags, split_spec
+from unmask.errors import UserError, unknown
+from unmask.io.files import each_line, write_text, writing_to
+from unmask.io.terminal import console, standard_streams
 from unmask.models.source import ModelSource
-from unmask.spec import UserError, convert, split_spec, unknown
-from unmask.terminal import console, standard_streams
 
 if TYPE_CHECKING:
     from unmask.evaluation.config import EvalConfig
@@ -80,10 +80,10 @@ def evaluate(arguments: list[str]) -> None:
 
 
 def run_evaluation(config: EvalConfig) -> None:
-    from unmask.evaluation import report
+    from unmask.evaluation.distributed import AgreedError, join
     from unmask.evaluation.evaluate import evaluate
-    from unmask.evaluation.processes import AgreedError, join
     from unmask.evaluation.progress import progress_bars
+    from unmask.results import accuracy as report
 
     processes = join()
     if processes.rank:
@@ -111,11 +111,11 @@ def run_evaluation(config: EvalConfig) -> None:
 
 def sft(arguments: list[str]) -> None:
     from unmask.config import command_config
-    from unmask.sft_config import SFTConfig
+    from unmask.training.sft_config import SFTConfig
 
     about = "Supervised training with the masked diffusion loss."
     config = command_config(SFTConfig, arguments, "unmask sft", about)
-    from unmask.sft import train
+    from unmask.training.sft import train
 
     _say_where(train(config))
 
@@ -144,7 +144,7 @@ def rl(arguments: list[str]) -> None:
 
         _say_where(train(config))
         return
-    from unmask.rl.plan import dry_run
+    from unmask.rl.dry_run import dry_run
 
     said = dry_run(config)
     if _speaks():
@@ -152,8 +152,8 @@ def rl(arguments: list[str]) -> None:
 
 
 def info(arguments: list[str]) -> None:
-    from unmask.info import InfoArguments
-    from unmask.info import info as show
+    from unmask.models.info import InfoArguments
+    from unmask.models.info import info as show
 
     show(read_flags(InfoArguments, arguments, prog="unmask info"))
 
@@ -171,7 +171,7 @@ class ExportArguments:
 def export_checkpoint(arguments: list[str]) -> None:
     a = read_flags(ExportArguments, arguments, prog="unmask export")
     from unmask.models.load import load
-    from unmask.runs import export
+    from unmask.training.run_folder import export
 
     output = Path(a.output)
     if output.exists():
@@ -192,7 +192,7 @@ def lm_eval(arguments: list[str]) -> None:
     ):  # its help knows no models, so it needs none
         sys.argv = ["lm-eval", *arguments]
         import_module("lm_eval.__main__").cli_evaluate()
-    _elsewhere("unmask.evaluation.harness")(arguments)
+    _elsewhere("unmask.evaluation.lm_eval")(arguments)
 
 
 @dataclass
@@ -219,8 +219,8 @@ def grade_file(task: Task, path: str) -> list[Grade]:
 
 def grade(arguments: list[str]) -> None:
     a = read_flags(GradeArguments, arguments, prog="unmask grade")
-    from unmask.evaluation.report import percent
-    from unmask.evaluation.statistics import pooled_bootstrap, wilson
+    from unmask.results.accuracy import percent
+    from unmask.results.statistics import pooled_bootstrap, wilson
     from unmask.tasks import make_task
 
     asked = make_task(a.task, {})
@@ -246,17 +246,13 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "eval": (evaluate, "score a model on tasks under decoders: records, table, figure"),
     "sft": (sft, "train on worked responses with the masked diffusion loss"),
     "rl": (rl, "train on rewards with GRPO along the decoder's trajectories"),
-    "report": (_elsewhere("unmask.report.command"), "figures and one HTML file of evaluations, trainings and studies"),
+    "report": (_elsewhere("unmask.results.command"), "figures and one HTML file of evaluations, trainings and studies"),
     "tune": (_elsewhere("unmask.evaluation.tune"), "the best decoder for a task within a budget of forward passes"),
     "study": (_elsewhere("unmask.study.command"), "a grid of trainings and evaluations with equal budgets, resumable"),
     "export": (export_checkpoint, "merge a checkpoint's adapter into a plain checkpoint"),
-    "bench": (
-        _elsewhere("unmask.bench.command"),
-        "time and memory of decoding and updates; how far objectives are from samples",
-    ),
     "lm-eval": (lm_eval, "lm-evaluation-harness's own command line, with --model unmask"),
     "grade": (grade, "grade completions made elsewhere"),
-    "demo": (_elsewhere("unmask.demo"), "the shipped model under each decoder"),
+    "demo": (_elsewhere("unmask.evaluation.demo"), "the shipped model under each decoder"),
 }
 
 
@@ -279,19 +275,27 @@ def _run(arguments: list[str]) -> int:
 
         print(__version__)
         return 0
-    try:
+
+    def work() -> None:
         if arguments[0] not in COMMANDS:
             raise unknown("command", arguments[0], COMMANDS)
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        COMMANDS[arguments[0]][0](arguments[1:])
+
+    return run_command(work, arguments[0] in ("eval", "sft", "rl", "study", "tune", "demo"))
+
+
+def run_command(work: Callable[[], None], resumes: bool = False) -> int:
+    """The exit code of a command: 2 and one sentence for a user's mistake, 130 for Ctrl-C."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
         if cache := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):  # torch makes it as soon as it is imported
             with writing_to(cache, "TORCHINDUCTOR_CACHE_DIR"):
                 os.makedirs(cache, exist_ok=True)
-        COMMANDS[arguments[0]][0](arguments[1:])
+        work()
     except UserError as error:
         print(f"unmask: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        resumes = arguments[0] in ("eval", "sft", "rl", "study", "tune", "demo")
         advice = "; what is written stays, and the same command goes on from there" if resumes else ""
         print(f"\nunmask: interrupted{advice}", file=sys.stderr)
         return 130

@@ -1,26 +1,200 @@
-"""Run configurations: one dataclass is the file's schema, the command line's flags and their documentation."""
+"""Settings from text: specs (``name:key=value,key=value``), flags and run files, read alike."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import re
+import types
 import typing
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from unmask.files import as_yaml, read_yaml, write_text
-from unmask.flags import read_flags
-from unmask.spec import UserError, convert, default_of, expand_home, unknown
+from unmask.errors import UserError, unknown
+from unmask.io.files import as_yaml, expand_home, read_yaml, write_text
 
 T = TypeVar("T")
-
-# Every matrix of every block: LLaDA's names, then those of Qwen and Llama. The head outside the blocks is left alone.
+_FRAME = re.compile(r"[│╭╮╰╯]")
+_REGISTRY = tyro.constructors.ConstructorRegistry()
 LORA_TARGETS = (
     r"(.*\.)?(blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"
     r"|layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj))"
 )
+
+
+# ---- specs -----------------------------------------------------------------------------------------------------------
+
+
+def expand_paths(settings: Any) -> None:
+    """``expand_home`` for every field of a dataclass but those that hold text as a person wrote it."""
+    for name in {f.name for f in dataclasses.fields(settings)} - {"prompt", "prefill"}:
+        setattr(settings, name, expand_home(getattr(settings, name)))
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The value that a field with a default takes where none is given."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def with_parameters(spec: str, **parameters: Any) -> str:
+    """``("ass:blocks=4", temperature=1)`` -> ``"ass:blocks=4,temperature=1"``."""
+    more = ",".join(f"{key}={value}" for key, value in parameters.items())
+    return f"{spec}{',' if ':' in spec else ':'}{more}" if more else spec
+
+
+def split_spec(spec: str) -> tuple[str, dict[str, str]]:
+    """``"ass:blocks=4,temperature=1"`` -> ``("ass", {"blocks": "4", "temperature": "1"})``. Raises UserError."""
+    name, _, rest = spec.strip().partition(":")
+    parameters: dict[str, str] = {}
+    for part in filter(None, (p.strip() for p in rest.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip() or not value.strip():
+            raise UserError(f"cannot read {part!r} in {spec!r}: parameters are written name:key=value,key=value")
+        if key.strip() in parameters:
+            raise UserError(f"{key.strip()!r} is given twice in {spec!r}: give it once")
+        parameters[key.strip()] = value.strip()
+    return expand_home(name), parameters
+
+
+def is_none(value: Any) -> bool:
+    """Whether a value of a file, a flag or a spec says none: ``none`` and ``null`` in any case, and YAML's null."""
+    return value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null"))
+
+
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """A value (often text) as the type that a dataclass field declares; UserError names the field otherwise."""
+    arms = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if is_none(value) and type(None) in arms:
+        return None
+    for arm in (a for a in arms if a is not type(None)):
+        if typing.get_origin(arm) is list and is_none(value):
+            return []
+        if typing.get_origin(arm) is list and isinstance(value, (list, str)):  # one text is a list of one
+            return [convert(v, typing.get_args(arm)[0], where) for v in ([value] if isinstance(value, str) else value)]
+        if typing.get_origin(arm) is dict and isinstance(value, dict):
+            return value
+        if typing.get_origin(arm) is typing.Literal:
+            if value in typing.get_args(arm):
+                return value
+            raise unknown(where, str(value), map(str, typing.get_args(arm)))
+        if arm is bool:
+            if isinstance(value, bool):
+                return value
+            if str(value).lower() in ("true", "false", "1", "0", "yes", "no"):
+                return str(value).lower() in ("true", "1", "yes")
+        elif arm in (int, float) and not isinstance(value, bool):
+            try:
+                number = arm(value)
+            except (TypeError, ValueError, OverflowError):
+                continue
+            if arm is float or not isinstance(value, float) or number == value:
+                return number
+        elif arm is str and isinstance(value, str):
+            return expand_home(value)
+    names = " or ".join(getattr(a, "__name__", str(a)) for a in arms)
+    raise UserError(f"{where} is {value!r:.100}: give {names.replace('NoneType', 'none')}")
+
+
+def build(cls: type[T], parameters: Mapping[str, Any], what: str) -> T:
+    """A dataclass from text or file values: unknown keys and wrong types are UserErrors that name the choices.
+
+    Args:
+        cls: a dataclass whose fields are int, float, bool, str, Literal or an optional of these.
+        parameters: field name -> value, as text or already typed.
+        what: how to call it in an error, e.g. ``"decoder 'ass'"``.
+    """
+    hints = typing.get_type_hints(cls)
+    fields = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
+    for key in parameters:
+        if key not in fields:
+            raise unknown(f"parameter of {what}", key, fields)
+    return cls(**{k: convert(v, hints[k], f"{k} of {what}") for k, v in parameters.items()})
+
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
+
+
+@_REGISTRY.primitive_rule
+def _none(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[None] | None:
+    """``none`` in every form that files and specs know."""
+    if info.type is not type(None):
+        return None
+
+    def read(words: list[str]) -> None:
+        if not is_none(words[0]):
+            raise ValueError(f"{words[0]} is not none")
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="none",
+        instance_from_str=read,
+        is_instance=lambda value: value is None,
+        str_from_instance=lambda _: ["none"],
+    )
+
+
+def read_flags(kind: type[T], arguments: list[str], prog: str, **settings: Any) -> T:
+    """``tyro.cli``, except that what it draws in a box is said in one sentence.
+
+    Raises:
+        UserError: for a flag that is unknown, misspelt, lacks its value or has a wrong one.
+        SystemExit: after ``--help``.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), _REGISTRY:
+            found = tyro.cli(kind, args=arguments, prog=prog, **settings)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(_sentence(said.getvalue(), prog)) from None
+    for name, value in vars(found).items():
+        if isinstance(value, list) and len(value) == 1 and is_none(value[0]):
+            setattr(found, name, [])
+    expand_paths(found)  # a shell leaves ~ in --output=~/x
+    return found
+
+
+def overview(prog: str, what: str, choices: Mapping[str, str]) -> str:
+    """The help of a command that is a choice of others: their names, and what each does."""
+    width = max(map(len, choices))
+    rows = "".join(f"  {name:<{width}}  {does}\n" for name, does in choices.items())
+    return f"usage: {prog} {what} …    ({prog} {what} --help for its options)\n\n{rows}"
+
+
+def _sentence(box: str, prog: str) -> str:
+    """A box of tyro's: its first part, and the flag that its part on near ones starts with."""
+    lines = [_FRAME.sub("", line).strip() for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    parts: list[list[str]] = [[]]
+    for line in filter(None, lines):
+        if not line.strip("─-"):
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    if "╭" not in box:  # drawn in ASCII, with the title as a part
+        del parts[0]
+    what = " ".join(parts[0]).rstrip(".")
+    if " Got errors:" in what:
+        what = what.split(" Got errors:")[0].rstrip(". ")
+    if what.startswith("Missing from"):  # a list of arguments with their help
+        flags = [line.split()[0] for line in parts[0][1:] if line.startswith("--")]
+        plain = sum(line == "STR" for line in parts[0])
+        wanted = (["an argument"] if plain == 1 else [f"{plain} arguments"] if plain else []) + flags
+        what = f"{prog} lacks {' and '.join(wanted)}"
+    elif what[:1].isupper():
+        what = what[0].lower() + what[1:]
+    near = [part[1].split()[0] for part in parts if len(part) > 1 and part[0].startswith("Perhaps you meant")]
+    hint = f"did you mean {near[0]}? " if near else ""
+    if what.startswith("unrecognized") and re.search(r"\b(true|false|yes|no)\b", what, re.IGNORECASE):
+        hint = "a switch takes no value, write --name or --no-name; "
+    return f"{what}: {hint}see {prog} --help"
+
+
+# ---- run files -------------------------------------------------------------------------------------------------------
 
 
 def command_config(cls: type[T], arguments: list[str], prog: str, about: str, **switches: str) -> T:

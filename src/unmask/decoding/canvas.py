@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unmask.trajectory import Trajectory
+from unmask.decoding.trajectory import Trajectory
 
 _WIDE, _OWN = ("ids", "visible"), ("step", "logprob", "seeds", "at")
 

@@ -12,11 +12,11 @@ from unmask.decoding.canvas import Canvases
 from unmask.decoding.confidence import CONFIDENCES, exclude_eos, reject_eos, suppress_eos
 from unmask.decoding.decoder import Decoder
 from unmask.decoding.sampling import ORDER, TOKEN, Candidates, candidates, uniform_noise
+from unmask.decoding.trajectory import Trajectory
+from unmask.errors import UserError
 from unmask.models.backbone import KVCache
 from unmask.models.head import Head, score_tokens
 from unmask.models.masked_lm import MaskedLM
-from unmask.spec import UserError
-from unmask.trajectory import Trajectory
 
 Result = TypeVar("Result")
 

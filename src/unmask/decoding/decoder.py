@@ -9,10 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
+from unmask.config import build, split_spec
 from unmask.decoding.confidence import CONFIDENCES
 from unmask.decoding.plan import Plan, ascending, uniform
-from unmask.files import read_yaml
-from unmask.spec import UserError, build, expand_home, split_spec, unknown
+from unmask.errors import UserError, unknown
+from unmask.io.files import expand_home, read_yaml
 
 
 @dataclass(frozen=True)

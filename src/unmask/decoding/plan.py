@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
 
-from unmask.spec import UserError
+from unmask.errors import UserError
 
 
 @dataclass(frozen=True)

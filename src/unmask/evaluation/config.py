@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from unmask.config import expand_paths, with_parameters
+from unmask.errors import UserError, check_at_least, check_own_folder, check_seed
 from unmask.models.source import ModelSource
-from unmask.spec import UserError, check_at_least, check_own_folder, check_seed, expand_paths, with_parameters
 
 
 @dataclass(kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from unmask.trajectory import Trajectory
+from unmask.decoding.trajectory import Trajectory
 
 TIME_BINS, POSITION_BINS = 16, 32
 

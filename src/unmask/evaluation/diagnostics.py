@@ -11,12 +11,12 @@ from torch import Tensor
 from unmask.decoding import Decoder, decode
 from unmask.decoding.decode import guided
 from unmask.decoding.sampling import Candidates, candidates
+from unmask.decoding.trajectory import Trajectory
 from unmask.evaluation.config import EvalConfig
 from unmask.evaluation.evaluate import row_seeds, task_prompts
 from unmask.models.head import Head
 from unmask.models.masked_lm import MaskedLM
 from unmask.tasks import Task
-from unmask.trajectory import Trajectory
 
 PROBLEMS = 64  # enough for curves; every step needs a further pass
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from unmask.decoding.canvas import Canvases
 from unmask.decoding.decode import Decoding, guided
 from unmask.decoding.decoder import Decoder
+from unmask.errors import UserError
 from unmask.models.head import Head, score_tokens
 from unmask.models.masked_lm import MaskedLM
-from unmask.spec import UserError
 
 Pair = tuple[list[int], list[int]]  # token ids of a context and of the continuation behind it
 

@@ -22,7 +22,7 @@ from rich.progress import (
 )
 from rich.table import Column
 
-from unmask.terminal import console
+from unmask.io.terminal import console
 
 if TYPE_CHECKING:
     from unmask.evaluation.evaluate import Progress as Report

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from unmask.evaluation.statistics import paired_difference, pooled_bootstrap, wilson
-from unmask.files import read_lines, whole
-from unmask.schema import RECORD
-from unmask.spec import UserError
+from unmask.errors import UserError
+from unmask.io.files import read_lines, whole
+from unmask.io.schema import RECORD
+from unmask.results.statistics import paired_difference, pooled_bootstrap, wilson
 from unmask.tasks import Problem
 
 Record = dict[str, Any]

@@ -18,11 +18,11 @@ from statistics import fmean, stdev
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from unmask.files import read_json, read_lines, whole, write_json, writing_to
-from unmask.flags import read_flags
+from unmask.config import expand_paths, read_flags
+from unmask.errors import TooFewProblems, UserError, check_at_least
+from unmask.io.files import read_json, read_lines, whole, write_json, writing_to
+from unmask.io.schema import CONFIG, MEASURED
 from unmask.models.source import ModelSource
-from unmask.schema import CONFIG, MEASURED
-from unmask.spec import TooFewProblems, UserError, check_at_least, expand_paths
 
 if TYPE_CHECKING:
     from unmask.evaluation.config import EvalConfig
@@ -270,8 +270,8 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> dict[str, Any]
         raise UserError("a search runs as one process: start it without torchrun or accelerate")
     from unmask.evaluation.evaluate import environment, prepare, task_prompts
     from unmask.evaluation.records import summarise
-    from unmask.evaluation.statistics import paired_difference
     from unmask.evaluation.tune_space import candidates
+    from unmask.results.statistics import paired_difference
     from unmask.tasks import make_task
 
     make_task(config.task, {})  # a typo is refused before the model is loaded, and so is a folder that cannot be had

@@ -13,13 +13,13 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from unmask.config import default_of
 from unmask.decoding import Decoder
-from unmask.evaluation.report import COLOURS, markdown, percent, save_figure
 from unmask.evaluation.tune import TuneConfig
 from unmask.evaluation.tune_space import unfit_presets
-from unmask.files import as_yaml, write_text, writing_to
-from unmask.spec import default_of
-from unmask.terminal import console, fitting_table
+from unmask.io.files import as_yaml, write_text, writing_to
+from unmask.io.terminal import console, fitting_table
+from unmask.results.accuracy import COLOURS, markdown, percent, save_figure
 
 Result = dict[str, Any]
 HEADINGS = ["decoder", "plan", "NFE", "solved % [95 %]", "score % [95 %]", "problems", "what it is"]

@@ -16,9 +16,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from unmask.config import with_parameters
 from unmask.decoding import Decoder, make_decoder
 from unmask.decoding.decoder import PRESETS
-from unmask.spec import with_parameters
 
 CONFIDENCES = ("low-confidence", "margin", "entropy")
 EOS_RULES = ("eoser:gamma_min=0.01", "eoser:gamma_min=0.1", "eoser:gamma_min=0.4", "hard-eos")

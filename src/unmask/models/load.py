@@ -19,11 +19,11 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
-from unmask.files import read_text
+from unmask.errors import UserError, unknown
+from unmask.io.files import expand_home, read_text
 from unmask.models import bidirectional, remote
 from unmask.models.llada import LLaDAModelLM
 from unmask.models.masked_lm import MaskedLM
-from unmask.spec import UserError, expand_home, unknown
 
 SHIPPED = {"tiny": Path(__file__).parent / "tiny"}
 FAMILIES: dict[str, type[PreTrainedModel]] = {

@@ -11,9 +11,10 @@ from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from unmask.errors import UserError
+from unmask.io.files import read_typed
 from unmask.models.backbone import KVCache
 from unmask.models.head import Head
-from unmask.spec import UserError, read_typed
 
 Result = TypeVar("Result")
 END_OF_TURN = (

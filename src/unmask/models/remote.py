@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput
 
-from unmask.spec import UserError
+from unmask.errors import UserError
 
 _CLASSES = ("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModel")
 

@@ -10,8 +10,8 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from unmask.errors import UserError, unknown
 from unmask.models.llada import LLaDAConfig, LLaDAModelLM
-from unmask.spec import UserError, unknown
 
 MASK, EOS, EOT, UNK = "<|mdm_mask|>", "<|endoftext|>", "<|eot_id|>", "<|unk|>"
 CONTROL = (EOS, EOT, MASK, UNK, "<|user|>", "<|assistant|>")

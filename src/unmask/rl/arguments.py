@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from unmask.errors import UserError
 from unmask.rl.config import GRPOSettings
-from unmask.spec import UserError
 
 
 @dataclass

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from unmask.config import LORA_TARGETS, check_reporters
-from unmask.spec import UserError, check_at_least, check_positive, check_seed, expand_paths, unknown
+from unmask.config import LORA_TARGETS, check_reporters, expand_paths
+from unmask.errors import UserError, check_at_least, check_positive, check_seed, unknown
 
 if TYPE_CHECKING:
     from unmask.decoding import Decoder

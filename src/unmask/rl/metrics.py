@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from unmask.decoding.trajectory import Trajectory
 from unmask.models.masked_lm import MaskedLM
 from unmask.rl.advantages import varied
 from unmask.rl.rewards import Row
-from unmask.trajectory import Trajectory
 
 ROLLOUT = ("reward", "reward_std", "groups_without_variance", "length", "without_end", "nfe")
 UPDATE = ("tokens", "replay_gap", "kl", "clip_fraction", "entropy", "ratio")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from unmask.decoding.sampling import uniform_noise
-from unmask.trajectory import Trajectory
+from unmask.decoding.trajectory import Trajectory
 
 PROMPT_MASKING = 0.15  # diffu-GRPO (d1, arXiv 2504.12216)
 COUPLED_SHARE = (0.2, 0.8)  # bounds of the share that coupled-GRPO's first view masks (DiffuCoder, arXiv 2506.20639)

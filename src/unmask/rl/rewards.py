@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unmask.spec import UserError
+from unmask.errors import UserError
 from unmask.tasks.base import Problem, Reward, Task
 
 Row = dict[str, Any]

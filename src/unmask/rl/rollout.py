@@ -13,13 +13,13 @@ from torch.utils.data import Sampler
 
 from unmask.decoding import Decoder, decode
 from unmask.decoding.decode import guided
+from unmask.decoding.trajectory import Trajectory
+from unmask.errors import UserError
 from unmask.models.head import score_tokens
 from unmask.models.masked_lm import MaskedLM
-from unmask.resume import reading
 from unmask.rl.objectives import ViewRows
 from unmask.rl.rewards import Row
-from unmask.spec import UserError
-from unmask.trajectory import Trajectory
+from unmask.training.resume import reading
 
 
 @dataclass

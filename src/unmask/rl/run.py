@@ -14,18 +14,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 from rich.text import Text
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from unmask.adapters import adapter_config, check_precision
-from unmask.files import read_lines, whole, writing_to
+from unmask.errors import UserError
+from unmask.io.files import read_lines, whole, writing_to
+from unmask.io.schema import COUNT
+from unmask.models.adapters import adapter_config, check_precision
 from unmask.models.load import load, warn_of_slow_bf16
 from unmask.models.masked_lm import MaskedLM
 from unmask.rl.arguments import TrajectoryGRPOConfig
 from unmask.rl.config import MAY_CHANGE, GRPOSettings, RLConfig
 from unmask.rl.rewards import Row, reward_functions
 from unmask.rl.trainer import TrajectoryGRPOTrainer
-from unmask.runs import FolderCheck, claim, finish, warn_of_warmup, writing_run
-from unmask.schema import COUNT
-from unmask.spec import UserError
 from unmask.tasks import Task, make_task
+from unmask.training.run_folder import FolderCheck, claim, finish, warn_of_warmup, writing_run
 
 _TIMES = ("seconds_rollout", "seconds_update")
 

@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 
-from unmask.adapters import adapted
+from unmask.decoding.trajectory import Trajectory
+from unmask.errors import UserError
+from unmask.models.adapters import adapted
 from unmask.models.load import as_masked_lm
 from unmask.models.masked_lm import MaskedLM
-from unmask.resume import ResumableTrainer, reading
 from unmask.rl.advantages import group_advantages, varied
 from unmask.rl.arguments import TrajectoryGRPOConfig
 from unmask.rl.metrics import ROLLOUT, UPDATE, rollout_values, update_sums, validation_sums
@@ -35,9 +36,8 @@ from unmask.rl.objectives import (
 )
 from unmask.rl.rewards import Row, check_weights, reward_names, score
 from unmask.rl.rollout import Rollout, RolloutSampler, prompt_rows, row_seeds, sample_trajectory, score_all, score_rows
-from unmask.spec import UserError
 from unmask.tasks.base import Reward
-from unmask.trajectory import Trajectory
+from unmask.training.resume import ResumableTrainer, reading
 
 
 class TrajectoryGRPOTrainer(ResumableTrainer):

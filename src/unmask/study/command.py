@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 from unmask.config import command_config
-from unmask.files import read_text
+from unmask.io.files import read_text
+from unmask.io.terminal import console
 from unmask.study.config import StudyConfig
-from unmask.terminal import console
 
 
 def command(arguments: list[str]) -> None:

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from unmask.spec import UserError, check_at_least, check_own_folder, expand_paths
+from unmask.config import expand_paths
+from unmask.errors import UserError, check_at_least, check_own_folder
 
 
 @dataclass

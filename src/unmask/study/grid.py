@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unmask.config import read_config
+from unmask.config import build, default_of, read_config, with_parameters
 from unmask.decoding import Decoder, make_decoder
+from unmask.errors import UserError, unknown
 from unmask.evaluation.config import EvalConfig
 from unmask.evaluation.records import slug
+from unmask.io.files import expand_home
 from unmask.rl.config import MAY_CHANGE, RLConfig
-from unmask.spec import UserError, build, default_of, expand_home, unknown, with_parameters
 from unmask.study import PLAN, SEEDS, Table, distinct
 from unmask.study.config import StudyConfig
 from unmask.tasks import make_task

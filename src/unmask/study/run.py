@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unmask.config import save_config
-from unmask.files import read_lines, removed, whole, write_json, write_text, writing_to
-from unmask.schema import METRICS, TIMES
-from unmask.spec import UserError
+from unmask.errors import UserError
+from unmask.io.files import read_lines, removed, whole, write_json, write_text, writing_to
+from unmask.io.schema import METRICS, TIMES
+from unmask.results.pivot import pivots
 from unmask.study import Table
 from unmask.study.grid import Job, StudyConfig, check_compared, jobs_of, labels, settings_of, training_labels
-from unmask.study.pivot import pivots
 
 if TYPE_CHECKING:
     from unmask.rl.config import RLConfig
@@ -71,8 +71,8 @@ def run_job(job: Job, folder: Path, done: set[str], report: Callable[[str, Table
 
 def _trained(config: RLConfig, folder: Path) -> tuple[str, Table]:
     """The trained checkpoint, made now or before, and the line of its training. What only serves to go on is removed."""
-    from unmask.resume import checkpoints
     from unmask.rl.run import train
+    from unmask.training.resume import checkpoints
 
     final = folder / "final"  # whole, if it is there
     if not final.is_dir():
@@ -91,7 +91,7 @@ def _trained(config: RLConfig, folder: Path) -> tuple[str, Table]:
 def training_budget(config: RLConfig) -> dict[str, int]:
     """Updates, sampled completions, and the most forward passes of one row that sampling and updates together take: groups
     without variance are not computed, a threshold may need fewer steps, and validation is not counted."""
-    from unmask.rl.plan import work_of
+    from unmask.rl.dry_run import work_of
 
     rollouts = math.ceil(config.steps / config.num_iterations)
     return {
@@ -192,7 +192,7 @@ def study(config: StudyConfig, beside: Path, progress: Progress | None = None) -
         UserError: for anything wrong in the request, where the folder holds cells of another study, and where a job fails;
             what is finished stays.
     """
-    from unmask.study.summary import cell_lines, markdown, run_lines, summarise_study
+    from unmask.results.summary import cell_lines, markdown, run_lines, summarise_study
 
     jobs = jobs_of(config, beside)
     tables, axes = labels(jobs)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from unmask.spec import build, split_spec, unknown
+from unmask.config import build, split_spec
+from unmask.errors import unknown
 from unmask.tasks.base import Grade, Problem, Task
 from unmask.tasks.countdown import Countdown
-from unmask.tasks.gsm8k import GSM8K
-from unmask.tasks.math500 import MATH500
+from unmask.tasks.math.gsm8k import GSM8K
+from unmask.tasks.math.math500 import MATH500
 from unmask.tasks.reasoning_gym import ReasoningGym
 from unmask.tasks.sudoku import Sudoku
 

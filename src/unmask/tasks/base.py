@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
-from unmask.spec import TooFewProblems, UserError
+from unmask.errors import TooFewProblems, UserError
 
 Split = Literal["train", "validation", "test", "heldout"]
 Reward = Callable[..., "list[float | None]"]

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 import reasoning_gym
 
-from unmask.hub import read_rows
-from unmask.spec import UserError
+from unmask.errors import UserError
+from unmask.io.hub import read_rows
 from unmask.tasks import answers, released
 from unmask.tasks.base import Grade, Problem, Reward, Task, first_different, split_of, stream_seed
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from reasoning_gym.factory import DATASETS
 
-from unmask.spec import UserError, unknown
+from unmask.errors import UserError, unknown
 from unmask.tasks import answers, verifier
 from unmask.tasks.base import Grade, Problem, Reward, Task, first_different, split_of, stream_seed
 

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 
 import reasoning_gym
 
-from unmask.files import read_text
-from unmask.spec import UserError
+from unmask.errors import UserError
+from unmask.io.files import read_text
 from unmask.tasks import answers, released
 from unmask.tasks.base import Grade, Problem, Reward, Task, bucket, first_different, split_of, stream_seed
 from unmask.tasks.notation import plain

@@ -1,9 +1,9 @@
 """Problems and scores of reasoning-gym's data sets, made in a bounded process in which no answer runs as code.
 
 Verifiers are other people's code that meets text of a model: some give it to ``eval`` or to sympy, which is the same, some take
-forever over it. So they run in a helper (``unmask.bounded``), where an audit hook refuses whatever a verifier does beyond a
-short list: above all to compile text that is not the problem's own, to start processes, to connect, to write files. A verifier
-that is refused, fails or takes too long says that the answer is wrong.
+forever over it. So they run in a helper (``unmask.tasks.bounded``), where an audit hook refuses whatever a verifier does beyond
+a short list: above all to compile text that is not the problem's own, to start processes, to connect, to write files. A
+verifier that is refused, fails or takes too long says that the answer is wrong.
 
 A data set is probed before it is used: its own answers must be right and nonsense must not be paid.
 """
@@ -19,7 +19,8 @@ from functools import cache, lru_cache
 from typing import Any
 
 from unmask import bounded
-from unmask.spec import UserError, build
+from unmask.config import build
+from unmask.errors import UserError
 
 Options = tuple[tuple[str, str], ...]
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from unmask.decoding.decode import guided
+from unmask.decoding.trajectory import Trajectory
 from unmask.models.head import Head
 from unmask.models.masked_lm import MaskedLM
-from unmask.trajectory import Trajectory
 
 ROWS = 128  # at a time: their float32 logits over 126,464 tokens take 65 MB
 

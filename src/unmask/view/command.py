@@ -9,11 +9,11 @@ from typing import Annotated
 
 import tyro
 
-from unmask.files import claim_result, writing_to
-from unmask.flags import read_flags
+from unmask.config import read_flags
+from unmask.errors import UserError, check_at_least, check_seed
+from unmask.io.files import claim_result, writing_to
+from unmask.io.terminal import console
 from unmask.models.source import ModelSource
-from unmask.spec import UserError, check_at_least, check_seed
-from unmask.terminal import console
 
 MOST = 4  # decodes side by side
 

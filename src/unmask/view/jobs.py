@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from unmask.config import build
 from unmask.decoding import Decoder, make_decoder
+from unmask.errors import UserError
 from unmask.evaluation.evaluate import row_seeds
 from unmask.evaluation.records import Record, slug
-from unmask.files import each_line, read_json
+from unmask.io.files import each_line, expand_home, read_json
+from unmask.io.schema import CONFIG, RECORD, Number
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.source import ModelSource
-from unmask.schema import CONFIG, RECORD, Number
-from unmask.spec import UserError, build, expand_home
 from unmask.tasks import make_task
 
 if TYPE_CHECKING:

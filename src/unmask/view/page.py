@@ -21,10 +21,10 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from unmask.decoding import Decoder
 from unmask.decoding.stream import END, MASK
-from unmask.files import whole
+from unmask.decoding.trajectory import Trajectory
+from unmask.errors import UserError
+from unmask.io.files import whole
 from unmask.models.masked_lm import MaskedLM
-from unmask.spec import UserError
-from unmask.trajectory import Trajectory
 
 LIMIT = 5_000_000  # bytes of a page
 SIGNS = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥", "\x7f": "␡"}

@@ -1,0 +1,186 @@
+"""Settings of the benchmarks: read without torch, so that help and a typo answer at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Literal
+
+from unmask.errors import UserError, check_at_least, unknown
+
+STAND_IN = "stand-in"
+WORKS = ("decode", "lora", "lora checkpointing", "all", "all checkpointing")
+
+
+@dataclass
+class Shape:
+    """A stand-in with LLaDA's vocabulary and random weights."""
+
+    vocabulary: int = 126_464
+    d_model: int = 256
+    n_layers: int = 4
+    n_heads: int = 4
+    mlp_hidden_size: int = 768
+
+    def check(self, device: str) -> None:
+        """Raises UserError for a shape that cannot be built, or a GPU that is not there."""
+        check_at_least(self, 1, "d_model", "n_layers", "n_heads", "mlp_hidden_size")
+        check_at_least(self, 128, "vocabulary")
+        if self.d_model % (2 * self.n_heads):
+            raise UserError(
+                f"d_model={self.d_model} is no multiple of 2 * n_heads={2 * self.n_heads}: change one of them"
+            )
+        if device == "cpu":
+            return
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError(f"device is {device}, but there is no GPU here: give --device cpu")
+
+
+@dataclass
+class BenchDecode(Shape):
+    """Time and memory of decoding, without early stop.
+
+    *step*: one pass of our loop with its commits. *needed*: the same forward pass with logits at the open masked positions and
+    nothing else. *trunk*: the same without logits. They alternate on recorded states, ``passes`` of them evenly spaced over
+    the plan; tokens a second are those of the whole plan at that speed (of whole decodes for a decoder with a cache).
+    """
+
+    model: tuple[str, ...] = (STAND_IN, "tiny")
+    """``stand-in`` (random weights of the shape below), a shipped model's name or the path of a checkpoint folder."""
+    decoder: tuple[str, ...] = ()
+    """Decoder specs; by default every preset."""
+    temperature: tuple[float, ...] = (0.0, 1.0)
+    length: tuple[int, ...] = (128,)
+    """Canvas lengths in tokens; several also give a figure of the time per sequence."""
+    rows: int = 4
+    prompt: int = 64
+    """Prompt length in tokens; models other than the stand-in get Countdown prompts of one length instead."""
+    passes: int = 8
+    """States of each trajectory that are timed."""
+    repeats: int = 5
+    reference: str | None = None
+    """A checkout of EOSER-ASS-RL: its eval/generate.py decodes the same prompts with the same weights, whole decodes are
+    compared in time and at temperature 0 in tokens."""
+    dtype: str = "float32"
+    device: Literal["cpu", "cuda"] = "cpu"
+    output: str = "runs/bench-decode.json"
+
+    def __post_init__(self) -> None:
+        self.check(self.device)
+        check_at_least(self, 1, "rows", "prompt", "passes", "repeats")
+        from benchmarks.reference import load_reference
+        from unmask.decoding import PRESETS, make_decoder
+        from unmask.models.load import DTYPES
+
+        if self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)
+        self.decoder = self.decoder or tuple(PRESETS)
+        if not (self.model and self.temperature and self.length):
+            raise UserError("model, temperature and length each need at least one value")
+        for spec, temperature, length in product(self.decoder, self.temperature, self.length):
+            make_decoder(spec, max_new_tokens=length, temperature=temperature)
+        if self.reference is not None:
+            load_reference(self.reference)
+
+
+@dataclass
+class BenchRL(Shape):
+    """Time and peak memory of one ``cj`` update over S steps, beside the plain way and the other objectives.
+
+    The model is a stand-in: LLaDA's vocabulary, random weights. *plain*: S forwards with logits of the whole sequence, all
+    graphs alive until one backward, and S more without gradient for the old log-probabilities. *bare*: forward and backward of
+    the same rows, the head at the scored positions, a plain sum as loss.
+    """
+
+    steps: tuple[int, ...] = (8, 16, 32, 64)
+    """Numbers of decoding steps S."""
+    rows: int = 2
+    """Completions in the update."""
+    rows_per_forward: int = 8
+    """Rows of one forward pass, of whatever views."""
+    prompt: int = 64
+    """Prompt length in tokens."""
+    length: int = 128
+    """Canvas length in tokens."""
+    lora: int = 0
+    """Rank of an adapter; 0 trains all weights."""
+    bf16: bool = False
+    """Weights in bfloat16 (an adapter's stay float32) and autocast to it."""
+    gradient_checkpointing: bool = False
+    device: Literal["cpu", "cuda"] = "cpu"
+    repeats: int = 3
+    memory_limit: float = 0.6
+    """Cells that would need more than this share of the free memory (the plain way at many steps) are not run."""
+    output: str = "runs/bench-rl.json"
+
+    def __post_init__(self) -> None:
+        self.check(self.device)
+        check_at_least(self, 1, "rows", "rows_per_forward", "prompt", "length", "repeats")
+        check_at_least(self, 0, "lora")
+        if not self.steps or not all(1 <= s <= self.length for s in self.steps):
+            raise UserError(f"steps {self.steps} do not fit a canvas of {self.length}: give 1 to {self.length}")
+
+    @property
+    def dtype(self) -> str:
+        return "bfloat16" if self.bf16 else "float32"
+
+
+@dataclass
+class BenchMemory(Shape):
+    """Formula and measured peak of decoding, and of an update with a LoRA adapter or of all weights (AdamW included).
+
+    The model is a stand-in of the asked shape. Where all weights are trained they are float32, else ``dtype``; autocast is to
+    bfloat16.
+    """
+
+    vocabulary: int = 32_768
+    d_model: int = 512
+    n_layers: int = 6
+    n_heads: int = 8
+    mlp_hidden_size: int = 1536
+    work: tuple[str, ...] = WORKS
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    length: tuple[int, ...] = (64, 256)
+    """Canvas lengths L."""
+    completions: tuple[int, ...] = (2, 8)
+    """Completions of the update, or rows in decoding (G)."""
+    steps: int = 8
+    """Steps that the update scores (S)."""
+    rows_per_forward: int = 8
+    prompt: int = 64
+    lora: int = 16
+    device: Literal["cpu", "cuda"] = "cpu"
+    output: str = "runs/bench-memory.json"
+
+    def __post_init__(self) -> None:
+        self.check(self.device)
+        check_at_least(self, 1, "steps", "rows_per_forward", "prompt", "lora")
+        if not set(self.work) <= set(WORKS):
+            raise UserError(f"work is {self.work}: give some of {', '.join(WORKS)}")
+        if min((0, *self.length, *self.completions)[1:], default=0) < 1 or self.steps > min(self.length):
+            raise UserError(
+                f"length={self.length}, completions={self.completions}, steps={self.steps}: give 1 or more, and no more "
+                "steps than tokens"
+            )
+
+
+@dataclass
+class BenchGap:
+    """Replay gap of every objective under several decoders: mean |recorded - recomputed| log-probability, nats a token."""
+
+    model: str = "tiny"
+    task: list[str] = field(default_factory=lambda: ["sudoku", "countdown"])
+    decoder: list[str] = field(default_factory=lambda: ["full", "semi-ar", "eoser", "eoser-ass"])
+    limit: int = 64
+    """Training problems a task, one completion each."""
+    temperature: float = 1.0
+    max_new_tokens: int = 128
+    rows_per_forward: int = 32
+    seed: int = 0
+    output: str = "runs/bench-gap.json"
+
+    def __post_init__(self) -> None:
+        if self.limit < 1 or self.rows_per_forward < 1 or not self.task or not self.decoder:
+            raise UserError("limit, rows_per_forward, task and decoder each need at least one")

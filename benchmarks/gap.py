@@ -1,0 +1,67 @@
+"""``python -m benchmarks gap``: how far the policy that an objective optimises lies from the policy that sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.config import BenchGap
+from unmask.decoding import make_decoder
+from unmask.evaluation.evaluate import environment, task_prompts
+from unmask.io.files import claim_result, write_json
+from unmask.models.load import load
+from unmask.results.statistics import pooled_bootstrap
+from unmask.rl.objectives import OBJECTIVES, ViewRows
+from unmask.rl.rollout import row_seeds, sample_trajectory, score_all
+from unmask.tasks import make_task
+
+
+def bench_gap(config: BenchGap, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Sample with each decoder, score the same trajectories by each objective; writes and returns the result.
+
+    Every entry of ``cells`` has the mean over all tokens that the objective's views score (``gap``) and over those up to the
+    first end token (``text_gap``), each with a 95 % interval (bootstrap over completions).
+    """
+    output = Path(config.output)
+    claim_result(output)
+    lm = load(config.model)
+    cells = []
+    for spec in config.task:
+        task = make_task(spec, lm.task_defaults)
+        problems = task.problems("train", config.limit, config.seed + 1)
+        prompts = task_prompts(lm, task, problems)
+        for decoder_spec in config.decoder:
+            progress(f"{spec} · {decoder_spec}")
+            decoder = make_decoder(decoder_spec, max_new_tokens=config.max_new_tokens, temperature=config.temperature)
+            seeds, view_seeds = row_seeds(config.seed, 0, 0, len(prompts))
+            trajectory = sample_trajectory(lm, prompts, decoder, seeds, config.rows_per_forward)
+            everyone = torch.ones(len(prompts), dtype=torch.bool)
+            inside = torch.arange(config.max_new_tokens) <= lm.lengths(trajectory.tokens)[:, None]
+            for name, objective in OBJECTIVES.items():
+                gaps = torch.zeros_like(trajectory.logprob, dtype=torch.float64)
+                scored = torch.zeros_like(gaps)
+                for view in objective.views(trajectory, view_seeds, 0):
+                    rows = ViewRows.of([replace(view, share=None)])
+                    found = score_all(
+                        lm, trajectory, rows, [(part, True) for part in rows.parts(config.rows_per_forward, everyone)]
+                    )
+                    gaps += view.scored * (found - trajectory.logprob).abs()
+                    scored += view.scored
+                cell: dict[str, Any] = {
+                    "task": spec,
+                    "decoder": decoder_spec,
+                    "objective": name,
+                    "completions": len(gaps),
+                }
+                for key, counted in (("gap", torch.ones_like(inside)), ("text_gap", inside)):
+                    sums, tokens = (gaps * counted).sum(1).tolist(), (scored * counted).sum(1).tolist()
+                    cell[key] = sum(sums) / sum(tokens)
+                    cell[f"{key}_interval"] = list(pooled_bootstrap(sums, tokens))
+                cells.append(cell)
+    result = {"config": asdict(config), "environment": environment(), "cells": cells}
+    write_json(output, result)
+    return result

@@ -1,0 +1,123 @@
+"""Trajectory: the whole history of a decode in three tensors.
+
+A committed token never changes, so the canvas before any step follows from what was committed and when:
+``state(s) = where(step < s, tokens, MASK)``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from unmask.errors import UserError
+from unmask.io.files import whole
+from unmask.io.schema import AMOUNT, check
+
+_TENSORS = {
+    "prompt": torch.int64,
+    "prompt_mask": torch.bool,
+    "tokens": torch.int64,
+    "step": torch.int16,
+    "logprob": torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A batch of decoded canvases.
+
+    Attributes:
+        prompt: (B, P) int64, left-padded. prompt_mask: (B, P) bool, False = padding.
+        tokens: (B, L) int64, the finished canvas. step: (B, L) int16, the step that committed each token; -1 where a row
+            was stopped early and the mask still stands.
+        logprob: (B, L) float32, log-probability (nats, temperature 1, CFG applied, no EOSER factor) of each token in the
+            state that committed it.
+        mask_id: the mask token. decoder: the Decoder's config.
+    """
+
+    prompt: Tensor
+    prompt_mask: Tensor
+    tokens: Tensor
+    step: Tensor
+    logprob: Tensor
+    mask_id: int
+    decoder: dict[str, Any]
+
+    @property
+    def steps(self) -> int:
+        """Steps taken by the row that took most."""
+        return int(self.step.max()) + 1
+
+    @property
+    def nfe(self) -> Tensor:
+        """Forward passes of each row, (B,) int64; guidance counts twice."""
+        passes = 2 if self.decoder["cfg_scale"] > 0 else 1
+        return (self.step.amax(1).long() + 1) * passes
+
+    def state(self, s: int) -> Tensor:
+        """The canvas before step ``s``, (B, L) int64; ``state(0)`` is all mask, ``state(steps)`` is ``tokens``."""
+        return torch.where(self.step < s, self.tokens, self.mask_id)
+
+    def committed(self, s: int) -> Tensor:
+        """Where step ``s`` committed, (B, L) bool. Over all steps these partition what was committed."""
+        return self.step == s
+
+    @property
+    def visible(self) -> Tensor:
+        """Which of prompt and canvas are not padding, (B, P+L) bool."""
+        return torch.cat([self.prompt_mask, torch.ones_like(self.tokens, dtype=torch.bool)], dim=1)
+
+    def to(self, device: torch.device | str) -> Trajectory:
+        """The same on another device."""
+        moved: dict[str, Any] = {k: getattr(self, k).to(device) for k in _TENSORS}
+        return replace(self, **moved)
+
+    @staticmethod
+    def cat(parts: Sequence[Trajectory]) -> Trajectory:
+        """Rows of equally wide parts below each other."""
+        joined: dict[str, Any] = {k: torch.cat([getattr(p, k) for p in parts]) for k in _TENSORS}
+        return replace(parts[0], **joined)
+
+    def save(self, path: str | Path) -> None:
+        """Write as safetensors, whole or not at all."""
+        meta = {"mask_id": str(self.mask_id), "decoder": json.dumps(self.decoder)}
+        with whole(Path(path)) as partial:
+            save_file({k: getattr(self, k).cpu().contiguous() for k in _TENSORS}, partial, metadata=meta)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trajectory:
+        """Read what ``save`` wrote. Raises UserError where the file is missing or is no trajectory."""
+        try:
+            with safe_open(path, "pt") as file:
+                meta = file.metadata() or {}
+                tensors = {k: file.get_tensor(k) for k in _TENSORS}
+            decoder = json.loads(meta["decoder"])
+            check(decoder, {"cfg_scale": AMOUNT})
+            found = cls(**tensors, mask_id=int(meta["mask_id"]), decoder=decoder)
+            found._check()
+        except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
+            raise UserError(
+                f"{path} is not a saved trajectory ({error}): give a file that Trajectory.save wrote"
+            ) from None
+        return found
+
+    def _check(self) -> None:
+        """Raises ValueError unless the tensors have the types and sizes of one batch."""
+        for name, kind in _TENSORS.items():
+            like = self.prompt if name.startswith("prompt") else self.tokens
+            tensor = getattr(self, name)
+            if (
+                tensor.dtype != kind
+                or tensor.ndim != 2
+                or tensor.shape != like.shape
+                or len(tensor) != len(self.prompt)
+            ):
+                raise ValueError(f"{name} is {tensor.dtype} of {tuple(tensor.shape)}")

@@ -1,0 +1,100 @@
+"""An evaluation on several processes: who this one is, what the others found, one sentence where anything is wrong.
+
+The processes exchange a few small objects before and after decoding, over gloo also where each has a GPU: nothing that waits
+then occupies a GPU, and several processes may share one. Started by torchrun or accelerate, which end all when one fails.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from unmask.errors import UserError
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(days=7)  # processes finish at different times; a dead one is noticed at once
+
+
+class AgreedError(UserError):
+    """A UserError that every process (still there) raises, whichever of them met it."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among ``world``; alone, everything below is free."""
+
+    rank: int = 0
+    world: int = 1
+    group: Any = None
+
+    def gather(self, value: T) -> list[T]:
+        """What every process passes, by rank; none goes on before all are here. Raises AgreedError where one has ended."""
+        if self.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.world
+        try:
+            dist.all_gather_object(found, value, group=self.group)
+        except RuntimeError:
+            raise AgreedError(
+                "another process of this evaluation ended: what is written stays, and the same command goes on from there"
+            ) from None
+        return found
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """A UserError of the block on any process ends it on all, with the AgreedError of the lowest rank that has one."""
+        error = ""
+        try:
+            yield
+        except UserError as mistake:
+            if self.world == 1:
+                raise
+            error = str(mistake)
+        for found in self.gather(error):
+            if found:
+                raise AgreedError(found)
+
+    def first(self, action: Callable[[], T]) -> T:
+        """``action()`` of rank 0, which alone runs it; the result, or its UserError, on every process."""
+        result: Any = None
+        with self.agreed():
+            if self.rank == 0:
+                result = action()
+        return self.gather(result)[0]
+
+    def leave_to_first(self) -> None:
+        """Called with an AgreedError in hand: only rank 0 returns, to say it; the others end silently once it is gone.
+
+        An earlier end of theirs would make the launcher kill rank 0 before it has spoken.
+        """
+        if self.rank:
+            with suppress(UserError):
+                self.gather(None)
+            raise SystemExit(2)
+
+
+@cache
+def join() -> Processes:
+    """This process's place among those that a launcher started; alone, no process group is made."""
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Processes()
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+        atexit.register(dist.destroy_process_group)
+    return Processes(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))
+
+
+def take_own_gpu() -> None:
+    """Make device ``cuda`` this process's GPU; more processes than GPUs share them in turn."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

@@ -1,0 +1,320 @@
+"""``unmask`` as a model of EleutherAI's lm-evaluation-harness: its tasks, prompts and metrics, our decoders and bounds.
+
+lm-eval finds models in a registry that it fills itself, without entry points; importing this module adds ``unmask`` to it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from unmask import __version__
+from unmask.config import build
+from unmask.decoding import Decoder, decode_each, make_decoder
+from unmask.errors import UserError, check_at_least
+from unmask.evaluation.distributed import join
+from unmask.evaluation.likelihood import Pair, batches, bounds, content_seed, fitted, greedily_written
+from unmask.models.masked_lm import MaskedLM
+from unmask.models.source import ModelSource
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import (
+        get_rolling_token_windows,
+        make_disjoint_window,
+        simple_parse_args_string,
+        warning_once,
+    )
+except ImportError:
+    raise UserError("lm-evaluation-harness 0.4.13 or later is not installed: pip install unmask[lm-eval]") from None
+
+log = logging.getLogger(__name__)
+UNASKED_DEVICE = "cuda:0"  # what lm-eval's command line passes where nobody named a device
+READ_KWARGS = {"until", "max_gen_toks", "temperature", "do_sample"}
+
+
+@dataclass(kw_only=True)
+class HarnessSettings(ModelSource):
+    """The model arguments of ``--model unmask``; ``pretrained`` stands for ``model``."""
+
+    decoder: str = "semi-ar"
+    """Decoder spec with semicolons between its parameters, ``eoser-ass:blocks=4;temperature=0.7``, or a YAML file."""
+    max_new_tokens: int = 256
+    """Canvas length in tokens, unless the task (``max_gen_toks``) or the decoder sets it."""
+    batch_size: int = 8
+    """Rows of one forward pass. lm-eval's ``--batch_size`` (1 by default) stands unless this is given."""
+    mc_samples: int = 128
+    """Masked copies of a text from which its log-likelihood is estimated; exact where they are enough for all masks."""
+    seed: int = 0
+    """Seed of sampling and of masks; lm-eval's own ``--seed`` does not reach a model."""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "batch_size", "mc_samples")
+
+    @classmethod
+    def read(cls, arguments: dict[str, Any]) -> HarnessSettings:
+        """From lm-eval's model arguments, whose values it has guessed types for. Raises UserError."""
+        if "pretrained" in arguments and "model" in arguments:
+            raise UserError(
+                f"pretrained={arguments['pretrained']} and model={arguments['model']} are one thing: give one"
+            )
+        if str(arguments.get("batch_size", "")).startswith("auto"):
+            raise UserError("batch_size is 'auto', which unmask does not know: give a number")
+        given = {("model" if k == "pretrained" else k): v for k, v in arguments.items()}
+        strays = [k for k in given if k in {f.name for f in fields(Decoder)} - {f.name for f in fields(cls)}]
+        if strays:
+            raise UserError(
+                f"{strays[0]} is a parameter of a decoder, not of the model: write it into the decoder, with semicolons "
+                "where there are several, decoder=eoser-ass:blocks=4;temperature=0.7, or name a YAML file there"
+            )
+        return build(cls, {k: None if v is None else str(v) for k, v in given.items()}, "--model unmask")
+
+
+@register_model("unmask")
+class UnmaskLM(TemplateLM):
+    """A masked diffusion language model behind lm-eval's three requests.
+
+    Args:
+        pretrained: name or path as in ``ModelSource.model``, or a MaskedLM.
+        arguments: fields of ``HarnessSettings``.
+
+    Raises:
+        UserError: for anything wrong in the arguments or the checkpoint.
+    """
+
+    def __init__(self, pretrained: str | MaskedLM | None = None, **arguments: Any) -> None:
+        super().__init__()
+        if pretrained is not None:
+            arguments["pretrained"] = pretrained.name if isinstance(pretrained, MaskedLM) else pretrained
+        self.settings = HarnessSettings.read(arguments)
+        self.spec = self.settings.decoder.replace(";", ",")
+        self.decoder = make_decoder(self.spec, max_new_tokens=self.settings.max_new_tokens)
+        self.processes = join()
+        if self.processes.world > 1 and self.settings.device != "cpu":
+            self.settings = replace(self.settings, device="auto")  # each process its own
+        self.lm = pretrained if isinstance(pretrained, MaskedLM) else self.settings.load()
+        self.tokenizer: Any = self.lm.tokenizer
+        self._device = self.lm.device
+        self._rank, self._world_size = self.processes.rank, self.processes.world
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> UnmaskLM:
+        """From model arguments, and lm-eval's own flags for what these leave open."""
+        flags = {k: v for k, v in (additional_config or {}).items() if v is not None}
+        if flags.get("device") == UNASKED_DEVICE:
+            del flags["device"]
+        return cls(**{**flags, **arg_dict})
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> UnmaskLM:
+        """As ``create_from_arg_obj``, from ``key=value,key=value``."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    # ---- what lm-eval asks about a model ---------------------------------------------------------------------------
+
+    @property
+    def max_length(self) -> int:
+        return self.lm.max_length
+
+    @property
+    def max_gen_toks(self) -> int:
+        return self.decoder.max_new_tokens
+
+    @property
+    def batch_size(self) -> int:
+        return self.settings.batch_size
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.lm.eos_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without a context: the tokenizer's BOS, else EOS."""
+        bos = self.tokenizer.bos_token_id
+        return self.lm.eos_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids; special tokens only where the text spells them, as everywhere here."""
+        return list(self.tokenizer.encode(string, add_special_tokens=False))
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """The prompt of a conversation; without a generation prompt it ends inside its last message."""
+        if self.tokenizer.chat_template is None:
+            raise UserError(f"{self.lm.name} has no chat template: leave --apply_chat_template out")
+        return self.lm.render(chat_history, answer=add_generation_prompt, unfinished=not add_generation_prompt)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """For lm-eval's results file: everything that a figure depends on here."""
+        info = self.lm.info()
+        ours = {k: getattr(self.settings, k) for k in ("batch_size", "mc_samples", "seed")}
+        return {
+            "model_num_parameters": info["parameters"],
+            "model_dtype": info["dtype"],
+            "unmask": {"version": __version__, "model": info, "decoder": self.decoder.config(), **ours},
+        }
+
+    # ---- several processes -----------------------------------------------------------------------------------------
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        return torch.tensor(self.processes.gather(tensor.tolist()))
+
+    def gather_object(self, obj: Any, dst: int = 0) -> list[Any] | None:
+        found = self.processes.gather(obj)
+        return found if self.rank == dst else None
+
+    def barrier(self) -> None:
+        self.processes.gather(None)
+
+    # ---- generation ------------------------------------------------------------------------------------------------
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """The texts, in the order of the requests: up to the first end token, then up to the first stop string."""
+        prompts: list[str] = []
+        groups: dict[Decoder, list[int]] = {}
+        cut = 0
+        for i, request in enumerate(requests):
+            context, kwargs = request.args
+            decoder = self._decoder_for(kwargs)
+            prompt = self._fitted(context, decoder.max_new_tokens)
+            cut += prompt != context
+            prompts.append(prompt)
+            groups.setdefault(decoder, []).append(i)
+        self._tell_cut(cut, len(requests))
+        seeds = self._seeds(requests)
+        texts = [""] * len(requests)
+        with self._bar(len(requests), "generate_until", disable_tqdm) as bar:
+            for decoder, members in groups.items():
+                members.sort(key=lambda i: -len(prompts[i]))
+                chosen = [prompts[i] for i in members]
+                for numbers, trajectory in decode_each(self.lm, chosen, decoder, seeds[members], self.batch_size):
+                    for number, text in zip(numbers, self.lm.text(trajectory.tokens), strict=True):
+                        i = members[number]
+                        context, kwargs = requests[i].args
+                        texts[i] = until(text, normalize_gen_kwargs(kwargs)["until"])
+                        self.cache_hook.add_partial("generate_until", (context, kwargs), texts[i])
+                    bar.update(len(numbers))
+        return texts
+
+    def _decoder_for(self, kwargs: dict[str, Any]) -> Decoder:
+        """The decoder with a request's canvas, and its temperature where it asks for sampling."""
+        for name in kwargs.keys() - READ_KWARGS - {"max_new_tokens", "max_tokens", "max_completion_tokens"}:
+            warning_once(log, "unmask does not read %s in generation_kwargs: set the decoder instead", name)
+        asked = normalize_gen_kwargs(kwargs, self.decoder.max_new_tokens)
+        try:
+            decoder = make_decoder(self.spec, max_new_tokens=asked["max_gen_toks"])
+            decoder = decoder.replace(max_new_tokens=asked["max_gen_toks"])  # also where a file names another
+            if asked["do_sample"] and "temperature" in kwargs:
+                decoder = decoder.replace(temperature=float(kwargs["temperature"]))
+            return decoder
+        except UserError as error:
+            raise UserError(
+                f"{error}; the canvas is the task's max_gen_toks, which --gen_kwargs max_gen_toks=N sets"
+            ) from None
+
+    def _fitted(self, context: str, canvas: int) -> str:
+        """A context that leaves room for the canvas, cut from the left where it must be. Raises UserError."""
+        room = self.max_length - canvas
+        whole = row = self.tok_encode(context)
+        for keep in range(room, 0, -1):  # a text's end may take other tokens than it had
+            if len(row) <= room:
+                break
+            context = str(self.tokenizer.decode(whole[-keep:]))
+            row = self.tok_encode(context)
+        self.lm.encode([context], canvas)
+        return context
+
+    def _seeds(self, requests: Sequence[Instance]) -> Tensor:
+        """One seed a request, of its content; equal requests (repeats) get different ones."""
+        met: Counter[int] = Counter()
+        seeds = []
+        for request in requests:
+            own = content_seed(self.settings.seed, request.task_name, request.doc_id, *request.args)
+            seeds.append(content_seed(own, met[own]))
+            met[own] += 1
+        return torch.tensor(seeds, dtype=torch.int64)
+
+    # ---- likelihood ------------------------------------------------------------------------------------------------
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """(lower bound on the log-likelihood, whether greedy decoding writes the continuation) for each request."""
+        pairs = self._fitted_pairs([(context, continuation) for _, context, continuation in requests])
+        found = [(0.0, True)] * len(pairs)
+        with self._bar(len(pairs), "loglikelihood", disable_tqdm) as bar:
+            for members in batches(pairs, self.batch_size):
+                chosen = [pairs[i] for i in members]
+                greedy = greedily_written(self.lm, chosen, self.decoder.cfg_scale)
+                for i, bound, hit in zip(members, self._bounds(chosen), greedy, strict=True):
+                    found[i] = bound, hit
+                    self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
+                bar.update(len(members))
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Lower bounds on the log-likelihood of whole texts: the sum over windows, each behind what comes before it."""
+        pairs: list[Pair] = []
+        owner: list[int] = []
+        for i, request in enumerate(requests):
+            windows = get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length - 1, context_len=1
+            )
+            for window in map(make_disjoint_window, windows):
+                pairs.append(window)
+                owner.append(i)
+        pairs = self._fitted_pairs(pairs)
+        totals = [0.0] * len(requests)
+        with self._bar(len(pairs), "loglikelihood_rolling", disable_tqdm) as bar:
+            for members in batches(pairs, self.batch_size):
+                for i, bound in zip(members, self._bounds([pairs[i] for i in members]), strict=True):
+                    totals[owner[i]] += bound
+                bar.update(len(members))
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _bounds(self, pairs: list[Pair]) -> list[float]:
+        s = self.settings
+        return bounds(self.lm, pairs, s.mc_samples, s.seed, s.batch_size, self.decoder.cfg_scale)
+
+    def _fitted_pairs(self, pairs: list[Pair]) -> list[Pair]:
+        found = [fitted(self.lm, pair) for pair in pairs]
+        self._tell_cut(sum(a != b for a, b in zip(found, pairs, strict=True)), len(pairs))
+        return found
+
+    # ---- what both tell the user -----------------------------------------------------------------------------------
+
+    def _tell_cut(self, cut: int, of: int) -> None:
+        if cut:
+            log.warning("%d of %d contexts lost their beginning, to fit into %d tokens", cut, of, self.max_length)
+
+    def _bar(self, total: int, what: str, disable: bool) -> tqdm:
+        return tqdm(total=total, desc=f"Running {what} requests", disable=disable or self.rank != 0)
+
+
+def until(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of the stop strings that are not empty."""
+    return text[: min((at for stop in stops if stop and (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def command(arguments: list[str]) -> None:
+    """lm-eval's own command line, in which ``--model unmask`` is known."""
+    sys.argv = ["lm-eval", *arguments]
+    cli_evaluate()

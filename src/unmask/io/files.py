@@ -1,0 +1,260 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from unmask.errors import UserError
+from unmask.io.schema import DEEPEST, check
+
+T = TypeVar("T")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary name to write to; it takes ``path``'s place only if the block ends well."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing_to(output: Path | str, instead: str = "--output") -> Iterator[None]:
+    """Turns an OSError of the block into the UserError that names the output and the flag that changes it."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # what it says meanwhile finds no reader: no fault of the output
+    except (OSError, UnicodeEncodeError) as error:  # the latter: a name that the locale does not have
+        raise UserError(
+            f"cannot write to {output}: {getattr(error, 'strerror', error)}; give another {instead}"
+        ) from None
+
+
+def removed(folder: Path) -> UserError:
+    return UserError(f"{folder} was removed while the run wrote to it: give the same command again, which starts anew")
+
+
+def claim_result(output: Path) -> None:
+    """Try a result file before anything is measured for it; an earlier result stays until there is a new one.
+
+    Raises UserError where it cannot be written.
+    """
+    with writing_to(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        there = output.exists()
+        output.open("a", encoding="utf-8").close()
+        if not there:
+            output.unlink()
+
+
+def read_text(path: Path | str, what: str = "") -> str:
+    """A UTF-8 text file without its byte-order mark, lines ended by newlines.
+
+    Raises:
+        UserError: for a file that cannot be read, called ``what`` and its path, or the first line that is not UTF-8.
+    """
+    file = f"{what} {path}" if what else path
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        byte = f"byte 0x{error.object[error.start]:02x}"
+        raise UserError(f"cannot read {file}: line {line} is not UTF-8 ({byte}); save it as UTF-8") from None
+    except (OSError, ValueError) as error:  # ValueError: a path that the system cannot have
+        raise UserError(f"cannot read {file}: {getattr(error, 'strerror', error)}; check the path") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """A UTF-8 text file, whole or not at all. Bytes of a file name that the locale could not read are escaped, also in JSON."""
+    with whole(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Indented JSON, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+# ---- YAML ------------------------------------------------------------------------------------------------------------------
+
+_KIND = "tag:yaml.org,2002:"
+_POWER = r"[eE][-+]?[0-9]+"
+_NUMBERS = {
+    "int": r"[-+]?(?:0b[01_]+|0[0-7_]*|[1-9][0-9_]*|0x[0-9a-fA-F_]+)",
+    "float": rf"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*(?:{_POWER})?|{_POWER})|\.[0-9][0-9_]*(?:{_POWER})?|\.(?:inf|Inf|INF))"
+    r"|\.(?:nan|NaN|NAN)",
+}
+MOST_VALUES = 100_000
+"""Values of a YAML file, with every alias written out."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML with numbers as in YAML 1.2 (1e-5 is one, 12:30 is not); dates are text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what ``_Loader`` reads back as it was."""
+
+
+_Loader.yaml_implicit_resolvers = _Dumper.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in known if tag.removeprefix(_KIND) in ("bool", "null", "merge")]
+    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _name, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_KIND + _name, re.compile(f"(?:{_pattern})$"), list("-+.0123456789"))
+
+
+def as_yaml(value: Any) -> str:
+    """YAML that ``read_yaml`` reads back as the same value, keys in their order."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False)
+
+
+def read_yaml(path: Path, what: str, schema: Any = dict) -> dict[str, Any]:
+    """A YAML file of settings. Raises UserError, which calls the file ``what``, where it is none or not as ``schema`` says."""
+    try:
+        loader = _Loader(read_text(path, what))
+        root = loader.get_single_node()
+        if root is not None:
+            _check_node(loader, root)
+        found = None if root is None else loader.construct_document(root)
+    except yaml.MarkedYAMLError as error:
+        place = error.problem_mark or error.context_mark
+        line = f" at line {place.line + 1}" if place else ""
+        raise UserError(f"{what} {path} is not YAML of settings{line}: {error.problem or error.context:.200}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        says = (
+            f"more than {DEEPEST} levels" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
+        )
+        raise UserError(f"{what} {path} is not YAML of settings ({says}): write lines of key: value") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{what} {path} is not a table of settings: write lines of key: value")
+    try:
+        check(found, schema)
+    except ValueError as error:
+        raise UserError(f"{what} {path} has a wrong setting ({error}): correct it") from None
+    return found
+
+
+def _check_node(loader: _Loader, root: yaml.Node) -> None:
+    """Raises YAMLError for what settings do not need and what would not end well: keys that are no text or stand twice, tags
+    that make other objects, and more or deeper values than DEEPEST and MOST_VALUES, aliases written out."""
+
+    def wrong(node: yaml.Node, says: str) -> yaml.YAMLError:
+        return yaml.constructor.ConstructorError(None, None, says, node.start_mark)
+
+    waiting, count = [(root, 1)], 0
+    while waiting:
+        node, level = waiting.pop()
+        count += 1
+        if level > DEEPEST or count > MOST_VALUES:
+            raise wrong(node, f"it holds more than {DEEPEST} levels or {MOST_VALUES:,} values: write a smaller table")
+        if isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, value in node.value:
+                named = f"the key {key.value!r:.60}" if isinstance(key, yaml.ScalarNode) else "a key"
+                if key.tag not in (_KIND + "str", _KIND + "merge"):
+                    raise wrong(key, f"{named} is no text: put it in quotes")
+                if key.value in seen:
+                    raise wrong(key, f"{named} stands twice: give it once")
+                seen.add(key.value)
+                waiting.append((value, level + 1))
+            usual = _KIND + "map"
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += [(child, level + 1) for child in node.value]
+            usual = _KIND + "seq"
+        else:
+            usual = loader.resolve(yaml.ScalarNode, node.value, (True, False))
+        if node.tag not in (usual, _KIND + "str" if isinstance(node, yaml.ScalarNode) else usual):
+            raise wrong(node, f"the tag {node.tag.replace(_KIND, '!!'):.60} is not read: write the plain value")
+
+
+# ---- JSON ------------------------------------------------------------------------------------------------------------------
+
+
+def read_json(path: Path, schema: Any, fix: str, make: Callable[[Any], Any] = lambda value: value) -> Any:
+    """The value in a JSON file that is as its schema (``schema.py``) says.
+
+    Args:
+        fix, make: as for ``each_line``.
+
+    Raises:
+        UserError: for a file that cannot be read, or holds something else.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; {fix}") from None
+    return _parsed(raw, schema, f"{path} is damaged", fix, make)
+
+
+def each_line(
+    path: Path, schema: Any, fix: str, make: Callable[[Any], Any] = lambda value: value, own: bool = True
+) -> Iterator[Any]:
+    """The lines of a JSON-lines file, one at a time, each as its schema says.
+
+    Args:
+        fix: what to do where a line is not, as the end of a sentence. make: what becomes of a line; a ValueError, KeyError,
+            TypeError or OverflowError of it is the line's mistake.
+        own: whether a run writes the file: then it may be missing, and a last line that is not (yet) whole is passed over.
+            Else empty lines are.
+
+    Raises:
+        UserError: naming the file and the first line that is something else.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                if raw.endswith(b"\n") if own else raw.strip():
+                    wrong = "is damaged" if own else "cannot be used"
+                    yield _parsed(raw, schema, f"{path}:{number} {wrong}", fix, make)
+    except OSError as error:
+        if not own or not isinstance(error, FileNotFoundError):
+            raise UserError(f"cannot read {path}: {error.strerror}; {fix}") from None
+
+
+def read_lines(path: Path, schema: Any = dict, fix: str = "remove it") -> list[dict[str, Any]]:
+    """The whole lines of a file that a run writes, as ``each_line`` reads them."""
+    return list(each_line(path, schema, fix))
+
+
+def _parsed(raw: bytes, schema: Any, wrong: str, fix: str, make: Callable[[Any], Any]) -> Any:
+    try:
+        value = json.loads(raw.decode("utf-8-sig"))
+        check(value, schema)
+        return make(value)
+    except RecursionError:
+        says = f"it has more than {DEEPEST} levels"
+    except KeyError as error:
+        says = f"it lacks {error}"
+    except (ValueError, TypeError, OverflowError) as error:
+        says = " ".join(str(error).split())[:200]
+    raise UserError(f"{wrong} ({says}): {fix}")
+
+
+def expand_home(value: T) -> T:
+    """Text that starts with ``~`` as a path from the home folder; lists entry by entry; anything else as it is."""
+    if isinstance(value, list):
+        return [expand_home(v) for v in value]  # type: ignore[return-value]
+    return os.path.expanduser(value) if isinstance(value, str) else value  # type: ignore[return-value]
+
+
+def read_typed(text: str) -> str:
+    """Text of a command line; bytes that the locale could not read are read as UTF-8. Raises UserError where they are not."""
+    try:
+        return text.encode(errors="surrogateescape").decode()
+    except UnicodeError:
+        raise UserError(
+            f"{text[:40]!r} is not UTF-8 text: write it as UTF-8, or set the locale it is written in"
+        ) from None

@@ -1,0 +1,65 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) for training: which matrices, the first weights, the base model's name."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unmask.config import LORA_TARGETS
+from unmask.errors import UserError
+from unmask.models.load import SHIPPED
+from unmask.models.masked_lm import MaskedLM
+
+
+def adapter_config(r: int, alpha: int, targets: str = LORA_TARGETS, dropout: float = 0.0) -> Any:
+    """A peft LoraConfig. ``targets`` is a regular expression over whole module names."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=r, lora_alpha=alpha, target_modules=targets, lora_dropout=dropout)
+
+
+def check_precision(lm: MaskedLM, lora_r: int | None) -> None:
+    """Raises UserError where all weights would be trained in less than float32: most updates would round to nothing."""
+    if lora_r is None and lm.model.dtype != torch.float32:
+        dtype = str(lm.model.dtype).removeprefix("torch.")
+        raise UserError(
+            f"all weights of {lm.name} would be trained in {dtype}, where small updates are lost: set dtype to float32 (bf16 "
+            "is autocast), or lora_r"
+        )
+
+
+@contextmanager
+def fitting() -> Iterator[None]:
+    """Turns what peft raises where no module is meant, or the targets are no regular expression, into a UserError."""
+    try:
+        yield
+    except (ValueError, re.error) as error:
+        raise UserError(f"the adapter does not fit the model: {str(error).splitlines()[0]}") from None
+
+
+def adapted(lm: MaskedLM, config: Any, seed: int) -> MaskedLM:
+    """``lm`` with a new adapter of a peft config, its first weights drawn from ``seed``; only the adapter is trained.
+
+    The adapter names its base model by a whole path, so that a saved one can be loaded alone.
+
+    Raises:
+        UserError: if no module of the model is meant, or the targets are no regular expression.
+    """
+    from peft import get_peft_model
+
+    with torch.random.fork_rng(devices=[]), fitting(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tied weights, which merging unties
+        torch.manual_seed(seed)
+        model: Any = get_peft_model(lm.model, config)
+    base = Path(lm.name)
+    whole = base.exists() and lm.name not in SHIPPED
+    for adapter in model.peft_config.values():
+        adapter.base_model_name_or_path = str(base.resolve()) if whole else lm.name
+    return replace(lm, model=model)

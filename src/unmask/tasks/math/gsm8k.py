@@ -1,0 +1,116 @@
+"""GSM8K: grade-school word problems whose answer is a number (Cobbe et al., 2021, arXiv 2110.14168)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, ClassVar
+
+from unmask.tasks import answers, released
+from unmask.tasks.base import Grade, Problem, Reward
+from unmask.tasks.math.hub_task import Worded
+
+_TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
+
+
+@dataclass(frozen=True)
+class GSM8K(Worded):
+    name: ClassVar[str] = "gsm8k"
+    hub: ClassVar[dict[str, tuple[str, str | None]]] = dict.fromkeys(("train", "test"), ("openai/gsm8k", "main"))
+
+    def problem(self, row: dict[str, Any]) -> Problem:
+        """Of ``question`` and ``answer``, a worked solution that ends in ``#### N``."""
+        steps, mark, stated = row["answer"].rpartition("####")
+        if not mark:
+            raise ValueError(f"the answer {row['answer'][-40:]!r} does not end in '#### number'")
+        made = self.made(row["question"], _plain(stated), re.sub(r"<<[^<>]*>>", "", steps))
+        return replace(made, truth={**made.truth, "stated": stated.strip()})
+
+    def completion_truth(self, row: dict[str, Any]) -> Problem:
+        """A null ground truth (the released files have two: the negative answers) lets no completion be right."""
+        truth = row["ground_truth"]
+        if not isinstance(truth, (str, int, float, type(None))):
+            raise ValueError(f"ground_truth is {truth!r}, not a number")
+        return self.made(row["question"], "" if truth is None else _plain(str(truth)), None)
+
+    def grade(self, problem: Problem, completion: str) -> Grade:
+        """By default exactly, on the last marked answer; ``published`` as a float, on the first box that holds a number."""
+        truth = answers.number(problem.truth["answer"])
+        if self.extraction == "published":
+            read = answers.published_number(completion)
+            solved = read is not None and truth is not None and read == float(truth)
+            return Grade(solved, float(solved), 1.0, None if read is None else f"{read:.12g}")
+        marked = answers.final(answers.cut_at_end(completion), numeric=True)
+        value = None if marked is None else answers.number(marked[0], last=not marked[1])
+        solved = value is not None and value == truth
+        return Grade(solved, float(solved), 1.0, None if value is None else _written(value))
+
+    def rewards(self) -> dict[str, tuple[Reward, float]]:
+        """The released terms and weights, each judged as it is meant; `released_rewards` judges as the released code runs."""
+        return {
+            "correct": (self.correct, 2.0),
+            "integer": (self._each(_integer), 0.5),
+            "strict_format": (self._each(_strict), 0.5),
+            "soft_format": (self._each(_soft), 0.5),
+            "tags": (self._each(_tag_count), 0.5),
+        }
+
+    def released_rewards(self) -> dict[str, tuple[Reward, float]]:
+        """All have weight 1 in the released code."""
+        judges = (released.strict_format, released.soft_format, released.integer, released.tag_count)
+        return {"correct": (self._correct_as_released, 2.0)} | {j.__name__: (self._each(j), 0.5) for j in judges}
+
+    def _correct_as_released(
+        self, prompts: list[str], completions: list[str], problem: list[Problem], **_: Any
+    ) -> list[float | None]:
+        """1 where the text in the tags is the answer as the data set writes it."""
+        stated = [p.truth.get("stated", p.truth["answer"]) for p in problem]
+        return [float(released.last_tags(self.whole(c)) == s) for c, s in zip(completions, stated, strict=True)]
+
+    def _each(self, judge: Callable[[str], float]) -> Reward:
+        def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
+            return [judge(self.whole(c)) for c in completions]
+
+        reward.__doc__ = judge.__doc__
+        return reward
+
+
+def _plain(text: str) -> str:
+    """A truth as digits without separators; ValueError if it is no number."""
+    value = answers.number(text)
+    if value is None:
+        raise ValueError(f"{text.strip()!r} is not a number")
+    return _written(value)
+
+
+def _written(value: Fraction) -> str:
+    return str(value) if value.denominator == 1 else format(float(value), ".12g")
+
+
+def _integer(text: str) -> float:
+    """1 if the answer tags hold an integer and nothing else."""
+    return float(re.fullmatch(r"-?[0-9]+", (answers.tagged(text) or "").strip()) is not None)
+
+
+def _strict(text: str) -> float:
+    """1 if each tag stands alone on its line, in order, with nothing before and no more than a line end after."""
+    reasoning, found, answer = text.partition("\n</reasoning>\n<answer>\n")
+    return float(
+        bool(found) and reasoning.startswith("<reasoning>\n") and answer.removesuffix("\n").endswith("\n</answer>")
+    )
+
+
+def _soft(text: str) -> float:
+    """1 if the text starts with reasoning tags, followed by answer tags."""
+    turn = re.search(r"</reasoning>\s*<answer>", text)
+    return float(text.startswith("<reasoning>") and turn is not None and text.find("</answer>", turn.end()) >= 0)
+
+
+def _tag_count(text: str) -> float:
+    """A quarter for each of the four tags that occurs once, alone on its line, less 0.002 a character behind the last."""
+    lines = text.split("\n")
+    alone = [tag for tag in _TAGS if text.count(tag) == 1 and tag in (lines if tag == "</answer>" else lines[:-1])]
+    behind = text.partition("</answer>")[2].removeprefix("\n") if "</answer>" in alone else ""
+    return 0.25 * len(alone) - 0.002 * len(behind)

@@ -1,0 +1,171 @@
+"""MATH500: 500 competition problems of MATH (Hendrycks et al., 2021, arXiv 2103.03874) whose answer is a formula."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from math import gcd, isqrt
+from typing import Any, ClassVar
+
+from unmask.tasks import answers, released
+from unmask.tasks.answers import quantity, without_unit
+from unmask.tasks.base import Grade, Problem, Reward
+from unmask.tasks.math.equivalence import MAX_LATEX, equivalent
+from unmask.tasks.math.hub_task import Worded
+from unmask.tasks.notation import plain
+
+_DELIMITER = re.compile(r"(?<!\\)(?:\\[()\[\]]|\${1,2})")
+_CLOSES = {"$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
+_JOINS = re.compile(r"[\s,;]*(?:and|or)?\s*")
+_BASE = re.compile(r"(?<=[0-9])_(?:\{([0-9]+)\}|([0-9]+))\Z")
+_QUOTIENT = re.compile(
+    r"\\frac\s*\{\s*([0-9]{1,20})\s*\}\s*\{\s*([0-9]{1,20})\s*\}"
+    r"|(?<![0-9.}])([0-9]{1,20})\s*/\s*([0-9]{1,20})(?![0-9.])"
+)
+_ROOT = re.compile(r"\\sqrt\s*\{\s*([0-9]{1,20})\s*\}")
+_UNDONE = re.compile(
+    r"[0-9]\s*!|[0-9]\s*(?:\\times|\\cdot|\\div|\*)\s*[0-9]|(?<![0-9.a-zA-Z])[0-9.]+\s*\^\s*\{?\s*[0-9]"
+    r"|(?<![\w}).^{])(?<![\w}).^{]\s)[0-9]+\s*[-+]\s*[0-9]+(?![\w\\({.^!])"
+)
+
+
+@dataclass(frozen=True)
+class MATH500(Worded):
+    name: ClassVar[str] = "math500"
+    hub: ClassVar[dict[str, tuple[str, str | None]]] = {
+        "train": ("ankner/math-500", None),
+        "test": ("HuggingFaceH4/MATH-500", None),
+    }
+
+    def problem(self, row: dict[str, Any]) -> Problem:
+        """Of ``problem`` (or ``question``) with ``answer`` (or ``ground_truth_answer``), or the last box of ``solution``."""
+        solution = row.get("solution")
+        answer = row.get("answer", row.get("ground_truth_answer"))
+        if answer is None:
+            marked = answers.final(solution or "")
+            if marked is None:
+                raise ValueError("no answer, and no box in the solution")
+            answer = marked[0]
+        return self.made(row["problem"] if "problem" in row else row["question"], str(answer), solution)
+
+    def completion_truth(self, row: dict[str, Any]) -> Problem:
+        if not isinstance(row["ground_truth"], (str, int, float)):
+            raise ValueError(f"ground_truth is {row['ground_truth']!r}, not a formula")
+        return self.made(row["question"], str(row["ground_truth"]), None)
+
+    def grade(self, problem: Problem, completion: str) -> Grade:
+        """By default the last marked answer, see `same`; ``published``: the last box, equal as normalised LaTeX."""
+        truth = problem.truth["answer"]
+        if self.extraction == "published":
+            read = answers.published_latex(completion)
+            return self._graded(read, answers.same_latex(read, truth))
+        marked = extract(completion)
+        return self._graded(marked, marked is not None and same(truth, marked, problem.question))
+
+    def _graded(self, read: str | None, solved: bool) -> Grade:
+        return Grade(solved, float(solved), 1.0, None if read is None else read[: answers.MAX_ANSWER])
+
+    def rewards(self) -> dict[str, tuple[Reward, float]]:
+        """The released terms and weights, 2 for a right answer and up to 1 for its form, each judged as it is meant."""
+        return {"correct": (self.correct, 2.0), "boxed_format": (self.boxed_format, 1.0)}
+
+    def released_rewards(self) -> dict[str, tuple[Reward, float]]:
+        return {"correct": (self._correct_as_released, 2.0), "boxed_format": (self._format_as_released, 1.0)}
+
+    def _correct_as_released(
+        self, prompts: list[str], completions: list[str], problem: list[Problem], **_: Any
+    ) -> list[float | None]:
+        """1 where the last box (the whole text where none closes) is the answer as normalized LaTeX."""
+        read = [released.box_or_all(self.whole(c)) for c in completions]
+        return [float(answers.same_latex(r, p.truth["answer"])) for r, p in zip(read, problem, strict=True)]
+
+    def _format_as_released(self, prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
+        """0.75 for answer tags, open ones too, else 0.25: no box is ever found, as the literal looked for is no ``\\boxed``."""
+        return [0.75 if "<answer>" in self.whole(c) else 0.25 for c in completions]
+
+    def boxed_format(self, prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
+        """1 for a box inside answer tags, 0.75 for tags without one, 0.5 for a box without tags, else 0.25."""
+        values: list[float | None] = []
+        for text in map(self.whole, completions):
+            tag = answers.tagged(text)
+            box = bool(answers.box_spans(text if tag is None else tag))
+            values.append(0.25 + 0.25 * box + 0.5 * (tag is not None))
+        return values
+
+
+def extract(completion: str) -> str | None:
+    """The answer as written: what the box holds, or of tags without a box the last formula between dollars, if any."""
+    marked = answers.final(answers.cut_at_end(completion))
+    if marked is None:
+        return None
+    text, box = marked
+    return (text if box else _formula(text)).strip().removesuffix(".").strip()
+
+
+def _formula(text: str) -> str:
+    """The last formula between math delimiters, with those that a comma, "and" or "or" joins to it; the text without any."""
+    opened: tuple[str, int] | None = None
+    formulas: list[tuple[int, int, int, int]] = []  # with and without its delimiters
+    for mark in _DELIMITER.finditer(text):
+        if opened is None and mark[0] not in ("\\)", "\\]"):
+            opened = mark[0], mark.start()
+        elif opened is not None and mark[0] == _CLOSES[opened[0]]:
+            begin = opened[1] + len(opened[0])
+            if begin < mark.start():
+                formulas.append((opened[1], begin, mark.start(), mark.end()))
+            opened = None
+    if not formulas or quantity(text) is not None:
+        return text
+    first = len(formulas) - 1
+    while first and _JOINS.fullmatch(text, formulas[first - 1][3], formulas[first][0]):
+        first -= 1
+    return ", ".join(text[a:b] for _, a, b, _ in formulas[first:])
+
+
+def same(truth: str, answer: str, question: str = "") -> bool:
+    """Whether an answer means the truth and is finished: equal as a number, as words, as LaTeX, or by math-verify.
+
+    As the problems of MATH ask, an answer must be finished: where the truth is a number, so is the answer (``7! \\times 2!``
+    and ``\\frac{6}{3}`` are none yet), fractions of integers are in lowest terms, and a decimal is no answer where the question
+    wants a fraction. A number of another base is another number; a base left out is taken as meant.
+    """
+    if truth == answer:
+        return True
+    truth, answer = plain(truth), plain(answer)
+    bases = [found[1] or found[2] for text in (truth, answer) if (found := _BASE.search(text))]
+    if len(set(bases)) == 2 or (bases and not _BASE.search(truth)):
+        return False
+    truth, answer = (_BASE.sub("", text) for text in (truth, answer))
+    if len(answer) > 10 * MAX_LATEX or not _reduced(answer, "fraction" in question and "frac" in truth):
+        return False
+    value, stated = quantity(truth), quantity(answer)
+    if value is not None:
+        percent = 100 if "%" in answer and "%" not in truth else 1
+        return stated is not None and stated in (value, value * percent)
+    if re.search(r"[0-9]\s+[0-9]", answer):  # neither one number nor a product
+        return False
+    if _words(truth) == _words(answer) != "":
+        return True
+    truth, answer = without_unit(truth), without_unit(answer)
+    if "\\text" not in truth + answer and answers.same_latex(truth, answer):
+        return True
+    done = _UNDONE.search(answer.rsplit("=", 1)[-1]) is None or _UNDONE.search(truth) is not None
+    return done and equivalent(truth, answer)
+
+
+def _reduced(answer: str, as_fraction: bool) -> bool:
+    """Whether fractions and roots of integers are reduced, and no decimal stands where a fraction is asked for."""
+    last = answer.rsplit("=", 1)[-1]
+    pairs = [(int(a or c), int(b or d)) for a, b, c, d in _QUOTIENT.findall(last)]
+    roots = [int(n) for n in _ROOT.findall(last)]
+    return (
+        all(gcd(a, b) == 1 != b for a, b in pairs)
+        and not any(isqrt(n) ** 2 == n for n in roots)
+        and not (as_fraction and re.search(r"[0-9]\.[0-9]|\A\.[0-9]", last))
+    )
+
+
+def _words(text: str) -> str:
+    """Text answers without their wrapping: ``\\text{(C)}``, ``C`` and ``(c)`` alike."""
+    bare = re.sub(r"\\(?:text[a-z]*|mbox|mathrm|mathbf)|[{}().\s]", "", text)
+    return bare.lower() if bare.isalpha() else ""
