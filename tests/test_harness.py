@@ -387,7 +387,7 @@ def test_the_command_line_on_two_processes_gives_the_same(tasks: Path, results: 
     flags += ["--include_path", str(tasks), "--apply_chat_template", "--output_path", str(tmp_path / "out")]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, *launch, *flags], capture_output=True, text=True, env=environment, timeout=200
+        [sys.executable, *launch, *flags], capture_output=True, text=True, env=environment, timeout=400
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = (tmp_path / "out").rglob("results_*.json")

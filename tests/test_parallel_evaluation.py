@@ -87,7 +87,7 @@ def start(
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str]:
     try:
-        output, _ = process.communicate(timeout=100)
+        output, _ = process.communicate(timeout=300)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -145,7 +145,7 @@ def test_a_killed_rank_loses_one_batch_and_any_number_goes_on(alone: Path, toy_f
 
 def test_interrupting_the_launcher_leaves_a_folder_to_go_on_with(alone: Path, toy_folder: str, tmp_path: Path) -> None:
     process = start(toy_folder, tmp_path / "run", tmp_path, mode="slow")
-    deadline = time.time() + 60
+    deadline = time.time() + 200
     while len(list(tmp_path.glob("run/records/*.rank-*"))) < 2 and process.poll() is None and time.time() < deadline:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGINT)
@@ -169,7 +169,7 @@ def test_a_mistake_ends_all_with_one_sentence(
     begun = time.time()
     code, text = end(start(toy_folder, tmp_path / output, tmp_path, mode="plain", flags=flags))
     assert code != 0 and text.count("unmask: ") == text.count(said) == 1, text
-    assert time.time() - begun < 60 and "terminate called" not in text
+    assert time.time() - begun < 200 and "terminate called" not in text
     assert not list(tmp_path.glob("run*/records/*"))
 
 

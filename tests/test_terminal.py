@@ -50,14 +50,14 @@ def test_a_reader_that_has_gone_ends_a_command_silently(folder: Path, name: str)
     whole = {"stdout": writer, **({"stderr": writer} if name == "mistake" else {})}
     process = run(SAYS[name], folder, **whole)
     os.close(writer)
-    assert not process.communicate(timeout=60)[1]
+    assert not process.communicate(timeout=200)[1]
     assert process.returncode == 1
 
 
 @pytest.mark.parametrize("name", SAYS)
 def test_a_closed_output_changes_nothing(folder: Path, name: str) -> None:
     process = run(SAYS[name], folder, preexec_fn=lambda: os.close(1))
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=200)[1]
     assert process.returncode == (2 if name == "mistake" else 0)
     assert said.count("\n") == (1 if name == "mistake" else 0) and "Traceback" not in said
 
@@ -66,7 +66,7 @@ def test_a_closed_output_changes_nothing(folder: Path, name: str) -> None:
 def test_a_full_disk_is_one_sentence(folder: Path) -> None:
     with open("/dev/full", "w") as full:
         process = run(SAYS["usage"], folder, stdout=full)
-        said = process.communicate(timeout=60)[1]
+        said = process.communicate(timeout=200)[1]
     assert process.returncode == 1 and said.startswith("unmask: cannot write the output: ") and said.count("\n") == 1
 
 
@@ -74,7 +74,7 @@ def test_a_full_disk_is_one_sentence(folder: Path) -> None:
 @pytest.mark.parametrize("name", ["usage", "mistake"])
 def test_what_a_terminal_cannot_show_is_escaped(folder: Path, name: str, encoding: str) -> None:
     process = run(SAYS[name], folder, stdout=subprocess.PIPE, env={"PYTHONIOENCODING": encoding})
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=200)
     assert process.returncode == (2 if name == "mistake" else 0) and "Traceback" not in err
     if encoding != "gbk":  # which has both
         assert ("\\u2026" in out) if name == "usage" else ("\\u2192" in err)
