@@ -9,8 +9,8 @@ from typing import Any
 
 import yaml
 
-from unmask.evaluation.records import as_lines, slug, summarise
-from unmask.io.files import write_json
+from unmask.evaluation.records import as_lines, summarise
+from unmask.io.files import slug, write_json
 from unmask.results.collect import Result
 
 HOSTILE = "full:note=<b>&\"'</script><script>x</script>"

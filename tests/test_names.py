@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from unmask.cli import main
-from unmask.evaluation.records import slug
+from unmask.io.files import slug
 
 LONG = "eoser-ass:gamma_min=0.0123456789012345,temperature=0.1234567890123456,cfg_scale=0.12345678901234567,max_new_tokens=32"
 

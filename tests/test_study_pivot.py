@@ -50,9 +50,8 @@ CELLS = [
 
 
 def shown(cells: list[dict[str, Any]] = CELLS, baselines: tuple[str, ...] = (), **table: Any) -> str:
-    config = StudyConfig(output="runs/x", evaluate=[{}], baselines=list(baselines), tables=[{"title": "T", **table}])
     settings = [{**c["cell"], "plan": c["budget"]["nfe"]} for c in cells]
-    (chosen,) = pivot.pivots(config, settings)
+    (chosen,) = pivot.pivots([{"title": "T", **table}], settings, baselines=baselines)
     summary = summarise_study(cells, (), baselines, [chosen])
     (table,) = pivot.tables([chosen], summary)
     text = table.markdown()
@@ -191,7 +190,7 @@ def test_mistakes_are_one_sentence(table: dict[str, Any], says: str) -> None:
 def test_each_table_has_its_title() -> None:
     table = {"title": "T", "rows": ["decoder"]}
     with pytest.raises(UserError, match="two of tables have the title 'T'"):
-        pivot.pivots(StudyConfig(output="runs/x", evaluate=[{}], tables=[table, table]), [{"decoder": "a", "plan": 7}])
+        pivot.pivots([table, table], [{"decoder": "a", "plan": 7}])
 
 
 def test_a_table_without_any_text_is_none() -> None:

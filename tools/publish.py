@@ -45,7 +45,7 @@ def study(name: str) -> tuple[StudyConfig, list[Job]]:
 def tables(folder: Path) -> tuple[str, dict[str, str]]:
     """table.md of a study's committed cells, and the tables for reading by title."""
     config, jobs = study(folder.name)
-    shown = pivot.pivots(config, settings_of(jobs, labels(jobs)[0]))
+    shown = pivot.pivots(config.tables, settings_of(jobs, labels(jobs)[0]), config.compare, config.baselines)
     summary = summarise_study(read_cells(folder), config.compare, config.baselines, shown)
     return markdown(summary, shown), {table.title: table.markdown() for table in pivot.tables(shown, summary)}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,97 +15,13 @@ import tyro
 
 from unmask.config import convert, overview, read_flags, split_spec
 from unmask.errors import UserError, unknown
-from unmask.io.files import each_line, write_text, writing_to
-from unmask.io.terminal import console, standard_streams
-from unmask.models.source import ModelSource
+from unmask.io.files import each_line, writing_to
+from unmask.io.terminal import standard_streams
 
 if TYPE_CHECKING:
-    from unmask.evaluation.config import EvalConfig
     from unmask.tasks import Grade, Task
 
 # Heavy imports stand inside the commands, so that --help and a typo answer at once.
-
-
-@dataclass(kw_only=True)
-class GenerateArguments(ModelSource):
-    """Decode one prompt and watch the canvas fill (plain text when the output is not a terminal)."""
-
-    prompt: Annotated[str, tyro.conf.Positional]
-    """The user's turn."""
-    decoder: str = "semi-ar"
-    """Decoder spec, e.g. ``eoser-ass:blocks=4,temperature=0.7``, or a YAML file."""
-    max_new_tokens: int = 128
-    """Canvas length in tokens."""
-    prefill: str = ""
-    """Text that the assistant's turn starts with."""
-    seed: int = 0
-    delay: float = 0.0
-    """Seconds to wait after each step, for watching."""
-
-
-def generate(arguments: list[str]) -> None:
-    show_decoding(read_flags(GenerateArguments, arguments, prog="unmask generate"))
-
-
-def show_decoding(a: GenerateArguments) -> str:
-    """Decode, print and return the completion; a terminal sees the canvas fill."""
-    import torch
-
-    from unmask.decoding import decode, make_decoder
-    from unmask.decoding.stream import LiveCanvas
-
-    if not 0 <= a.seed < 2**63 or not 0 <= a.delay < 60:
-        raise UserError(f"seed is {a.seed}, delay is {a.delay}: give a seed of 0 or more and a delay below 60 seconds")
-    decoder = make_decoder(a.decoder, max_new_tokens=a.max_new_tokens)
-    lm = a.load()
-    screen = console()
-    ids, mask = lm.encode([lm.chat(a.prompt, a.prefill)], decoder.max_new_tokens)
-    streamer = LiveCanvas(lm, screen, f"{lm.name} · {decoder.name}", a.delay) if screen.is_terminal else None
-    try:
-        generator = torch.Generator().manual_seed(a.seed)
-        trajectory = decode(lm, ids, mask, decoder, generator, streamer=streamer, early_stop=True)
-    finally:  # on Ctrl-C too the cursor comes back
-        if streamer is not None:
-            streamer.end()
-    text = lm.text(trajectory.tokens)[0]
-    print(text, flush=True)
-    return text
-
-
-def evaluate(arguments: list[str]) -> None:
-    from unmask.evaluation.config import EvalConfig
-
-    run_evaluation(read_flags(EvalConfig, arguments, prog="unmask eval"))
-
-
-def run_evaluation(config: EvalConfig) -> None:
-    from unmask.evaluation.distributed import AgreedError, join
-    from unmask.evaluation.evaluate import evaluate
-    from unmask.evaluation.progress import progress_bars
-    from unmask.results import accuracy as report
-
-    processes = join()
-    if processes.rank:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C comes to all, and rank 0 has a word for it
-    elif processes.world > 1:  # another rank's end comes as SIGTERM; the terminal shall have its cursor back
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with progress_bars() as progress:
-            summary = evaluate(config, progress)
-    except AgreedError:
-        processes.leave_to_first()
-        raise
-    if processes.rank:
-        return
-    output = Path(config.output)
-    with writing_to(output):
-        figures = report.write_figures(summary, output)
-        write_text(output / "table.md", report.markdown_table(summary))
-    screen = console()
-    screen.print(report.terminal_table(summary, screen))
-    print(f"records  {output / 'records'}\nsummary  {output / 'summary.json'}")
-    for figure in (f for f in figures if f.suffix == ".png"):
-        print(f"figure   {figure}")
 
 
 def sft(arguments: list[str]) -> None:
@@ -240,10 +155,10 @@ def grade(arguments: list[str]) -> None:
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
-    "generate": (generate, "decode one prompt and watch the canvas fill"),
+    "generate": (_elsewhere("unmask.decoding.command"), "decode one prompt and watch the canvas fill"),
     "info": (info, "what a checkpoint is, its self-test, the memory that decoding and training take"),
     "view": (_elsewhere("unmask.view.command"), "one HTML page that shows a canvas filling, decoders side by side"),
-    "eval": (evaluate, "score a model on tasks under decoders: records, table, figure"),
+    "eval": (_elsewhere("unmask.evaluation.command"), "score a model on tasks under decoders: records, table, figure"),
     "sft": (sft, "train on worked responses with the masked diffusion loss"),
     "rl": (rl, "train on rewards with GRPO along the decoder's trajectories"),
     "report": (_elsewhere("unmask.results.command"), "figures and one HTML file of evaluations, trainings and studies"),

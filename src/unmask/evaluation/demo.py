@@ -6,8 +6,9 @@ import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
-from unmask.cli import GenerateArguments, run_evaluation, show_decoding
 from unmask.config import read_flags
+from unmask.decoding.command import GenerateArguments, show_decoding
+from unmask.evaluation.command import run_evaluation
 from unmask.evaluation.config import EvalConfig
 from unmask.io.terminal import console
 

@@ -26,8 +26,8 @@ from unmask.errors import UserError
 from unmask.evaluation.config import EvalConfig
 from unmask.evaluation.curves import curves, kept_trajectories
 from unmask.evaluation.distributed import Processes, join, take_own_gpu
-from unmask.evaluation.records import Record, as_lines, compare_to_best, merge, shard, slug, summarise
-from unmask.io.files import read_json, removed, write_json, writing_to
+from unmask.evaluation.records import Record, as_lines, compare_to_best, merge, shard, summarise
+from unmask.io.files import read_json, removed, slug, write_json, writing_to
 from unmask.io.schema import CONFIG, COUNT, RECORD, Number
 from unmask.models.load import warn_of_slow_bf16
 from unmask.models.masked_lm import MaskedLM

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +15,6 @@ from unmask.tasks import Problem
 
 Record = dict[str, Any]
 _FIX = "remove it, and its problems are decoded again"
-
-
-def slug(text: str) -> str:
-    """A file name for a spec, of at most 109 characters; a hash keeps apart what cutting and replacing would confuse."""
-    plain = re.sub(r"[^A-Za-z0-9.+=-]+", "_", text).strip("_")[:100]
-    digest = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
-    return plain if plain == text else f"{plain}-{digest[:8]}"
 
 
 def read_records(path: Path) -> list[Record]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -258,3 +259,10 @@ def read_typed(text: str) -> str:
         raise UserError(
             f"{text[:40]!r} is not UTF-8 text: write it as UTF-8, or set the locale it is written in"
         ) from None
+
+
+def slug(text: str) -> str:
+    """A file name for a spec, of at most 109 characters; a hash keeps apart what cutting and replacing would confuse."""
+    plain = re.sub(r"[^A-Za-z0-9.+=-]+", "_", text).strip("_")[:100]
+    digest = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
+    return plain if plain == text else f"{plain}-{digest[:8]}"

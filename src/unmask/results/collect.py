@@ -14,12 +14,11 @@ import numpy as np
 
 from unmask.config import build
 from unmask.errors import UserError, unknown
-from unmask.evaluation.records import slug
-from unmask.io.files import each_line, read_json, read_lines, read_yaml
+from unmask.io.files import each_line, read_json, read_lines, read_yaml, slug
 from unmask.io.schema import COUNT, CURVES, METRICS, POSITIVE, RECORD, SUMMARY, TIMES, whole_summary
+from unmask.results.axes import PLAN, SEEDS
 from unmask.results.pivot import Pivot, Shown, plain, tables
 from unmask.results.summary import groups_of, read_cells, run_lines, summarise_study
-from unmask.study import PLAN, SEEDS
 
 Curve = dict[int, float]
 _FIX = "give a whole folder"

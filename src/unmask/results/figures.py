@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
-from unmask.evaluation.records import slug
+from unmask.io.files import slug
 from unmask.results.collect import Result, differing, setting, varying
 from unmask.results.style import (
     GRID,

@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from unmask.config import build
 from unmask.errors import UserError, unknown
 from unmask.results.accuracy import markdown as markdown_table
 from unmask.results.accuracy import percent, points
-from unmask.study import METRICS, PLAN, Table, distinct
-
-if TYPE_CHECKING:
-    from unmask.study.config import StudyConfig
+from unmask.results.axes import METRICS, PLAN, Table, distinct
 
 CLEAR = 0.05
 """A difference with Holm's p below this gets a star."""
@@ -70,10 +67,13 @@ class Shown:
         return text + "".join(f"\n{note}\n" for note in self.notes)
 
 
-def pivots(config: StudyConfig, cells: Sequence[Table]) -> list[Pivot]:
+def pivots(
+    tables: Sequence[Table], cells: Sequence[Table], compare: Sequence[str] = (), baselines: Sequence[str] = ()
+) -> list[Pivot]:
     """The tables of a study's file.
 
     Args:
+        tables, compare, baselines: as the file has them.
         cells: the value of every axis in each cell, seeds aside, and ``plan``.
 
     Raises:
@@ -82,9 +82,9 @@ def pivots(config: StudyConfig, cells: Sequence[Table]) -> list[Pivot]:
     found: list[Pivot] = []
     axes = list(cells[0])
     trained = any(axis.startswith("train.") for axis in axes)
-    along = config.compare or [axis for axis in axes if axis not in ("task", PLAN)]
-    compared = [*along, *["training"] * trained, *["equal passes"] * bool(config.baselines)]
-    for number, table in enumerate(config.tables, 1):
+    along = compare or [axis for axis in axes if axis not in ("task", PLAN)]
+    compared = [*along, *["training"] * trained, *["equal passes"] * bool(baselines)]
+    for number, table in enumerate(tables, 1):
         for key in ("title", "rows"):
             if not table.get(key):
                 raise UserError(f"table {number} of tables lacks {key}: add it")

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from unmask.evaluation.records import slug
-from unmask.io.files import claim_result, write_text, writing_to
+from unmask.io.files import claim_result, slug, write_text, writing_to
 from unmask.results import figures, tables
 from unmask.results.accuracy import diagnostics_figure
 from unmask.results.collect import Material, collect

@@ -18,9 +18,9 @@ from unmask.io.files import each_line
 from unmask.io.schema import CELL, RUN, whole_cell
 from unmask.results.accuracy import markdown as markdown_table
 from unmask.results.accuracy import percent, points
+from unmask.results.axes import METRICS, SEEDS, Table
 from unmask.results.pivot import OTHERS, Pivot, plain, tables
 from unmask.results.statistics import Bootstrap, holm, student_half_width, student_p, wilson
-from unmask.study import METRICS, SEEDS, Table
 
 
 def cell_lines(path: Path, fix: str = "give a whole study") -> list[Table]:

@@ -20,10 +20,9 @@ from unmask.config import build, default_of, read_config, with_parameters
 from unmask.decoding import Decoder, make_decoder
 from unmask.errors import UserError, unknown
 from unmask.evaluation.config import EvalConfig
-from unmask.evaluation.records import slug
-from unmask.io.files import expand_home
+from unmask.io.files import expand_home, slug
+from unmask.results.axes import PLAN, SEEDS, Table, distinct
 from unmask.rl.config import MAY_CHANGE, RLConfig
-from unmask.study import PLAN, SEEDS, Table, distinct
 from unmask.study.config import StudyConfig
 from unmask.tasks import make_task
 

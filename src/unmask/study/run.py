@@ -27,8 +27,8 @@ from unmask.config import save_config
 from unmask.errors import UserError
 from unmask.io.files import read_lines, removed, whole, write_json, write_text, writing_to
 from unmask.io.schema import METRICS, TIMES
+from unmask.results.axes import Table
 from unmask.results.pivot import pivots
-from unmask.study import Table
 from unmask.study.grid import Job, StudyConfig, check_compared, jobs_of, labels, settings_of, training_labels
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def run_job(job: Job, folder: Path, done: set[str], report: Callable[[str, Table
     """
     from unmask.evaluation.config import EvalConfig
     from unmask.evaluation.evaluate import evaluate
-    from unmask.evaluation.records import read_records, slug
+    from unmask.evaluation.records import read_records
+    from unmask.io.files import slug
 
     model, budget = None, {}
     if job.training is not None:
@@ -197,7 +198,7 @@ def study(config: StudyConfig, beside: Path, progress: Progress | None = None) -
     jobs = jobs_of(config, beside)
     tables, axes = labels(jobs)
     check_compared(config, axes)
-    shown = pivots(config, settings_of(jobs, tables))
+    shown = pivots(config.tables, settings_of(jobs, tables), config.compare, config.baselines)
     output = Path(config.output)
     keys = [c.key for job in jobs for c in job.cells]
     with writing_to(output, "output"):

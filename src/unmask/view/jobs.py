@@ -13,8 +13,8 @@ from unmask.config import build
 from unmask.decoding import Decoder, make_decoder
 from unmask.errors import UserError
 from unmask.evaluation.evaluate import row_seeds
-from unmask.evaluation.records import Record, slug
-from unmask.io.files import each_line, expand_home, read_json
+from unmask.evaluation.records import Record
+from unmask.io.files import each_line, expand_home, read_json, slug
 from unmask.io.schema import CONFIG, RECORD, Number
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.source import ModelSource
