@@ -21,7 +21,7 @@ from unmask.rl.gap import bench_gap
 from unmask.terminal import console, fitting_table
 
 Row = list[str]
-_DROP_FIRST = ("% GEMM", "+GiB", "T", "trunk ms")
+_DROP_FIRST = ("% GEMM", "+GiB", "T", "trunk ms", "step ms", "passes")
 
 
 def _run(config: Any, work: Callable[..., dict[str, Any]]) -> dict[str, Any]:
