@@ -21,7 +21,7 @@ from unmask.io.terminal import console, fitting_table
 from unmask.results.accuracy import COLOURS, MARKERS, markdown, save_figure
 
 Row = list[str]
-_DROP_FIRST = ("% GEMM", "+GiB", "T", "trunk ms")
+_DROP_FIRST = ("% GEMM", "+GiB", "T", "trunk ms", "step ms", "passes")
 
 
 def _run(config: Any, work: Callable[..., dict[str, Any]]) -> dict[str, Any]:

@@ -173,7 +173,8 @@ def test_decode_cells(tmp_path: Path, checkout: str, toy_folder: str, monkeypatc
         assert ("reference_over_ours" in cell) == (cell["decoder"] == "full")
 
 
-def test_decode_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_decode_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "132")
     output = tmp_path / "d.json"
     small = ["--vocabulary", "300", "--d-model", "32", "--n-layers", "1", "--mlp-hidden-size", "64", "--rows", "2"]
     more = ["--model", "stand-in", "--decoder", "ass", "--temperature", "0", "--length", "8", "16", "--repeats", "1"]

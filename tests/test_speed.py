@@ -288,12 +288,12 @@ def test_autocast_scores_in_its_precision() -> None:
 # ---- the device ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("spec", [*STATIC, "semi-ar:cache=dual,block_length=8"])
+@pytest.mark.parametrize("spec", [*STATIC, "semi-ar:cache=dual,block_length=16"])
 def test_the_loop_never_waits_for_the_device(spec: str) -> None:
     """On tensors without values, whatever must look at one raises: so would a synchronisation."""
-    decoder = make_decoder(spec, max_new_tokens=16)
+    decoder = make_decoder(spec, max_new_tokens=32)
     prompt = torch.zeros(3, 5, dtype=torch.int64)
-    rows = Canvases.new(prompt, prompt > 0, 16, toy().mask_id, prompt[:, 0], range(3))
+    rows = Canvases.new(prompt, prompt > 0, 32, toy().mask_id, prompt[:, 0], range(3))
     with FakeTensorMode() as mode:
         lm = toy()
         for name in ("ids", "visible", "step", "logprob", "seeds", "at"):
