@@ -33,9 +33,14 @@ def command(arguments: list[str]) -> None:
     getattr(tables, name)(config)
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> int:
+    """Run one benchmark; returns the exit code."""
     from unmask.cli import run_command
     from unmask.io.terminal import standard_streams
 
     with standard_streams():
-        sys.exit(run_command(lambda: command(sys.argv[1:])))
+        return run_command(lambda: command(sys.argv[1:] if arguments is None else arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

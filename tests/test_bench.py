@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from benchmarks import decoding, update
+from benchmarks.__main__ import main as benchmark
 from benchmarks.decoding import BenchDecode, bench_decode, standing_at
 from benchmarks.gap import BenchGap, bench_gap
 from benchmarks.reference import counterpart, load_reference, reference_decode
 from benchmarks.update import BenchRL, bench_rl, bench_trainer, measure, plain_update, random_rollout
 from unmask import Decoder, MaskedLM, UserError, make_decoder
-from unmask.cli import main
 from unmask.decoding import decode
 from unmask.rl.objectives import OBJECTIVES
 
@@ -85,10 +85,10 @@ def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(UserError, match="there is no GPU here"):
             BenchRL(device="cuda")
     for command in ("rl", "gap", "decode"):
-        assert main(["bench", command, "--output", "/proc/nothing/x.json"]) == 2
+        assert benchmark([command, "--output", "/proc/nothing/x.json"]) == 2
         assert "cannot write to" in capsys.readouterr().err
-    assert main(["bench", "decoding"]) == 2 and "choose from decode, gap, memory, rl" in capsys.readouterr().err
-    assert main(["bench"]) == 2
+    assert benchmark(["decoding"]) == 2 and "choose from decode, gap, memory, rl" in capsys.readouterr().err
+    assert benchmark([]) == 2
 
 
 def test_the_gap_is_rounding_for_cj_alone(toy_folder: str, tmp_path: Path) -> None:
@@ -178,12 +178,12 @@ def test_decode_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     output = tmp_path / "d.json"
     small = ["--vocabulary", "300", "--d-model", "32", "--n-layers", "1", "--mlp-hidden-size", "64", "--rows", "2"]
     more = ["--model", "stand-in", "--decoder", "ass", "--temperature", "0", "--length", "8", "16", "--repeats", "1"]
-    assert main(["bench", "decode", *small, *more, "--output", str(output)]) == 0
+    assert benchmark(["decode", *small, *more, "--output", str(output)]) == 0
     out = capsys.readouterr().out
     assert "stand-in · ass" in out and str(tmp_path / "d.png") in out
     assert (tmp_path / "d.png").stat().st_size > 1000 and (tmp_path / "d.md").read_text().count("\n") == 4
-    too_long = ["bench", "decode", "--model", "tiny", "--decoder", "ass", "--length", "9999", "--output", str(output)]
-    assert main(too_long) == 2 and "tokens, but prompt and canvas have" in capsys.readouterr().err
+    too_long = ["decode", "--model", "tiny", "--decoder", "ass", "--length", "9999", "--output", str(output)]
+    assert benchmark(too_long) == 2 and "tokens, but prompt and canvas have" in capsys.readouterr().err
 
 
 def test_timed_passes_are_those_of_the_decode(toy_lm: MaskedLM) -> None:

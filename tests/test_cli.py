@@ -138,7 +138,6 @@ def test_damaged_files(
         (["export"], ["unmask export lacks 2 arguments"]),
         (["rl"], ["unmask rl lacks an argument"]),
         (["rl", "CONFIG", "--compile", "false"], ["--name or --no-name", "see unmask rl"]),
-        (["bench", "decode", "--nothing"], ["unrecognized options: --nothing", "see unmask bench decode --help"]),
     ],
 )
 def test_flags_that_cannot_be_read(capsys: pytest.CaptureFixture[str], arguments: list[str], said: list[str]) -> None:
@@ -151,33 +150,32 @@ HEAVY = ("torch", "transformers", "matplotlib", "datasets", "peft", "reasoning_g
 
 ANSWERED_AT_ONCE = [
     *([name, "--help"] for name in COMMANDS if name != "lm-eval"),
-    *(["bench", name, "--help"] for name in BENCHMARKS),
     *([name, "--nothing", "x"] for name in ("generate", "info", "view", "eval", "sft", "rl", "tune", "study", "demo")),
-    *(["bench", name, "--nothing"] for name in BENCHMARKS),
     *([name, "no.yaml"] for name in ("sft", "rl", "study")),
     *(
         [name, str(ROOT / "configs" / "tiny" / file), "--stepz", "2"]
         for name, file in (("sft", "sft.yaml"), ("rl", "cj_sudoku.yaml"))
     ),
     ["evall"],
-    ["bench", "decoding"],
 ]
+BENCHED_AT_ONCE = [["--help"], *([name, flag] for name in BENCHMARKS for flag in ("--help", "--nothing")), ["decoding"]]
 
 
 def test_help_and_typos_answer_without_heavy_imports() -> None:
     """What takes seconds is these imports: in one interpreter for all calls, none of them may be found."""
     code = f"""
 import sys
+from benchmarks.__main__ import main as benchmark
 from unmask.cli import main
-for arguments in {ANSWERED_AT_ONCE!r}:
+for run, arguments in [*((main, a) for a in {ANSWERED_AT_ONCE!r}), *((benchmark, a) for a in {BENCHED_AT_ONCE!r})]:
     try:
-        code = main(arguments)
+        code = run(arguments)
     except SystemExit as stop:
         code = stop.code or 0
     assert code == (0 if "--help" in arguments else 2), arguments
     assert not (found := {{*{HEAVY!r}}} & {{*sys.modules}}), (arguments, found)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, cwd=ROOT)
     assert done.returncode == 0, done.stderr
 
 
@@ -190,7 +188,6 @@ for arguments in {ANSWERED_AT_ONCE!r}:
         ),
         (["rl"], ["--dry-run", "--tasks", "--num-generations INT", "(default: 8)", "Completions a prompt, the group"]),
         (["study"], ["--jobs INT", "(default: 1)", "evaluate", "train", "tables", "Jobs at a time"]),
-        (["bench"], [*BENCHMARKS]),
     ],
 )
 def test_help_lists_the_keys_of_the_file(
