@@ -1,0 +1,57 @@
+"""The package is built as docs/architecture.md says: arrows point one way, and no files import each other in a circle."""
+
+from __future__ import annotations
+
+import ast
+import re
+from functools import cache
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "src" / "unmask"
+ROOMS = re.findall(r"^\| `(\w+)` \|", (PACKAGE.parent.parent / "docs" / "architecture.md").read_text(), re.MULTILINE)
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@cache
+def imports() -> dict[str, set[str]]:
+    """Module -> modules of the package that it imports anywhere, also inside functions."""
+    files = {name_of(path): path for path in PACKAGE.rglob("*.py")}
+    found: dict[str, set[str]] = {name: set() for name in files}
+    for name, path in files.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("unmask"):
+                for alias in node.names:
+                    inner = f"{node.module}.{alias.name}"
+                    found[name].add(inner if inner in files else str(node.module))
+            elif isinstance(node, ast.Import):
+                found[name] |= {alias.name for alias in node.names if alias.name in files}
+        found[name] -= {name, "unmask"}
+    return found
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def test_the_table_names_every_room() -> None:
+    files = {room(name) for name in imports() if name not in ("unmask", "unmask.__main__")}
+    assert files == set(ROOMS) and len(list(PACKAGE.glob("*.py"))) <= 6
+
+
+def test_arrows_point_one_way() -> None:
+    wrong = [
+        (name, other)
+        for name, others in imports().items()
+        for other in others
+        if name not in ("unmask", "unmask.__main__") and ROOMS.index(room(other)) > ROOMS.index(room(name))
+    ]
+    assert not wrong
+
+
+def test_no_circle_between_files() -> None:
+    TopologicalSorter({n: {o for o in others} for n, others in imports().items() if n != "unmask"}).prepare()
