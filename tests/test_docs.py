@@ -12,7 +12,7 @@ import unmask
 from checkpoints import write_llada
 from unmask.cli import COMMANDS, main
 from unmask.config import read_flags
-from unmask.evaluation.tune import TuneConfig
+from unmask.evaluation.tune_config import TuneConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

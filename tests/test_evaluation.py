@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from unmask import MaskedLM, UserError, make_task
-from unmask.evaluation.evaluate import EvalConfig, evaluate, task_prompts
+from unmask.evaluation.evaluate import EvalConfig, evaluate
+from unmask.evaluation.prompts import task_prompts
 from unmask.evaluation.records import compare_to_best, read_records
 from unmask.results import accuracy as report
 from unmask.results.statistics import pooled_bootstrap, wilson

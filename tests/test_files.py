@@ -30,7 +30,7 @@ from unmask.io.schema import MEASURED
 from unmask.results.collect import collect
 from unmask.results.summary import run_lines
 from unmask.tasks import make_task
-from unmask.view.command import ViewArguments
+from unmask.view.config import ViewArguments
 from unmask.view.jobs import from_records
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(

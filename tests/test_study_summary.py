@@ -13,7 +13,8 @@ from scipy import stats
 
 from unmask import decode, load, make_decoder, make_task
 from unmask.evaluation.curves import POSITION_BINS, TIME_BINS, curves
-from unmask.evaluation.evaluate import EvalConfig, evaluate, task_prompts
+from unmask.evaluation.evaluate import EvalConfig, evaluate
+from unmask.evaluation.prompts import task_prompts
 from unmask.evaluation.records import read_records
 from unmask.results.statistics import (
     Bootstrap,

@@ -150,20 +150,20 @@ def test_search_finds_an_answer_exactly_when_there_is_one(numbers: tuple[int, ..
 
 HOSTILE = [
     "9**9**9",
-    "(" * 10**6,
+    "(" * 200_000,
     "(" * 90 + "1" + ")" * 90,
     "٣+٨*٥",
     "1²+3",
     "__import__('os').system('true')",
-    "8*3+5" + "+0" * 10**5,
+    "8*3+5" + "+0" * 50_000,
     "8//0+3+5",
     "8/0+3*5",
     "1e9+8+3+5",
     "8" * 5000,
-    "\\boxed{" * 10**5,
-    "\\boxed{" * 10**5 + "}" * 10**5,
-    "<answer>" * 10**5,
-    "8*3+5=" * 10**5 + "29",
+    "\\boxed{" * 30_000,
+    "\\boxed{" * 30_000 + "}" * 30_000,
+    "<answer>" * 25_000,
+    "8*3+5=" * 30_000 + "29",
     "",
     "\x00",
     "0x8*3+5",
@@ -180,7 +180,7 @@ def test_hostile_countdown_answers_are_wrong_and_fast(text: str) -> None:
         for last in (False, False, True):
             start = time.process_time()
             graded = task.grade(problem, completion)
-            if time.process_time() - start < 1:  # of a million characters
+            if time.process_time() - start < 1:  # of 200,000 characters, more than any canvas holds
                 break
             assert not last
         assert not graded.solved or text.startswith("8*3+5=")

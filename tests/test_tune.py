@@ -21,7 +21,9 @@ from unmask.evaluation import tune as module
 from unmask.evaluation import tune_report, tune_space
 from unmask.evaluation.evaluate import EvalConfig, evaluate
 from unmask.evaluation.progress import progress_bars
-from unmask.evaluation.tune import Standing, TuneConfig, command, pareto, tune
+from unmask.evaluation.tune import Standing, pareto, tune
+from unmask.evaluation.tune_command import command
+from unmask.evaluation.tune_config import TuneConfig
 from unmask.evaluation.tune_space import candidates
 from unmask.results.statistics import paired_difference
 from unmask.rl.run import RLConfig

@@ -16,10 +16,8 @@ from unmask.decoding.decoder import PRESETS
 from unmask.evaluation import tune_report
 from unmask.evaluation.tune import (
     Standing,
-    TuneConfig,
     best,
     better_part,
-    command,
     decide,
     in_run_off,
     pareto,
@@ -27,6 +25,8 @@ from unmask.evaluation.tune import (
     standing,
     successive_halving,
 )
+from unmask.evaluation.tune_command import command
+from unmask.evaluation.tune_config import TuneConfig
 from unmask.evaluation.tune_space import behaviour, candidates, unfit_presets
 
 # ---- the search, without a model -------------------------------------------------------------------------------------

@@ -12,7 +12,8 @@ import pytest
 from browser import page_data
 from unmask.errors import UserError
 from unmask.evaluation.evaluate import EvalConfig, evaluate
-from unmask.view.command import ViewArguments, command
+from unmask.view.command import command
+from unmask.view.config import ViewArguments
 from unmask.view.jobs import Settings
 
 

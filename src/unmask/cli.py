@@ -162,7 +162,10 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "sft": (sft, "train on worked responses with the masked diffusion loss"),
     "rl": (rl, "train on rewards with GRPO along the decoder's trajectories"),
     "report": (_elsewhere("unmask.results.command"), "figures and one HTML file of evaluations, trainings and studies"),
-    "tune": (_elsewhere("unmask.evaluation.tune"), "the best decoder for a task within a budget of forward passes"),
+    "tune": (
+        _elsewhere("unmask.evaluation.tune_command"),
+        "the best decoder for a task within a budget of forward passes",
+    ),
     "study": (_elsewhere("unmask.study.command"), "a grid of trainings and evaluations with equal budgets, resumable"),
     "export": (export_checkpoint, "merge a checkpoint's adapter into a plain checkpoint"),
     "lm-eval": (lm_eval, "lm-evaluation-harness's own command line, with --model unmask"),

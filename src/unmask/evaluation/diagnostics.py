@@ -13,7 +13,7 @@ from unmask.decoding.decode import guided
 from unmask.decoding.sampling import Candidates, candidates
 from unmask.decoding.trajectory import Trajectory
 from unmask.evaluation.config import EvalConfig
-from unmask.evaluation.evaluate import row_seeds, task_prompts
+from unmask.evaluation.prompts import row_seeds, task_prompts
 from unmask.models.head import Head
 from unmask.models.masked_lm import MaskedLM
 from unmask.tasks import Task

@@ -13,7 +13,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from unmask.decoding import Decoder, decode_each, make_decoder
 from unmask.errors import UserError
 from unmask.evaluation.config import EvalConfig
 from unmask.evaluation.curves import curves, kept_trajectories
+from unmask.evaluation.diagnostics import eos_curves
 from unmask.evaluation.distributed import Processes, join, take_own_gpu
+from unmask.evaluation.prompts import row_seeds, task_prompts
 from unmask.evaluation.records import Record, as_lines, compare_to_best, merge, shard, summarise
 from unmask.io.files import read_json, removed, slug, write_json, writing_to
 from unmask.io.schema import CONFIG, COUNT, RECORD, Number
@@ -65,23 +67,6 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def row_seeds(seed: int, indexes: Sequence[int]) -> torch.Tensor:
-    """The seed of each problem's row, (len(indexes),) int64: it depends on nothing but the evaluation's seed and its index."""
-    return torch.tensor([seed * 2**32 + i for i in indexes], dtype=torch.int64)
-
-
-def task_prompts(lm: MaskedLM, task: Task, problems: Sequence[Problem], shots: int = 0, seed: int = 0) -> list[str]:
-    """The prompt of every problem, behind ``shots`` worked examples of the training split where asked for."""
-    examples: list[tuple[str, str]] = []
-    for example in task.problems("train", shots, seed) if shots else ():
-        if example.response is None:
-            raise UserError(
-                f"task {task.name} has no worked responses in this form: leave --shots out, or try style=compact"
-            )
-        examples.append((task.instruction(example), task.prefill + example.response))
-    return [lm.chat(task.instruction(p), task.prefill, examples) for p in problems]
 
 
 @dataclass(frozen=True)
@@ -280,8 +265,6 @@ def _finish(request: Request, config: EvalConfig, world: int) -> dict[str, Any]:
     facts = {**environment(), "processes": world}
     summary = {"config": request.resolved, "environment": facts, "cells": cells}
     if config.diagnostics:
-        from unmask.evaluation.diagnostics import eos_curves  # only here: it decodes again
-
         summary["diagnostics"] = [
             {"task": c.task_spec, "decoder": c.decoder_spec, **eos_curves(request.lm, c.task, c.decoder, config)}
             for c in request.cells

@@ -12,17 +12,16 @@ import json
 import math
 import os
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean, stdev
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from unmask.config import expand_paths, read_flags
-from unmask.errors import TooFewProblems, UserError, check_at_least
+from unmask.errors import TooFewProblems, UserError
+from unmask.evaluation.tune_config import TuneConfig
 from unmask.io.files import read_json, read_lines, whole, write_json, writing_to
 from unmask.io.schema import CONFIG, MEASURED
-from unmask.models.source import ModelSource
 
 if TYPE_CHECKING:
     from unmask.evaluation.config import EvalConfig
@@ -42,58 +41,6 @@ RUN_OFF = 6
 SLACK = 2
 """Before the last round, a mean that is over the budget by no more than so many standard errors may still be within it."""
 KEPT = tuple(MEASURED)
-
-
-@dataclass(kw_only=True)
-class TuneConfig(ModelSource):
-    """Search for the decoder that is best on a task within a budget of forward passes."""
-
-    task: str
-    """Task spec, e.g. ``countdown`` or ``gsm8k:data=FOLDER``; it needs validation and test problems."""
-    budget: int
-    """Forward passes a problem, as a mean over the validation problems; guidance counts double."""
-    metric: Literal["solved", "score"] = "solved"
-    """What is best: the share of problems solved, or of points (Sudoku: cells)."""
-    cfg_scale: list[float] = field(default_factory=list)
-    """Strengths of guidance to try beside none, e.g. ``0.5 1``."""
-    limit: int = 128
-    """Validation problems of the last round; the first has 16."""
-    run_off_limit: int = 384
-    """Validation problems on which the best meet in a run-off; with no more than ``limit`` the last round decides."""
-    test_limit: int = 256
-    """Test problems for the winner and the best preset."""
-    max_new_tokens: int = 128
-    """Canvas length in tokens."""
-    early_stop: bool = True
-    """A row ends once its text is complete, as in ``generate`` and ``eval``. Without it a row takes its whole plan, as in the
-    rollouts of ``rl``."""
-    batch_size: int = 32
-    """Rows of one forward pass."""
-    seed: int = 0
-    """Seed of the problems, and of decoders in random order."""
-    output: str = "runs/tune"
-    """Run folder. A second call with the same settings goes on or just prints the result."""
-
-    def __post_init__(self) -> None:
-        expand_paths(self)
-        check_at_least(self, 1, "budget", "limit", "run_off_limit", "test_limit", "max_new_tokens", "batch_size")
-        for scale in self.cfg_scale:
-            if not 0 < scale < float("inf"):
-                raise UserError(f"cfg_scale is {scale}: give positive numbers")
-        if self.cfg_scale and self.budget < 2:
-            raise UserError(
-                "budget is 1, and guidance takes 2 passes at least: give a budget of 2 or more, or leave --cfg-scale out"
-            )
-        self.evaluation(["full"])  # checks the settings that the two have in common
-
-    def evaluation(self, decoders: list[str]) -> EvalConfig:
-        """The same settings for decoding the validation problems."""
-        from unmask.evaluation.config import EvalConfig
-
-        mine = {f.name for f in fields(self)} - {"task"}
-        shared = {f.name: getattr(self, f.name) for f in fields(EvalConfig) if f.name in mine}
-        shared["limit"] = max(self.limit, self.run_off_limit)
-        return EvalConfig(**shared, task=[self.task], decoder=decoders, split="validation")
 
 
 # ---- the search, without a model -------------------------------------------------------------------------------------
@@ -268,7 +215,8 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> dict[str, Any]
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("a search runs as one process: start it without torchrun or accelerate")
-    from unmask.evaluation.evaluate import environment, prepare, task_prompts
+    from unmask.evaluation.evaluate import environment, prepare
+    from unmask.evaluation.prompts import task_prompts
     from unmask.evaluation.records import summarise
     from unmask.evaluation.tune_space import candidates
     from unmask.results.statistics import paired_difference
@@ -375,14 +323,3 @@ def _claim(path: Path, settings: dict[str, Any]) -> None:
     before = read_json(path, CONFIG, "give another --output")
     if changed := sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k)):
         raise UserError(f"{path.parent} holds a search with other {', '.join(changed)}: give another --output")
-
-
-def command(arguments: list[str]) -> None:
-    """``unmask tune``."""
-    config = read_flags(TuneConfig, arguments, prog="unmask tune")
-    from unmask.evaluation import tune_report
-    from unmask.evaluation.progress import progress_bars
-
-    with progress_bars() as progress:
-        result = tune(config, progress)
-    tune_report.show(result, tune_report.write(result, config))

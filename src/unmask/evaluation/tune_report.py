@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 from unmask.config import default_of
 from unmask.decoding import Decoder
-from unmask.evaluation.tune import TuneConfig
+from unmask.evaluation.tune_config import TuneConfig
 from unmask.evaluation.tune_space import unfit_presets
 from unmask.io.files import as_yaml, write_text, writing_to
 from unmask.io.terminal import console, fitting_table

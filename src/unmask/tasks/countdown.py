@@ -14,8 +14,6 @@ from functools import cache
 from itertools import combinations, count
 from typing import Any, ClassVar
 
-import reasoning_gym
-
 from unmask.errors import UserError
 from unmask.io.hub import read_rows
 from unmask.tasks import answers, released
@@ -53,6 +51,8 @@ class Countdown(Task):
     def generate(self, split: str, limit: int | None, seed: int) -> list[Problem]:
         if limit is None:
             raise UserError("task countdown generates problems without end: give a limit")
+        import reasoning_gym  # slow: only where problems are made
+
         source = reasoning_gym.create_dataset(
             "countdown",
             size=2**31,

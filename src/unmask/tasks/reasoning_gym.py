@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Any, ClassVar
 
-from reasoning_gym.factory import DATASETS
-
 from unmask.errors import UserError, unknown
 from unmask.tasks import answers, verifier
 from unmask.tasks.base import Grade, Problem, Reward, Task, first_different, split_of, stream_seed
@@ -32,6 +30,8 @@ class ReasoningGym(Task):
     """Fields of the data set's own config, as (key, text)."""
 
     def __post_init__(self) -> None:
+        from reasoning_gym.factory import DATASETS  # slow: only where it is used
+
         if self.dataset not in DATASETS:
             raise unknown("reasoning_gym data set", self.dataset, DATASETS)
         if self.style != "paper" or self.extraction != "default":

@@ -14,8 +14,6 @@ from functools import cache
 from itertools import count, permutations
 from typing import Any, ClassVar
 
-import reasoning_gym
-
 from unmask.errors import UserError
 from unmask.io.files import read_text
 from unmask.tasks import answers, released
@@ -63,6 +61,8 @@ class Sudoku(Task):
     def generate(self, split: str, limit: int | None, seed: int) -> list[Problem]:
         if limit is None:
             raise UserError("task sudoku generates puzzles without end: give a limit")
+        import reasoning_gym  # slow: only where problems are made
+
         source = reasoning_gym.create_dataset(
             "mini_sudoku", size=2**31, seed=stream_seed(seed), min_empty=self.min_empty, max_empty=self.max_empty
         )

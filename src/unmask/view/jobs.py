@@ -12,7 +12,7 @@ import torch
 from unmask.config import build
 from unmask.decoding import Decoder, make_decoder
 from unmask.errors import UserError
-from unmask.evaluation.evaluate import row_seeds
+from unmask.evaluation.prompts import row_seeds
 from unmask.evaluation.records import Record
 from unmask.io.files import each_line, expand_home, read_json, slug
 from unmask.io.schema import CONFIG, RECORD, Number
@@ -21,7 +21,7 @@ from unmask.models.source import ModelSource
 from unmask.tasks import make_task
 
 if TYPE_CHECKING:
-    from unmask.view.command import ViewArguments
+    from unmask.view.config import ViewArguments
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,81 @@
+"""What ``unmask view`` is asked: read without torch, so that help and a typo answer at once."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from unmask.errors import UserError, check_at_least, check_seed
+from unmask.models.source import ModelSource
+
+MOST = 4  # decodes side by side
+
+
+@dataclass(kw_only=True)
+class ViewArguments(ModelSource):
+    """Write one HTML page on which a canvas fills step by step, for one prompt under one to four decoders."""
+
+    prompt: Annotated[list[str], tyro.conf.Positional] = field(default_factory=list)
+    """The user's turn; or one to four records files (.jsonl) of ``unmask eval``, whose problem is decoded again."""
+    model: str = "auto"
+    """As elsewhere: a name or a folder. ``auto``: the model that the records were made with; without records ``tiny``."""
+    task: str | None = None
+    """Instead of a prompt, a problem of this task's test split; its text is graded."""
+    index: int = 0
+    """Which problem of the task or of the records."""
+    decoder: list[str] = field(default_factory=lambda: ["semi-ar", "eoser-ass"])
+    """One to four decoder specs or YAML files, side by side."""
+    max_new_tokens: int = 128
+    """Canvas length in tokens, unless a decoder sets its own."""
+    prefill: str = ""
+    """Text that the assistant's turn starts with."""
+    seed: int = 0
+    """With a prompt as in ``unmask generate``, with a task as in ``unmask eval``."""
+    early_stop: bool = True
+    """A canvas is finished once its text is: all committed up to its first end token."""
+    candidates: int = 5
+    """How many of the likeliest tokens the page keeps for a cell."""
+    output: str = "runs/view.html"
+    """The file to write."""
+
+    @property
+    def repeats(self) -> bool:
+        """Whether records files are given."""
+        return any(p.endswith(".jsonl") for p in self.prompt)
+
+    def check(self) -> None:
+        """Raises UserError where a value is out of range or two of them exclude each other."""
+        check_at_least(self, 0, "index")
+        check_seed(self)
+        for text in self.prompt:
+            if not text.endswith(".jsonl") and os.path.exists(text):  # unlike Path.exists, takes a text of any length
+                raise UserError(
+                    f"{text} is no records file: give RUN/records/TASK--DECODER.jsonl of unmask eval, or a text"
+                )
+        if not 1 <= self.candidates <= 20:
+            raise UserError(f"candidates is {self.candidates}: give 1 to 20")
+        if self.repeats and not all(p.endswith(".jsonl") for p in self.prompt):
+            raise UserError(
+                f"the prompt mixes records files and text ({', '.join(self.prompt)}): give one or the other"
+            )
+        several, what = (self.prompt, "records files") if self.repeats else (self.decoder, "decoders")
+        if not 1 <= len(several) <= MOST:
+            raise UserError(f"{len(several)} {what}: a page shows one to {MOST}, so give as many")
+        if self.repeats:
+            own = ("task", "decoder", "max_new_tokens", "prefill", "seed", "early_stop")
+            self._leave_out("the records decide that", *own)
+        elif self.task is not None:
+            self._leave_out("the task decides that", "prompt", "prefill")
+        elif len(self.prompt) != 1:
+            raise UserError(f"{len(self.prompt)} prompts: give one text in quotes, records files (.jsonl) or --task")
+        else:
+            self._leave_out("there is only the prompt given", "index")
+
+    def _leave_out(self, why: str, *names: str) -> None:
+        usual = ViewArguments()
+        for name in names:
+            if getattr(self, name) != getattr(usual, name):
+                raise UserError(f"{name} is {getattr(self, name)!r}, but {why}: leave it out")
