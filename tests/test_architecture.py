@@ -10,6 +10,8 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "src" / "unmask"
 ROOMS = re.findall(r"^\| `(\w+)` \|", (PACKAGE.parent.parent / "docs" / "architecture.md").read_text(), re.MULTILINE)
+FRONT_DOOR = ("unmask.models.masked_lm", "decoding")
+"""``lm.generate`` calls up."""
 
 
 def name_of(path: Path) -> str:
@@ -25,6 +27,8 @@ def imports() -> dict[str, set[str]]:
     for name, path in files.items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("unmask"):
+                if (name, room(node.module or "")) == FRONT_DOOR:
+                    continue
                 for alias in node.names:
                     inner = f"{node.module}.{alias.name}"
                     found[name].add(inner if inner in files else str(node.module))
@@ -35,7 +39,7 @@ def imports() -> dict[str, set[str]]:
 
 
 def room(module: str) -> str:
-    return module.split(".")[1]
+    return (module + ".").split(".")[1]
 
 
 def test_the_table_names_every_room() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unmask.decoding import PRESETS, Decoder, Plan, ascending, decode, decode_each, make_decoder, replay, uniform
+    from unmask.decoding.generate import Generation
     from unmask.decoding.trajectory import Trajectory
     from unmask.errors import UserError
     from unmask.models.load import load
@@ -22,6 +23,7 @@ except PackageNotFoundError:  # run from a source folder that is not installed
 __all__ = [
     "PRESETS",
     "Decoder",
+    "Generation",
     "Grade",
     "MaskedLM",
     "Plan",
@@ -53,6 +55,7 @@ _HOMES = {
         "replay",
         "uniform",
     ),
+    "unmask.decoding.generate": ("Generation",),
     "unmask.models.load": ("load",),
     "unmask.models.masked_lm": ("MaskedLM",),
     "unmask.errors": ("UserError",),

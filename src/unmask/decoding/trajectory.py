@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from unmask.errors import UserError
 from unmask.io.files import whole
@@ -82,9 +83,20 @@ class Trajectory:
 
     @staticmethod
     def cat(parts: Sequence[Trajectory]) -> Trajectory:
-        """Rows of equally wide parts below each other."""
-        joined: dict[str, Any] = {k: torch.cat([getattr(p, k) for p in parts]) for k in _TENSORS}
+        """Parts concatenated along the batch; narrower prompts get more padding."""
+        width = max(p.prompt.shape[1] for p in parts)
+
+        def padded(part: Trajectory, name: str) -> Tensor:
+            tensor: Tensor = getattr(part, name)
+            return F.pad(tensor, (width - tensor.shape[1], 0)) if name.startswith("prompt") else tensor
+
+        joined: dict[str, Any] = {k: torch.cat([padded(p, k) for p in parts]) for k in _TENSORS}
         return replace(parts[0], **joined)
+
+    def take(self, rows: Tensor) -> Trajectory:
+        """Some rows, (n,) int64."""
+        chosen: dict[str, Any] = {k: getattr(self, k)[rows.to(self.tokens.device)] for k in _TENSORS}
+        return replace(self, **chosen)
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors, whole or not at all."""

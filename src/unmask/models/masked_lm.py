@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from jinja2 import TemplateError
@@ -15,6 +15,10 @@ from unmask.errors import UserError
 from unmask.io.files import read_typed
 from unmask.models.backbone import KVCache
 from unmask.models.head import Head
+
+if TYPE_CHECKING:
+    from unmask.decoding.decoder import Decoder
+    from unmask.decoding.generate import Generation, Prompt
 
 Result = TypeVar("Result")
 END_OF_TURN = (
@@ -136,6 +140,14 @@ class MaskedLM:
     def task_defaults(self) -> dict[str, dict[str, Any]]:
         """Parameters by task name that the checkpoint was trained for; empty for published ones."""
         return getattr(self.model.config, "task_defaults", None) or {}
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], decoder: str | Decoder = "semi-ar", **options: Any
+    ) -> Generation:
+        """Complete prompts; ``unmask.decoding.generate.generate`` says what ``options`` there are."""
+        from unmask.decoding.generate import generate  # the front door: the one import that points the other way
+
+        return generate(self, prompts, decoder, **options)
 
     # ---- text in and out -------------------------------------------------------------------------------------------
 

@@ -1,0 +1,110 @@
+"""``lm.generate``: the same as decoding by hand, whatever the form of the prompts and the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import unmask
+from conftest import PROMPTS
+from unmask import Decoder, Generation, MaskedLM, UserError, decode, make_decoder
+
+SPEC = "eoser-ass:temperature=1"
+
+
+def same(a: Generation, b: Generation) -> bool:
+    one, two = a.trajectory, b.trajectory
+    return (
+        a.texts == b.texts
+        and a.nfe == b.nfe
+        and torch.equal(one.tokens, two.tokens)
+        and torch.equal(one.step, two.step)
+    )
+
+
+def test_the_example_of_the_readme() -> None:
+    lm = unmask.load("tiny")
+    out = lm.generate("make 26 from 6 10 10", decoder="eoser-ass")
+    assert len(out.texts) == 1 and out.texts[0].startswith("<reasoning>") and out.nfe[0] <= 7
+    assert out.trajectory.state(3).shape == (1, 128)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_generation_is_decoding_row_by_row(toy_lm: MaskedLM, batch_size: int) -> None:
+    decoder = make_decoder(SPEC, max_new_tokens=32)
+    out = toy_lm.generate(PROMPTS, decoder, seed=5, batch_size=batch_size)
+    for i, prompt in enumerate(PROMPTS):
+        ids, mask = toy_lm.encode([toy_lm.chat(prompt)])
+        alone = decode(toy_lm, ids, mask, decoder, seeds=torch.tensor([5 + i]), early_stop=True)
+        assert out.texts[i] == toy_lm.text(alone.tokens)[0] and out.nfe[i] == int(alone.nfe)
+        assert torch.equal(out.trajectory.tokens[i], alone.tokens[0])
+        row = out.trajectory.prompt[i][out.trajectory.prompt_mask[i]]
+        assert torch.equal(row, ids[0])
+
+
+def test_all_forms_of_a_prompt_are_one(toy_lm: MaskedLM) -> None:
+    text, options = PROMPTS[0], {"max_new_tokens": 16}
+    messages = [{"role": "user", "content": text}]
+    whole = toy_lm.generate(text, SPEC, **options)
+    for form in ([text], messages, [messages], (text,)):
+        assert same(toy_lm.generate(form, SPEC, **options), whole)
+    talk = [*messages, {"role": "assistant", "content": "5"}, {"role": "user", "content": "again"}]
+    mixed = toy_lm.generate([talk, text], "ass", **options)
+    shown = toy_lm.tokenizer.decode(mixed.trajectory.prompt[0])
+    assert "again" in shown and mixed.texts[1] == toy_lm.generate(text, "ass", **options).texts[0]
+
+
+def test_several_completions_stand_next_to_each_other(toy_lm: MaskedLM) -> None:
+    out = toy_lm.generate(PROMPTS[:2], SPEC, max_new_tokens=16, num_return_sequences=3, seed=7)
+    one = toy_lm.generate([p for p in PROMPTS[:2] for _ in range(3)], SPEC, max_new_tokens=16, seed=7, batch_size=2)
+    assert same(out, one) and len(set(out.texts[:3])) > 1
+
+
+def test_stop_strings_cut_the_text_alone(toy_lm: MaskedLM) -> None:
+    whole = toy_lm.generate(PROMPTS[0], SPEC, max_new_tokens=32)
+    text = whole.texts[0]
+    assert len(text) > 4
+    cut = toy_lm.generate(PROMPTS[0], SPEC, max_new_tokens=32, stop=[text[3:5], "nowhere in it"])
+    assert cut.texts[0] == text[: text.index(text[3:5])] and torch.equal(cut.trajectory.tokens, whole.trajectory.tokens)
+
+
+def test_a_prefill_and_a_streamer(toy_lm: MaskedLM) -> None:
+    seen: list[str] = []
+
+    class Streamer:
+        def put(self, value: torch.Tensor) -> None:
+            seen.append("put")
+
+        def put_draft(self, value: torch.Tensor, **_: Any) -> None:
+            seen.append("draft")
+
+        def end(self) -> None:
+            seen.append("end")
+
+    out = toy_lm.generate("x", "ass", max_new_tokens=16, prefill="<reasoning>", streamer=Streamer())
+    assert toy_lm.tokenizer.decode(out.trajectory.prompt[0]).endswith("<reasoning>")
+    assert seen == ["put", *["draft"] * out.nfe[0], "put", "end"]
+    assert same(out, toy_lm.generate("x", "ass", max_new_tokens=16, prefill="<reasoning>"))
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "says"),
+    [
+        ([], {}, "0 prompts with num_return_sequences=1"),
+        ("x", {"num_return_sequences": 0}, "num_return_sequences=0"),
+        ("x", {"num_return_sequences": 2}, "all would be equal: set a temperature"),
+        ("x", {"stop": "abc"}, "stop is 'abc': give a list"),
+        ("x", {"stop": ["a", ""]}, "none of them empty"),
+        ("", {}, "the prompt is empty"),
+        ([{"content": "x"}], {}, "refuses the messages"),
+        ("x", {"decoder": "eosr"}, "did you mean 'eoser'"),
+        ("x", {"batch_size": 0}, "batch_size is 0"),
+        (["x", "y"], {"decoder": Decoder(max_new_tokens=8), "streamer": object()}, "a streamer shows one row"),
+    ],
+)
+def test_mistakes_are_one_sentence(toy_lm: MaskedLM, prompts: Any, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(UserError, match=says) as error:
+        toy_lm.generate(prompts, **{"decoder": "ass", "max_new_tokens": 16, **options})
+    assert "\n" not in str(error.value)
