@@ -45,7 +45,7 @@ def stand_in(shape: Shape, dtype: str, device: str) -> MaskedLM:
     return MaskedLM.wrap(model.eval(), tokenizer, "stand-in")
 
 
-def measure_apart(module: str, what: str, request: dict[str, Any]) -> dict[str, Any]:
+def run_in_subprocess(module: str, what: str, request: dict[str, Any]) -> dict[str, Any]:
     """Run ``python -m module REQUEST`` and read the JSON of its last line. Raises UserError naming ``what`` where it fails."""
     command = [sys.executable, "-m", module, json.dumps(request)]
     found_from = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
@@ -61,7 +61,7 @@ def measure_apart(module: str, what: str, request: dict[str, Any]) -> dict[str, 
 
 
 def answer(work: Callable[[dict[str, Any]], Any]) -> None:
-    """The other side of ``measure_apart``: print what ``work`` makes of the request in the command line."""
+    """The other side of ``run_in_subprocess``: print what ``work`` makes of the request in the command line."""
     try:
         print(json.dumps(work(json.loads(sys.argv[1]))))
     except UserError as error:
@@ -76,14 +76,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def seconds(work: Callable[[], Any], device: str) -> float:
     """Wall time of one call, the device's work included."""
-    settle(device)
+    synchronize_device(device)
     start = time.perf_counter()
     work()
-    settle(device)
+    synchronize_device(device)
     return time.perf_counter() - start
 
 
-def settle(device: str) -> None:
+def synchronize_device(device: str) -> None:
     """Wait for the device."""
     if device != "cpu":
         torch.cuda.synchronize()

@@ -15,10 +15,10 @@ from torch import Tensor
 from benchmarks.common import (
     answer,
     gemm_peak,
-    measure_apart,
     pass_flops,
     peak_bytes,
     reset_peak,
+    run_in_subprocess,
     seconds,
     spread,
     stand_in,
@@ -31,7 +31,7 @@ from unmask.decoding.decode import Decoding
 from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
 from unmask.evaluation.evaluate import environment, task_prompts
-from unmask.io.files import claim_result, write_json
+from unmask.io.files import check_writable, write_json
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.memory import GIB
@@ -45,7 +45,7 @@ HEAD_SCALE = (
 def bench_decode(config: BenchDecode, progress: Callable[[str], None]) -> dict[str, Any]:
     """Measure every cell in a fresh process; writes and returns the result."""
     output = Path(config.output)
-    claim_result(output)
+    check_writable(output)
     peak = gemm_peak(config.dtype, config.device)
     table: list[dict[str, Any]] = []
     result = {"config": asdict(config), "environment": environment(), "gemm_flops": peak, "cells": table}
@@ -53,7 +53,7 @@ def bench_decode(config: BenchDecode, progress: Callable[[str], None]) -> dict[s
         label = f"{model} · L = {length} · {spec} · T = {temperature:g}"
         progress(label)
         request = {**asdict(config), "cell": [model, length, spec, temperature]}
-        found = measure_apart("benchmarks.decoding", label, request)
+        found = run_in_subprocess("benchmarks.decoding", label, request)
         cell = {"model": model, "length": length, "decoder": spec, "temperature": temperature, **found}
         if "step" in cell:
             cell["of_gemm_peak"] = cell["flops"] / cell["step"]["median"] / peak

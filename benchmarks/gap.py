@@ -12,7 +12,7 @@ import torch
 from benchmarks.config import BenchGap
 from unmask.decoding import make_decoder
 from unmask.evaluation.evaluate import environment, task_prompts
-from unmask.io.files import claim_result, write_json
+from unmask.io.files import check_writable, write_json
 from unmask.models.load import load
 from unmask.results.statistics import pooled_bootstrap
 from unmask.rl.objectives import OBJECTIVES, ViewRows
@@ -27,7 +27,7 @@ def bench_gap(config: BenchGap, progress: Callable[[str], None]) -> dict[str, An
     first end token (``text_gap``), each with a 95 % interval (bootstrap over completions).
     """
     output = Path(config.output)
-    claim_result(output)
+    check_writable(output)
     lm = load(config.model)
     cells = []
     for spec in config.task:

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import answer, measure_apart, peak_bytes, reset_peak, stand_in
+from benchmarks.common import answer, peak_bytes, reset_peak, run_in_subprocess, stand_in
 from benchmarks.config import BenchMemory, BenchRL
 from benchmarks.update import bench_trainer, random_rollout
 from unmask.decoding import decode, make_decoder
 from unmask.evaluation.evaluate import environment
-from unmask.io.files import claim_result, write_json
+from unmask.io.files import check_writable, write_json
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.memory import GIB, Load, decoding_need, training_need
 
@@ -27,13 +27,13 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536
 def bench_memory(config: BenchMemory, progress: Callable[[str], None]) -> dict[str, Any]:
     """Measure every cell in a fresh process; writes and returns the result."""
     output = Path(config.output)
-    claim_result(output)
+    check_writable(output)
     os.environ.update(ALLOCATOR)
     cells = []
     for work, length, completions in product(config.work, config.length, config.completions):
         progress(f"{work}, L = {length}, {completions} completions")
         request = {**asdict(config), "cell": [work, length, completions]}
-        found = measure_apart("benchmarks.memory", f"{work} at L = {length}", request)
+        found = run_in_subprocess("benchmarks.memory", f"{work} at L = {length}", request)
         cells.append({"work": work, "length": length, "completions": completions, **found})
     result = {"config": asdict(config), "environment": environment(), "cells": cells}
     write_json(output, result)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unmask.decoding import Decoder
 from unmask.errors import UserError
-from unmask.models.head import NEVER
+from unmask.models.head import MASKED_LOGIT
 from unmask.models.masked_lm import MaskedLM
 
 
@@ -74,7 +74,7 @@ def reference_decode(module: ModuleType, lm: MaskedLM, prompt: Tensor, decoder: 
 
     def model(ids: Tensor) -> SimpleNamespace:
         logits = lm.model(input_ids=ids).logits
-        logits[..., lm.mask_id] = NEVER  # as in ours, or the two could not be compared
+        logits[..., lm.mask_id] = MASKED_LOGIT  # as in ours, or the two could not be compared
         return SimpleNamespace(logits=logits)
 
     model.dtype = lm.model.dtype  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from benchmarks.memory import table as memory_table
 from benchmarks.update import bench_rl
 from unmask.io.files import write_text
 from unmask.io.terminal import console, fitting_table
-from unmask.results.accuracy import COLOURS, MARKERS, markdown, save_figure
+from unmask.results.accuracy import COLORS, MARKERS, markdown, save_figure
 
 Row = list[str]
 _DROP_FIRST = ("% GEMM", "+GiB", "T", "trunk ms", "step ms", "passes")
@@ -87,8 +87,8 @@ def lengths_figure(result: dict[str, Any]) -> Figure:
             axis.plot(
                 [c["length"] for c in cells],
                 [c["length"] / c["tokens_per_second"] for c in cells],
-                marker=MARKERS[(i + i // len(COLOURS)) % len(MARKERS)],
-                color=COLOURS[i % len(COLOURS)],
+                marker=MARKERS[(i + i // len(COLORS)) % len(MARKERS)],
+                color=COLORS[i % len(COLORS)],
                 label=decoder,
             )
         timed = [c for c in mine if "trunk" in c]

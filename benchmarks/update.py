@@ -15,10 +15,10 @@ from benchmarks.common import (
     answer,
     free_bytes,
     gemm_peak,
-    measure_apart,
     pass_flops,
     peak_bytes,
     reset_peak,
+    run_in_subprocess,
     seconds,
     spread,
     stand_in,
@@ -28,14 +28,14 @@ from unmask.decoding import make_decoder
 from unmask.decoding.plan import uniform
 from unmask.decoding.trajectory import Trajectory
 from unmask.evaluation.evaluate import environment
-from unmask.io.files import claim_result, write_json
+from unmask.io.files import check_writable, write_json
 from unmask.models.adapters import adapter_config
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.memory import GIB
-from unmask.rl.arguments import TrajectoryGRPOConfig
+from unmask.rl.arguments import DiffusionGRPOConfig
 from unmask.rl.objectives import ViewRows
 from unmask.rl.rollout import Rollout
-from unmask.rl.trainer import TrajectoryGRPOTrainer
+from unmask.rl.trainer import DiffusionGRPOTrainer
 
 
 def cells(config: BenchRL) -> list[tuple[str, int]]:
@@ -52,7 +52,7 @@ def plain_bytes(config: BenchRL, steps: int) -> float:
 def bench_rl(config: BenchRL, progress: Callable[[str], None]) -> dict[str, Any]:
     """Measure every cell ``repeats`` times, in turn, each time in a fresh process; writes and returns the result."""
     output = Path(config.output)
-    claim_result(output)
+    check_writable(output)
     free = free_bytes(config.device)
     found: dict[tuple[str, int], list[dict[str, float]]] = {}
     skipped = []
@@ -93,7 +93,7 @@ def bench_rl(config: BenchRL, progress: Callable[[str], None]) -> dict[str, Any]
 def measure_cell(config: BenchRL, way: str, steps: int) -> dict[str, float]:
     """``measure`` in a process of its own."""
     request = {**asdict(config), "way": way, "at": steps}
-    return measure_apart("benchmarks.update", f"{way} at S = {steps}", request)
+    return run_in_subprocess("benchmarks.update", f"{way} at S = {steps}", request)
 
 
 def random_rollout(config: BenchRL, lm: MaskedLM, steps: int) -> Rollout:
@@ -116,10 +116,10 @@ def random_rollout(config: BenchRL, lm: MaskedLM, steps: int) -> Rollout:
     return Rollout(trajectory.to(config.device), advantages.to(config.device), active, seeds)
 
 
-def bench_trainer(config: BenchRL, objective: str, autocast: bool = False) -> TrajectoryGRPOTrainer:
+def bench_trainer(config: BenchRL, objective: str, autocast: bool = False) -> DiffusionGRPOTrainer:
     """A trainer around the stand-in, ready for ``update``; ``autocast`` to bfloat16 whatever the weights."""
     adapter = adapter_config(config.lora, config.lora) if config.lora else None
-    args = TrajectoryGRPOConfig(
+    args = DiffusionGRPOConfig(
         output_dir=tempfile.gettempdir(),
         objective=objective,
         max_completion_length=config.length,
@@ -134,7 +134,7 @@ def bench_trainer(config: BenchRL, objective: str, autocast: bool = False) -> Tr
         save_strategy="no",
         report_to="none",
     )
-    return TrajectoryGRPOTrainer(
+    return DiffusionGRPOTrainer(
         stand_in(config, config.dtype, config.device), _no_reward, args, [{"prompt": "x"}], peft_config=adapter
     )
 
@@ -191,7 +191,7 @@ def _all_logprobs(model: Any, ids: Tensor, trajectory: Trajectory) -> Tensor:
     return canvas.gather(-1, trajectory.tokens[..., None])[..., 0]
 
 
-def bare_update(trainer: TrajectoryGRPOTrainer, model: Any, rollout: Rollout) -> None:
+def bare_update(trainer: DiffusionGRPOTrainer, model: Any, rollout: Rollout) -> None:
     """Forward and backward of the same rows, and nothing else."""
     table = ViewRows.of(trainer._views(rollout, 0))
     for part, _ in trainer._jobs(table, rollout.active):

@@ -32,7 +32,7 @@ def open_page(
     height: int = 900,
     *,
     fragment: str = "",
-    colours: Literal["light", "dark"] = "light",
+    colors: Literal["light", "dark"] = "light",
     still: bool = True,
     touch: bool = False,
 ) -> Iterator[tuple[Any, list[str]]]:
@@ -69,7 +69,7 @@ def open_page(
         try:
             page = browser.new_page(
                 viewport={"width": width, "height": height},
-                color_scheme=colours,
+                color_scheme=colors,
                 reduced_motion="reduce" if still else "no-preference",
                 has_touch=touch,
             )

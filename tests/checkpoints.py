@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from unmask.models.bidirectional import A2DQwen3Config, A2DQwen3LMHeadModel, DreamConfig, DreamModel
 from unmask.models.llada import LLaDAConfig, LLaDAModelLM
-from unmask.models.load import skeleton
+from unmask.models.load import meta_model
 
 CHAT = (
     "{{% for message in messages %}}{{{{ {start} + message['role'] + {after} + message['content'] + {end} }}}}{{% endfor %}}"
@@ -200,7 +200,7 @@ def write_llada_8b(folder: Path) -> str:
     index: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
     folder.mkdir(parents=True, exist_ok=True)
-    keys = skeleton(LLaDAModelLM, LLaDAConfig(**config), torch.bfloat16).state_dict()
+    keys = meta_model(LLaDAModelLM, LLaDAConfig(**config), torch.bfloat16).state_dict()
     for number, (key, parameter) in enumerate(keys.items(), 1):
         parts = -(-parameter.numel() // noise.numel())
         turns = torch.randint(2**24, (parts,), generator=generator).tolist()

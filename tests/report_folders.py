@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from unmask.evaluation.records import as_lines, summarise
+from unmask.evaluation.records import as_lines, summarize
 from unmask.io.files import slug, write_json
 from unmask.results.collect import Result
 
@@ -56,7 +56,7 @@ def evaluation(folder: Path, cells: dict[str, list[dict[str, Any]]], task: str =
     """A folder as ``unmask eval`` leaves it; ``more`` goes into every cell of its summary."""
     config = {"model": {"name": "toy"}, "split": "test"}
     names = {"task": task, "score_name": "cell accuracy"}
-    found = [{**names, "decoder": decoder, **summarise(rows), **more} for decoder, rows in cells.items()]
+    found = [{**names, "decoder": decoder, **summarize(rows), **more} for decoder, rows in cells.items()]
     (folder / "records").mkdir(parents=True)
     for decoder, rows in cells.items():
         (folder / "records" / f"{slug(task)}--{slug(decoder)}.jsonl").write_text(as_lines(rows), encoding="utf-8")

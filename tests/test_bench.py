@@ -145,7 +145,7 @@ def test_decode_cells(tmp_path: Path, checkout: str, toy_folder: str, monkeypatc
         cell = request.pop("cell")
         return json.loads(json.dumps(decoding.measure(BenchDecode(**request), *cell)))  # type: ignore[arg-type, misc]
 
-    monkeypatch.setattr(decoding, "measure_apart", here)
+    monkeypatch.setattr(decoding, "run_in_subprocess", here)
     config = BenchDecode(
         model=("stand-in", toy_folder),
         decoder=("full", "threshold:block_length=8", "semi-ar:block_length=8,cache=dual"),

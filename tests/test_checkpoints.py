@@ -18,7 +18,7 @@ from checkpoints import WRITERS, write_llada
 from unmask import MaskedLM, UserError, decode, load, make_decoder
 from unmask.models import bidirectional
 from unmask.models.backbone import KVCache
-from unmask.models.load import _HUB_FILES, outline
+from unmask.models.load import _HUB_FILES, load_meta
 from unmask.models.remote import RemoteLM
 from unmask.training.run_folder import export
 
@@ -394,12 +394,12 @@ def test_what_is_fetched_without_weights_is_enough(folders: dict[str, str], tmp_
         for pattern in _HUB_FILES:
             for file in Path(folder).glob(pattern):
                 shutil.copy(file, there)
-        assert outline(str(there)).info()["mask_id"] == load(folder).mask_id
+        assert load_meta(str(there)).info()["mask_id"] == load(folder).mask_id
 
 
 def test_more_refusals(folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, changes in (("dream", {"max_position_embeddings": None}), ("llada", {"vocab_size": "a"})):
-        for read in (load, outline):
+        for read in (load, load_meta):
             with pytest.raises(UserError, match=r"cannot (load|read)"):
                 read(str(broken(folders[name], tmp_path / f"{name}-{read.__name__}", **changes)))
     with pytest.raises(UserError, match=r"mask token is 323, its config.json says 5"):

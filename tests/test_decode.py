@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from conftest import PROMPTS, toy
 from unmask import PRESETS, MaskedLM, Trajectory, UserError, decode, make_decoder, make_task, replay
 from unmask.decoding.confidence import CONFIDENCES, exclude_eos, reject_eos, suppress_eos
-from unmask.decoding.decode import guided
+from unmask.decoding.decode import forward_with_guidance
 from unmask.decoding.sampling import Candidates, candidates, uniform_noise
 from unmask.models.head import Head, token_logprob
 
@@ -302,7 +302,9 @@ def test_guidance_by_hand(toy_lm: MaskedLM) -> None:
     def logits(head: Head, hidden: Tensor) -> Tensor:
         return torch.cat([piece for _, piece in head.pieces(hidden)], 1).view(2, 4, -1)
 
-    assert torch.allclose(guided(toy_lm, x, m, flat, logits, prompt=width, w=1.5)[..., keep], expected, atol=1e-4)
+    assert torch.allclose(
+        forward_with_guidance(toy_lm, x, m, flat, logits, prompt=width, w=1.5)[..., keep], expected, atol=1e-4
+    )
     trajectory = decode(toy_lm, ids, mask, make_decoder("ass:cfg_scale=1.5", max_new_tokens=16))
     assert trajectory.nfe.tolist() == [8, 8]
 

@@ -27,7 +27,7 @@ from lm_eval.api.model import CachingLM
 from lm_eval.tasks import TaskManager
 
 from unmask import UserError, decode, make_decoder, make_task
-from unmask.evaluation.likelihood import Pair, bounds, fitted, greedily_written, mask_sets
+from unmask.evaluation.likelihood import Pair, bounds, is_greedy, mask_sets, truncate_context
 from unmask.evaluation.lm_eval import UnmaskLM, until
 from unmask.models.masked_lm import MaskedLM
 
@@ -162,10 +162,10 @@ def test_greedy_is_what_decoding_writes(toy_lm: MaskedLM, passes: list[int]) -> 
         pairs.append((context, text))
         pairs += [(context, [*text[:i], (text[i] + 1) % 90 + 10, *text[i + 1 :]]) for i in range(length)]
     expected = [p in list(zip(contexts, written, strict=True)) for p in pairs]
-    assert sum(expected) == len(PROMPTS) and greedily_written(toy_lm, pairs) == expected
+    assert sum(expected) == len(PROMPTS) and is_greedy(toy_lm, pairs) == expected
     passes.clear()
     wrong = [(context, [(t + 1) % 90 + 10 for t in text]) for context, text in zip(contexts, written, strict=True)]
-    assert greedily_written(toy_lm, wrong) == [False] * len(wrong) and len(passes) == 1
+    assert is_greedy(toy_lm, wrong) == [False] * len(wrong) and len(passes) == 1
 
 
 def test_long_contexts_lose_their_beginning(toy_lm: MaskedLM, caplog: pytest.LogCaptureFixture) -> None:
@@ -177,9 +177,9 @@ def test_long_contexts_lose_their_beginning(toy_lm: MaskedLM, caplog: pytest.Log
     assert bound == same and "1 of 1 contexts" in caplog.text
     assert UnmaskLM(toy_lm)._loglikelihood_tokens([(("a", ""), [5], [])]) == [(0.0, True)]  # nothing is certain
     with pytest.raises(UserError, match="13 tokens is to be scored"):
-        fitted(short, ([5], [7] * 13))
+        truncate_context(short, ([5], [7] * 13))
     with pytest.raises(UserError, match="mask token"):
-        fitted(toy_lm, ([5], [toy_lm.mask_id]))
+        truncate_context(toy_lm, ([5], [toy_lm.mask_id]))
 
 
 def test_rolling_sums_over_windows(toy_lm: MaskedLM) -> None:

@@ -21,7 +21,7 @@ from PIL import Image
 from browser import open_page
 from report_folders import CELLS, cell, curves, evaluation, lines, records, result, run, study
 from unmask.errors import UserError
-from unmask.evaluation.records import summarise
+from unmask.evaluation.records import summarize
 from unmask.io.files import write_json
 from unmask.io.schema import STEPS
 from unmask.results import page
@@ -75,7 +75,7 @@ def test_the_page_shows_the_numbers_of_the_folders(mixed: tuple[list[Path], Path
     rows = {(r["folder"][0], r["decoder"][0], r["train.objective"][0]): r for r in shown["sudoku"]}
     assert len(rows) == 3 + 4
     for decoder, own in CELLS.items():
-        numbers, row = summarise(own), rows["eval", decoder, "–"]  # hostile names survive, and as text
+        numbers, row = summarize(own), rows["eval", decoder, "–"]  # hostile names survive, and as text
         assert row["solved % [95 %]"] == (percent(numbers["solved"], numbers["solved_interval"]), numbers["solved"])
         assert row["cell accuracy % [95 %]"] == (percent(numbers["score"], numbers["score_interval"]), numbers["score"])
         assert row["NFE"] == (f"{numbers['nfe']:.1f}", numbers["nfe"])
@@ -151,7 +151,7 @@ def test_a_browser_shows_it(mixed: tuple[list[Path], Path]) -> None:
         assert shown.evaluate("document.documentElement.scrollWidth") == 360
         assert shown.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 100)")
         assert problems == []
-    with open_page(mixed[1] / "report.html", colours="dark") as (shown, problems):
+    with open_page(mixed[1] / "report.html", colors="dark") as (shown, problems):
         table = shown.locator("section#training table, section#cost table").last
         heading = table.get_by_role("button", name="passes in training, at most")
 
@@ -206,17 +206,17 @@ def test_a_page_never_exceeds_its_limit() -> None:
 
 
 def test_a_study_reads_as_its_summary_says(tmp_path: Path) -> None:
-    from unmask.results.summary import read_cells, summarise_study
+    from unmask.results.summary import read_cells, summarize_study
 
     folder = study(tmp_path / "study")
     computed = collect([folder])
-    summary = summarise_study(read_cells(folder))
+    summary = summarize_study(read_cells(folder))
     write_json(folder / "summary.json", {**summary, "note": "of fewer cells"})  # the cells are what counts
     assert collect([folder]).notes == computed.notes == {"study": summary["note"]}
     assert computed.differences == [{"folder": "study", **d} for d in summary["differences"]]
     (folder / "study.yaml").write_text("compare: [train.objective]\n")
     assert {d["axis"] for d in collect([folder]).differences} == {
-        d["axis"] for d in summarise_study(read_cells(folder), ["train.objective"])["differences"]
+        d["axis"] for d in summarize_study(read_cells(folder), ["train.objective"])["differences"]
     }
     two = _differences(collect([folder, study(tmp_path / "second")]))
     assert two.says.startswith("study: ") and " second: " in two.says and len(two.pictures) == len(two.tables) == 5

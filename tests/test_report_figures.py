@@ -25,14 +25,14 @@ def test_the_front_by_hand() -> None:
 
 
 def test_equal_passes_are_set_apart_and_others_stay() -> None:
-    placed = figures._apart([7, 64, 7, 20, 7.1])
+    placed = figures._spread_markers([7, 64, 7, 20, 7.1])
     assert placed[1] == pytest.approx(64) and placed[3] == pytest.approx(20)
     assert placed[0] < placed[2] < placed[4] and all(abs(p / 7 - 1) < 0.06 for p in (placed[0], placed[2], placed[4]))
     assert np.diff(np.log([placed[i] for i in (0, 2, 4)])) == pytest.approx([0.045, 0.045])
     assert placed[0] * placed[2] * placed[4] == pytest.approx(7 * 7 * 7.1)  # their middle is where it was
-    swept = figures._apart([60, 61, 62, 63, 64, 65, 66])
+    swept = figures._spread_markers([60, 61, 62, 63, 64, 65, 66])
     assert swept == sorted(swept) and swept[0] > 55 and swept[-1] < 73
-    assert len(set(figures._apart([7.0] * 40))) == 40 and max(figures._apart([7.0] * 40)) < 10
+    assert len(set(figures._spread_markers([7.0] * 40))) == 40 and max(figures._spread_markers([7.0] * 40)) < 10
 
 
 def test_no_marker_and_no_label_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,13 +101,13 @@ def test_a_short_decode_fills_its_time() -> None:
     order = np.zeros((16, 2))
     order[[0, 4, 8, 12], 0] = [0.1, 0.2, 0.3, 0.4]
     order[:, 1] = math.nan
-    filled = figures._as_long_as_it_lasts(order)
+    filled = figures._forward_fill(order)
     assert filled[:, 0].tolist() == [v for v in (0.1, 0.2, 0.3, 0.4) for _ in range(4)] and np.isnan(filled[:, 1]).all()
     stopped = order.copy()
     stopped[12, 0] = 0  # every row was finished before the last step
-    assert figures._as_long_as_it_lasts(stopped)[:, 0].tolist() == [v for v in (0.1, 0.2, 0.3, 0.0) for _ in range(4)]
+    assert figures._forward_fill(stopped)[:, 0].tolist() == [v for v in (0.1, 0.2, 0.3, 0.0) for _ in range(4)]
     whole = np.random.default_rng(0).random((16, 32))
-    assert np.array_equal(figures._as_long_as_it_lasts(whole), whole)
+    assert np.array_equal(figures._forward_fill(whole), whole)
 
 
 def test_bands_by_hand() -> None:
@@ -117,7 +117,7 @@ def test_bands_by_hand() -> None:
 
 
 def test_series_are_told_apart_without_colours() -> None:
-    from unmask.results.style import colour, marker
+    from unmask.results.style import color, marker
 
-    assert len({(colour(i), marker(i)) for i in range(64)}) == 64
-    assert len({marker(i) for i in range(8)}) == 8 == len({colour(i) for i in range(8)})
+    assert len({(color(i), marker(i)) for i in range(64)}) == 64
+    assert len({marker(i) for i in range(8)}) == 8 == len({color(i) for i in range(8)})

@@ -12,9 +12,9 @@ import torch
 
 from conftest import PROMPTS, toy
 from unmask import PRESETS, UserError
-from unmask.rl.arguments import TrajectoryGRPOConfig
+from unmask.rl.arguments import DiffusionGRPOConfig
 from unmask.rl.objectives import OBJECTIVES, View, k3, sample_views, token_weights
-from unmask.rl.trainer import TrajectoryGRPOTrainer
+from unmask.rl.trainer import DiffusionGRPOTrainer
 
 ROWS = [{"prompt": p} for p in PROMPTS]
 EVERYONE = torch.ones(16, dtype=torch.bool)
@@ -27,7 +27,7 @@ def digits(prompts: list[str], completions: list[str], **_: Any) -> list[float |
 
 def trainer(
     folder: Path, lm: Any = None, rewards: Any = digits, rows: Any = ROWS, **settings: Any
-) -> TrajectoryGRPOTrainer:
+) -> DiffusionGRPOTrainer:
     values = {
         "max_completion_length": 16,
         "num_generations": 4,
@@ -38,8 +38,8 @@ def trainer(
         "max_grad_norm": 1.0,
     }
     adapter = settings.pop("peft_config", None)
-    args = TrajectoryGRPOConfig(output_dir=str(folder), **{**values, **settings})
-    return TrajectoryGRPOTrainer(lm or toy(), rewards, args, rows, peft_config=adapter)
+    args = DiffusionGRPOConfig(output_dir=str(folder), **{**values, **settings})
+    return DiffusionGRPOTrainer(lm or toy(), rewards, args, rows, peft_config=adapter)
 
 
 def disturb(model: torch.nn.Module, size: float) -> None:
@@ -84,7 +84,7 @@ def test_views_score_every_token(tmp_path: Path, objective: str, decoder: str) -
 # ---- the loss, by hand ---------------------------------------------------------------------------------------------------
 
 
-def restated_loss(t: TrajectoryGRPOTrainer, old_model: Any, reference: Any, iteration: int) -> torch.Tensor:
+def restated_loss(t: DiffusionGRPOTrainer, old_model: Any, reference: Any, iteration: int) -> torch.Tensor:
     """The clipped objective in loops and float64: rows, views, tokens; every forward on one row without padding."""
     assert t.rollout is not None
     args, lm, trajectory = t.args, t.lm, t.rollout.trajectory
@@ -205,7 +205,7 @@ def test_loss_and_gradient_equal_a_plain_restatement(
     t.lm.model.zero_grad()
     expected = restated_loss(t, old, reference, 1)
     expected.backward()
-    assert 0 < t._extra["clip_fraction"] < 1
+    assert 0 < t._pending_metrics["clip_fraction"] < 1
     assert float(found) == pytest.approx(float(expected.detach()), rel=1e-4, abs=1e-6)
     for mine, p in zip(gradients, t.lm.model.parameters(), strict=True):
         assert torch.allclose(mine, p.grad, rtol=1e-3, atol=1e-4 * float(p.grad.abs().max()) + 1e-7)
@@ -251,7 +251,7 @@ def test_ratio_is_one_on_the_sampled_states(tmp_path: Path, decoder: str) -> Non
     t.rollout = t.sample(ROWS)
     t.model.train()
     t.update(t.model, t.rollout, 0)
-    assert abs(t._extra["ratio"] - 1) < 1e-4 and t._extra["replay_gap"] < 1e-4
+    assert abs(t._pending_metrics["ratio"] - 1) < 1e-4 and t._pending_metrics["replay_gap"] < 1e-4
     with t.inference() as policy:
         again = t._score_views(policy, t.rollout, EVERYONE)[0]
     assert float(((again - t.rollout.trajectory.logprob).exp() - 1).abs().max()) < 1e-4
@@ -275,8 +275,8 @@ def test_other_objectives_score_another_policy(tmp_path: Path) -> None:
         t = trainer(tmp_path, objective=objective)
         t.rollout = t.sample(ROWS)
         t.update(t.model, t.rollout, 0)
-        gaps[objective] = t._extra["replay_gap"]
-        assert abs(t._extra["ratio"] - 1) < 1e-6  # old and new policy are the same
+        gaps[objective] = t._pending_metrics["replay_gap"]
+        assert abs(t._pending_metrics["ratio"] - 1) < 1e-6  # old and new policy are the same
         if objective == "one-step":
             with t.inference() as policy:
                 found = t._score_views(policy, t.rollout, EVERYONE)[0]
@@ -289,7 +289,7 @@ def test_guidance_belongs_to_the_policy(tmp_path: Path) -> None:
     t = trainer(tmp_path, decoder="eoser-ass:cfg_scale=0.5")
     t.rollout = t.sample(ROWS)
     t.update(t.model, t.rollout, 0)
-    assert t._extra["replay_gap"] < 1e-4
+    assert t._pending_metrics["replay_gap"] < 1e-4
 
 
 def test_a_policy_that_did_not_sample_is_refused(tmp_path: Path) -> None:
@@ -371,7 +371,7 @@ def test_kl_counts_for_rows_at_their_groups_mean(tmp_path: Path) -> None:
     assert float(loss) > 0 and float(loss) == pytest.approx(0.1 * mean_kl(t), rel=1e-4)
 
 
-def mean_kl(t: TrajectoryGRPOTrainer) -> float:
+def mean_kl(t: DiffusionGRPOTrainer) -> float:
     """Every row's KL: mean over a step's tokens, then over steps; then over rows."""
     assert t.rollout is not None and t.rollout.reference is not None
     with t.inference() as policy:

@@ -24,7 +24,7 @@ from unmask.io.files import read_lines
 from unmask.results.summary import read_cells
 from unmask.rl.run import RLConfig
 from unmask.study.grid import StudyConfig, _key, jobs_of, labels
-from unmask.study.run import _undisturbed, training_budget
+from unmask.study.run import _defer_sigint, training_budget
 
 ROOT = Path(__file__).parent.parent
 RL = {
@@ -155,7 +155,7 @@ def without_times(folder: Path) -> dict[str, Any]:
 
 def test_ctrl_c_waits_until_a_process_has_started() -> None:
     done = []
-    with pytest.raises(KeyboardInterrupt), _undisturbed():
+    with pytest.raises(KeyboardInterrupt), _defer_sigint():
         os.kill(os.getpid(), signal.SIGINT)
         done.append(signal.getsignal(signal.SIGINT))
     assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -163,7 +163,7 @@ def test_ctrl_c_waits_until_a_process_has_started() -> None:
 
 def test_processes_start_from_other_threads_too() -> None:
     def start() -> Any:
-        with _undisturbed():  # such a thread may set no handler, and Ctrl-C never comes to it
+        with _defer_sigint():  # such a thread may set no handler, and Ctrl-C never comes to it
             return signal.getsignal(signal.SIGINT)
 
     with ThreadPoolExecutor() as pool:

@@ -15,7 +15,7 @@ from unmask import UserError
 from unmask.results import pivot
 from unmask.results.collect import collect
 from unmask.results.sections import report
-from unmask.results.summary import markdown, read_cells, summarise_study
+from unmask.results.summary import markdown, read_cells, summarize_study
 from unmask.results.tables import chosen_tables
 from unmask.study.grid import StudyConfig, jobs_of, labels, settings_of
 
@@ -52,7 +52,7 @@ CELLS = [
 def shown(cells: list[dict[str, Any]] = CELLS, baselines: tuple[str, ...] = (), **table: Any) -> str:
     settings = [{**c["cell"], "plan": c["budget"]["nfe"]} for c in cells]
     (chosen,) = pivot.pivots([{"title": "T", **table}], settings, baselines=baselines)
-    summary = summarise_study(cells, (), baselines, [chosen])
+    summary = summarize_study(cells, (), baselines, [chosen])
     (table,) = pivot.tables([chosen], summary)
     text = table.markdown()
     assert markdown(summary, [chosen]).startswith(f"{text}\n**All cells**\n\n| decoder |")
@@ -118,9 +118,9 @@ def test_a_mean_over_an_axis_takes_its_values_for_further_seeds() -> None:
     seeds = [trained(texts[o, d, s], "full", o, s + 2 * (d == "ass")) for o, d, s in runs]
     table = {"title": "T", "rows": ["train.objective"], "against": ["training", "train.objective"]}
     pooled = pivot.Pivot(**table, mean_over=["train.decoder"])
-    summary = summarise_study(study, (), (), [pooled])
+    summary = summarize_study(study, (), (), [pooled])
     (pool,) = summary["pools"]
-    expected = summarise_study([base, *seeds])
+    expected = summarize_study([base, *seeds])
     assert "train.decoder" in summary["axes"] and "train.decoder" not in pool["axes"]
     for part in ("cells", "differences"):
         without = [dict(entry) for entry in expected[part]]
@@ -135,7 +135,7 @@ def test_a_mean_over_an_axis_takes_its_values_for_further_seeds() -> None:
         "trainings.",
         *plain.notes,
     ]
-    nothing_trained = summarise_study([base], (), (), [pooled])
+    nothing_trained = summarize_study([base], (), (), [pooled])
     assert [table.notes for table in pivot.tables([pooled], nothing_trained)] == [[]]
 
 
@@ -194,7 +194,7 @@ def test_each_table_has_its_title() -> None:
 
 
 def test_a_table_without_any_text_is_none() -> None:
-    summary = summarise_study(CELLS[:1])
+    summary = summarize_study(CELLS[:1])
     assert not list(pivot.tables([pivot.Pivot(title="T", rows=["x"], show=[], against=["decoder"])], summary))
 
 
@@ -212,7 +212,7 @@ def test_a_report_begins_with_them(tmp_path: Path) -> None:
     table = {"title": "Which <objective>", "rows": ["train.objective"], "columns": ["decoder"], "against": ["training"]}
     (folder / "study.yaml").write_text(yaml.safe_dump({"tables": [table, {**table, "where": {"decoder": "none"}}]}))
     material = collect([folder])
-    (shown,) = pivot.tables([pivot.Pivot(**table)], summarise_study(read_cells(folder)))
+    (shown,) = pivot.tables([pivot.Pivot(**table)], summarize_study(read_cells(folder)))
     assert material.tables == [("study", shown)]  # the other has no cell yet
     assert [row[0] for row in shown.rows] == ["untrained", "cj", "diffu"]
     (chosen,) = chosen_tables(material.tables)

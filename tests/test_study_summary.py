@@ -24,7 +24,7 @@ from unmask.results.statistics import (
     student_p,
     wilson,
 )
-from unmask.results.summary import Group, markdown, summarise_study
+from unmask.results.summary import Group, markdown, summarize_study
 from unmask.study.run import compact
 
 TASK = "countdown:style=compact,max_value=9"
@@ -54,7 +54,7 @@ def test_summary_by_hand() -> None:
     rng = np.random.default_rng(5)
     texts = ["".join(rng.choice(["0", "1"], 40, p=[0.6, 0.4])) for _ in range(4)]
     cells = [line(texts[i], seed=i % 2, decoder="ab"[i // 2]) for i in range(4)]
-    summary = summarise_study(cells)
+    summary = summarize_study(cells)
     first, second = summary["cells"]
     a, b = (np.array([[c == "1" for c in t] for t in pair], dtype=float) for pair in (texts[:2], texts[2:]))
     assert first["solved"] == a.mean() and second["score"] == b.mean() and first["seeds"] == 2
@@ -101,14 +101,14 @@ def test_cells_are_compared_with_equal_ones_alone() -> None:
         *[line("0011", decoder=d, gamma=g) for d in "ab" for g in (1, 2)],
         line("0011", problems="q", decoder="c", gamma=1),
     ]
-    pairs = [(d["axis"], d["cell"]["decoder"], d["cell"]["gamma"]) for d in summarise_study(cells)["differences"]]
+    pairs = [(d["axis"], d["cell"]["decoder"], d["cell"]["gamma"]) for d in summarize_study(cells)["differences"]]
     assert pairs == [("decoder", "b", 1), ("decoder", "b", 2), ("gamma", "a", 2), ("gamma", "b", 2)]
-    only = summarise_study(cells, ["gamma"])["differences"]
+    only = summarize_study(cells, ["gamma"])["differences"]
     assert {d["axis"] for d in only} == {"gamma"} and all(d["solved_p"] == 1 for d in only)
 
 
 def test_one_seed_has_the_interval_of_an_evaluation() -> None:
-    (cell,) = summarise_study([line("1111")])["cells"]
+    (cell,) = summarize_study([line("1111")])["cells"]
     assert cell["solved_interval"] == list(wilson(4, 4)) and cell["solved_interval"][0] < 0.6
 
 
@@ -120,9 +120,9 @@ def test_seeds_are_paired_by_name() -> None:
         line("0111", 1, decoder="b"),
         line("1111", 2, decoder="b"),
     ]
-    (difference,) = summarise_study(cells)["differences"]
+    (difference,) = summarize_study(cells)["differences"]
     assert difference["solved"] == 0.25
-    assert summarise_study([cells[0], cells[3]])["differences"] == []
+    assert summarize_study([cells[0], cells[3]])["differences"] == []
 
 
 def test_trained_models_stand_against_the_untrained_one() -> None:
@@ -132,7 +132,7 @@ def test_trained_models_stand_against_the_untrained_one() -> None:
     for objective in ("cj", "diffu"):
         for seed in (0, 1):
             trained.append({**line("0111", seed, **{"train.objective": objective}), "budget": budget})
-    summary = summarise_study([base, *trained])
+    summary = summarize_study([base, *trained])
     assert summary["axes"]["train.objective"] == ["cj", "diffu"]
     found = [(d["axis"], d["cell"]["train.objective"], d["solved"]) for d in summary["differences"]]
     assert found == [("train.objective", "diffu", 0.0), ("training", "cj", 0.25), ("training", "diffu", 0.25)]
@@ -148,7 +148,7 @@ def test_decoders_stand_against_the_baseline_of_as_many_passes() -> None:
         ("odd", "1111", 5),
     ):
         cells.append({**line(solved, decoder=decoder), "budget": {"nfe": passes}})
-    summary = summarise_study(cells, ["decoder"], ["full", "full:steps=7"])
+    summary = summarize_study(cells, ["decoder"], ["full", "full:steps=7"])
     found = {
         (d["cell"]["decoder"], d["against"]["decoder"]): d["solved"]
         for d in summary["differences"]
@@ -172,7 +172,7 @@ def test_of_several_baselines_the_one_with_the_same_settings_counts() -> None:
     ]
     found = {
         (d["cell"]["cfg_scale"], d["against"]["decoder"], d["against"]["cfg_scale"]): d["solved"]
-        for d in summarise_study(cells, ["decoder"], ["full", "full:steps=32"])["differences"]
+        for d in summarize_study(cells, ["decoder"], ["full", "full:steps=32"])["differences"]
         if d["axis"] == "equal passes"
     }
     assert found == {(2, "full:steps=32", 2): 0.25, (0, "full", 0): 0.75}

@@ -46,20 +46,20 @@ def test_worked_responses_are_right(spec: str) -> None:
         assert grade.solved and grade.points == grade.possible
 
 
-def test_first_different_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "ENOUGH_MISSES", 3)
+def test_take_unique_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "MAX_CONSECUTIVE_DUPLICATES", 3)
     problems = {key: base.Problem(key, key, {}) for key in "abc"}
     drawn = [key and (key, problems[key]) for key in ("a", None, "a", "b", "b", None, "c", "a", "b", None)]
-    assert base.first_different(drawn, 3, "x") == list(problems.values())
+    assert base.take_unique(drawn, 3, "x") == list(problems.values())
     with pytest.raises(TooFewProblems, match="only 3 different letters: ask for fewer"):  # of the misses in a row
-        base.first_different(drawn, 4, "letters: ask for fewer")
+        base.take_unique(drawn, 4, "letters: ask for fewer")
 
 
 @pytest.mark.parametrize(
     "spec", ["countdown:max_value=5,max_target=10", "sudoku:min_empty=1,max_empty=1", "reasoning_gym:coin_flip"]
 )
 def test_a_split_that_is_exhausted_says_so_however_many_were_wanted(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "ENOUGH_MISSES", 60)
+    monkeypatch.setattr(base, "MAX_CONSECUTIVE_DUPLICATES", 60)
     with pytest.raises(TooFewProblems, match=r"only \d+ different test .*: ask for fewer"):
         make_task(spec, {}).problems("test", 10**9)
 

@@ -153,5 +153,5 @@ def test_the_demo_says_how_long_and_what_is_right(
     assert main(["demo", "--limit", "1", "--output", str(tmp_path / "demo")]) == 0
     said = capsys.readouterr().out
     assert "minutes" in said.splitlines()[0]
-    assert said.index("✓ solved") < said.index("✗ not solved") < said.index("2.0 passes") < said.index("to the best")
+    assert said.index("✓ solved") < said.index("✗ not solved") < said.index("2.0 passes") < said.index("to best")
     assert (tmp_path / "demo" / "accuracy.png").exists()

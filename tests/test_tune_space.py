@@ -17,13 +17,13 @@ from unmask.evaluation import tune_report
 from unmask.evaluation.tune import (
     Standing,
     best,
-    better_part,
     decide,
     in_run_off,
     pareto,
     round_sizes,
     standing,
     successive_halving,
+    top_fraction,
 )
 from unmask.evaluation.tune_command import command
 from unmask.evaluation.tune_config import TuneConfig
@@ -50,11 +50,11 @@ def test_better_part_by_hand() -> None:
         ("a", 0.5, 8), ("b", 0.1, 1), ("c", 0.5, 6), ("d", 0.4, 9), ("e", 0.4, 7), ("f", 0.0, 2), ("g", 0.5, 7)
     )
     # Front: b, c. Then a (8 passes) before g (7) at 0.5. A third of seven is three, the others are left for a larger least.
-    assert [s.name for s in better_part(found, 1)] == ["a", "b", "c"]
-    assert [s.name for s in better_part(found, 5)] == ["a", "b", "c", "d", "g"]
-    assert [s.name for s in better_part(found, 6)] == ["a", "b", "c", "d", "e", "g"]
-    assert better_part(found, 99) == found
-    assert [s.name for s in better_part(found[:2], 1)] == ["a"]  # both are on the front
+    assert [s.name for s in top_fraction(found, 1)] == ["a", "b", "c"]
+    assert [s.name for s in top_fraction(found, 5)] == ["a", "b", "c", "d", "g"]
+    assert [s.name for s in top_fraction(found, 6)] == ["a", "b", "c", "d", "e", "g"]
+    assert top_fraction(found, 99) == found
+    assert [s.name for s in top_fraction(found[:2], 1)] == ["a"]  # both are on the front
 
 
 def test_best_is_the_cheapest_of_ties() -> None:

@@ -25,7 +25,7 @@ from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
 from unmask.view import candidates
 from unmask.view import page as page_module
-from unmask.view.candidates import held, likeliest
+from unmask.view.candidates import likeliest, top_candidates_per_step
 from unmask.view.page import LIMIT, Contents, Panel, render, sign, visible, write_page
 
 SPECS = ["semi-ar:block_length=8", "eoser-ass", "threshold:block_length=8,threshold=0.5", "full:cfg_scale=0.5,steps=5"]
@@ -35,7 +35,7 @@ def make_panel(lm: MaskedLM, spec: str, length: int = 16, early_stop: bool = Fal
     decoder = make_decoder(spec, max_new_tokens=length)
     ids, mask = lm.encode([lm.chat(PROMPTS[0])])
     found = decode(lm, ids, mask, decoder, torch.Generator().manual_seed(0), early_stop=early_stop)
-    return Panel(decoder, found, list(held(lm, found, 5)), lm.text(found.tokens)[0], None, None)
+    return Panel(decoder, found, list(top_candidates_per_step(lm, found, 5)), lm.text(found.tokens)[0], None, None)
 
 
 def page_data_of(lm: MaskedLM, prompt: str, panels: list[Panel], every: int = 1) -> dict[str, Any]:

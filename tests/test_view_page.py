@@ -12,7 +12,7 @@ import pytest
 from browser import open_page
 from unmask.decoding import decode, make_decoder
 from unmask.models.masked_lm import MaskedLM
-from unmask.view.candidates import held
+from unmask.view.candidates import top_candidates_per_step
 from unmask.view.page import Panel, write_page
 
 
@@ -25,7 +25,7 @@ def page_file(tiny_lm: MaskedLM, tmp_path_factory: pytest.TempPathFactory) -> tu
         decoder = make_decoder(spec, max_new_tokens=32)
         ids, mask = tiny_lm.encode([tiny_lm.chat("make 29 from 3 8 5")])
         found = decode(tiny_lm, ids, mask, decoder)
-        candidates = list(held(tiny_lm, found, 5))
+        candidates = list(top_candidates_per_step(tiny_lm, found, 5))
         panels.append(Panel(decoder, found, candidates, tiny_lm.text(found.tokens)[0], spec == "ass", None))
     write_page(file, tiny_lm, "make 29 from 3 8 5", panels)
     return file, panels
@@ -123,20 +123,20 @@ def test_the_switch_changes_the_colours(opened: tuple[Any, list[Panel]]) -> None
     page, panels = opened
     cells = page.locator(".canvas").first.locator(".cell")
 
-    def colours() -> list[str]:
+    def colors() -> list[str]:
         return cells.evaluate_all("all => all.map(c => c.style.getPropertyValue('--paint'))")
 
-    by_confidence, step = colours(), panels[0].trajectory.step[0]
+    by_confidence, step = colors(), panels[0].trajectory.step[0]
     held_now, place = panels[0].candidates[3][1][:, 0].tolist(), 0
     for i, paint in enumerate(by_confidence):
         masked = int(step[i]) >= 3
         assert paint == rgb(held_now[place] if masked else float(panels[0].trajectory.logprob[0, i].exp()))
         place += masked
     page.get_by_text("commit step").click()
-    assert colours() == ["" if s >= 3 else rgb(s / 15) for s in step.tolist()]
+    assert colors() == ["" if s >= 3 else rgb(s / 15) for s in step.tolist()]
     assert page.locator("#low").inner_text() == "first step"
     page.keyboard.press("ArrowRight")  # the radio's own key
-    assert colours() == by_confidence
+    assert colors() == by_confidence
 
 
 def test_a_cell_shows_its_candidates(opened: tuple[Any, list[Panel]]) -> None:
@@ -277,10 +277,10 @@ def test_what_a_cell_shows_is_built_when_it_changes_and_not_spoken_in_play(opene
 
 
 @pytest.mark.parametrize("colours", ["light", "dark"])
-def test_a_phone_shows_it_without_scrolling_sideways(page_file: tuple[Path, list[Panel]], colours: Any) -> None:
-    with open_page(page_file[0], 360, 740, fragment="step=2", colours=colours, touch=True) as (page, problems):
+def test_a_phone_shows_it_without_scrolling_sideways(page_file: tuple[Path, list[Panel]], colors: Any) -> None:
+    with open_page(page_file[0], 360, 740, fragment="step=2", colors=colors, touch=True) as (page, problems):
         assert page.evaluate("document.documentElement.scrollWidth") == 360
         page.locator(".canvas .cell").first.tap()
         assert page.locator(".inspector").first.inner_text().startswith("Cell 1:")
         dark = page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 23, 26)"
-        assert dark == (colours == "dark") and problems == []
+        assert dark == (colors == "dark") and problems == []

@@ -23,7 +23,7 @@ from unmask.results.accuracy import markdown as table_text
 from unmask.results.accuracy import percent, points
 from unmask.results.collect import collect
 from unmask.results.style import look
-from unmask.results.summary import cell_lines, markdown, read_cells, run_lines, summarise_study
+from unmask.results.summary import cell_lines, markdown, read_cells, run_lines, summarize_study
 from unmask.study.grid import Job, StudyConfig, jobs_of, labels, settings_of, training_labels
 from unmask.study.run import Lines
 
@@ -46,7 +46,7 @@ def tables(folder: Path) -> tuple[str, dict[str, str]]:
     """table.md of a study's committed cells, and the tables for reading by title."""
     config, jobs = study(folder.name)
     shown = pivot.pivots(config.tables, settings_of(jobs, labels(jobs)[0]), config.compare, config.baselines)
-    summary = summarise_study(read_cells(folder), config.compare, config.baselines, shown)
+    summary = summarize_study(read_cells(folder), config.compare, config.baselines, shown)
     return markdown(summary, shown), {table.title: table.markdown() for table in pivot.tables(shown, summary)}
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from unmask.errors import UserError
     from unmask.models.load import load
     from unmask.models.masked_lm import MaskedLM
+    from unmask.rl import DiffusionGRPOConfig, DiffusionGRPOTrainer
     from unmask.tasks import Grade, Problem, Task, make_task
 
 try:
@@ -23,6 +24,8 @@ except PackageNotFoundError:  # run from a source folder that is not installed
 __all__ = [
     "PRESETS",
     "Decoder",
+    "DiffusionGRPOConfig",
+    "DiffusionGRPOTrainer",
     "Generation",
     "Grade",
     "MaskedLM",
@@ -59,6 +62,7 @@ _HOMES = {
     "unmask.models.load": ("load",),
     "unmask.models.masked_lm": ("MaskedLM",),
     "unmask.errors": ("UserError",),
+    "unmask.rl": ("DiffusionGRPOConfig", "DiffusionGRPOTrainer"),
     "unmask.tasks": ("Grade", "Problem", "Task", "make_task"),
     "unmask.decoding.trajectory": ("Trajectory",),
 }

@@ -35,13 +35,13 @@ def sft(arguments: list[str]) -> None:
     _say_where(train(config))
 
 
-def _speaks() -> bool:
+def _is_main_process() -> bool:
     """One of several processes does."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _say_where(final: Path) -> None:
-    if _speaks():
+    if _is_main_process():
         print(f"checkpoint  {final}")
 
 
@@ -62,7 +62,7 @@ def rl(arguments: list[str]) -> None:
     from unmask.rl.dry_run import dry_run
 
     said = dry_run(config)
-    if _speaks():
+    if _is_main_process():
         print(said)
 
 

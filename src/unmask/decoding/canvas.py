@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from unmask.decoding.trajectory import Trajectory
 
-_WIDE, _OWN = ("ids", "visible"), ("step", "logprob", "seeds", "at")
+_PER_TOKEN, _PER_ROW = ("ids", "visible"), ("step", "logprob", "seeds", "at")
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Canvases:
 
     def take(self, rows: Tensor) -> Canvases:
         """Some rows, (n,) int64."""
-        chosen: dict[str, Any] = {k: getattr(self, k)[rows] for k in (*_WIDE, *_OWN)}
+        chosen: dict[str, Any] = {k: getattr(self, k)[rows] for k in (*_PER_TOKEN, *_PER_ROW)}
         index = rows.tolist()
         lists: dict[str, Any] = {"numbers": [self.numbers[i] for i in index], "passes": [self.passes[i] for i in index]}
         return Canvases(**chosen, **lists, padded=self.padded)
@@ -83,8 +83,8 @@ class Canvases:
         """These rows above others; the narrower prompts get more padding."""
         width = max(self.width, other.width)
         pads = [width - part.width for part in (self, other)]
-        joined: dict[str, Any] = {k: torch.cat([getattr(self, k), getattr(other, k)]) for k in _OWN}
-        for name, fill in zip(_WIDE, (pad_id, False), strict=True):
+        joined: dict[str, Any] = {k: torch.cat([getattr(self, k), getattr(other, k)]) for k in _PER_ROW}
+        for name, fill in zip(_PER_TOKEN, (pad_id, False), strict=True):
             parts = zip((self, other), pads, strict=True)
             joined[name] = torch.cat([F.pad(getattr(part, name), (pad, 0), value=fill) for part, pad in parts])
         padded = self.padded or other.padded or any(pads)
@@ -92,7 +92,7 @@ class Canvases:
             **joined, numbers=self.numbers + other.numbers, passes=self.passes + other.passes, padded=padded
         )
 
-    def trimmed(self) -> Canvases:
+    def drop_padding(self) -> Canvases:
         """Without the columns that are padding in every row."""
         spare = int(self.visible.any(0).int().argmax())
         if not spare:

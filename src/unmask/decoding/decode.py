@@ -29,7 +29,7 @@ class Streamer(Protocol):
     def end(self) -> None: ...
 
 
-def guided(
+def forward_with_guidance(
     lm: MaskedLM,
     ids: Tensor,
     attention_mask: Tensor | None,
@@ -123,7 +123,7 @@ class Decoding:
 
         start, stop = window or (0, rows.ids.shape[1])
         positions = row * (stop - start) + column + rows.width - start
-        found = guided(
+        found = forward_with_guidance(
             self.lm,
             rows.ids,
             rows.attention_mask,
@@ -329,11 +329,11 @@ def decode_each(
             continue
         rest, done = loop.split(rows, leave)
         keep = static_width or loop.cache is not None  # the width
-        rows = None if not len(rest) else rest if keep else rest.trimmed()
+        rows = None if not len(rest) else rest if keep else rest.drop_padding()
         asked = [i for i, number in enumerate(done.numbers) if number < len(prompts)]
         if asked:
             unfinished -= len(asked)
-            done = done.take(torch.tensor(asked, device=lm.device)).trimmed()
+            done = done.take(torch.tensor(asked, device=lm.device)).drop_padding()
             yield done.numbers, done.trajectory(lm.mask_id, decoder.config())
 
 
@@ -355,6 +355,6 @@ def replay(lm: MaskedLM, trajectory: Trajectory) -> Tensor:
 
         positions = row * ids.shape[1] + width + column
         cfg = trajectory.decoder["cfg_scale"]
-        found = guided(lm, ids, trajectory.visible, positions, reduce, prompt=width, w=cfg)
+        found = forward_with_guidance(lm, ids, trajectory.visible, positions, reduce, prompt=width, w=cfg)
         out[row, column] = found.to(out)
     return out

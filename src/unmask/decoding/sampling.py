@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unmask.models.head import LANE, Head, rescale
+from unmask.models.head import BUCKET, Head, rescale
 
 # Streams of random numbers that one step draws for each position.
 TOKEN, ORDER = 0, 1
@@ -163,8 +163,8 @@ def _candidates(
 
 def _lane_sums(weight: Tensor) -> Tensor:
     """Sums of 64 neighbours: (N, c) -> (N, ceil(c / 64))."""
-    short = -weight.shape[1] % LANE
-    return (F.pad(weight, (0, short)) if short else weight).unflatten(1, (-1, LANE)).sum(-1)
+    short = -weight.shape[1] % BUCKET
+    return (F.pad(weight, (0, short)) if short else weight).unflatten(1, (-1, BUCKET)).sum(-1)
 
 
 def _pick(cdf: Tensor, noise: Tensor) -> Tensor:
@@ -195,14 +195,14 @@ def _draw(
     if whole is None:
         logits = head.lanes(hidden, lane[:, 0]).double()
     else:
-        token = lane * LANE + torch.arange(LANE, device=lane.device)
+        token = lane * BUCKET + torch.arange(BUCKET, device=lane.device)
         logits = whole.gather(1, token.clamp(max=whole.shape[1] - 1)).double()
         logits = logits.masked_fill(token >= whole.shape[1], -torch.inf)
     inner = ((logits - top[:, None]) / temperature).exp()
     at = _pick(inner.cumsum(1), (left / width).clamp(0, 1)[:, 0])
     # A rounded sum may point at an impossible token; the likeliest one of the lane stands in.
     at = torch.where(inner.gather(1, at) > 0, at, inner.argmax(1, keepdim=True))
-    return (lane * LANE + at)[:, 0], logits.gather(1, at)[:, 0]
+    return (lane * BUCKET + at)[:, 0], logits.gather(1, at)[:, 0]
 
 
 def _draw_nucleus(head: Head, hidden: Tensor, temperature: float, top_p: float, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ def run_evaluation(config: EvalConfig) -> None:
         with progress_bars() as progress:
             summary = evaluate(config, progress)
     except AgreedError:
-        processes.leave_to_first()
+        processes.exit_after_rank0()
         raise
     if processes.rank:
         return

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unmask.decoding import Decoder, decode
-from unmask.decoding.decode import guided
+from unmask.decoding.decode import forward_with_guidance
 from unmask.decoding.sampling import Candidates, candidates
 from unmask.decoding.trajectory import Trajectory
 from unmask.evaluation.config import EvalConfig
@@ -60,7 +60,9 @@ def _batch_sums(lm: MaskedLM, trajectory: Trajectory, decoder: Decoder, steps: i
         ids = torch.cat([trajectory.prompt, state], 1)
         row, column = (state == lm.mask_id).nonzero(as_tuple=True)
         positions = row * ids.shape[1] + width + column
-        found = guided(lm, ids, trajectory.visible, positions, _likeliest, prompt=width, w=decoder.cfg_scale)
+        found = forward_with_guidance(
+            lm, ids, trajectory.visible, positions, _likeliest, prompt=width, w=decoder.cfg_scale
+        )
         is_end = torch.isin(found.tokens, ends)
         committed = trajectory.tokens[trajectory.committed(s)]
         for i, which in enumerate((is_end, ~is_end)):

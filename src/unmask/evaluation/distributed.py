@@ -22,7 +22,7 @@ from unmask.errors import UserError
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(days=7)  # processes finish at different times; a dead one is noticed at once
+TIMEOUT = timedelta(days=7)  # processes finish at different times; a dead one is noticed at once
 
 
 class AgreedError(UserError):
@@ -51,7 +51,7 @@ class Processes:
         return found
 
     @contextmanager
-    def agreed(self) -> Iterator[None]:
+    def sync_errors(self) -> Iterator[None]:
         """A UserError of the block on any process ends it on all, with the AgreedError of the lowest rank that has one."""
         error = ""
         try:
@@ -67,12 +67,12 @@ class Processes:
     def first(self, action: Callable[[], T]) -> T:
         """``action()`` of rank 0, which alone runs it; the result, or its UserError, on every process."""
         result: Any = None
-        with self.agreed():
+        with self.sync_errors():
             if self.rank == 0:
                 result = action()
         return self.gather(result)[0]
 
-    def leave_to_first(self) -> None:
+    def exit_after_rank0(self) -> None:
         """Called with an AgreedError in hand: only rank 0 returns, to say it; the others end silently once it is gone.
 
         An earlier end of theirs would make the launcher kill rank 0 before it has spoken.
@@ -91,7 +91,7 @@ def join() -> Processes:
     if not dist.is_initialized():
         dist.init_process_group("gloo")
         atexit.register(dist.destroy_process_group)
-    return Processes(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=PATIENCE))
+    return Processes(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=TIMEOUT))
 
 
 def take_own_gpu() -> None:

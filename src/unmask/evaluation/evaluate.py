@@ -28,14 +28,14 @@ from unmask.evaluation.curves import curves, kept_trajectories
 from unmask.evaluation.diagnostics import eos_curves
 from unmask.evaluation.distributed import Processes, join, take_own_gpu
 from unmask.evaluation.prompts import row_seeds, task_prompts
-from unmask.evaluation.records import Record, as_lines, compare_to_best, merge, shard, summarise
+from unmask.evaluation.records import Record, as_lines, compare_to_best, merge, shard, summarize
 from unmask.io.files import read_json, removed, slug, write_json, writing_to
 from unmask.io.schema import CONFIG, COUNT, RECORD, Number
 from unmask.models.load import warn_of_slow_bf16
 from unmask.models.masked_lm import MaskedLM
 from unmask.tasks import Problem, Task, make_task
 
-_ELSEWHERE = ("output", "model", "task", "data", "decoder", "diagnostics", "compile")
+_NOT_IN_CONFIG = ("output", "model", "task", "data", "decoder", "diagnostics", "compile")
 """Fields of EvalConfig that config.json does not hold, or holds in another form."""
 
 
@@ -95,7 +95,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Request:
+class PreparedEvaluation:
     """A checked evaluation; ``static_width`` is the padded prompt width of a compiled model, else 0."""
 
     lm: MaskedLM
@@ -104,7 +104,7 @@ class Request:
     static_width: int
 
 
-def prepare(config: EvalConfig) -> Request:
+def prepare(config: EvalConfig) -> PreparedEvaluation:
     """Everything that can be wrong with a request is found here, before a folder is claimed. Raises UserError."""
     lm = config.load()
     if lm.model.dtype == torch.bfloat16:
@@ -118,7 +118,7 @@ def prepare(config: EvalConfig) -> Request:
         )
     resolved = {
         "model": lm.info(),
-        **{k: v for k, v in asdict(config).items() if k not in _ELSEWHERE},
+        **{k: v for k, v in asdict(config).items() if k not in _NOT_IN_CONFIG},
         "tasks": {spec: task.config() for spec, task in tasks.items()},
         "decoders": {spec: d.config() for spec, d in decoders.items()},
     }
@@ -133,10 +133,10 @@ def prepare(config: EvalConfig) -> Request:
             cells.append(Cell(task_spec, decoder_spec, task, decoder, problems, prompts, path))
     if config.compile:
         lm.model.base_model.compile()
-    return Request(lm, cells, resolved, widest if config.compile else 0)
+    return PreparedEvaluation(lm, cells, resolved, widest if config.compile else 0)
 
 
-def run_cell(request: Request, cell: Cell, indexes: list[int], config: EvalConfig) -> Iterator[list[Record]]:
+def run_cell(request: PreparedEvaluation, cell: Cell, indexes: list[int], config: EvalConfig) -> Iterator[list[Record]]:
     """Decode and grade the problems at ``indexes``; yields the records of those that finish together."""
     lm = request.lm
     prompts = [cell.prompts[i] for i in indexes]
@@ -193,10 +193,10 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
     processes = join()
     if processes.world > 1 and config.device != "cpu":
         take_own_gpu()
-    with processes.agreed():
+    with processes.sync_errors():
         request = prepare(config)
     resolved, done = processes.first(lambda: _open(request, config, processes.world))
-    with processes.agreed():
+    with processes.sync_errors():
         if resolved != request.resolved:
             raise UserError("the processes find different models or data: give every machine the same files")
         if not (Path(config.output) / "config.json").is_file():
@@ -205,7 +205,7 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
     return processes.first(lambda: _finish(request, config, processes.world))
 
 
-def _open(request: Request, config: EvalConfig, world: int) -> tuple[dict[str, Any], list[set[int]]]:
+def _open(request: PreparedEvaluation, config: EvalConfig, world: int) -> tuple[dict[str, Any], list[set[int]]]:
     """Claim the folder and merge what a killed run left; the settings and the problems done, cell by cell."""
     output = Path(config.output)
     with writing_to(output):
@@ -215,7 +215,11 @@ def _open(request: Request, config: EvalConfig, world: int) -> tuple[dict[str, A
 
 
 def _decode(
-    request: Request, config: EvalConfig, processes: Processes, done: list[set[int]], progress: Progress | None
+    request: PreparedEvaluation,
+    config: EvalConfig,
+    processes: Processes,
+    done: list[set[int]],
+    progress: Progress | None,
 ) -> None:
     """This process's share of every cell into its shards; returns when all processes have done theirs."""
     whose = f" · process 1 of {processes.world}" if processes.world > 1 else ""
@@ -243,7 +247,7 @@ def _decode(
         progress("the other processes", 1, 1)
 
 
-def _finish(request: Request, config: EvalConfig, world: int) -> dict[str, Any]:
+def _finish(request: PreparedEvaluation, config: EvalConfig, world: int) -> dict[str, Any]:
     """Merge the shards and write the summary."""
     cells, kept = [], []
     for cell in request.cells:
@@ -255,7 +259,7 @@ def _finish(request: Request, config: EvalConfig, world: int) -> dict[str, Any]:
                 "and no other run writes to, and start again"
             )
         names = {"task": cell.task_spec, "decoder": cell.decoder_spec, "score_name": cell.task.score_name}
-        found = summarise(list(records.values()))
+        found = summarize(list(records.values()))
         if config.trajectories:
             steps = cell.decoder.plan.steps if cell.decoder.threshold is None else None
             found["curves"] = curves(list(records.values()), request.lm.end_ids, steps)
@@ -276,7 +280,7 @@ def _finish(request: Request, config: EvalConfig, world: int) -> dict[str, Any]:
 
 def _with_defaults(resolved: dict[str, Any]) -> dict[str, Any]:
     """Settings that were written before a field was added, with what then held: its default."""
-    known = {f.name: f.default for f in fields(EvalConfig) if f.default is not MISSING and f.name not in _ELSEWHERE}
+    known = {f.name: f.default for f in fields(EvalConfig) if f.default is not MISSING and f.name not in _NOT_IN_CONFIG}
     decoders = {spec: {**Decoder().config(), **d} for spec, d in resolved["decoders"].items()}
     return {**known, **resolved, "decoders": decoders}
 

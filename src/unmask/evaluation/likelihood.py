@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from unmask.decoding.canvas import Canvases
-from unmask.decoding.decode import Decoding, guided
+from unmask.decoding.decode import Decoding, forward_with_guidance
 from unmask.decoding.decoder import Decoder
 from unmask.errors import UserError
 from unmask.models.head import Head, score_tokens
@@ -57,7 +57,7 @@ def mask_sets(length: int, samples: int, seed: int) -> tuple[Tensor, Tensor]:
     return rank < counts[:, None], length / (counts * samples).double()
 
 
-def fitted(lm: MaskedLM, pair: Pair) -> Pair:
+def truncate_context(lm: MaskedLM, pair: Pair) -> Pair:
     """The pair within the model's length: too long a context loses its beginning.
 
     Raises:
@@ -123,7 +123,7 @@ def bounds(
         def reduce(head: Head, hidden: Tensor, targets: Tensor = targets) -> Tensor:
             return score_tokens(head, hidden, targets)[0]
 
-        logprob = guided(
+        logprob = forward_with_guidance(
             lm,
             rows.to(lm.device),
             None if seen.all() else seen.to(lm.device),
@@ -138,7 +138,7 @@ def bounds(
     return [float(t) for t in total]
 
 
-def greedily_written(lm: MaskedLM, pairs: Sequence[Pair], cfg_scale: float = 0.0) -> list[bool]:
+def is_greedy(lm: MaskedLM, pairs: Sequence[Pair], cfg_scale: float = 0.0) -> list[bool]:
     """Whether greedy decoding of as many tokens, one a pass and the surest first, writes the continuation.
 
     The pairs' continuations are of one length. A row ends with its first wrong token, which would stand; equal contexts

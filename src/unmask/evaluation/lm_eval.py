@@ -21,7 +21,7 @@ from unmask.config import build
 from unmask.decoding import Decoder, decode_each, make_decoder
 from unmask.errors import UserError, check_at_least
 from unmask.evaluation.distributed import join
-from unmask.evaluation.likelihood import Pair, batches, bounds, content_seed, fitted, greedily_written
+from unmask.evaluation.likelihood import Pair, batches, bounds, content_seed, is_greedy, truncate_context
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.source import ModelSource
 
@@ -261,7 +261,7 @@ class UnmaskLM(TemplateLM):
         with self._bar(len(pairs), "loglikelihood", disable_tqdm) as bar:
             for members in batches(pairs, self.batch_size):
                 chosen = [pairs[i] for i in members]
-                greedy = greedily_written(self.lm, chosen, self.decoder.cfg_scale)
+                greedy = is_greedy(self.lm, chosen, self.decoder.cfg_scale)
                 for i, bound, hit in zip(members, self._bounds(chosen), greedy, strict=True):
                     found[i] = bound, hit
                     self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
@@ -295,7 +295,7 @@ class UnmaskLM(TemplateLM):
         return bounds(self.lm, pairs, s.mc_samples, s.seed, s.batch_size, self.decoder.cfg_scale)
 
     def _fitted_pairs(self, pairs: list[Pair]) -> list[Pair]:
-        found = [fitted(self.lm, pair) for pair in pairs]
+        found = [truncate_context(self.lm, pair) for pair in pairs]
         self._tell_cut(sum(a != b for a, b in zip(found, pairs, strict=True)), len(pairs))
         return found
 

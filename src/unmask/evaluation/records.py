@@ -57,7 +57,7 @@ def merge(path: Path, problems: Sequence[Problem], world: int, schema: Any = REC
     return records
 
 
-def summarise(records: Sequence[Record]) -> dict[str, Any]:
+def summarize(records: Sequence[Record]) -> dict[str, Any]:
     """One cell of the table: shares with 95 % intervals, passes, lengths, time."""
     n = len(records)
     solved = sum(r["solved"] for r in records)

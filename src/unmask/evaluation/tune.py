@@ -25,7 +25,7 @@ from unmask.io.schema import CONFIG, MEASURED
 
 if TYPE_CHECKING:
     from unmask.evaluation.config import EvalConfig
-    from unmask.evaluation.evaluate import Cell, Progress, Request
+    from unmask.evaluation.evaluate import Cell, PreparedEvaluation, Progress
     from unmask.evaluation.records import Record
 
 # Heavy imports stand inside the functions, so that --help and a typo answer at once.
@@ -36,9 +36,9 @@ ONE_IN = 3
 """One candidate in so many goes on after a round."""
 FINALISTS = 8
 """So many candidates go on at least, as far as they may be within the budget. Of the presets all do."""
-RUN_OFF = 6
+NUM_FINALISTS = 6
 """So many go into the run-off, the best preset besides, and the best preset that cannot exceed the budget."""
-SLACK = 2
+STDERR_TOLERANCE = 2
 """Before the last round, a mean that is over the budget by no more than so many standard errors may still be within it."""
 KEPT = tuple(MEASURED)
 
@@ -73,7 +73,7 @@ def _merit(standing: Standing) -> tuple[float, float]:
     return -standing.value, standing.nfe
 
 
-def better_part(standings: Sequence[Standing], least: int) -> list[Standing]:
+def top_fraction(standings: Sequence[Standing], least: int) -> list[Standing]:
     """One in three of them, rounded up, or ``least``; in their order.
 
     The Pareto front comes first, then the larger value. Few problems leave many ties: of equal values the front holds the
@@ -94,7 +94,7 @@ def in_run_off(finalists: Sequence[Standing], presets: Container[str], safe: Con
     """
     ranked = sorted(finalists, key=_merit)
     known = [s for s in ranked if s.name in presets]
-    chosen = [*ranked[:RUN_OFF], known[0], next(s for s in known if s.name in safe)]
+    chosen = [*ranked[:NUM_FINALISTS], known[0], next(s for s in known if s.name in safe)]
     return [s.name for s in ranked if s in chosen]
 
 
@@ -131,9 +131,9 @@ def successive_halving(
     """
     within: list[Standing] = []
     for size in sizes:
-        slack = SLACK if size < sizes[-1] else 0
+        slack = STDERR_TOLERANCE if size < sizes[-1] else 0
         within = [s for s in measure(names, size) if s.nfe - slack * s.error <= budget]
-        going_on = better_part(within, least)
+        going_on = top_fraction(within, least)
         if sure := [s for s in within if s.name in safe]:
             going_on.append(best(sure))
         names = [s.name for s in within if s in going_on]
@@ -146,7 +146,7 @@ def successive_halving(
 class Measurements:
     """What has been decoded: records by split, decoder and index, and a file of JSON lines, one a finished batch."""
 
-    def __init__(self, path: Path, request: Request, config: EvalConfig) -> None:
+    def __init__(self, path: Path, request: PreparedEvaluation, config: EvalConfig) -> None:
         """Raises UserError where the file is damaged."""
         self.path, self.request, self.config = path, request, config
         self.found: dict[tuple[str, str], dict[int, Record]] = {}
@@ -217,7 +217,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> dict[str, Any]
         raise UserError("a search runs as one process: start it without torchrun or accelerate")
     from unmask.evaluation.evaluate import environment, prepare
     from unmask.evaluation.prompts import task_prompts
-    from unmask.evaluation.records import summarise
+    from unmask.evaluation.records import summarize
     from unmask.evaluation.tune_space import candidates
     from unmask.results.statistics import paired_difference
     from unmask.tasks import make_task
@@ -274,7 +274,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> dict[str, Any]
 
     def entry(split: str, name: str, most: int | None = None) -> dict[str, Any]:
         facts = {"decoder": name, "preset": name in presets, "plan": decoders[name].passes}
-        return facts | summarise(done.so_far(split, name)[:most])
+        return facts | summarize(done.so_far(split, name)[:most])
 
     (ours, possible), (theirs, _) = (shares(done.so_far("test", name), config.metric) for name in (winner, preset))
     difference, interval = paired_difference(ours, theirs, possible)

@@ -19,7 +19,7 @@ from unmask.evaluation.tune_config import TuneConfig
 from unmask.evaluation.tune_space import unfit_presets
 from unmask.io.files import as_yaml, write_text, writing_to
 from unmask.io.terminal import console, fitting_table
-from unmask.results.accuracy import COLOURS, markdown, percent, save_figure
+from unmask.results.accuracy import COLORS, markdown, percent, save_figure
 
 Result = dict[str, Any]
 HEADINGS = ["decoder", "plan", "NFE", "solved % [95 %]", "score % [95 %]", "problems", "what it is"]
@@ -209,22 +209,22 @@ def front_figure(result: Result) -> Figure:
     found = {entry["decoder"]: entry for entry in result["candidates"]}
     front = [found[name] for name in result["front"]]
     figure, axis = plt.subplots(figsize=(9.5, 4.6))
-    axis.axvline(budget, color=COLOURS[7], linestyle=":", label=f"budget, {budget} passes")
+    axis.axvline(budget, color=COLORS[7], linestyle=":", label=f"budget, {budget} passes")
     rest = [found[name] for name in result["finalists"] if name not in result["front"]]
     places = [(e["nfe"], 100 * e[metric]) for e in rest if not e["preset"]]
     axis.scatter(
-        *zip(*places, strict=True) if places else ([], []), color=COLOURS[7], alpha=0.6, label="other finalists"
+        *zip(*places, strict=True) if places else ([], []), color=COLORS[7], alpha=0.6, label="other finalists"
     )
-    _points(axis, [e for e in rest if e["preset"]], metric, COLOURS[1], "s", "presets")
-    for name, colour, marker in (("winner", COLOURS[3], "*"), ("best_preset", COLOURS[2], "D")):
+    _points(axis, [e for e in rest if e["preset"]], metric, COLORS[1], "s", "presets")
+    for name, color, marker in (("winner", COLORS[3], "*"), ("best_preset", COLORS[2], "D")):
         if name == "winner" or result["winner"] != result["best_preset"]:
-            _points(axis, [result["test"][name]], metric, colour, marker, f"{name.replace('_', ' ')} on test")
-    axis.plot([e["nfe"] for e in front], [100 * e[metric] for e in front], color=COLOURS[0])
-    _points(axis, front, metric, COLOURS[0], "o", "Pareto front:")
+            _points(axis, [result["test"][name]], metric, color, marker, f"{name.replace('_', ' ')} on test")
+    axis.plot([e["nfe"] for e in front], [100 * e[metric] for e in front], color=COLORS[0])
+    _points(axis, front, metric, COLORS[0], "o", "Pareto front:")
     for number, entry in enumerate(front, 1):
         place = (entry["nfe"], 100 * entry[metric])
-        axis.annotate(str(number), place, (5, 5), textcoords="offset points", weight="bold", color=COLOURS[0])
-        axis.plot([], [], linestyle="none", marker=f"${number}$", color=COLOURS[0], label=entry["decoder"])
+        axis.annotate(str(number), place, (5, 5), textcoords="offset points", weight="bold", color=COLORS[0])
+        axis.plot([], [], linestyle="none", marker=f"${number}$", color=COLORS[0], label=entry["decoder"])
     axis.set_xscale("log", base=2)
     axis.set_xlim(left=min(axis.get_xlim()[0], budget / 4))  # so that there are ticks
     axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
@@ -241,7 +241,7 @@ def front_figure(result: Result) -> Figure:
     return figure
 
 
-def _points(axis: Axes, entries: list[Result], metric: str, colour: str, marker: str, label: str) -> None:
+def _points(axis: Axes, entries: list[Result], metric: str, color: str, marker: str, label: str) -> None:
     """Points with their 95 % intervals; none, no mark in the legend."""
     if not entries:
         return
@@ -253,7 +253,7 @@ def _points(axis: Axes, entries: list[Result], metric: str, colour: str, marker:
         [100 * v for v in values],
         yerr=errors,
         fmt=marker,
-        color=colour,
+        color=color,
         elinewidth=1,
         capsize=2,
         markersize=12 if marker == "*" else 6,

@@ -47,7 +47,7 @@ def removed(folder: Path) -> UserError:
     return UserError(f"{folder} was removed while the run wrote to it: give the same command again, which starts anew")
 
 
-def claim_result(output: Path) -> None:
+def check_writable(output: Path) -> None:
     """Try a result file before anything is measured for it; an earlier result stays until there is a new one.
 
     Raises UserError where it cannot be written.

@@ -36,7 +36,7 @@ def check_precision(lm: MaskedLM, lora_r: int | None) -> None:
 
 
 @contextmanager
-def fitting() -> Iterator[None]:
+def adapter_errors() -> Iterator[None]:
     """Turns what peft raises where no module is meant, or the targets are no regular expression, into a UserError."""
     try:
         yield
@@ -44,7 +44,7 @@ def fitting() -> Iterator[None]:
         raise UserError(f"the adapter does not fit the model: {str(error).splitlines()[0]}") from None
 
 
-def adapted(lm: MaskedLM, config: Any, seed: int) -> MaskedLM:
+def add_adapter(lm: MaskedLM, config: Any, seed: int) -> MaskedLM:
     """``lm`` with a new adapter of a peft config, its first weights drawn from ``seed``; only the adapter is trained.
 
     The adapter names its base model by a whole path, so that a saved one can be loaded alone.
@@ -54,7 +54,7 @@ def adapted(lm: MaskedLM, config: Any, seed: int) -> MaskedLM:
     """
     from peft import get_peft_model
 
-    with torch.random.fork_rng(devices=[]), fitting(), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), adapter_errors(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tied weights, which merging unties
         torch.manual_seed(seed)
         model: Any = get_peft_model(lm.model, config)

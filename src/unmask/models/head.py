@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-LANE = 64  # tokens; every piece but the last is a multiple of it
-NEVER = -1e30  # the mask token's logit: probability 0, and finite, so that 0 * logit is 0
+BUCKET = 64  # tokens; every piece but the last is a multiple of it
+MASKED_LOGIT = -1e30  # the mask token's logit: probability 0, and finite, so that 0 * logit is 0
 CACHED = (512, 2**19)  # rows and logits of a piece on a CPU: 2 MiB in float32
-LAUNCHED = (8192, 2**27)  # elsewhere: few, large kernels
+GPU_CHUNK = (8192, 2**27)  # elsewhere: few, large kernels
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ class Head:
         if self.weight is None:
             yield 0, self._finished(0, self.apply(hidden))
             return
-        width = max(1, _sizes(hidden)[1] // max(1, len(hidden)) // LANE) * LANE
+        width = max(1, _sizes(hidden)[1] // max(1, len(hidden)) // BUCKET) * BUCKET
         for a in range(0, len(self.weight), width):
             yield a, self._finished(a, F.linear(hidden, self.weight[a : a + width].to(hidden.dtype)))
 
     def _finished(self, a: int, logits: Tensor) -> Tensor:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if a <= self.mask_id < a + logits.shape[1]:
-            logits[:, self.mask_id - a] = NEVER
+            logits[:, self.mask_id - a] = MASKED_LOGIT
         return logits
 
     def lanes(self, hidden: Tensor, lane: Tensor) -> Tensor:
@@ -70,19 +70,19 @@ class Head:
         The mask token and tokens beyond the vocabulary have logit -inf.
         """
         assert self.weight is not None
-        token = lane[:, None] * LANE + torch.arange(LANE, device=lane.device)
-        some = max(1, _sizes(hidden)[1] // (LANE * hidden.shape[1]))  # rows whose (64, d) weights make one piece
+        token = lane[:, None] * BUCKET + torch.arange(BUCKET, device=lane.device)
+        some = max(1, _sizes(hidden)[1] // (BUCKET * hidden.shape[1]))  # rows whose (64, d) weights make one piece
         parts = []
         for t, h in zip(token.split(some), hidden.split(some), strict=True):
             weight = self.weight[t.clamp(max=len(self.weight) - 1)].to(h.dtype)
             parts.append((weight @ h[:, :, None])[:, :, 0])
-        found = torch.cat(parts) if parts else hidden.new_zeros(0, LANE)
+        found = torch.cat(parts) if parts else hidden.new_zeros(0, BUCKET)
         found = found.to(torch.promote_types(found.dtype, torch.float32))
         return found.masked_fill((token >= len(self.weight)) | (token == self.mask_id), -torch.inf)
 
 
 def _sizes(rows: Tensor) -> tuple[int, int]:
-    return CACHED if rows.device.type == "cpu" else LAUNCHED
+    return CACHED if rows.device.type == "cpu" else GPU_CHUNK
 
 
 def token_logprob(logits: Tensor, tokens: Tensor) -> Tensor:

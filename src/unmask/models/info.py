@@ -14,7 +14,7 @@ from unmask.models.source import ModelSource
 
 if TYPE_CHECKING:
     from unmask.models.masked_lm import MaskedLM
-    from unmask.models.memory import Need
+    from unmask.models.memory import MemoryEstimate
 
 # Heavy imports stand inside the functions, so that --help and a typo answer at once.
 
@@ -83,7 +83,7 @@ def facts(lm: MaskedLM) -> dict[str, Any]:
     }
 
 
-def memory(lm: MaskedLM, a: InfoArguments) -> list[tuple[str, int, Need]]:
+def memory(lm: MaskedLM, a: InfoArguments) -> list[tuple[str, int, MemoryEstimate]]:
     """(what, L, bytes) for decoding, for training an adapter and for training all weights, with and without checkpointing."""
     import torch
 
@@ -118,8 +118,8 @@ def info(a: InfoArguments) -> None:
     """Print it. Raises UserError as ``load`` does."""
     from rich.table import Table
 
-    from unmask.models.load import find_folder, outline, read_json
-    from unmask.models.memory import GIB, Need
+    from unmask.models.load import find_folder, load_meta, read_json
+    from unmask.models.memory import GIB, MemoryEstimate
 
     if a.trust_remote_code or a.load_in_4bit:
         raise UserError(
@@ -127,7 +127,7 @@ def info(a: InfoArguments) -> None:
         )
     if not a.weights and a.adapter is not None:
         raise UserError(f"--no-weights reads no adapter: leave --adapter {a.adapter} out")
-    lm = a.load() if a.weights else outline(a.model, a.dtype, a.revision)
+    lm = a.load() if a.weights else load_meta(a.model, a.dtype, a.revision)
     screen = console()
     table = Table(box=None, show_header=False, title=lm.name, title_justify="left")
     for name, value in facts(lm).items():
@@ -148,7 +148,7 @@ def info(a: InfoArguments) -> None:
     )
     table = Table(box=None)
     table.add_column("")
-    parts = list(asdict(Need(0, 0, 0)))
+    parts = list(asdict(MemoryEstimate(0, 0, 0)))
     for name in ("L", "total", *parts):
         table.add_column(name, justify="right")
     for what, length, need in memory(lm, a):

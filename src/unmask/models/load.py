@@ -76,7 +76,7 @@ def load(
     check_dtype(dtype)
     name, adapter = expand_home(name), expand_home(adapter)
     adapters = [] if adapter is None else [find_folder(adapter, adapter=True)]
-    folder, own = _beneath(find_folder(name, revision, trust_remote_code))
+    folder, own = _resolve_adapters(find_folder(name, revision, trust_remote_code))
     if own and adapter is not None:
         raise UserError(f"{name} is an adapter itself: name its base model in --model, or leave --adapter out")
     lm = _plain(name if not own else str(folder), folder, dtype, device, device_map, load_in_4bit, trust_remote_code)
@@ -87,7 +87,7 @@ def load(
     return lm
 
 
-def _beneath(folder: Path) -> tuple[Path, list[Path]]:
+def _resolve_adapters(folder: Path) -> tuple[Path, list[Path]]:
     """The plain checkpoint under a folder, and the adapters on the way to it, the lowest first."""
     adapters: list[Path] = []
     while (folder / "adapter_config.json").is_file():
@@ -156,14 +156,14 @@ def warn_of_slow_bf16(device: torch.device) -> None:
         )
 
 
-def outline(name: str, dtype: str = "auto", revision: str | None = None) -> MaskedLM:
+def load_meta(name: str, dtype: str = "auto", revision: str | None = None) -> MaskedLM:
     """A checkpoint's shape, ids and tokenizer without its weights: a model on the meta device. Adapters count as their base.
 
     Raises:
         UserError: as ``load``, for what can be seen without weights.
     """
     check_dtype(dtype)
-    folder, _ = _beneath(find_folder(name, revision, weights=False))
+    folder, _ = _resolve_adapters(find_folder(name, revision, weights=False))
     config = read_json(folder / "config.json")
     kind = _family(config, False)
     assert kind is not None and kind.config_class is not None
@@ -171,7 +171,7 @@ def outline(name: str, dtype: str = "auto", revision: str | None = None) -> Mask
     try:
         settings = kind.config_class.from_pretrained(folder)
         tokenizer = _tokenizer(folder, kind, name)
-        model = skeleton(kind, settings, DTYPES.get(stated if dtype == "auto" else dtype, torch.float32))
+        model = meta_model(kind, settings, DTYPES.get(stated if dtype == "auto" else dtype, torch.float32))
     except _LOADING as error:
         raise UserError(f"cannot read {name}: {_first_line(error)}") from None
     return MaskedLM.wrap(model.eval(), tokenizer, name)
@@ -409,7 +409,7 @@ def _untie(model: Any) -> None:
         model.untie()
 
 
-def skeleton(kind: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> Any:
+def meta_model(kind: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> Any:
     """A model without data, on the meta device."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

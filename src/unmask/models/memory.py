@@ -27,16 +27,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from unmask.models.adapters import LORA_TARGETS, adapter_config, fitting
-from unmask.models.head import CACHED, LAUNCHED
-from unmask.models.load import skeleton
+from unmask.models.adapters import LORA_TARGETS, adapter_config, adapter_errors
+from unmask.models.head import CACHED, GPU_CHUNK
+from unmask.models.load import meta_model
 from unmask.models.masked_lm import MaskedLM
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryEstimate:
     """Bytes by purpose; the peak is their sum."""
 
     weights: float
@@ -103,12 +103,12 @@ class _Live(TorchDispatchMode):
 
 def _outlined(kind: type[PreTrainedModel], config: Any, load: Load, train: bool) -> Any:
     """The model without data, with its adapter if one is trained."""
-    model = skeleton(kind, config, load.dtype)
+    model = meta_model(kind, config, load.dtype)
     if not (train and load.lora):
         return model
     from peft import get_peft_model
 
-    with torch.device("meta"), warnings.catch_warnings(), fitting():
+    with torch.device("meta"), warnings.catch_warnings(), adapter_errors():
         warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
         return get_peft_model(model, adapter_config(load.lora, load.lora, load.targets))
 
@@ -153,19 +153,21 @@ def _peak(kind: type[PreTrainedModel], config: Any, load: Load, layers: int, tra
 
 def _pieces(load: Load, vocabulary: int) -> float:
     """Three float32 pieces of the logits: what one piece is turned into while it is read."""
-    rows, logits = LAUNCHED if load.cuda else CACHED
+    rows, logits = GPU_CHUNK if load.cuda else CACHED
     positions = min(rows, load.rows * load.length)
     return 3 * 4.0 * min(max(logits, positions), positions * vocabulary)
 
 
-def decoding_need(lm: MaskedLM, load: Load) -> Need:
+def decoding_need(lm: MaskedLM, load: Load) -> MemoryEstimate:
     """Bytes for decoding ``rows`` rows at a time; ``lm`` may be an ``outline``."""
     kind, config = type(lm.model), lm.model.config
-    weights = sum(p.numel() * p.element_size() for p in skeleton(kind, config, load.dtype).parameters())
-    return Need(weights, activations=_peak(kind, config, load, 2, train=False), head=_pieces(load, config.vocab_size))
+    weights = sum(p.numel() * p.element_size() for p in meta_model(kind, config, load.dtype).parameters())
+    return MemoryEstimate(
+        weights, activations=_peak(kind, config, load, 2, train=False), head=_pieces(load, config.vocab_size)
+    )
 
 
-def training_need(lm: MaskedLM, load: Load) -> Need:
+def training_need(lm: MaskedLM, load: Load) -> MemoryEstimate:
     """Bytes for reinforcement learning on one process, the rollout included (it needs less than the update)."""
     kind, config = type(lm.model), lm.model.config
     model = _outlined(kind, config, load, train=True)
@@ -177,7 +179,7 @@ def training_need(lm: MaskedLM, load: Load) -> Need:
         embedding = model.get_output_embeddings().weight
         head += embedding.numel() * embedding.element_size()
     tokens = load.prompt + load.length
-    need = Need(
+    need = MemoryEstimate(
         weights,
         two + (three - two) * (config.num_hidden_layers - 2),
         head,

@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from unmask.io.terminal import fitting_table
 
 # Okabe-Ito, safe for colour-blind readers; each colour also has its own marker.
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999"]
+COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000", "#999999"]
 MARKERS = "osD^vPX*"
 
 
@@ -37,7 +37,7 @@ def points(difference: float, interval: Sequence[float], **_: Any) -> str:
 
 
 HEADINGS = ["task", "decoder", "NFE", "solved % [95 %]", "score % [95 %]", "tokens/forward", "length", "seconds"]
-DIFFERENCE = "to the best, points [95 %]"
+DIFFERENCE = "to best, points [95 %]"
 
 
 def headings(summary: dict[str, Any]) -> list[str]:
@@ -117,7 +117,7 @@ def accuracy_figure(summary: dict[str, Any]) -> Figure:
                 100 * cell["solved"],
                 yerr=[[100 * (cell["solved"] - low)], [100 * (high - cell["solved"])]],
                 fmt=MARKERS[i % len(MARKERS)],
-                color=COLOURS[i % len(COLOURS)],
+                color=COLORS[i % len(COLORS)],
                 capsize=3,
                 markersize=7,
                 label=cell["decoder"],
@@ -140,12 +140,12 @@ def diagnostics_figure(summary: dict[str, Any]) -> Figure:
     figure, axes = plt.subplots(len(curves), 2, figsize=(10, 2.6 * len(curves)), squeeze=False)
     for (left, right), curve in zip(axes, curves, strict=True):
         steps = range(1, len(curve["eos_share"]) + 1)
-        for key, colour, style, label in (
-            ("eos_confidence", COLOURS[3], "-", "EOS candidates"),
-            ("other_confidence", COLOURS[0], "--", "other candidates"),
+        for key, color, style, label in (
+            ("eos_confidence", COLORS[3], "-", "EOS candidates"),
+            ("other_confidence", COLORS[0], "--", "other candidates"),
         ):
-            left.plot(steps, np.array(curve[key], dtype=float), style, color=colour, label=label)
-        right.bar(steps, np.array(curve["eos_share"], dtype=float), color=COLOURS[3])
+            left.plot(steps, np.array(curve[key], dtype=float), style, color=color, label=label)
+        right.bar(steps, np.array(curve["eos_share"], dtype=float), color=COLORS[3])
         left.set_ylabel("mean confidence")
         right.set_ylabel("end-token share\nof commits")
         for axis in (left, right):

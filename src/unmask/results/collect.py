@@ -17,8 +17,8 @@ from unmask.errors import UserError, unknown
 from unmask.io.files import each_line, read_json, read_lines, read_yaml, slug
 from unmask.io.schema import COUNT, CURVES, METRICS, POSITIVE, RECORD, SUMMARY, TIMES, whole_summary
 from unmask.results.axes import PLAN, SEEDS
-from unmask.results.pivot import Pivot, Shown, plain, tables
-from unmask.results.summary import groups_of, read_cells, run_lines, summarise_study
+from unmask.results.pivot import Pivot, RenderedTable, plain, tables
+from unmask.results.summary import groups_of, read_cells, run_lines, summarize_study
 
 Curve = dict[int, float]
 _FIX = "give a whole folder"
@@ -72,7 +72,7 @@ class Material:
     results: list[Result] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     differences: list[dict[str, Any]] = field(default_factory=list)
-    tables: list[tuple[str, Shown]] = field(default_factory=list)
+    tables: list[tuple[str, RenderedTable]] = field(default_factory=list)
     """Tables for reading that a study's file asks for, with the folder's name."""
     notes: dict[str, str] = field(default_factory=dict)
     """Folder name -> what its study says of its comparisons."""
@@ -158,7 +158,7 @@ def _read_study(folder: Path, name: str, material: Material) -> None:
     cells = read_cells(folder)
     config = _settings(folder / "study.yaml", cells)
     chosen = [build(Pivot, table, "tables") for table in config.get("tables", [])]
-    summary = summarise_study(cells, config.get("compare", []), config.get("baselines", []), chosen)
+    summary = summarize_study(cells, config.get("compare", []), config.get("baselines", []), chosen)
     for entry, group in zip(summary["cells"], groups_of(cells).values(), strict=True):
         lines = group.lines
         axes = {k: v for k, v in entry["cell"].items() if k not in ("task", "decoder")}

@@ -9,7 +9,7 @@ from matplotlib.ticker import PercentFormatter
 
 from unmask.results.accuracy import share_axis
 from unmask.results.collect import Curve, Run
-from unmask.results.style import Picture, colour, legend, legible, line, panels, picture
+from unmask.results.style import Picture, color, legend, legible, line, panels, picture
 
 _PANELS = (
     ("eval_reward", "validation: mean reward"),
@@ -59,10 +59,10 @@ def curves(runs: Sequence[Run]) -> Picture:
             measured = key.startswith("eval_")
             seeds = seeds if measured else [smooth(c, 10) for c in seeds]
             steps, means, lows, highs = band(seeds)
-            style: Any = {"color": colour(number), "linestyle": line(number), "linewidth": 1.5}
+            style: Any = {"color": color(number), "linestyle": line(number), "linewidth": 1.5}
             axis.plot(steps, means, label=legible(label), marker="o" if measured else "", markersize=4, **style)
             if len(seeds) > 1:
-                axis.fill_between(steps, lows, highs, alpha=0.18, color=colour(number), linewidth=0)
+                axis.fill_between(steps, lows, highs, alpha=0.18, color=color(number), linewidth=0)
         axis.set_title(title)
         axis.set_xlabel("update")
         if (

@@ -23,7 +23,7 @@ from unmask.results.style import (
     PAPER,
     SOFT,
     Picture,
-    colour,
+    color,
     legend,
     legible,
     marker,
@@ -34,7 +34,7 @@ from unmask.results.style import (
 _NAMED = 24  # with more results, a figure names those on a front alone
 _LONG = 36  # characters of a label that no longer fits beside a point
 _ROWS = 30  # at most so many rows, one above the other, in one figure
-_END, _OTHER = colour(3), colour(0)
+_END, _OTHER = color(3), color(0)
 
 
 def front(results: Sequence[Result]) -> list[Result]:
@@ -57,7 +57,7 @@ def accuracy(results: Sequence[Result]) -> Picture:
     for axis, task in zip(axes, tasks, strict=True):
         own = [r for r in results if r.task == task]
         best = front(own)
-        places = dict(zip(map(id, own), _apart([r.numbers["nfe"] for r in own]), strict=True))
+        places = dict(zip(map(id, own), _spread_markers([r.numbers["nfe"] for r in own]), strict=True))
         for result in own:
             named = result.label in labels
             number = labels.index(result.label) if named else 0
@@ -70,7 +70,7 @@ def accuracy(results: Sequence[Result]) -> Picture:
                     [max(0, 100 * (high - solved))],
                 ],  # bootstrap ends may round past it
                 fmt=marker(number) if named else "o",
-                color=colour(number) if named else OTHER,
+                color=color(number) if named else OTHER,
                 markersize=6.5 if named else 4,
                 elinewidth=1.1 if named else 0.6,
                 capsize=2.5 if named else 0,
@@ -125,7 +125,7 @@ def _short(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
 
-def _apart(values: Sequence[float]) -> list[float]:
+def _spread_markers(values: Sequence[float]) -> list[float]:
     """Values on a log axis, moved as little as leaves them in order and each some 4 % from the next: all markers are seen.
 
     Least squares under that order is isotonic regression of the values less their ranks' distances; neighbours are pooled.
@@ -266,7 +266,7 @@ def order(results: Sequence[Result]) -> Iterator[Picture]:
 def _order(task: str, results: Sequence[Result]) -> tuple[Figure, str]:
     figure, axes = panels(len(results), 4, 2.6, 2.3, sharex=True, sharey=True)
     for axis, result in zip(axes, results, strict=True):
-        shares = np.ma.masked_invalid(_as_long_as_it_lasts(result.curves["order"]))
+        shares = np.ma.masked_invalid(_forward_fill(result.curves["order"]))
         image = axis.imshow(
             shares, cmap="cividis", vmin=0, vmax=1, extent=(0, 100, 100, 0), aspect="auto", interpolation="nearest"
         )
@@ -285,7 +285,7 @@ def _order(task: str, results: Sequence[Result]) -> tuple[Figure, str]:
     )
 
 
-def _as_long_as_it_lasts(shares: np.ndarray) -> np.ndarray:
+def _forward_fill(shares: np.ndarray) -> np.ndarray:
     """A decode of fewer steps than there are parts of time leaves parts empty: there, the step before is still under way."""
     starts = [time for time, row in enumerate(shares) if np.nansum(row) > 0]
     longest = max(np.diff(starts), default=len(shares))

@@ -46,16 +46,16 @@ class _Shown:
     source: str
 
 
-def colours(theme: dict[str, str]) -> str:
+def colors(theme: dict[str, str]) -> str:
     return "".join(f"--{name}:{value};" for name, value in theme.items())
 
 
 def _svg(picture: Picture) -> str:
-    """The SVG as a data: URI, in the page's colours, light or dark as the reader's are."""
+    """The SVG as a data: URI, in the page's colors, light or dark as the reader's are."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", picture.svg[picture.svg.index("<svg") :], flags=re.DOTALL)
     for name, value in _LIGHT.items():
         svg = svg.replace(value, f"var(--{name})")
-    theme = f"svg{{{colours(_LIGHT)}}}@media(prefers-color-scheme:dark){{svg{{{colours(_DARK)}}}}}"
+    theme = f"svg{{{colors(_LIGHT)}}}@media(prefers-color-scheme:dark){{svg{{{colors(_DARK)}}}}}"
     return _uri("svg+xml", re.sub(r"(<svg[^>]*>)", rf"\1<style>{theme}</style>", svg, count=1).encode())
 
 
@@ -64,7 +64,7 @@ def _uri(kind: str, data: bytes) -> str:
 
 
 def _half(png: bytes) -> bytes:
-    """At half the size, in 64 colours."""
+    """At half the size, in 64 colors."""
     small = io.BytesIO()
     Image.open(io.BytesIO(png)).convert("RGB").reduce(2).quantize(64).save(small, "PNG", optimize=True)
     return small.getvalue()
@@ -106,7 +106,7 @@ def _fill(folders: Sequence[Folder], sections: Sequence[Section], shown: dict[st
     here = files("unmask.results")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["json"] = _pretty
-    theme = f":root{{{colours(_LIGHT)}}}\n@media (prefers-color-scheme: dark) {{ :root{{{colours(_DARK)}}} }}\n"
+    theme = f":root{{{colors(_LIGHT)}}}\n@media (prefers-color-scheme: dark) {{ :root{{{colors(_DARK)}}} }}\n"
     return environment.from_string((here / "page.html").read_text(encoding="utf-8")).render(
         folders=folders,
         sections=sections,

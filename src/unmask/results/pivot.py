@@ -53,7 +53,7 @@ class Pivot:
 
 
 @dataclass(frozen=True)
-class Shown:
+class RenderedTable:
     """A table as it is shown: the first ``left`` columns are values of axes, the others quantities."""
 
     title: str
@@ -152,14 +152,14 @@ def plain(value: Any) -> str:
     return " ".join(map(plain, value)) if isinstance(value, list) else str(value)
 
 
-def tables(pivots: Sequence[Pivot], summary: Table) -> Iterator[Shown]:
+def tables(pivots: Sequence[Pivot], summary: Table) -> Iterator[RenderedTable]:
     """The tables that have cells in the summary so far."""
     for pivot in pivots:
         if (shown := _table(pivot, summary)) is not None:
             yield shown
 
 
-def _table(pivot: Pivot, summary: Table) -> Shown | None:
+def _table(pivot: Pivot, summary: Table) -> RenderedTable | None:
     if pivot.mean_over:
         summary = next(pool for pool in summary["pools"] if pool["over"] == pivot.mean_over)
     entries = summary["cells"]
@@ -185,7 +185,7 @@ def _table(pivot: Pivot, summary: Table) -> Shown | None:
         for i, row in enumerate(rows)
     ]
     body = [row for row in body if any(row[len(pivot.rows) :])]
-    return Shown(pivot.title, headings, body, len(pivot.rows), list(_notes(pivot, summary)))
+    return RenderedTable(pivot.title, headings, body, len(pivot.rows), list(_notes(pivot, summary)))
 
 
 def _grouped(places: Sequence[str]) -> list[str]:

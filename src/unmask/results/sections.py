@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from unmask.io.files import claim_result, slug, write_text, writing_to
+from unmask.io.files import check_writable, slug, write_text, writing_to
 from unmask.results import figures, tables
 from unmask.results.accuracy import diagnostics_figure
 from unmask.results.collect import Material, collect
@@ -23,7 +23,7 @@ def report(folders: Sequence[Path], output: Path) -> tuple[str, list[Path]]:
     """
     material = collect(folders)
     page = output / "report.html"
-    claim_result(page)
+    check_writable(page)
     with look():
         sections = [s for s in _sections(material) if s.tables or s.pictures]
     html = render(material.folders, sections)

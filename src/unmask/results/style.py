@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from unmask.io.files import whole
-from unmask.results.accuracy import COLOURS, MARKERS
+from unmask.results.accuracy import COLORS, MARKERS
 
 # The page turns these into its own colours, light and dark; no series may have them.
 INK, SOFT, GRID, PAPER = "#1d2127", "#5c6672", "#d5d9df", "#ffffff"
@@ -22,7 +22,7 @@ OTHER = "#aab2bd"
 PANELS = 12
 """At most so many panels stand in one figure of small multiples."""
 _LINES = ("-", "--", "-.", ":")
-_SERIES = [INK if colour == "#000000" else colour for colour in COLOURS]
+_SERIES = [INK if color == "#000000" else color for color in COLORS]
 _LOOK: Any = {
     "svg.hashsalt": "unmask",
     "text.parse_math": False,  # a name may have dollar signs
@@ -62,7 +62,7 @@ def look() -> Iterator[None]:
         yield
 
 
-def colour(number: int) -> str:
+def color(number: int) -> str:
     return _SERIES[number % len(_SERIES)]
 
 

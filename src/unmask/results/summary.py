@@ -89,7 +89,7 @@ def groups_of(cells: Sequence[Table], pooled: Sequence[str] = SEEDS) -> dict[str
     return {key: Group(json.loads(key), lines, pooled) for key, lines in found.items()}
 
 
-def summarise_study(
+def summarize_study(
     cells: Sequence[Table], compare: Sequence[str] = (), baselines: Sequence[str] = (), pivots: Sequence[Pivot] = ()
 ) -> Table:
     """The summary of a study.

@@ -9,7 +9,7 @@ from typing import Any
 from unmask.results.accuracy import markdown, percent, points
 from unmask.results.collect import Result, Run, differing, plain, setting, varying
 from unmask.results.curves import task_of
-from unmask.results.pivot import Shown
+from unmask.results.pivot import RenderedTable
 
 _NOTHING = "–"
 _BUDGET = {"updates": "updates", "completions": "completions sampled", "training_passes": "passes in training, at most"}
@@ -57,7 +57,7 @@ def _named(results: Sequence[Result]) -> tuple[list[str], list[list[Cell]]]:
     return [*(["folder"] * several), "decoder", *axes], [[Cell(text) for text in row] for row in rows]
 
 
-def chosen_tables(shown: Sequence[tuple[str, Shown]]) -> list[Table]:
+def chosen_tables(shown: Sequence[tuple[str, RenderedTable]]) -> list[Table]:
     """The tables for reading that studies ask for, by (folder, table)."""
     several = len({folder for folder, _ in shown}) > 1
     tables = []

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unmask.rl.arguments import TrajectoryGRPOConfig
-    from unmask.rl.trainer import TrajectoryGRPOTrainer
+    from unmask.rl.arguments import DiffusionGRPOConfig
+    from unmask.rl.trainer import DiffusionGRPOTrainer
 
-__all__ = ["TrajectoryGRPOConfig", "TrajectoryGRPOTrainer"]
+__all__ = ["DiffusionGRPOConfig", "DiffusionGRPOTrainer"]
 
 
 def __getattr__(name: str) -> Any:  # imported when first used, so that `unmask rl --help` does not wait for torch

@@ -11,7 +11,7 @@ Scale = Literal["group", "none"]
 EPSILON = 1e-4  # beside the standard deviation, as in TRL
 
 
-def varied(rewards: Tensor, num_generations: int) -> Tensor:
+def has_reward_variance(rewards: Tensor, num_generations: int) -> Tensor:
     """Which rows stand in a group whose rewards are not all equal. (B,) -> (B,) bool."""
     groups = rewards.view(-1, num_generations)
     return (groups != groups[:, :1]).any(1).repeat_interleave(num_generations)
@@ -30,7 +30,7 @@ def group_advantages(rewards: Tensor, num_generations: int, scale: Scale) -> Ten
     """
     groups = rewards.view(-1, num_generations)
     centred = groups - groups.mean(1, keepdim=True)
-    unequal = varied(rewards, num_generations).view_as(groups)
+    unequal = has_reward_variance(rewards, num_generations).view_as(groups)
     centred = torch.where(unequal, centred, 0.0)  # no rounding left of equal rewards
     if scale == "group":
         centred = centred / (groups.std(1, keepdim=True) + EPSILON)

@@ -11,7 +11,7 @@ from unmask.rl.config import GRPOSettings
 
 
 @dataclass
-class TrajectoryGRPOConfig(GRPOSettings, TrainingArguments):  # type: ignore[misc]
+class DiffusionGRPOConfig(GRPOSettings, TrainingArguments):  # type: ignore[misc]
     """``TrainingArguments`` with the settings above.
 
     ``per_device_train_batch_size`` counts completions of one update on each process, as in TRL; ``num_generations`` must

@@ -13,7 +13,7 @@ from unmask.decoding import Decoder
 from unmask.decoding.trajectory import Trajectory
 from unmask.io.files import as_yaml
 from unmask.models.adapters import check_precision
-from unmask.models.load import outline
+from unmask.models.load import load_meta
 from unmask.models.memory import GIB, Load, training_need
 from unmask.rl.config import RLConfig
 from unmask.rl.objectives import OBJECTIVES
@@ -81,7 +81,7 @@ def dry_run(config: RLConfig) -> str:
     """
     world, mu = int(os.environ.get("WORLD_SIZE", "1")), config.num_iterations
     config.check_batch(config.batch_size)
-    lm = outline(config.model, config.dtype)
+    lm = load_meta(config.model, config.dtype)
     check_precision(lm, config.lora_r)
     tasks = [make_task(spec, lm.task_defaults) for spec in config.tasks]
     rows = problem_rows(lm, tasks, "train", config.problems, config.seed + 1)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unmask.decoding.trajectory import Trajectory
 from unmask.models.masked_lm import MaskedLM
-from unmask.rl.advantages import varied
+from unmask.rl.advantages import has_reward_variance
 from unmask.rl.rewards import Row
 
 ROLLOUT = ("reward", "reward_std", "groups_without_variance", "length", "without_end", "nfe")
@@ -27,7 +27,7 @@ def rollout_values(lm: MaskedLM, trajectory: Trajectory, rewards: Tensor, num_ge
     values = (
         rewards.mean(),
         groups.std(1).mean(),
-        (~varied(rewards, num_generations)).double().mean(),
+        (~has_reward_variance(rewards, num_generations)).double().mean(),
         lengths.mean(),
         (lengths == trajectory.tokens.shape[1]).double().mean(),
         trajectory.nfe.double().mean(),

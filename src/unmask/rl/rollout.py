@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from unmask.decoding import Decoder, decode
-from unmask.decoding.decode import guided
+from unmask.decoding.decode import forward_with_guidance
 from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
 from unmask.models.head import score_tokens
@@ -116,7 +116,7 @@ def score_rows(policy: MaskedLM, trajectory: Trajectory, rows: ViewRows) -> tupl
     at, column = rows.scored.nonzero(as_tuple=True)
     row = rows.row[at]
     tokens = trajectory.tokens[row, column]
-    found: tuple[Tensor, Tensor] = guided(
+    found: tuple[Tensor, Tensor] = forward_with_guidance(
         policy,
         rows.ids,
         trajectory.visible[rows.row],

@@ -20,10 +20,10 @@ from unmask.io.schema import COUNT
 from unmask.models.adapters import adapter_config, check_precision
 from unmask.models.load import load, warn_of_slow_bf16
 from unmask.models.masked_lm import MaskedLM
-from unmask.rl.arguments import TrajectoryGRPOConfig
+from unmask.rl.arguments import DiffusionGRPOConfig
 from unmask.rl.config import MAY_CHANGE, GRPOSettings, RLConfig
 from unmask.rl.rewards import Row, reward_functions
-from unmask.rl.trainer import TrajectoryGRPOTrainer
+from unmask.rl.trainer import DiffusionGRPOTrainer
 from unmask.tasks import Task, make_task
 from unmask.training.run_folder import FolderCheck, claim, finish, warn_of_warmup, writing_run
 
@@ -54,7 +54,7 @@ class RunLog(TrainerCallback):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.trainer: TrajectoryGRPOTrainer | None = None
+        self.trainer: DiffusionGRPOTrainer | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
@@ -126,11 +126,11 @@ class Bar(TrainerCallback):
         self.progress.stop()
 
 
-def make_trainer(config: RLConfig, callbacks: list[TrainerCallback]) -> TrajectoryGRPOTrainer:
+def make_trainer(config: RLConfig, callbacks: list[TrainerCallback]) -> DiffusionGRPOTrainer:
     """The trainer of a run. Raises UserError for anything wrong in the request."""
     cpu = not torch.cuda.is_available()
     settings = {f.name: getattr(config, f.name) for f in dataclasses.fields(GRPOSettings)}
-    args = TrajectoryGRPOConfig(
+    args = DiffusionGRPOConfig(
         **settings,
         output_dir=config.output,
         max_steps=config.steps,
@@ -167,7 +167,7 @@ def make_trainer(config: RLConfig, callbacks: list[TrainerCallback]) -> Trajecto
     if config.lora_r is not None:
         adapter = adapter_config(config.lora_r, config.lora_alpha, config.lora_target_modules)
     with writing_to(config.output):  # the Trainer makes its folder
-        return TrajectoryGRPOTrainer(
+        return DiffusionGRPOTrainer(
             lm, functions, args, train_rows, validation, peft_config=adapter, callbacks=callbacks
         )
 

@@ -1,4 +1,4 @@
-"""TrajectoryGRPOTrainer: rollouts with any decoder, one clipped surrogate over an objective's views, one backward a pass."""
+"""DiffusionGRPOTrainer: rollouts with any decoder, one clipped surrogate over an objective's views, one backward a pass."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
-from unmask.models.adapters import adapted
+from unmask.models.adapters import add_adapter
 from unmask.models.load import as_masked_lm
 from unmask.models.masked_lm import MaskedLM
-from unmask.rl.advantages import group_advantages, varied
-from unmask.rl.arguments import TrajectoryGRPOConfig
+from unmask.rl.advantages import group_advantages, has_reward_variance
+from unmask.rl.arguments import DiffusionGRPOConfig
 from unmask.rl.metrics import ROLLOUT, UPDATE, rollout_values, update_sums, validation_sums
 from unmask.rl.objectives import (
     OBJECTIVES,
@@ -40,13 +40,13 @@ from unmask.tasks.base import Reward
 from unmask.training.resume import ResumableTrainer, reading
 
 
-class TrajectoryGRPOTrainer(ResumableTrainer):
+class DiffusionGRPOTrainer(ResumableTrainer):
     """GRPO for masked diffusion language models; objective and decoder are chosen independently of each other.
 
     Args:
         model: a MaskedLM, a name or path that ``load`` takes, or a PreTrainedModel with ``processing_class``.
         reward_funcs: functions ``f(prompts, completions, **columns) -> list[float | None]`` (TRL's signature).
-        args: a TrajectoryGRPOConfig.
+        args: a DiffusionGRPOConfig.
         train_dataset, eval_dataset: sequences of rows with ``prompt`` (text, or messages for the chat template); other
             columns go to the reward functions. Rows with ``problem`` and ``task`` are also graded in validation.
         processing_class: the tokenizer, where ``model`` is a PreTrainedModel.
@@ -58,13 +58,13 @@ class TrajectoryGRPOTrainer(ResumableTrainer):
             adapter (the policy that is optimised must be the one that sampled).
     """
 
-    args: TrajectoryGRPOConfig
+    args: DiffusionGRPOConfig
 
     def __init__(
         self,
         model: MaskedLM | PreTrainedModel | str,
         reward_funcs: Reward | Sequence[Reward],
-        args: TrajectoryGRPOConfig,
+        args: DiffusionGRPOConfig,
         train_dataset: Sequence[Row],
         eval_dataset: Sequence[Row] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -95,7 +95,7 @@ class TrajectoryGRPOTrainer(ResumableTrainer):
                     f"lora_dropout is {peft_config.lora_dropout}: set it to 0, or the policy that is optimised is not the one "
                     "that sampled"
                 )
-            self.lm = adapted(self.lm, peft_config, args.seed)
+            self.lm = add_adapter(self.lm, peft_config, args.seed)
         # Trainer's own validation wants data sets of tensors; rows of text and problems go through ours.
         super().__init__(
             model=self.lm.model,
@@ -116,7 +116,7 @@ class TrajectoryGRPOTrainer(ResumableTrainer):
             if args.compile:
                 self.reference_model.base_model.compile()  # a copy is not compiled
         self.rollout: Rollout | None = None
-        self._extra: dict[str, float] = {}  # joins the next log line
+        self._pending_metrics: dict[str, float] = {}  # joins the next log line
         self.completions: list[dict[str, Any]] = []  # of the newest rollout's first group
 
     # ---- data ------------------------------------------------------------------------------------------------------
@@ -146,8 +146,8 @@ class TrajectoryGRPOTrainer(ResumableTrainer):
         assert self.rollout is not None
         sampled = time.perf_counter()
         loss = self.update(model, self.rollout, iteration)
-        self._extra["seconds_rollout"] = sampled - start
-        self._extra["seconds_update"] = time.perf_counter() - sampled
+        self._pending_metrics["seconds_rollout"] = sampled - start
+        self._pending_metrics["seconds_update"] = time.perf_counter() - sampled
         return loss
 
     @contextmanager
@@ -180,7 +180,7 @@ class TrajectoryGRPOTrainer(ResumableTrainer):
         advantages = group_advantages(rewards, args.num_generations, args.scale_rewards)
         self._record_rollout(rows, texts, trajectory, table, rewards, advantages)
         device = trajectory.tokens.device
-        active = varied(rewards, args.num_generations).to(device)
+        active = has_reward_variance(rewards, args.num_generations).to(device)
         rollout = Rollout(trajectory, advantages.to(device), active, view_seeds.to(device))
         if args.uses_recorded:
             rollout.old = trajectory.logprob[None]
@@ -331,11 +331,11 @@ class TrajectoryGRPOTrainer(ResumableTrainer):
         values = rollout_values(self.lm, trajectory, rewards, self.args.num_generations)
         judged = torch.stack([table.nan_to_num().sum(0), (~table.isnan()).sum(0).float()])
         means = self._mean([*values, *judged.flatten().tolist()])
-        self._extra.update(zip(ROLLOUT, means, strict=False))
+        self._pending_metrics.update(zip(ROLLOUT, means, strict=False))
         totals, counts = torch.tensor(means[len(ROLLOUT) :]).view(2, -1).tolist()
         for name, total, count in zip(self.reward_names, totals, counts, strict=True):
             if count:
-                self._extra[f"reward_{name}"] = total / count
+                self._pending_metrics[f"reward_{name}"] = total / count
         self.completions = [
             {"prompt": row["prompt"], "completion": text, "reward": float(r), "advantage": float(a)}
             for row, text, r, a in zip(rows, texts, rewards, advantages, strict=True)
@@ -352,7 +352,7 @@ class TrajectoryGRPOTrainer(ResumableTrainer):
         found = {k: v / tokens for k, v in found.items()}
         gap = found.pop("replay_gap")
         if iteration == 0:
-            self._extra["replay_gap"] = gap
+            self._pending_metrics["replay_gap"] = gap
             rounded = self.args.bf16 or self.args.fp16 or self.lm.model.dtype != torch.float32
             exact = self.objective.recorded and not rounded
             if exact and gap > self.args.max_replay_gap:
@@ -363,13 +363,13 @@ class TrajectoryGRPOTrainer(ResumableTrainer):
                 )
         if self.args.beta == 0:
             del found["kl"]
-        self._extra.update(found)
+        self._pending_metrics.update(found)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what rollout and update found to Trainer's line."""
         if "loss" in logs:
-            logs.update(self._extra)
-            self._extra = {}
+            logs.update(self._pending_metrics)
+            self._pending_metrics = {}
         super().log(logs, start_time)
 
     # ---- validation ------------------------------------------------------------------------------------------------

@@ -193,7 +193,7 @@ def study(config: StudyConfig, beside: Path, progress: Progress | None = None) -
         UserError: for anything wrong in the request, where the folder holds cells of another study, and where a job fails;
             what is finished stays.
     """
-    from unmask.results.summary import cell_lines, markdown, run_lines, summarise_study
+    from unmask.results.summary import cell_lines, markdown, run_lines, summarize_study
 
     jobs = jobs_of(config, beside)
     tables, axes = labels(jobs)
@@ -203,7 +203,7 @@ def study(config: StudyConfig, beside: Path, progress: Progress | None = None) -
     keys = [c.key for job in jobs for c in job.cells]
     with writing_to(output, "output"):
         output.mkdir(parents=True, exist_ok=True)
-    with _alone(output):
+    with _exclusive_lock(output):
         cells = Lines(output / "cells.jsonl", keys, cell_lines)
         runs = Lines(output / "runs.jsonl", [job.name for job in jobs if job.training], run_lines)
         trained = training_labels(jobs, tables)
@@ -217,8 +217,8 @@ def study(config: StudyConfig, beside: Path, progress: Progress | None = None) -
                 for name in ("summary.json", "table.md"):
                     (output / name).unlink(missing_ok=True)
         _run(waiting, len(jobs), config.jobs, output, cells, runs, tables, trained, progress)
-        _check_alike(jobs, cells)
-        summary = summarise_study([cells.lines[k] for k in keys], config.compare, config.baselines, shown)
+        _check_consistent(jobs, cells)
+        summary = summarize_study([cells.lines[k] for k in keys], config.compare, config.baselines, shown)
         with writing_to(output, "output"):
             write_json(output / "summary.json", summary)
             write_text(output / "table.md", markdown(summary, shown))
@@ -229,7 +229,7 @@ def _finished(job: Job, cells: Lines, runs: Lines) -> bool:
     return all(c.key in cells.lines for c in job.cells) and (job.training is None or job.name in runs.lines)
 
 
-def _check_alike(jobs: list[Job], cells: Lines) -> None:
+def _check_consistent(jobs: list[Job], cells: Lines) -> None:
     """Raises UserError where cells that should share their model or their problems do not."""
     seen: dict[tuple[str, ...], tuple[str, Any]] = {}
     for cell in (c for job in jobs for c in job.cells):
@@ -248,7 +248,7 @@ def _check_alike(jobs: list[Job], cells: Lines) -> None:
 
 
 @contextmanager
-def _alone(output: Path) -> Iterator[None]:
+def _exclusive_lock(output: Path) -> Iterator[None]:
     """Raises UserError where another process runs a study in this folder."""
     with writing_to(output, "output"):
         file = (output / "lock").open("w", encoding="utf-8")
@@ -264,7 +264,7 @@ def _alone(output: Path) -> Iterator[None]:
 
 def _check_problems(jobs: list[Job]) -> None:
     """Raises UserError where a model or its problems cannot be had: now, and not when a job's turn comes."""
-    from unmask.models.load import outline
+    from unmask.models.load import load_meta
     from unmask.tasks import make_task
 
     seen: set[tuple[Any, ...]] = set()
@@ -274,7 +274,7 @@ def _check_problems(jobs: list[Job]) -> None:
         if wanted in seen or evaluation.trust_remote_code:
             continue
         seen.add(wanted)
-        lm = outline(*source)
+        lm = load_meta(*source)
         make_task(evaluation.task[0], lm.task_defaults).problems(evaluation.split, evaluation.limit, evaluation.seed)
 
 
@@ -308,7 +308,7 @@ def _run(
                     folder.mkdir(parents=True, exist_ok=True)
                 gpu = gpus[slot % len(gpus)] if gpus else None
                 process = context.Process(target=_process, args=(job, folder, done, threads, gpu, theirs))
-                with _undisturbed():
+                with _defer_sigint():
                     process.start()
                 theirs.close()
                 slots[slot] = (process, ours, job)
@@ -347,7 +347,7 @@ def _run(
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
+def _defer_sigint() -> Iterator[None]:
     """Ctrl-C takes effect at the end: a process cut short while it starts leaves a traceback of its own."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -13,7 +13,7 @@ from unmask.errors import TooFewProblems, UserError
 
 Split = Literal["train", "validation", "test", "heldout"]
 Reward = Callable[..., "list[float | None]"]
-ENOUGH_MISSES = 50_000
+MAX_CONSECUTIVE_DUPLICATES = 50_000
 """After so many draws in a row without a new problem a split counts as exhausted."""
 
 
@@ -123,7 +123,7 @@ class Task(ABC):
         return {"name": self.name, **asdict(self)}
 
 
-def first_different(drawn: Iterable[tuple[str, Problem] | None], limit: int, what: str) -> list[Problem]:
+def take_unique(drawn: Iterable[tuple[str, Problem] | None], limit: int, what: str) -> list[Problem]:
     """The first ``limit`` different ones of endlessly drawn problems.
 
     Args:
@@ -141,7 +141,7 @@ def first_different(drawn: Iterable[tuple[str, Problem] | None], limit: int, wha
             found[draw[0]], misses = draw[1], 0
         if len(found) == limit:
             break
-        if misses == ENOUGH_MISSES:
+        if misses == MAX_CONSECUTIVE_DUPLICATES:
             raise TooFewProblems(f"only {len(found)} different {what}")
     return list(found.values())
 

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from unmask.errors import UserError
 from unmask.io.hub import read_rows
 from unmask.tasks import answers, released
-from unmask.tasks.base import Grade, Problem, Reward, Task, first_different, split_of, stream_seed
+from unmask.tasks.base import Grade, Problem, Reward, Task, split_of, stream_seed, take_unique
 
 INSTRUCTION = """\
 Reach the target with the numbers given. Use every number exactly once and only the operations {operators}.
@@ -67,7 +67,7 @@ class Countdown(Task):
         )
         drawn = (self._drawn(source, index, split) for index in count())
         what = f"{split} problems exist for {self.config()}: ask for fewer or raise max_value"
-        return first_different(drawn, limit, what)
+        return take_unique(drawn, limit, what)
 
     def _drawn(self, source: Any, index: int, split: str) -> tuple[str, Problem] | None:
         """A problem of this split with what tells it from others."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from unmask.errors import UserError, unknown
 from unmask.tasks import answers, verifier
-from unmask.tasks.base import Grade, Problem, Reward, Task, first_different, split_of, stream_seed
+from unmask.tasks.base import Grade, Problem, Reward, Task, split_of, stream_seed, take_unique
 
 INSTRUCTION = """\
 {question}
@@ -49,7 +49,7 @@ class ReasoningGym(Task):
             raise UserError("reasoning_gym generates problems without end: give a limit")
         indices = range(verifier.SIZES.get(self.dataset, verifier.ENDLESS))
         drawn = chain((self._drawn(seed, index, split) for index in indices), repeat(None))
-        return first_different(drawn, limit, f"{split} problems of {self.dataset} found: ask for fewer")
+        return take_unique(drawn, limit, f"{split} problems of {self.dataset} found: ask for fewer")
 
     def _drawn(self, seed: int, index: int, split: str) -> tuple[str, Problem] | None:
         """A problem of this split with what tells it from others."""

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from unmask.errors import UserError
 from unmask.io.files import read_text
 from unmask.tasks import answers, released
-from unmask.tasks.base import Grade, Problem, Reward, Task, bucket, first_different, split_of, stream_seed
+from unmask.tasks.base import Grade, Problem, Reward, Task, bucket, split_of, stream_seed, take_unique
 from unmask.tasks.notation import plain
 
 INSTRUCTION = """\
@@ -67,7 +67,7 @@ class Sudoku(Task):
             "mini_sudoku", size=2**31, seed=stream_seed(seed), min_empty=self.min_empty, max_empty=self.max_empty
         )
         drawn = (self._drawn(source[index]["metadata"], split) for index in count())
-        return first_different(drawn, limit, f"{split} puzzles found for {self.config()}: ask for fewer")
+        return take_unique(drawn, limit, f"{split} puzzles found for {self.config()}: ask for fewer")
 
     def _drawn(self, metadata: dict[str, Any], split: str) -> tuple[str, Problem] | None:
         """A puzzle of this split with what tells it from others."""

@@ -21,7 +21,7 @@ from transformers import TrainingArguments
 
 from unmask.errors import UserError
 from unmask.io.files import writing_to
-from unmask.models.adapters import adapted, adapter_config, check_precision
+from unmask.models.adapters import adapter_config, add_adapter, check_precision
 from unmask.models.head import Head, score_tokens
 from unmask.models.load import load, warn_of_slow_bf16
 from unmask.models.masked_lm import MaskedLM
@@ -252,7 +252,7 @@ def train(config: SFTConfig) -> Path:
         lm.model.base_model.compile(dynamic=False)
     if config.lora_r is not None:
         adapter = adapter_config(config.lora_r, config.lora_alpha, config.lora_target_modules, config.lora_dropout)
-        lm = adapted(lm, adapter, config.seed)
+        lm = add_adapter(lm, adapter, config.seed)
     with writing_to(output):  # the Trainer makes its folder
         trainer = DiffusionTrainer(
             lm,

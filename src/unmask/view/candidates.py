@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from unmask.decoding.decode import guided
+from unmask.decoding.decode import forward_with_guidance
 from unmask.decoding.trajectory import Trajectory
 from unmask.models.head import Head
 from unmask.models.masked_lm import MaskedLM
@@ -41,7 +41,7 @@ def likeliest(head: Head, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def held(lm: MaskedLM, trajectory: Trajectory, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+def top_candidates_per_step(lm: MaskedLM, trajectory: Trajectory, count: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Before each step of a trajectory of one row: ``likeliest`` at its masked positions (M, K), from left to right.
 
     One forward pass a step (two with guidance), each of the whole row, also where a cache decoded.
@@ -56,5 +56,7 @@ def held(lm: MaskedLM, trajectory: Trajectory, count: int) -> Iterator[tuple[Ten
             return likeliest(head, hidden, count)
 
         cfg = trajectory.decoder["cfg_scale"]
-        tokens, probabilities = guided(lm, ids, trajectory.visible, positions, reduce, prompt=width, w=cfg)
+        tokens, probabilities = forward_with_guidance(
+            lm, ids, trajectory.visible, positions, reduce, prompt=width, w=cfg
+        )
         yield tokens.cpu(), probabilities.cpu()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from unmask.config import read_flags
-from unmask.io.files import claim_result, writing_to
+from unmask.io.files import check_writable, writing_to
 from unmask.io.terminal import console
 from unmask.view.config import ViewArguments
 
@@ -17,13 +17,13 @@ def command(arguments: list[str]) -> None:
     from rich.text import Text
 
     from unmask.decoding import decode
-    from unmask.view.candidates import held
+    from unmask.view.candidates import top_candidates_per_step
     from unmask.view.jobs import from_flags, from_records
     from unmask.view.page import Panel, write_page
 
     output, panels = Path(a.output), []
     source, plan = from_records(a) if a.repeats else from_flags(a)
-    claim_result(output)
+    check_writable(output)
     with console(stderr=True).status("reading the model") as status:
         lm = source.load()
         if a.index:
@@ -34,7 +34,7 @@ def command(arguments: list[str]) -> None:
             ids, mask = lm.encode([prompt], job.decoder.max_new_tokens)
             trajectory = decode(lm, ids, mask, job.decoder, early_stop=job.early_stop, **job.randomness)
             found = []
-            for moment in held(lm, trajectory, a.candidates):
+            for moment in top_candidates_per_step(lm, trajectory, a.candidates):
                 found.append(moment)
                 status.update(Text(f"{job.decoder.name}: candidates of step {len(found)} of {trajectory.steps}"))
             text = lm.text(trajectory.tokens)[0]

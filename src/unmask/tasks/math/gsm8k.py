@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 
 from unmask.tasks import answers, released
 from unmask.tasks.base import Grade, Problem, Reward
-from unmask.tasks.math.hub_task import Worded
+from unmask.tasks.math.hub_task import HubMathTask
 
 _TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 
 
 @dataclass(frozen=True)
-class GSM8K(Worded):
+class GSM8K(HubMathTask):
     name: ClassVar[str] = "gsm8k"
     hub: ClassVar[dict[str, tuple[str, str | None]]] = dict.fromkeys(("train", "test"), ("openai/gsm8k", "main"))
 

@@ -36,7 +36,7 @@ PROMPTS = {
 
 
 @dataclass(frozen=True)
-class Worded(Task):
+class HubMathTask(Task):
     """A task of published word problems. ``data``: a file of test problems, or a folder with ``train`` and ``test`` files."""
 
     hub: ClassVar[dict[str, tuple[str, str | None]]]

@@ -11,7 +11,7 @@ from unmask.tasks import answers, released
 from unmask.tasks.answers import quantity, without_unit
 from unmask.tasks.base import Grade, Problem, Reward
 from unmask.tasks.math.equivalence import MAX_LATEX, equivalent
-from unmask.tasks.math.hub_task import Worded
+from unmask.tasks.math.hub_task import HubMathTask
 from unmask.tasks.notation import plain
 
 _DELIMITER = re.compile(r"(?<!\\)(?:\\[()\[\]]|\${1,2})")
@@ -30,7 +30,7 @@ _UNDONE = re.compile(
 
 
 @dataclass(frozen=True)
-class MATH500(Worded):
+class MATH500(HubMathTask):
     name: ClassVar[str] = "math500"
     hub: ClassVar[dict[str, tuple[str, str | None]]] = {
         "train": ("ankner/math-500", None),
