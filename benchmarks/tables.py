@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from rich.text import Text
 
@@ -79,7 +78,8 @@ def lengths_figure(result: dict[str, Any]) -> Figure:
     """Seconds a sequence against the canvas length, one panel a model and temperature, one line a decoder."""
     panels = list(dict.fromkeys((c["model"], c["temperature"]) for c in result["cells"]))
     decoders = list(dict.fromkeys(c["decoder"] for c in result["cells"]))
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.2 * len(panels), 4.2), squeeze=False)
+    figure = Figure(figsize=(5.2 * len(panels), 4.2))
+    axes = figure.subplots(1, len(panels), squeeze=False)
     for axis, (model, temperature) in zip(axes[0], panels, strict=True):
         mine = [c for c in result["cells"] if (c["model"], c["temperature"]) == (model, temperature)]
         for i, decoder in enumerate(decoders):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -59,3 +61,31 @@ def test_arrows_point_one_way() -> None:
 
 def test_no_circle_between_files() -> None:
     TopologicalSorter({n: others for n, others in imports().items() if n != "unmask"}).prepare()
+
+
+STATE = """
+import logging, os, sys, warnings
+def state():
+    root = logging.getLogger()
+    return [*sys.path], dict(os.environ), [*warnings.filters], root.level, [*root.handlers]
+before = state()
+import unmask
+assert state() == before, "import unmask"
+"""
+NAMES = """
+import matplotlib, transformers
+backend = matplotlib.rcParams._get("backend")
+before = [*sys.path], dict(os.environ), transformers.utils.logging.is_progress_bar_enabled()
+for name in unmask.__all__:
+    getattr(unmask, name)
+unmask.load("tiny").generate("make 5 from 2 3 9", "eoser-ass", max_new_tokens=16)
+from unmask.results import accuracy
+assert ([*sys.path], dict(os.environ), transformers.utils.logging.is_progress_bar_enabled()) == before, "used"
+assert matplotlib.rcParams._get("backend") == backend and "matplotlib.pyplot" not in sys.modules, "drawing"
+"""
+
+
+def test_importing_and_using_it_changes_nothing_around_it() -> None:
+    """``sys.path``, environment, warnings, loggers, progress bars and matplotlib's backend are the caller's."""
+    for flags, code in ((["-W", "error"], STATE), ([], STATE + NAMES)):
+        subprocess.run([sys.executable, *flags, "-c", code], check=True)

@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unmask import bounded, make_task
+from unmask import make_task
+from unmask.tasks import bounded
 from unmask.tasks.answers import final, number, published_latex, published_number, same_latex
 from unmask.tasks.math import equivalence
 from unmask.tasks.math.gsm8k import GSM8K
@@ -330,7 +331,7 @@ def test_no_text_reaches_python() -> None:
     code = (
         "import io\n"
         "from unmask.tasks.bounded import serve\n"
-        "from unmask.tasks import equivalence\n"
+        "from unmask.tasks.math import equivalence\n"
         "out = io.StringIO()\n"
         'serve(equivalence._comparison(), io.StringIO(\'["1", "1"]\\n\'), out)\n'
         "import sympy, math_verify.parser as parser\n"

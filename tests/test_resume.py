@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from test_sft_data import chat, no_shared_cache  # noqa: F401  (a fixture for every test)
-from unmask import UserError, runs
+from unmask import UserError
 from unmask.rl.run import RLConfig
 from unmask.rl.run import train as train_rl
+from unmask.training import run_folder as runs
 from unmask.training.sft import SFTConfig, train
 
 SMALL: dict[str, Any] = {"batch_size": 2, "eval_every": 9, "save_every": 1, "bf16": False, "report_to": []}

@@ -20,7 +20,7 @@ from conftest import SHAPE, toy
 from test_sft_data import WIDTH, chat, no_shared_cache, read, turns, write  # noqa: F401  (a fixture for every test)
 from unmask import UserError, load
 from unmask.config import read_config
-from unmask.models.adapters import LORA_TARGETS, adapted, adapter_config
+from unmask.models.adapters import LORA_TARGETS, adapter_config, add_adapter
 from unmask.models.masked_lm import MaskedLM
 from unmask.training.noise import sample_times
 from unmask.training.sft import DiffusionTrainer, SFTConfig, _arguments, _set_length, train
@@ -234,7 +234,7 @@ def test_fine_tuning_learns_when_to_stop(tmp_path: Path, toy_folder: str) -> Non
 
 
 def test_adapters_reach_every_matrix_of_every_block() -> None:
-    reached = adapted(toy(), adapter_config(2, 4), 0).model
+    reached = add_adapter(toy(), adapter_config(2, 4), 0).model
     names = {
         n.rsplit(".lora_A", 1)[0].removeprefix("base_model.model.")
         for n, _ in reached.named_parameters()
@@ -246,9 +246,9 @@ def test_adapters_reach_every_matrix_of_every_block() -> None:
     for name in ("lm_head", "model.transformer.ff_out", "model.layers.1.input_layernorm", "model.embed_tokens"):
         assert not re.fullmatch(LORA_TARGETS, name)
     with pytest.raises(UserError, match="the adapter does not fit the model"):
-        adapted(toy(), adapter_config(2, 4, "nothing"), 0)
+        add_adapter(toy(), adapter_config(2, 4, "nothing"), 0)
     with pytest.raises(UserError, match="the adapter does not fit the model"):
-        adapted(toy(), adapter_config(2, 4, "("), 0)
+        add_adapter(toy(), adapter_config(2, 4, "("), 0)
 
 
 @pytest.mark.parametrize(

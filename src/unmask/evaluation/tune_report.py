@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -208,7 +207,8 @@ def front_figure(result: Result) -> Figure:
     metric, budget = result["config"]["metric"], result["config"]["budget"]
     found = {entry["decoder"]: entry for entry in result["candidates"]}
     front = [found[name] for name in result["front"]]
-    figure, axis = plt.subplots(figsize=(9.5, 4.6))
+    figure = Figure(figsize=(9.5, 4.6))
+    axis = figure.subplots()
     axis.axvline(budget, color=COLORS[7], linestyle=":", label=f"budget, {budget} passes")
     rest = [found[name] for name in result["finalists"] if name not in result["front"]]
     places = [(e["nfe"], 100 * e[metric]) for e in rest if not e["preset"]]

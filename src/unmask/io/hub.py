@@ -122,6 +122,7 @@ def _from_hub(name: str, split: str, configuration: str | None, instead: str) ->
     import datasets
     import huggingface_hub
 
+    bars, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # what it would say stands in the sentence
     was = huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
@@ -135,6 +136,9 @@ def _from_hub(name: str, split: str, configuration: str | None, instead: str) ->
         raise UserError(f"the data set {name} cannot be had from the hub ({reason}): give {instead}") from None
     finally:
         huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = was
+        datasets.logging.set_verbosity(verbosity)
+        if not bars:
+            datasets.enable_progress_bars()
 
 
 def _reachable(name: str) -> bool:

@@ -17,7 +17,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer
-from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    get_verbosity,
+    is_progress_bar_enabled,
+    set_verbosity,
+    set_verbosity_error,
+)
 
 from unmask.errors import UserError, unknown
 from unmask.io.files import expand_home, read_text
@@ -118,8 +125,8 @@ def _plain(
     weights = _weight_files(folder, name)
     settings = _placement(name, device, device_map, load_in_4bit)
     settings["dtype"] = DTYPES.get(dtype, "auto")
+    bars, verbosity = is_progress_bar_enabled(), get_verbosity()
     disable_progress_bar()
-    verbosity = get_verbosity()
     set_verbosity_error()  # what its report warns of is refused below, in one sentence
     try:
         if kind is None:
@@ -134,6 +141,8 @@ def _plain(
         raise UserError(f"cannot load {name}: {_first_line(error)}") from None
     finally:
         set_verbosity(verbosity)
+        if bars:
+            enable_progress_bar()
     lm = MaskedLM.wrap(model.eval(), tokenizer, name, fingerprint(weights))
     lm.self_test()
     return lm

@@ -9,14 +9,11 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from rich.console import Console
-from rich.table import Table
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
+from rich.console import Console
+from rich.table import Table
 
 from unmask.io.terminal import fitting_table
 
@@ -107,7 +104,8 @@ def accuracy_figure(summary: dict[str, Any]) -> Figure:
     """Problems solved against forward passes, one panel a task, with 95 % intervals."""
     tasks = list(dict.fromkeys(c["task"] for c in summary["cells"]))
     decoders = list(dict.fromkeys(c["decoder"] for c in summary["cells"]))
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5.2 * len(tasks), 4.2), squeeze=False, sharey=True)
+    figure = Figure(figsize=(5.2 * len(tasks), 4.2))
+    axes = figure.subplots(1, len(tasks), squeeze=False, sharey=True)
     for axis, task in zip(axes[0], tasks, strict=True):
         for cell in (c for c in summary["cells"] if c["task"] == task):
             i = decoders.index(cell["decoder"])
@@ -137,7 +135,8 @@ def accuracy_figure(summary: dict[str, Any]) -> Figure:
 def diagnostics_figure(summary: dict[str, Any]) -> Figure:
     """EOS over the steps of each decoder: candidate confidence, share of EOS among commits."""
     curves = summary["diagnostics"]
-    figure, axes = plt.subplots(len(curves), 2, figsize=(10, 2.6 * len(curves)), squeeze=False)
+    figure = Figure(figsize=(10, 2.6 * len(curves)))
+    axes = figure.subplots(len(curves), 2, squeeze=False)
     for (left, right), curve in zip(axes, curves, strict=True):
         steps = range(1, len(curve["eos_share"]) + 1)
         for key, color, style, label in (
@@ -160,11 +159,10 @@ def diagnostics_figure(summary: dict[str, Any]) -> Figure:
 
 
 def save_figure(figure: Figure, stem: Path) -> list[Path]:
-    """``stem``.png and .svg; the figure is closed."""
+    """``stem``.png and .svg."""
     written = [stem.with_suffix(kind) for kind in (".png", ".svg")]
     for path in written:
         figure.savefig(path, dpi=150)
-    plt.close(figure)
     return written
 
 

@@ -52,12 +52,14 @@ def load_reward(spec: str) -> Reward:
     module, colon, name = spec.partition(":")
     if not colon or not module or not name:
         raise UserError(f"reward {spec!r} names no function: write package.module:function, or released")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
     try:
         found = getattr(importlib.import_module(module), name)
     except Exception as error:  # noqa: BLE001  (a user's module may raise anything)
         raise UserError(f"reward {spec!r} cannot be imported: {type(error).__name__}: {error}") from None
+    finally:
+        sys.path.remove(here)
     if not callable(found):
         raise UserError(f"reward {spec!r} is not a function but {type(found).__name__}")
     if isinstance(found, type):

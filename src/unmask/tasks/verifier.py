@@ -18,9 +18,9 @@ from copy import deepcopy
 from functools import cache, lru_cache
 from typing import Any
 
-from unmask import bounded
 from unmask.config import build
 from unmask.errors import UserError
+from unmask.tasks import bounded
 
 Options = tuple[tuple[str, str], ...]
 
