@@ -22,7 +22,11 @@ def blocks(language: str, text: str = README) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-SNIPPETS = blocks("python") + blocks("python", (ROOT / "docs" / "rl.md").read_text())
+SNIPPETS = [
+    code
+    for file in ("README.md", "docs/decoding.md", "docs/rl.md")
+    for code in blocks("python", (ROOT / file).read_text())
+]
 
 
 @pytest.mark.parametrize("code", SNIPPETS, ids=lambda c: c.splitlines()[0])
