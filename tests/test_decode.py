@@ -383,7 +383,7 @@ def test_decoder_files_and_specs(tmp_path: Path) -> None:
         ("eosr", "did you mean 'eoser'"),
         ("full:step=3", "did you mean 'steps'"),
         ("full:steps=x", "steps of decoder 'full' is 'x'"),
-        ("full:steps=2.5", "give int"),
+        ("full:steps=2.5", "give a whole number or none"),
         ("full:steps=200", "give 1 to 128"),
         ("semi-ar:block_length=30", "does not divide"),
         ("ass:steps=5", "drop it"),

@@ -65,6 +65,17 @@ def is_none(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null"))
 
 
+_KINDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    list: "a list",
+    dict: "a table",
+    type(None): "none",
+}
+
+
 def convert(value: Any, hint: Any, where: str) -> Any:
     """A value (often text) as the type that a dataclass field declares; UserError names the field otherwise."""
     arms = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
@@ -95,8 +106,8 @@ def convert(value: Any, hint: Any, where: str) -> Any:
                 return number
         elif arm is str and isinstance(value, str):
             return expand_home(value)
-    names = " or ".join(getattr(a, "__name__", str(a)) for a in arms)
-    raise UserError(f"{where} is {value!r:.100}: give {names.replace('NoneType', 'none')}")
+    names = " or ".join(_KINDS.get(typing.get_origin(a) or a, str(a)) for a in arms)
+    raise UserError(f"{where} is {value!r:.100}: give {names}")
 
 
 def build(cls: type[T], parameters: Mapping[str, Any], what: str) -> T:
