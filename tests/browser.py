@@ -39,7 +39,7 @@ def open_page(
     """A local HTML file in a window of ``width`` x ``height`` CSS pixels.
 
     Args:
-        fragment: what stands behind ``#``. colours: the reader's scheme. still: the reader asks for reduced motion.
+        fragment: what stands behind ``#``. colors: the reader's scheme. still: the reader asks for reduced motion.
         touch: a touch screen instead of a mouse.
 
     Yields:

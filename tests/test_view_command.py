@@ -80,7 +80,7 @@ def test_a_text_that_differs_from_the_record_is_said(
 
 
 def test_a_prompt_gives_what_generate_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from unmask.decoding.command import command as generate
+    from unmask.evaluation.generate import command as generate
 
     same = ["make 29 from 3 8 5", "--decoder", "full:steps=8,temperature=1", "--seed", "3", "--max-new-tokens", "32"]
     command([*same, "--prefill", "<reasoning>3", "--output", str(tmp_path / "page.html")])

@@ -276,7 +276,7 @@ def test_what_a_cell_shows_is_built_when_it_changes_and_not_spoken_in_play(opene
     assert spoken.evaluate_all("all => all.map(e => e.ariaLive)") == ["polite"] * 3
 
 
-@pytest.mark.parametrize("colours", ["light", "dark"])
+@pytest.mark.parametrize("colors", ["light", "dark"])
 def test_a_phone_shows_it_without_scrolling_sideways(page_file: tuple[Path, list[Panel]], colors: Any) -> None:
     with open_page(page_file[0], 360, 740, fragment="step=2", colors=colors, touch=True) as (page, problems):
         assert page.evaluate("document.documentElement.scrollWidth") == 360

@@ -155,7 +155,7 @@ def grade(arguments: list[str]) -> None:
 
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
-    "generate": (_elsewhere("unmask.decoding.command"), "decode one prompt and watch the canvas fill"),
+    "generate": (_elsewhere("unmask.evaluation.generate"), "decode one prompt and watch the canvas fill"),
     "info": (info, "what a checkpoint is, its self-test, the memory that decoding and training take"),
     "view": (_elsewhere("unmask.view.command"), "one HTML page that shows a canvas filling, decoders side by side"),
     "eval": (_elsewhere("unmask.evaluation.command"), "score a model on tasks under decoders: records, table, figure"),

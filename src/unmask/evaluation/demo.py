@@ -7,9 +7,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from unmask.config import read_flags
-from unmask.decoding.command import GenerateArguments, show_decoding
 from unmask.evaluation.command import run_evaluation
 from unmask.evaluation.config import EvalConfig
+from unmask.evaluation.generate import GenerateArguments, show_decoding
 from unmask.io.terminal import console
 
 DECODERS = ["full", "semi-ar", "eoser", "full:steps=7", "ass", "eoser-ass", "hybrid"]
