@@ -36,7 +36,7 @@ def sft(arguments: list[str]) -> None:
 
 
 def _is_main_process() -> bool:
-    """One of several processes does."""
+    """Whether this is the one of several processes that prints."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 from unmask.config import read_flags
 from unmask.evaluation.config import EvalConfig
@@ -20,7 +21,6 @@ def run_evaluation(config: EvalConfig) -> None:
     from unmask.evaluation.distributed import AgreedError, join
     from unmask.evaluation.evaluate import evaluate
     from unmask.evaluation.progress import progress_bars
-    from unmask.results import accuracy as report
 
     processes = join()
     if processes.rank:
@@ -33,9 +33,14 @@ def run_evaluation(config: EvalConfig) -> None:
     except AgreedError:
         processes.exit_after_rank0()
         raise
-    if processes.rank:
-        return
-    output = Path(config.output)
+    if not processes.rank:
+        show_evaluation(summary, Path(config.output))
+
+
+def show_evaluation(summary: dict[str, Any], output: Path) -> None:
+    """Write the figures and the table of an evaluation's folder and print the table."""
+    from unmask.results import accuracy as report
+
     with writing_to(output):
         figures = report.write_figures(summary, output)
         write_text(output / "table.md", report.markdown_table(summary))

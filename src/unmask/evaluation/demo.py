@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from unmask.config import read_flags
-from unmask.evaluation.command import run_evaluation
+from unmask.evaluation.command import show_evaluation
 from unmask.evaluation.config import EvalConfig
 from unmask.evaluation.generate import GenerateArguments, show_decoding
 from unmask.io.terminal import console
@@ -39,8 +41,7 @@ def command(arguments: list[str]) -> None:
     )
     show_canvases()
     print()
-    grow_table(config)
-    run_evaluation(config)
+    show_evaluation(grow_table(config), Path(config.output))
 
 
 def show_canvases() -> None:
@@ -60,8 +61,8 @@ def show_canvases() -> None:
         print("✓ solved" if task.grade(problem, text).solved else "✗ not solved", flush=True)
 
 
-def grow_table(config: EvalConfig) -> None:
-    """Evaluate into the folder decoder by decoder; a terminal sees one table grow, anything else a line a result."""
+def grow_table(config: EvalConfig) -> dict[str, Any]:
+    """The summary of all decoders, evaluated one by one; a terminal sees one table grow, anything else a line a result."""
     from rich.live import Live
 
     from unmask.evaluation.evaluate import evaluate
@@ -79,3 +80,4 @@ def grow_table(config: EvalConfig) -> None:
                 print(
                     f"{cell['task']:<10} {cell['decoder']:<13} {cell['nfe']:5.1f} passes  solved {solved} %", flush=True
                 )
+    return summary

@@ -252,19 +252,19 @@ def _finish(request: PreparedEvaluation, config: EvalConfig, world: int) -> dict
     cells, kept = [], []
     for cell in request.cells:
         with writing_to(config.output):
-            records = merge(cell.path, cell.problems, world, cell.record(config))
+            records = list(merge(cell.path, cell.problems, world, cell.record(config)).values())
         if missing := len(cell.problems) - len(records):
             raise UserError(
                 f"{cell.path} lacks {missing} of {len(cell.problems)} records: give an --output that all processes share "
                 "and no other run writes to, and start again"
             )
         names = {"task": cell.task_spec, "decoder": cell.decoder_spec, "score_name": cell.task.score_name}
-        found = summarize(list(records.values()))
+        found = summarize(records)
         if config.trajectories:
             steps = cell.decoder.plan.steps if cell.decoder.threshold is None else None
-            found["curves"] = curves(list(records.values()), request.lm.end_ids, steps)
+            found["curves"] = curves(records, request.lm.end_ids, steps)
         cells.append({**names, **found})
-        kept.append(list(records.values()))
+        kept.append(records)
     compare_to_best(cells, kept)
     facts = {**environment(), "processes": world}
     summary = {"config": request.resolved, "environment": facts, "cells": cells}
