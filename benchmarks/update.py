@@ -25,7 +25,7 @@ from benchmarks.common import (
 )
 from benchmarks.config import BenchRL
 from unmask.decoding import make_decoder
-from unmask.decoding.plan import uniform
+from unmask.decoding.plan import Plan
 from unmask.decoding.trajectory import Trajectory
 from unmask.evaluation.evaluate import environment
 from unmask.io.files import check_writable, write_json
@@ -103,7 +103,9 @@ def random_rollout(config: BenchRL, lm: MaskedLM, steps: int) -> Rollout:
     low = len(lm.tokenizer)  # plain text ids: no end token, no mask
     prompt = torch.randint(low, config.vocabulary, (rows, config.prompt), generator=generator)
     tokens = torch.randint(low, config.vocabulary, (rows, length), generator=generator)
-    plan = torch.tensor([s for s, n in enumerate(uniform(length, steps).commits) for _ in range(n)], dtype=torch.int16)
+    plan = torch.tensor(
+        [s for s, n in enumerate(Plan.uniform(length, steps).commits) for _ in range(n)], dtype=torch.int16
+    )
     step = torch.stack([plan[torch.randperm(length, generator=generator)] for _ in range(rows)])
     decoder = make_decoder("full", max_new_tokens=length, steps=steps)
     logprob = torch.full((rows, length), -11.0)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from conftest import PROMPTS, toy
 from unmask import PRESETS, MaskedLM, Trajectory, UserError, decode, make_decoder, make_task, replay
 from unmask.decoding.confidence import CONFIDENCES, exclude_eos, reject_eos, suppress_eos
-from unmask.decoding.decode import forward_with_guidance
 from unmask.decoding.sampling import Candidates, candidates, uniform_noise
+from unmask.decoding.score import forward_with_guidance
 from unmask.models.head import Head, token_logprob
 
 pytestmark = pytest.mark.usefixtures("no_global_randomness")

@@ -9,7 +9,7 @@ import torch
 
 import unmask
 from conftest import PROMPTS
-from unmask import Decoder, Generation, MaskedLM, UserError, decode, make_decoder
+from unmask import PRESETS, Decoder, Generation, MaskedLM, UserError, decode, make_decoder, replay
 
 SPEC = "eoser-ass:temperature=1"
 
@@ -89,18 +89,59 @@ def test_a_prefill_and_a_streamer(toy_lm: MaskedLM) -> None:
     assert same(out, toy_lm.generate("x", "ass", max_new_tokens=16, prefill="<reasoning>"))
 
 
+@pytest.mark.parametrize("spec", [*PRESETS, SPEC, "full:temperature=1,cfg_scale=0.5"])
+def test_templates_keep_their_tokens_under_every_decoder(toy_lm: MaskedLM, spec: str) -> None:
+    texts = ["one <|mask:32|> two <|mask:32|> three", "<|mask:5|> begins", "a <|mask:64|> z", PROMPTS[0]]
+    decoder = make_decoder(spec, max_new_tokens=64).replace(cache="none")
+    templates = [texts[0], texts[2], [{"role": "user", "content": "q"}, {"role": "assistant", "content": texts[0]}]]
+    out = toy_lm.generate(templates, decoder, seed=3)
+    mask = toy_lm.mask_id
+    for i, template in enumerate(templates):
+        one = toy_lm.generate(template, decoder, seed=3 + i)
+        tokens, step = one.trajectory.tokens[0], one.trajectory.step[0]
+        pieces = [toy_lm.tokens(t) for t in ([" two ", " three"] if "two" in str(template) else [" z"])]
+        fixed = [t for piece in pieces for t in piece]
+        assert tokens[step < 0].tolist() == fixed and mask not in tokens
+        assert (one.trajectory.state(0)[0] == mask).sum() == 64 == (step >= 0).sum()
+        assert one.texts[0] == out.texts[i] and one.texts[0].startswith(("one ", "a "))
+        assert (replay(toy_lm, one.trajectory) - one.trajectory.logprob).abs().max() < 1e-5
+    with pytest.raises(UserError, match=r"canvases of different lengths: use \.trajectories"):
+        _ = out.trajectory
+
+
+def test_a_template_of_one_gap_is_a_completion(toy_lm: MaskedLM) -> None:
+    plain = toy_lm.generate(PROMPTS[0], "ass", max_new_tokens=16)
+    asked = toy_lm.chat(PROMPTS[0])
+    ids = [*toy_lm.tokens(asked), *[toy_lm.mask_id] * 16]
+    for form in (asked + "<|mask:16|>", ids, torch.tensor(ids), [ids]):
+        filled = toy_lm.generate(form, "ass")
+        assert filled.texts[0].startswith(asked)
+        rows = zip(filled.trajectory.tokens[0], plain.trajectory.tokens[0], plain.trajectory.step[0], strict=True)
+        assert all(a == b for a, b, step in rows if step >= 0)  # a completion may stop early, a template is filled
+    assert (
+        toy_lm.generate(PROMPTS[0], "ass", prefill="<|mask:16|>").trajectory.tokens.tolist()
+        == filled.trajectory.tokens.tolist()
+    )
+    assert toy_lm.generate(toy_lm.tokens(asked), "ass", max_new_tokens=16).texts == plain.texts
+    assert toy_lm.generate("<|mask:4|> begins").trajectory.prompt.shape == (1, 0)
+
+
 @pytest.mark.parametrize(
     ("prompts", "options", "says"),
     [
         ([], {}, "0 prompts with num_return_sequences=1"),
         ("x", {"num_return_sequences": 0}, "num_return_sequences=0"),
         ("x", {"num_return_sequences": 2}, "all would be equal: set a temperature"),
-        ("x", {"stop": "abc"}, "stop is 'abc': give a list"),
+        ("x", {"stop": "abc"}, "stop is 'abc': pass a list"),
         ("x", {"stop": ["a", ""]}, "none of them empty"),
         ("", {}, "the prompt is empty"),
         ([{"content": "x"}], {}, "refuses the messages"),
         ("x", {"decoder": "eosr"}, "did you mean 'eoser'"),
         ("x", {"batch_size": 0}, "batch_size is 0"),
+        ("a <|mask:0|> b", {}, "gaps of 0 tokens"),
+        ("a <|mask:7|> b", {"decoder": "semi-ar"}, "does not divide the canvas length 7"),
+        ("a <|mask:64|> b", {"decoder": "threshold:cache=dual"}, "cache=dual needs a canvas without fixed tokens"),
+        ([5, 10**6], {}, "token id 1000000 lies outside the vocabulary"),
         (["x", "y"], {"decoder": Decoder(max_new_tokens=8), "streamer": object()}, "a streamer shows one row"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unmask import PRESETS, Plan, UserError, ascending, make_decoder, uniform
+from unmask import PRESETS, Plan, UserError, make_decoder
 
 LENGTHS = [16, 31, 100, 128, 200, 256, 300]
 
@@ -27,36 +27,38 @@ def check(plan: Plan, length: int) -> None:
 
 
 def test_ascending_as_published() -> None:
-    assert ascending(128).commits == (1, 2, 4, 8, 16, 32, 65)
-    assert ascending(256).commits == (1, 2, 4, 8, 16, 32, 64, 129)
-    assert ascending(128).horizon == (128,) * 7
-    four = ascending(128, blocks=4)
+    assert Plan.ascending(128).commits == (1, 2, 4, 8, 16, 32, 65)
+    assert Plan.ascending(256).commits == (1, 2, 4, 8, 16, 32, 64, 129)
+    assert Plan.ascending(128).horizon == (128,) * 7
+    four = Plan.ascending(128, blocks=4)
     assert four.commits == (1, 2, 4, 8, 16, 32, 65)
     assert four.horizon == (15, 15, 15, 15, 31, 63, 128)  # blocks of 15, 16, 32, 65 with 4, 1, 1, 1 steps
-    assert ascending(128).progress == tuple((2 ** (s + 1) - 1) / 128 for s in range(7))
+    assert Plan.ascending(128).progress == tuple((2 ** (s + 1) - 1) / 128 for s in range(7))
 
 
 def test_hybrid_as_announced() -> None:
-    plan = ascending(128, block_length=32)
+    plan = Plan.ascending(128, block_length=32)
     assert plan.steps == 20
     assert plan.commits == (1, 2, 4, 8, 17) * 4
     assert plan.horizon == (32,) * 5 + (64,) * 5 + (96,) * 5 + (128,) * 5
 
 
 def test_bounded_commits_by_hand() -> None:
-    assert ascending(128, max_commit=64).commits == (1, 2, 4, 8, 16, 32, 32, 33)
-    assert ascending(128, max_commit=32).commits == (1, 2, 4, 8, 16, 24, 24, 24, 25)
-    assert ascending(128, max_commit=16).commits == (1, 2, 4, 8) + (14,) * 7 + (15,)
-    assert ascending(128, max_commit=1).commits == (1,) * 128
-    assert ascending(128, max_commit=65) == ascending(128)  # the bound does not bind, so the paper's clock stays
-    assert ascending(128, max_commit=64).progress[2] == 7 / 128
-    assert ascending(64, block_length=32, max_commit=8).commits == (1, 2, 4, 6, 6, 6, 7) * 2
-    assert ascending(128, 2, max_commit=64).horizon == (95,) * 7 + (128,)
+    assert Plan.ascending(128, max_commit=64).commits == (1, 2, 4, 8, 16, 32, 32, 33)
+    assert Plan.ascending(128, max_commit=32).commits == (1, 2, 4, 8, 16, 24, 24, 24, 25)
+    assert Plan.ascending(128, max_commit=16).commits == (1, 2, 4, 8) + (14,) * 7 + (15,)
+    assert Plan.ascending(128, max_commit=1).commits == (1,) * 128
+    assert Plan.ascending(128, max_commit=65) == Plan.ascending(
+        128
+    )  # the bound does not bind, so the paper's clock stays
+    assert Plan.ascending(128, max_commit=64).progress[2] == 7 / 128
+    assert Plan.ascending(64, block_length=32, max_commit=8).commits == (1, 2, 4, 6, 6, 6, 7) * 2
+    assert Plan.ascending(128, 2, max_commit=64).horizon == (95,) * 7 + (128,)
 
 
 @given(st.integers(1, 600), st.integers(1, 600))
 def test_bounded_commits_are_few_and_small(length: int, most: int) -> None:
-    plan = ascending(length, max_commit=most)
+    plan = Plan.ascending(length, max_commit=most)
     check(plan, length)
     assert max(plan.commits) <= most
     head = [2**s for s in range(10) if 2**s < most]
@@ -70,30 +72,30 @@ def test_ascending_formula_for_every_block_count(length: int) -> None:
     commits.append(length - sum(commits))
     done = list(accumulate(commits))
     for blocks in range(1, steps + 1):
-        plan = ascending(length, blocks)
+        plan = Plan.ascending(length, blocks)
         assert list(plan.commits) == commits
         assert list(plan.horizon) == [done[max(s, steps - blocks)] for s in range(steps)]
         assert list(plan.progress) == [(2 ** (s + 1) - 1) / 2**steps for s in range(steps)]
         check(plan, length)
     for blocks in (0, steps + 1):
         with pytest.raises(UserError, match=f"1 to {steps}"):
-            ascending(length, blocks)
+            Plan.ascending(length, blocks)
 
 
 def test_uniform_by_hand() -> None:
-    assert uniform(10, 4).commits == (3, 3, 2, 2)  # the remainder goes to the first steps
-    assert uniform(128, 64).commits == (2,) * 64
-    assert uniform(128, 64).progress[1] == 1 / 63
-    plan = uniform(128, 64, 32)
+    assert Plan.uniform(10, 4).commits == (3, 3, 2, 2)  # the remainder goes to the first steps
+    assert Plan.uniform(128, 64).commits == (2,) * 64
+    assert Plan.uniform(128, 64).progress[1] == 1 / 63
+    plan = Plan.uniform(128, 64, 32)
     assert plan.horizon[15] == 32 and plan.horizon[16] == 64
-    assert uniform(12, 4, 6).commits == (3, 3, 3, 3)
+    assert Plan.uniform(12, 4, 6).commits == (3, 3, 3, 3)
 
 
 @given(st.integers(1, 600), st.data())
 def test_uniform_invariants(length: int, data: st.DataObject) -> None:
     block = data.draw(st.sampled_from([d for d in range(1, length + 1) if length % d == 0]))
     steps = length // block * data.draw(st.integers(1, block))
-    plan = uniform(length, steps, block)
+    plan = Plan.uniform(length, steps, block)
     check(plan, length)
     assert plan.steps == steps
     assert max(plan.commits) - min(plan.commits) <= 1
@@ -104,9 +106,9 @@ def test_uniform_invariants(length: int, data: st.DataObject) -> None:
 @given(st.integers(1, 600), st.data())
 def test_ascending_invariants(length: int, data: st.DataObject) -> None:
     steps = max(1, floor(log2(length)))
-    check(ascending(length, data.draw(st.integers(1, steps))), length)
+    check(Plan.ascending(length, data.draw(st.integers(1, steps))), length)
     block = data.draw(st.sampled_from([d for d in range(1, length + 1) if length % d == 0]))
-    hybrid = ascending(length, block_length=block)
+    hybrid = Plan.ascending(length, block_length=block)
     check(hybrid, length)
     assert hybrid.steps == length // block * max(1, floor(log2(block)))
 
@@ -114,14 +116,14 @@ def test_ascending_invariants(length: int, data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: uniform(0, 1), "length is 0"),
-        (lambda: uniform(8, 9), "give 1 to 8"),
-        (lambda: uniform(8, 0), "give 1 to 8"),
-        (lambda: uniform(12, 6, 5), "give one of 1, 2, 3, 4, 6, 12"),
-        (lambda: uniform(8, 3, 4), "give one of 2, 4, 6, 8"),
-        (lambda: ascending(12, block_length=7), "give one of 1, 2, 3, 4, 6, 12"),
-        (lambda: ascending(16, blocks=2, block_length=8), "exclude each other"),
-        (lambda: ascending(16, max_commit=0), "max_commit is 0: give 1 or more"),
+        (lambda: Plan.uniform(0, 1), "length is 0"),
+        (lambda: Plan.uniform(8, 9), "give 1 to 8"),
+        (lambda: Plan.uniform(8, 0), "give 1 to 8"),
+        (lambda: Plan.uniform(12, 6, 5), "give one of 1, 2, 3, 4, 6, 12"),
+        (lambda: Plan.uniform(8, 3, 4), "give one of 2, 4, 6, 8"),
+        (lambda: Plan.ascending(12, block_length=7), "give one of 1, 2, 3, 4, 6, 12"),
+        (lambda: Plan.ascending(16, blocks=2, block_length=8), "exclude each other"),
+        (lambda: Plan.ascending(16, max_commit=0), "max_commit is 0: give 1 or more"),
         (lambda: make_decoder("full:max_commit=8"), "belongs to the ascending schedule"),
     ],
 )

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unmask.decoding import PRESETS, Decoder, Plan, ascending, decode, decode_each, make_decoder, replay, uniform
+    from unmask.decoding import PRESETS, Decoder, Plan, decode, decode_each, make_decoder, replay
     from unmask.decoding.generate import Generation
     from unmask.decoding.trajectory import Trajectory
     from unmask.errors import UserError
@@ -35,14 +35,12 @@ __all__ = [
     "Trajectory",
     "UserError",
     "__version__",
-    "ascending",
     "decode",
     "decode_each",
     "load",
     "make_decoder",
     "make_task",
     "replay",
-    "uniform",
 ]
 
 # Names are imported when first used, so that `unmask --help` does not wait for torch.
@@ -51,12 +49,10 @@ _HOMES = {
         "PRESETS",
         "Decoder",
         "Plan",
-        "ascending",
         "decode",
         "decode_each",
         "make_decoder",
         "replay",
-        "uniform",
     ),
     "unmask.decoding.generate": ("Generation",),
     "unmask.models.load": ("load",),

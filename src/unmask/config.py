@@ -6,9 +6,11 @@ import contextlib
 import dataclasses
 import io
 import re
+import sys
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -18,12 +20,48 @@ from unmask.errors import UserError, unknown
 from unmask.io.files import as_yaml, expand_home, read_yaml, write_text
 
 T = TypeVar("T")
+_IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(?=:|$)")
 _FRAME = re.compile(r"[│╭╮╰╯]")
 _REGISTRY = tyro.constructors.ConstructorRegistry()
 LORA_TARGETS = (
     r"(.*\.)?(blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"
     r"|layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj))"
 )
+
+
+class Registry(dict[str, T]):
+    """Things of one kind by name: those that ship, those that ``register`` adds, and any object as ``package.module:name``."""
+
+    def __init__(self, kind: str, entries: Mapping[str, T] | None = None) -> None:
+        super().__init__(entries or {})
+        self.kind = kind
+
+    def register(self, name: str) -> Callable[[Any], Any]:
+        """A decorator that adds what it decorates; of several of one name the last holds."""
+
+        def add(thing: Any) -> Any:
+            self[name] = thing
+            return thing
+
+        return add
+
+    def resolve(self, name: str) -> T:
+        """What ``name`` means; modules are also looked for in the current folder. Raises UserError for an unknown name."""
+        if name in self:
+            return self[name]
+        if not _IMPORT_PATH.fullmatch(name):
+            raise unknown(self.kind, name, self)
+        module, attribute = name.split(":")
+        if module in self:
+            raise UserError(f"cannot read {attribute!r} in {name!r}: parameters are written name:key=value,key=value")
+        before = [*sys.path]
+        sys.path.append("")  # a console script does not look there
+        try:
+            return getattr(import_module(module), attribute)
+        except (ImportError, AttributeError) as error:
+            raise UserError(f"cannot import {self.kind} {name!r} ({error}): check the module and the name") from None
+        finally:
+            sys.path[:] = before
 
 
 # ---- specs -----------------------------------------------------------------------------------------------------------
@@ -43,12 +81,16 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 def with_parameters(spec: str, **parameters: Any) -> str:
     """``("ass:blocks=4", temperature=1)`` -> ``"ass:blocks=4,temperature=1"``."""
     more = ",".join(f"{key}={value}" for key, value in parameters.items())
-    return f"{spec}{',' if ':' in spec else ':'}{more}" if more else spec
+    return f"{spec}{',' if ':' in _IMPORT_PATH.sub('', spec, count=1) else ':'}{more}" if more else spec
 
 
 def split_spec(spec: str) -> tuple[str, dict[str, str]]:
-    """``"ass:blocks=4,temperature=1"`` -> ``("ass", {"blocks": "4", "temperature": "1"})``. Raises UserError."""
-    name, _, rest = spec.strip().partition(":")
+    """``"ass:blocks=4,temperature=1"`` -> ``("ass", {"blocks": "4", "temperature": "1"})``. Raises UserError.
+
+    The name may be ``package.module:name``.
+    """
+    path = _IMPORT_PATH.match(spec.strip())
+    name, _, rest = (path[0], "", spec.strip()[path.end() + 1 :]) if path else spec.strip().partition(":")
     parameters: dict[str, str] = {}
     for part in filter(None, (p.strip() for p in rest.split(","))):
         key, equals, value = part.partition("=")

@@ -1,18 +1,21 @@
 """Decoding: plans, confidences, decoders and the loop."""
 
-from unmask.decoding.decode import Streamer, decode, decode_each, replay
-from unmask.decoding.decoder import PRESETS, Decoder, make_decoder
-from unmask.decoding.plan import Plan, ascending, uniform
+from unmask.decoding.confidence import CONFIDENCES, Confidence
+from unmask.decoding.decode import Streamer, decode, decode_each
+from unmask.decoding.decoder import PRESETS, SCHEDULES, Decoder, make_decoder
+from unmask.decoding.plan import Plan
+from unmask.decoding.score import replay
 
 __all__ = [
+    "CONFIDENCES",
     "PRESETS",
+    "SCHEDULES",
+    "Confidence",
     "Decoder",
     "Plan",
     "Streamer",
-    "ascending",
     "decode",
     "decode_each",
     "make_decoder",
     "replay",
-    "uniform",
 ]

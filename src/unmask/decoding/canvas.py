@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from unmask.decoding.trajectory import Trajectory
 
-_PER_TOKEN, _PER_ROW = ("ids", "visible"), ("step", "logprob", "seeds", "at")
+_PER_TOKEN, _PER_ROW = ("ids", "visible"), ("rank", "step", "logprob", "seeds", "at")
 
 
 @dataclass
@@ -21,6 +21,7 @@ class Canvases:
 
     Attributes:
         ids: (B, P+L) int64, prompt and canvas. visible: (B, P+L) bool, False = padding.
+        rank: (B, L) int64, how many positions to fill stand before each; a plan's blocks count these.
         step: (B, L) int16 and logprob: (B, L) float32, as in Trajectory.
         seeds: (B,) int64. at: (B,) int64, the passes that each row has taken.
         numbers: the caller's number of each row. passes: ``at``, readable without waiting for the device.
@@ -29,6 +30,7 @@ class Canvases:
 
     ids: Tensor
     visible: Tensor
+    rank: Tensor
     step: Tensor
     logprob: Tensor
     seeds: Tensor
@@ -39,13 +41,13 @@ class Canvases:
 
     @classmethod
     def new(
-        cls, prompt: Tensor, prompt_mask: Tensor, length: int, mask_id: int, seeds: Tensor, numbers: Sequence[int]
+        cls, prompt: Tensor, prompt_mask: Tensor, canvas: Tensor, mask_id: int, seeds: Tensor, numbers: Sequence[int]
     ) -> Canvases:
-        """Fully masked canvases of ``length`` behind prompts (B, P)."""
-        canvas = torch.full((len(prompt), length), mask_id, device=prompt.device)
+        """Canvases (B, L), to be filled where they hold the mask, behind prompts (B, P)."""
         return cls(
             ids=torch.cat([prompt, canvas], 1),
             visible=torch.cat([prompt_mask, torch.ones_like(canvas, dtype=torch.bool)], 1),
+            rank=(canvas == mask_id).cumsum(1) - 1,
             step=torch.full_like(canvas, -1, dtype=torch.int16),
             logprob=torch.zeros_like(canvas, dtype=torch.float32),
             seeds=seeds,

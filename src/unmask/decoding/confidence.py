@@ -7,11 +7,13 @@ gamma_s = gamma_min + (1 - gamma_min) * progress_s; logits and sampled tokens st
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from unmask.config import Registry
 from unmask.decoding.sampling import Candidates
 
 
@@ -27,36 +29,45 @@ class Confidence(NamedTuple):
     needs: frozenset[str] = frozenset()
     noisy: bool = False
 
+    @staticmethod
+    def of(name: str) -> Confidence:
+        """The rule of that name; a plain function is a rule without needs. Raises UserError."""
+        rule = CONFIDENCES.resolve(name)
+        return rule if isinstance(rule, Confidence) else Confidence(rule)
 
+
+CONFIDENCES: Registry[Confidence | Callable[[Candidates, Tensor | None], Tensor]] = Registry("confidence")
+"""Rules by name; ``@CONFIDENCES.register("name")`` adds one."""
+
+
+@CONFIDENCES.register("low-confidence")
 def low_confidence(c: Candidates, noise: Tensor | None) -> Tensor:
     """Probability of the candidate at temperature 1 (``low-confidence remasking`` in LLaDA's words)."""
     return c.logprob.double().exp()
 
 
+@CONFIDENCES.register("random")
+@partial(Confidence, noisy=True)
 def random(c: Candidates, noise: Tensor | None) -> Tensor:
     """Uniform noise: positions in random order."""
     assert noise is not None
     return noise
 
 
+@CONFIDENCES.register("margin")
+@partial(Confidence, needs=frozenset({"second"}))
 def margin(c: Candidates, noise: Tensor | None) -> Tensor:
     """Difference between the two largest probabilities."""
     assert c.second is not None
     return c.top - c.second
 
 
+@CONFIDENCES.register("entropy")
+@partial(Confidence, needs=frozenset({"entropy"}))
 def entropy(c: Candidates, noise: Tensor | None) -> Tensor:
     """1 - H / log V: one for a certain position, zero for a uniform one."""
     assert c.entropy is not None
     return (1 - c.entropy).clamp(0, 1)
-
-
-CONFIDENCES: dict[str, Confidence] = {
-    "low-confidence": Confidence(low_confidence),
-    "random": Confidence(random, noisy=True),
-    "margin": Confidence(margin, needs=frozenset({"second"})),
-    "entropy": Confidence(entropy, needs=frozenset({"entropy"})),
-}
 
 
 def reject_eos(scores: Tensor, tokens: Tensor, end_ids: Tensor, gamma: Tensor | float) -> Tensor:

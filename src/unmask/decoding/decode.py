@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from unmask.decoding.canvas import Canvases
-from unmask.decoding.confidence import CONFIDENCES, exclude_eos, reject_eos, suppress_eos
+from unmask.decoding.confidence import Confidence, exclude_eos, reject_eos, suppress_eos
 from unmask.decoding.decoder import Decoder
 from unmask.decoding.sampling import ORDER, TOKEN, Candidates, candidates, uniform_noise
+from unmask.decoding.score import forward_with_guidance
 from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
 from unmask.models.backbone import KVCache
-from unmask.models.head import Head, score_tokens
-from unmask.models.masked_lm import MaskedLM
-
-Result = TypeVar("Result")
+from unmask.models.masked_lm import MaskedLM, Text
 
 
 class Streamer(Protocol):
@@ -29,40 +28,8 @@ class Streamer(Protocol):
     def end(self) -> None: ...
 
 
-def forward_with_guidance(
-    lm: MaskedLM,
-    ids: Tensor,
-    attention_mask: Tensor | None,
-    positions: Tensor,
-    reduce: Callable[[Head, Tensor], Result],
-    *,
-    prompt: int,
-    w: float,
-    cache: KVCache | None = None,
-    window: tuple[int, int] | None = None,
-) -> Result:
-    """``lm.reduce`` under classifier-free guidance: logits u + (w + 1)(c - u), u from the row with its prompt masked.
-
-    The head is linear, so the hidden states are mixed and the head is applied once. ids (B, T), of which the first ``prompt``
-    columns are the prompt; the rest as in ``MaskedLM.reduce``. A guided cache holds the rows of c, then those of u.
-    """
-    if w == 0:
-        return lm.reduce(ids, attention_mask, positions, reduce, cache, window)
-    without = ids.clone()
-    without[:, :prompt] = lm.mask_id
-    both_mask = None if attention_mask is None else attention_mask.repeat(2, 1)
-    start, stop = window or (0, ids.shape[1])
-    both = torch.cat([positions, positions + len(ids) * (stop - start)])
-
-    def mixed(head: Head, hidden: Tensor) -> Result:
-        c, u = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).chunk(2)
-        return reduce(head, (u + (w + 1) * (c - u)).to(hidden.dtype))
-
-    return lm.reduce(torch.cat([ids, without]), both_mask, both, mixed, cache, window)
-
-
-class Decoding:
-    """A model and a decoder at work: ``advance`` takes every row one pass further.
+class DecodingLoop:
+    """A model and a decoder at work on rows of canvases: ``run`` passes until all are done, ``advance`` is one pass.
 
     A row stands in the plan where its own committed tokens put it, so what it becomes does not depend on its neighbours.
     Without a threshold or early stop nothing here waits for the device.
@@ -71,101 +38,76 @@ class Decoding:
     def __init__(self, lm: MaskedLM, decoder: Decoder, early_stop: bool) -> None:
         self.lm, self.decoder, self.early_stop = lm, decoder, early_stop
         self.plan = plan = decoder.plan
-        self.confidence = CONFIDENCES[decoder.confidence]
-        self.most = max(plan.commits if decoder.threshold is None else plan.open)
+        self.confidence = Confidence.of(decoder.confidence)
+        self.max_commit = max(plan.commits if decoder.threshold is None else plan.open)
 
         def constant(values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=lm.device)
 
-        self.ends = constant(lm.end_ids)
-        end_ids = lm.end_ids if decoder.eos_tokens == "eos+eot" else [lm.eos_id]
-        self.rejected, self.excluded = constant(end_ids), end_ids if decoder.eos == "exclude" else ()
-        self.place, self.rank = constant(range(plan.length)), constant(range(self.most))
+        self.end_ids = constant(lm.end_ids)
+        rejected = lm.end_ids if decoder.eos_tokens == "eos+eot" else [lm.eos_id]
+        self.rejected, self.excluded = constant(rejected), rejected if decoder.eos == "exclude" else ()
+        self.rank = constant(range(self.max_commit))
         self.commits, self.done, self.horizon = map(constant, (plan.commits, plan.done, plan.horizon))
         self.gammas = constant([decoder.gamma(p) for p in plan.progress], torch.float64)
         self.cache: KVCache | None = None
-        self.cached = -1  # the horizon of the block that the cache was made for
+        self.cached_horizon = -1  # of the block that the cache was made for
+        self.on_pass: Callable[[Canvases], None] | None = None
 
-    def standing(self, rows: Canvases) -> tuple[Tensor, Tensor, Tensor]:
-        """Every row's step in the plan (B,), how many tokens it must commit now (B,), and where it may (B, L) bool."""
-        masked = rows.step < 0
-        if self.decoder.threshold is None:
-            at = rows.at
-            quota = self.commits[at]
-        else:
-            committed = self.plan.length - masked.sum(1)
-            at = torch.searchsorted(self.done, committed, right=True)
-            quota = self.done[at] - committed
-        return at, quota, masked & (self.place < self.horizon[at][:, None])
+    def run(self, rows: Canvases) -> Iterator[Canvases]:
+        """Advance rows until none is left; yields those that finish together."""
+        while len(rows):
+            self.advance(rows)
+            if self.on_pass is not None:
+                self.on_pass(rows)
+            if leave := self.finished(rows):
+                rows, done = self.split(rows, leave)
+                yield done
+                rows = self.refill(rows)
+
+    def refill(self, rows: Canvases) -> Canvases:
+        """What goes on when ``rows`` are left of a batch; here these."""
+        return rows
 
     @torch.no_grad()
     def advance(self, rows: Canvases) -> None:
         """One forward pass and its commits, in place."""
-        decoder, batch, length = self.decoder, len(rows), self.plan.length
-        at, quota, open_ = self.standing(rows)
-        window, busy = self._block(rows, at)
-        if busy is not None:
-            open_ &= busy[:, None]
-        if decoder.threshold is None:  # as many as the plan says: no need to look
+        step, quota, open_ = self.step_quota_and_mask(rows)
+        window, active = self.cache_window(rows, step)
+        if active is not None:
+            open_ &= active[:, None]
+        if self.decoder.threshold is None:  # as many as the plan says: no need to look
             flat = torch.nonzero_static(open_.flatten(), size=sum(self.plan.open[s] for s in rows.passes))[:, 0]
         else:
             flat = open_.flatten().nonzero()[:, 0]
-        row, column = flat // length, flat % length  # (N,) each
-        noise = order = None
-        if decoder.temperature > 0:
-            noise = uniform_noise(rows.seeds[row], rows.at[row], column, TOKEN)
-        if self.confidence.noisy:
-            order = uniform_noise(rows.seeds[row], rows.at[row], column, ORDER)
-
-        def reduce(head: Head, hidden: Tensor) -> Candidates:
-            needs, top_p = self.confidence.needs, decoder.top_p
-            return candidates(head, hidden, decoder.temperature, noise, needs, top_p, self.excluded)
-
-        start, stop = window or (0, rows.ids.shape[1])
-        positions = row * (stop - start) + column + rows.width - start
-        found = forward_with_guidance(
-            self.lm,
-            rows.ids,
-            rows.attention_mask,
-            positions,
-            reduce,
-            prompt=rows.width,
-            w=decoder.cfg_scale,
-            cache=self.cache,
-            window=window,
-        )
-        score = self.confidence.score(found, order).nan_to_num(0.0)  # every pass commits; ``split`` refuses the result
-        if decoder.eos == "reject":
-            score = reject_eos(score, found.tokens, self.rejected, self.gammas[at][row])
-        elif decoder.eos == "suppress":
-            score = suppress_eos(score, found.tokens, self.rejected)
-        elif found.end is not None:
-            score = exclude_eos(score, found.tokens, self.rejected, found.end)
-
-        scores = torch.full((batch, length), -1.0, dtype=torch.float64, device=score.device)
-        scores.view(-1)[flat] = score
-        best = scores.topk(self.most, dim=1)
-        chosen = self.rank < quota[:, None]
-        if decoder.threshold is not None:
-            chosen = chosen | (best.values >= decoder.threshold)
-        commit = torch.zeros_like(open_).scatter_(1, best.indices, chosen & (best.values >= 0)).view(-1)[flat]
-        # What is not committed is written back as it stands.
-        cells = row * rows.ids.shape[1] + rows.width + column
-        for target, where, value in (
-            (rows.ids, cells, found.tokens),
-            (rows.logprob, flat, found.logprob),
-            (rows.step, flat, rows.at[row].to(torch.int16)),
-        ):
-            view = target.view(-1)
-            view[where] = torch.where(commit, value.to(target.dtype), view[where])
-        if busy is None:
+        at = flat // self.length(rows), flat % self.length(rows)
+        found = self.propose(rows, at, window)
+        scores = torch.full(open_.shape, -torch.inf, dtype=torch.float64, device=flat.device)
+        scores[at] = self.score(rows, at, found, self.gammas[step])
+        self.commit(rows, at, found, self.choose(scores, quota)[at])
+        if active is None:
             rows.at += 1
             rows.passes = [n + 1 for n in rows.passes]
         else:
-            rows.at += busy
+            rows.at += active
             rows.passes = rows.at.tolist()
 
-    def _block(self, rows: Canvases, at: Tensor) -> tuple[tuple[int, int] | None, Tensor | None]:
+    def length(self, rows: Canvases) -> int:
+        return rows.step.shape[1]
+
+    def step_quota_and_mask(self, rows: Canvases) -> tuple[Tensor, Tensor, Tensor]:
+        """Every row's step in the plan (B,), how many tokens it must commit now (B,), and where it may (B, L) bool."""
+        masked = rows.canvas == self.lm.mask_id
+        if self.decoder.threshold is None:
+            step = rows.at
+            quota = self.commits[step]
+        else:
+            committed = self.plan.length - masked.sum(1)
+            step = torch.searchsorted(self.done, committed, right=True)
+            quota = self.done[step] - committed
+        return step, quota, masked & (rows.rank < self.horizon[step][:, None])
+
+    def cache_window(self, rows: Canvases, step: Tensor) -> tuple[tuple[int, int] | None, Tensor | None]:
         """The columns to compute in this pass (None: all), and which rows take part (None: all).
 
         Under a threshold, rows wait for each other at the end of a block, so that the cache is made anew for all of them.
@@ -173,24 +115,72 @@ class Decoding:
         if self.decoder.cache == "none":
             return None, None
         static = self.decoder.threshold is None  # then rows are always in the same block
-        step = rows.passes[0] if static else int(at.min())
-        start, horizon = self.plan.start[step], self.plan.horizon[step]
-        busy = None if static else self.horizon[at] == horizon
-        if self.cached != horizon:
-            self.cached, self.cache = horizon, KVCache()
-            return None, busy
+        first = rows.passes[0] if static else int(step.min())
+        start, horizon = self.plan.start[first], self.plan.horizon[first]
+        active = None if static else self.horizon[step] == horizon
+        if self.cached_horizon != horizon:
+            self.cached_horizon, self.cache = horizon, KVCache()
+            return None, active
         stop = horizon if self.decoder.cache == "dual" else self.plan.length
-        return (rows.width + start, rows.width + stop), busy
+        return (rows.width + start, rows.width + stop), active
+
+    def propose(self, rows: Canvases, at: tuple[Tensor, Tensor], window: tuple[int, int] | None) -> Candidates:
+        """A forward pass: one candidate at each of the positions ``at``, rows and columns (N,) of the canvas."""
+        decoder, (row, column) = self.decoder, at
+        noise = uniform_noise(rows.seeds[row], rows.at[row], column, TOKEN) if decoder.temperature > 0 else None
+        start, stop = window or (0, rows.ids.shape[1])
+        return forward_with_guidance(
+            self.lm,
+            rows.ids,
+            rows.attention_mask,
+            row * (stop - start) + column + rows.width - start,
+            lambda head, hidden: candidates(
+                head, hidden, decoder.temperature, noise, self.confidence.needs, decoder.top_p, self.excluded
+            ),
+            prompt=rows.width,
+            w=decoder.cfg_scale,
+            cache=self.cache,
+            window=window,
+        )
+
+    def score(self, rows: Canvases, at: tuple[Tensor, Tensor], found: Candidates, gammas: Tensor) -> Tensor:
+        """The candidates' scores (N,) float64, after the EOS rule. gammas (B,): EOSER's factor of each row."""
+        row, column = at
+        noise = uniform_noise(rows.seeds[row], rows.at[row], column, ORDER) if self.confidence.noisy else None
+        score = self.confidence.score(found, noise).nan_to_num(0.0)  # every pass commits; ``split`` refuses the result
+        if self.decoder.eos == "reject":
+            return reject_eos(score, found.tokens, self.rejected, gammas[row])
+        if self.decoder.eos == "suppress":
+            return suppress_eos(score, found.tokens, self.rejected)
+        return score if found.end is None else exclude_eos(score, found.tokens, self.rejected, found.end)
+
+    def choose(self, scores: Tensor, quota: Tensor) -> Tensor:
+        """Which positions to commit: the ``quota`` (B,) best ones, and all that reach the threshold. (B, L) -> bool."""
+        best = scores.topk(self.max_commit, dim=1)
+        chosen = self.rank < quota[:, None]
+        if self.decoder.threshold is not None:
+            chosen = chosen | (best.values >= self.decoder.threshold)
+        chosen &= best.values > -torch.inf
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best.indices, chosen)
+
+    def commit(self, rows: Canvases, at: tuple[Tensor, Tensor], found: Candidates, chosen: Tensor) -> None:
+        """Write the chosen (N,) bool of the candidates; what is not chosen is written back as it stands."""
+        row, column = at
+        for target, where, value in (
+            (rows.ids, column + rows.width, found.tokens),
+            (rows.logprob, column, found.logprob),
+            (rows.step, column, rows.at[row].to(torch.int16)),
+        ):
+            target[row, where] = torch.where(chosen, value.to(target.dtype), target[row, where])
 
     def finished(self, rows: Canvases) -> list[int]:
         """Rows that are done: committed whole, or with early stop up to their first end token."""
         if self.decoder.threshold is None and not self.early_stop:
             return [i for i, n in enumerate(rows.passes) if n == self.plan.steps]
-        before_end = torch.ones_like(rows.step, dtype=torch.bool)
+        unfinished = rows.canvas == self.lm.mask_id
         if self.early_stop:
-            before_end = torch.isin(rows.canvas, self.ends).cumsum(1) == 0
-        unfinished = ((rows.step < 0) & before_end).any(1).tolist()
-        return [i for i, more in enumerate(unfinished) if not more]
+            unfinished &= torch.isin(rows.canvas, self.end_ids).cumsum(1) == 0
+        return [i for i, more in enumerate(unfinished.any(1).tolist()) if not more]
 
     def split(self, rows: Canvases, leave: list[int]) -> tuple[Canvases, Canvases]:
         """The rows that stay and those that leave. Raises UserError where the model gave no finite probabilities."""
@@ -199,7 +189,7 @@ class Decoding:
             raise UserError("the model's logits are not finite: try --dtype float32, or check the checkpoint's weights")
         stay = torch.tensor([i for i in range(len(rows)) if i not in gone], dtype=torch.int64, device=device)
         if not len(stay):
-            self.cache, self.cached = None, -1
+            self.cache, self.cached_horizon = None, -1
         elif self.cache is not None:
             self.cache.take(torch.cat([stay + i * len(rows) for i in range(self.decoder.copies)]))
         return rows.take(stay), rows.take(torch.tensor(leave, device=device))
@@ -208,8 +198,10 @@ class Decoding:
 def _seeds(decoder: Decoder, batch: int, generator: torch.Generator | None, seeds: Tensor | None) -> Tensor:
     """One seed a row; zeros where nothing is random. Raises UserError where randomness has no source."""
     if seeds is not None:
+        if len(seeds) != batch:
+            raise UserError(f"{len(seeds)} seeds for {batch} prompts: pass one each")
         return seeds
-    if decoder.temperature == 0 and not CONFIDENCES[decoder.confidence].noisy:
+    if not decoder.is_random:
         return torch.zeros(batch, dtype=torch.int64)
     if generator is None:
         raise UserError(f"decoder {decoder.name!r} draws random numbers: pass a torch.Generator")
@@ -225,8 +217,9 @@ def decode(
     seeds: Tensor | None = None,
     streamer: Streamer | None = None,
     early_stop: bool = False,
+    canvas: Tensor | None = None,
 ) -> Trajectory:
-    """Fill a canvas of masks after each prompt.
+    """Fill a canvas behind each prompt.
 
     Args:
         prompt: (B, P) int64, left-padded. prompt_mask: (B, P) bool, False = padding. (``MaskedLM.encode`` makes both.)
@@ -237,49 +230,87 @@ def decode(
         streamer: shown every draft; for one row.
         early_stop: a row is finished once all is committed up to its first end token, since its text cannot change any
             more. It leaves the batch; the rest of its canvas stays masked, with step -1.
+        canvas: (B, L) int64, templates: mask tokens where to fill; other tokens are kept, with step -1. A row has
+            ``max_new_tokens`` masks, and a plan's blocks count masks. All masks where left out.
 
     Returns:
         The trajectory; prompt tokens are never altered.
 
     Raises:
         UserError: where randomness is needed but neither generator nor seeds is given, seeds are not one a row, a prompt
-            holds the mask token, a streamer is given more than one row, or the model's logits are not finite.
+            holds the mask token, a template does not fit the decoder, a streamer is given more than one row, or the
+            model's logits are not finite.
     """
-    batch = prompt.shape[0]
-    if seeds is not None and len(seeds) != batch:
-        raise UserError(f"{len(seeds)} seeds for {batch} prompts: give one each")
+    batch, length = len(prompt), decoder.plan.length
     if (prompt == lm.mask_id).logical_and(prompt_mask).any():
         raise UserError("a prompt holds the mask token: remove it")
     if streamer is not None and batch != 1:
         raise UserError(f"a streamer shows one row, not {batch}: decode one prompt at a time")
+    if canvas is None:
+        canvas = torch.full((batch, length), lm.mask_id, device=prompt.device)
+    elif ((masks := (canvas == lm.mask_id).sum(1)) != length).any():
+        raise UserError(
+            f"a template has {masks.tolist()} masks, but decoder {decoder.name!r} fills {length}: set max_new_tokens"
+        )
+    elif decoder.cache != "none" and canvas.shape[1] > length:
+        raise UserError(f"cache={decoder.cache} needs a canvas without fixed tokens: set cache=none for a template")
     seeds = _seeds(decoder, batch, generator, seeds).to(prompt.device)
+    loop = DecodingLoop(lm, decoder, early_stop)
     if streamer is not None:
         streamer.put(prompt)
-    loop = Decoding(lm, decoder, early_stop)
-    rows = Canvases.new(prompt, prompt_mask, decoder.plan.length, lm.mask_id, seeds, range(batch))
-    parts: list[Canvases] = []
-    while len(rows):
-        loop.advance(rows)
-        if streamer is not None:
-            streamer.put_draft(rows.canvas[0])
-        leave = loop.finished(rows)
-        if leave:
-            rows, done = loop.split(rows, leave)
-            parts.append(done)
-    whole = parts[0]
-    for part in parts[1:]:
-        whole = whole.join(part, lm.pad_id)
-    order = torch.tensor(whole.numbers, device=prompt.device).argsort()
-    trajectory = whole.take(order).trajectory(lm.mask_id, decoder.config())
+        loop.on_pass = lambda rows: streamer.put_draft(rows.canvas[0])
+    parts = list(loop.run(Canvases.new(prompt, prompt_mask, canvas, lm.mask_id, seeds, range(batch))))
+    done = functools.reduce(lambda one, two: one.join(two, lm.pad_id), parts)
+    order = torch.tensor(done.numbers, device=prompt.device).argsort()
+    trajectory = done.take(order).trajectory(lm.mask_id, decoder.config())
     if streamer is not None:
         streamer.put(trajectory.tokens[0].cpu())
         streamer.end()
     return trajectory
 
 
+class _RefilledLoop(DecodingLoop):
+    """A batch that stays full; ``decode_each`` says what of."""
+
+    def __init__(
+        self,
+        lm: MaskedLM,
+        prompts: Sequence[Text],
+        decoder: Decoder,
+        seeds: Tensor,
+        batch_size: int,
+        early_stop: bool,
+        static_width: int,
+    ) -> None:
+        super().__init__(lm, decoder, early_stop)
+        self.prompts, self.seeds, self.batch_size, self.static_width = prompts, seeds, batch_size, static_width
+        self.following = 0
+
+    def refill(self, rows: Canvases) -> Canvases:
+        if len(rows) and self.decoder.cache != "none":  # a cache is made for rows of one block
+            return rows
+        if not self.static_width:
+            rows = rows.drop_padding()
+        fresh = self.fresh(self.batch_size - len(rows))
+        return fresh if not len(rows) else rows.join(fresh, self.lm.pad_id) if len(fresh) else rows
+
+    def fresh(self, room: int) -> Canvases:
+        """Canvases of the next prompts, at most ``room``; under a static width of as many rows, whoever they are for."""
+        last = len(self.prompts) - 1
+        stop = self.following + room
+        numbers = range(self.following, stop if self.static_width else min(stop, last + 1))
+        self.following = numbers.stop
+        some = [min(i, last) for i in numbers]
+        ids, mask = self.lm.encode([self.prompts[i] for i in some], self.decoder.max_new_tokens, self.static_width)
+        canvas = torch.full((len(ids), self.plan.length), self.lm.mask_id, device=ids.device)
+        fresh = Canvases.new(ids, mask, canvas, self.lm.mask_id, self.seeds[some].to(ids.device), numbers)
+        fresh.padded |= bool(self.static_width)  # with a mask or without one are two shapes
+        return fresh
+
+
 def decode_each(
     lm: MaskedLM,
-    prompts: Sequence[str],
+    prompts: Sequence[Text],
     decoder: Decoder,
     seeds: Tensor,
     batch_size: int,
@@ -291,7 +322,7 @@ def decode_each(
     Prompts of similar length next to each other waste least on padding.
 
     Args:
-        prompts: texts for ``MaskedLM.encode``. seeds: (len(prompts),) int64.
+        prompts: texts or token ids for ``MaskedLM.encode``. seeds: (len(prompts),) int64.
         batch_size: rows of one forward pass.
         early_stop: as in ``decode``.
         static_width: for a compiled model: prompts are padded to this many tokens and the batch is filled up with rows that
@@ -303,58 +334,17 @@ def decode_each(
     Raises:
         UserError: as ``decode``, and for a batch size below 1.
     """
-    if batch_size < 1 or len(seeds) != len(prompts):
-        raise UserError(
-            f"batch_size is {batch_size}, with {len(seeds)} seeds for {len(prompts)} prompts: give one each"
-        )
-    loop = Decoding(lm, decoder, early_stop)
-    rows: Canvases | None = None
-    following, unfinished = 0, len(prompts)
-    while unfinished:
-        room = batch_size - (0 if rows is None else len(rows))
-        together = decoder.cache != "none" and rows is not None  # a cache is made for rows of one block
-        numbers = range(following, following + room if static_width else min(following + room, len(prompts)))
-        if numbers and not together:
-            texts = [prompts[min(i, len(prompts) - 1)] for i in numbers]
-            ids, mask = lm.encode(texts, decoder.max_new_tokens, static_width)
-            some = seeds[[min(i, len(prompts) - 1) for i in numbers]].to(ids.device)
-            fresh = Canvases.new(ids, mask, decoder.plan.length, lm.mask_id, some, numbers)
-            fresh.padded |= bool(static_width)  # with a mask or without one are two shapes
-            rows = fresh if rows is None else rows.join(fresh, lm.pad_id)
-            following = numbers.stop
-        assert rows is not None
-        loop.advance(rows)
-        leave = loop.finished(rows)
-        if not leave:
-            continue
-        rest, done = loop.split(rows, leave)
-        keep = static_width or loop.cache is not None  # the width
-        rows = None if not len(rest) else rest if keep else rest.drop_padding()
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}: pass 1 or more")
+    loop = _RefilledLoop(
+        lm, prompts, decoder, _seeds(decoder, len(prompts), None, seeds), batch_size, early_stop, static_width
+    )
+    unfinished = len(prompts)
+    for done in loop.run(loop.fresh(batch_size)) if prompts else ():
         asked = [i for i, number in enumerate(done.numbers) if number < len(prompts)]
         if asked:
-            unfinished -= len(asked)
             done = done.take(torch.tensor(asked, device=lm.device)).drop_padding()
             yield done.numbers, done.trajectory(lm.mask_id, decoder.config())
-
-
-@torch.no_grad()
-def replay(lm: MaskedLM, trajectory: Trajectory) -> Tensor:
-    """Log-probabilities of all committed tokens, recomputed on ``state(s)``. (B, L) float32.
-
-    Equals ``logprob``, unless the decoder's cache made that an approximation.
-    """
-    width = trajectory.prompt.shape[1]
-    out = torch.zeros_like(trajectory.logprob)
-    for s in range(trajectory.steps):
-        ids = torch.cat([trajectory.prompt, trajectory.state(s)], dim=1)
-        row, column = trajectory.committed(s).nonzero(as_tuple=True)
-        tokens = trajectory.tokens[row, column]
-
-        def reduce(head: Head, hidden: Tensor, tokens: Tensor = tokens) -> Tensor:
-            return score_tokens(head, hidden, tokens)[0]
-
-        positions = row * ids.shape[1] + width + column
-        cfg = trajectory.decoder["cfg_scale"]
-        found = forward_with_guidance(lm, ids, trajectory.visible, positions, reduce, prompt=width, w=cfg)
-        out[row, column] = found.to(out)
-    return out
+        unfinished -= len(asked)
+        if not unfinished:  # rows that nobody asked for may be left
+            return

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from unmask.config import build, split_spec
-from unmask.decoding.confidence import CONFIDENCES
-from unmask.decoding.plan import Plan, ascending, uniform
-from unmask.errors import UserError, unknown
+from unmask.config import Registry, build, split_spec
+from unmask.decoding.confidence import Confidence
+from unmask.decoding.plan import Plan
+from unmask.errors import UserError
 from unmask.io.files import expand_home, read_yaml
 
 
@@ -27,7 +28,8 @@ class Decoder:
     name: str = "full"
     max_new_tokens: int = 128
     """Canvas length L."""
-    schedule: Literal["uniform", "ascending"] = "uniform"
+    schedule: str = "uniform"
+    """How many tokens each step commits: ``uniform``, ``ascending``, or one of your own (``SCHEDULES``)."""
     steps: int | None = None
     """Steps of a uniform schedule; default L/2 (L with a threshold). An ascending one has floor(log2 L)."""
     block_length: int | None = None
@@ -56,40 +58,22 @@ class Decoder:
     sides of it (``dual``) from the block's first pass (Fast-dLLM)."""
 
     def __post_init__(self) -> None:
-        if self.confidence not in CONFIDENCES:
-            raise unknown("confidence", self.confidence, CONFIDENCES)
-        if self.schedule == "ascending" and self.steps is not None:
-            raise UserError(
-                f"steps={self.steps} has no meaning in an ascending schedule, which has floor(log2 L): drop it"
-            )
-        if self.schedule == "uniform" and self.blocks != 1:
-            raise UserError(f"blocks={self.blocks} belongs to the ascending schedule: use block_length here")
-        if self.schedule == "uniform" and self.max_commit is not None:
-            raise UserError(f"max_commit={self.max_commit} belongs to the ascending schedule: use steps here")
+        Confidence.of(self.confidence)
         if self.eos == "exclude" and self.confidence != "low-confidence":
             raise UserError(
                 f"eos=exclude renormalizes probabilities, so it needs confidence=low-confidence, not {self.confidence}: "
                 "use eos=suppress"
             )
-        checks = {
-            "gamma_min": 0 <= self.gamma_min <= 1,
-            "temperature": 0 <= self.temperature < float("inf"),
-            "top_p": 0 < self.top_p <= 1,
-            "cfg_scale": 0 <= self.cfg_scale < float("inf"),
-            "threshold": self.threshold is None or 0 < self.threshold <= 1,
-        }
-        ranges = {
-            "gamma_min": "0 to 1",
-            "temperature": "0 or more",
-            "top_p": "above 0 up to 1",
-            "cfg_scale": "0 or more",
-            "threshold": "above 0 up to 1",
-        }
-        for field, fine in checks.items():
+        for field, fine, allowed in (
+            ("gamma_min", 0 <= self.gamma_min <= 1, "0 to 1"),
+            ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 up to 1"),
+            ("cfg_scale", 0 <= self.cfg_scale < float("inf"), "0 or more"),
+            ("threshold", self.threshold is None or 0 < self.threshold <= 1, "above 0 up to 1"),
+            ("max_new_tokens", self.max_new_tokens < 2**15, f"less than {2**15}"),
+        ):
             if not fine:
-                raise UserError(f"{field} of decoder {self.name!r} is {getattr(self, field)}: give {ranges[field]}")
-        if self.max_new_tokens >= 2**15:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}: give less than {2**15}")
+                raise UserError(f"{field} of decoder {self.name!r} is {getattr(self, field)}: choose {allowed}")
         plan = self.plan  # refuses an impossible plan at once
         if self.cache != "none" and not any(a == b < plan.length for a, b in pairwise(plan.horizon)):
             raise UserError(
@@ -97,16 +81,24 @@ class Decoder:
                 "takes more than one step; give block_length or leave the cache out"
             )
 
+    @classmethod
+    def from_preset(cls, preset: str, **fields: Any) -> Decoder:
+        """A preset with some fields changed: ``Decoder.from_preset("eoser-ass", blocks=4)``. Raises UserError."""
+        return make_decoder(preset).replace(**fields)
+
     @cached_property
     def plan(self) -> Plan:
-        if self.schedule == "ascending":
-            return ascending(self.max_new_tokens, self.blocks, self.block_length, self.max_commit)
-        if self.steps is not None:
-            return uniform(self.max_new_tokens, self.steps, self.block_length)
-        default = self.max_new_tokens if self.threshold is not None else max(1, self.max_new_tokens // 2)
-        if self.block_length and not self.max_new_tokens % self.block_length and self.threshold is None:
-            default = self.max_new_tokens // self.block_length * max(1, self.block_length // 2)
-        return uniform(self.max_new_tokens, default, self.block_length)
+        plan = SCHEDULES.resolve(self.schedule)(self)
+        if plan.length != self.max_new_tokens:
+            raise UserError(
+                f"schedule {self.schedule!r} plans {plan.length} tokens for a canvas of {self.max_new_tokens}"
+            )
+        return plan
+
+    @property
+    def is_random(self) -> bool:
+        """Whether it draws random numbers, so that a row's seed matters."""
+        return self.temperature > 0 or Confidence.of(self.confidence).noisy
 
     @property
     def copies(self) -> int:
@@ -119,7 +111,7 @@ class Decoder:
         return self.plan.steps * self.copies
 
     def gamma(self, progress: float) -> float:
-        """EOSER's factor at a clock reading in [0, 1]."""
+        """EOSER's factor at the normalized decoding time ``progress`` in [0, 1]."""
         return self.gamma_min + (1 - self.gamma_min) * progress
 
     def config(self) -> dict[str, Any]:
@@ -130,20 +122,49 @@ class Decoder:
         return dataclasses.replace(self, **changes)
 
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "full": {},
-    "full-random": {"confidence": "random"},
-    "semi-ar": {"block_length": 32},
-    "semi-ar-random": {"block_length": 32, "confidence": "random"},
-    "eoser": {"eos": "reject", "gamma_min": 0.4},
-    "ass": {"schedule": "ascending"},
-    "eoser-ass": {"schedule": "ascending", "eos": "reject", "gamma_min": 0.01},
-    "hard-eos": {"eos": "suppress"},
-    "llada-eval": {"eos": "exclude", "eos_tokens": "eos+eot"},  # and one token a step
-    "threshold": {"block_length": 32, "threshold": 0.9},
-    "hybrid": {"schedule": "ascending", "block_length": 32},
-    "dream": {"confidence": "entropy", "temperature": 0.2, "top_p": 0.95},  # the same
-}
+SCHEDULES: Registry[Callable[[Decoder], Plan]] = Registry("schedule")
+"""Functions from a decoder to its plan by name; ``@SCHEDULES.register("name")`` adds one."""
+
+
+@SCHEDULES.register("uniform")
+def _uniform(d: Decoder) -> Plan:
+    if d.blocks != 1:
+        raise UserError(f"blocks={d.blocks} belongs to the ascending schedule: use block_length here")
+    if d.max_commit is not None:
+        raise UserError(f"max_commit={d.max_commit} belongs to the ascending schedule: use steps here")
+    steps = d.steps
+    if steps is None:
+        steps = d.max_new_tokens if d.threshold is not None else max(1, d.max_new_tokens // 2)
+        if d.block_length and not d.max_new_tokens % d.block_length and d.threshold is None:
+            steps = d.max_new_tokens // d.block_length * max(1, d.block_length // 2)
+    return Plan.uniform(d.max_new_tokens, steps, d.block_length)
+
+
+@SCHEDULES.register("ascending")
+def _ascending(d: Decoder) -> Plan:
+    if d.steps is not None:
+        raise UserError(f"steps={d.steps} has no meaning in an ascending schedule, which has floor(log2 L): drop it")
+    return Plan.ascending(d.max_new_tokens, d.blocks, d.block_length, d.max_commit)
+
+
+PRESETS: Registry[dict[str, Any]] = Registry(
+    "decoder",
+    {
+        "full": {},
+        "full-random": {"confidence": "random"},
+        "semi-ar": {"block_length": 32},
+        "semi-ar-random": {"block_length": 32, "confidence": "random"},
+        "eoser": {"eos": "reject", "gamma_min": 0.4},
+        "ass": {"schedule": "ascending"},
+        "eoser-ass": {"schedule": "ascending", "eos": "reject", "gamma_min": 0.01},
+        "hard-eos": {"eos": "suppress"},
+        "llada-eval": {"eos": "exclude", "eos_tokens": "eos+eot"},  # and one token a step
+        "threshold": {"block_length": 32, "threshold": 0.9},
+        "hybrid": {"schedule": "ascending", "block_length": 32},
+        "dream": {"confidence": "entropy", "temperature": 0.2, "top_p": 0.95},  # the same
+    },
+)
+"""Decoder fields by name; ``PRESETS["name"] = {…}`` adds one."""
 
 
 def make_decoder(spec: str, **defaults: Any) -> Decoder:
@@ -164,11 +185,10 @@ def make_decoder(spec: str, **defaults: Any) -> Decoder:
         label = str(read.pop("name", Path(name).stem)) + label.removeprefix(name)
         name = read.pop("preset", "full")
         values = {**read, **parameters}
-    if not isinstance(name, str) or name not in PRESETS:
-        raise unknown("decoder", str(name), PRESETS)
+    preset = PRESETS.resolve(str(name))
     if "name" in parameters:
         raise UserError(f"a decoder on the command line is named by its spec: drop name={parameters['name']}")
-    values = {**defaults, **PRESETS[name], **values, "name": label}
+    values = {**defaults, **preset, **values, "name": label}
     if name in ("dream", "llada-eval") and values.get("schedule", "uniform") == "uniform":
         values.setdefault("steps", values.get("max_new_tokens", Decoder.max_new_tokens))
     return build(Decoder, values, f"decoder {name!r}")

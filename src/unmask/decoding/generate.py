@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
+from torch import Tensor
 
-from unmask.decoding.confidence import CONFIDENCES
 from unmask.decoding.decode import Streamer, decode, decode_each
 from unmask.decoding.decoder import Decoder, make_decoder
 from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
-from unmask.models.masked_lm import MaskedLM
+from unmask.models.masked_lm import MaskedLM, Text
 
 Messages: TypeAlias = Sequence[dict[str, str]]
-Prompt: TypeAlias = str | Messages
-"""A user's turn, or a conversation as ``{"role": …, "content": …}`` messages."""
+Prompt: TypeAlias = str | Messages | Sequence[int] | Tensor
+"""A user's turn, a conversation as ``{"role": …, "content": …}`` messages, a template with gaps, or token ids."""
+
+GAP = re.compile(r"<\|mask:(\d+)\|>")
 
 
 @dataclass(frozen=True)
@@ -25,23 +29,39 @@ class Generation:
     """Completions, those of one prompt next to each other.
 
     Attributes:
-        texts: N strings, each up to its first end token or stop string.
-        trajectory: the N decodes, whole (a stop string cuts the text alone).
+        texts: N strings, each up to its first end token or stop string; a template's with its gaps filled.
+        trajectories: the N decodes in batches of equal canvas length, whole (a stop string cuts the text alone).
     """
 
     texts: list[str]
-    trajectory: Trajectory
+    trajectories: list[Trajectory]
+
+    @property
+    def trajectory(self) -> Trajectory:
+        """All decodes as one batch. Raises UserError where templates have canvases of different lengths."""
+        if len({t.tokens.shape[1] for t in self.trajectories}) > 1:
+            raise UserError("the templates have canvases of different lengths: use .trajectories, one each")
+        return Trajectory.cat(self.trajectories)
 
     @property
     def nfe(self) -> list[int]:
         """Forward passes of each completion; guidance counts twice."""
-        return [int(n) for n in self.trajectory.nfe]
+        return [int(n) for t in self.trajectories for n in t.nfe]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One completion to make: what stands before the canvas, the canvas where it is a template, and its text's beginning."""
+
+    prompt: Text
+    canvas: tuple[int, ...] = ()
+    start: str = ""
 
 
 def generate(
     lm: MaskedLM,
     prompts: Prompt | Sequence[Prompt],
-    decoder: str | Decoder = "semi-ar",
+    decoder: str | Decoder | None = None,
     *,
     max_new_tokens: int = 128,
     num_return_sequences: int = 1,
@@ -51,16 +71,22 @@ def generate(
     batch_size: int = 32,
     streamer: Streamer | None = None,
 ) -> Generation:
-    """Complete prompts.
+    """Complete prompts, or fill the gaps of templates.
+
+    A text with gaps (``"The capital of <|mask:4|> is Rome."``: four tokens to fill) is taken as it stands, without the
+    chat template; in a conversation, the last assistant message or ``prefill`` may have gaps; in token ids, mask tokens are
+    gaps. All other tokens stay, whatever the decoder; its canvas length is the number of masks. End tokens in a gap are not
+    shown.
 
     Args:
-        prompts: one prompt or several: texts, each a user's turn, or lists of messages.
-        decoder: a preset with parameters (``eoser-ass:blocks=4``), a YAML file, or a ``Decoder`` with its own canvas length.
-        max_new_tokens: canvas length in tokens, unless the decoder sets its own.
+        prompts: one prompt or several: texts, each a user's turn, lists of messages, token ids, or templates of any of these.
+        decoder: a preset with parameters (``eoser-ass:blocks=4``), a YAML file, or a ``Decoder`` with its own canvas length;
+            None: ``semi-ar``, for templates ``full``.
+        max_new_tokens: canvas length in tokens, unless the decoder or a template sets its own.
         num_return_sequences: completions a prompt; more than one need a decoder that draws random numbers.
         stop: strings at the first of which a text ends; they are not part of it.
         seed: completion i draws from ``seed + i``, whatever the batch.
-        prefill: text that every assistant's turn starts with; it is not part of the completion.
+        prefill: text that every assistant's turn starts with; it is not part of the completion, unless it has gaps.
         batch_size: rows of one forward pass; a finished row makes room for the next.
         streamer: shown every draft; for one completion.
 
@@ -68,43 +94,94 @@ def generate(
         UserError: for anything that ``make_decoder``, ``MaskedLM.encode`` and ``decode`` refuse, for no prompt, an empty stop
             string, and several completions that could not differ.
     """
-    several = prompts if not isinstance(prompts, str) and not (prompts and isinstance(prompts[0], dict)) else [prompts]
-    texts = [_written(lm, cast(Prompt, p), prefill) for p in several]
-    if isinstance(decoder, str):
-        decoder = make_decoder(decoder, max_new_tokens=max_new_tokens)
-    if not texts or num_return_sequences < 1:
-        raise UserError(
-            f"{len(texts)} prompts with num_return_sequences={num_return_sequences}: give one each at least"
-        )
-    if num_return_sequences > 1 and decoder.temperature == 0 and not CONFIDENCES[decoder.confidence].noisy:
-        raise UserError(
-            f"num_return_sequences is {num_return_sequences}, but decoder {decoder.name!r} draws no random numbers, so all "
-            "would be equal: set a temperature"
-        )
+    rows = [_row(lm, cast(Prompt, p), prefill) for p in (prompts if _are_several(prompts) else [prompts])]
+    if not rows or num_return_sequences < 1:
+        raise UserError(f"{len(rows)} prompts with num_return_sequences={num_return_sequences}: pass one each at least")
     if isinstance(stop, str) or not all(stop):
-        raise UserError(f"stop is {stop!r}: give a list of strings, none of them empty")
-    texts = [text for text in texts for _ in range(num_return_sequences)]
-    seeds = seed + torch.arange(len(texts))
-    if streamer is not None:
-        ids, mask = lm.encode(texts, decoder.max_new_tokens)
-        whole = decode(lm, ids, mask, decoder, seeds=seeds, streamer=streamer, early_stop=True)
-    else:
-        parts: list[Trajectory] = []
-        order: list[int] = []
-        for numbers, trajectory in decode_each(lm, texts, decoder, seeds, batch_size):
-            order += numbers
-            parts.append(trajectory)
-        whole = Trajectory.cat(parts).take(torch.tensor(order).argsort())
-    return Generation([_until(text, stop) for text in lm.text(whole.tokens)], whole)
+        raise UserError(f"stop is {stop!r}: pass a list of strings, none of them empty")
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}: pass 1 or more")
+    rows = [row for row in rows for _ in range(num_return_sequences)]
+    if streamer is not None and len(rows) != 1:
+        raise UserError(f"a streamer shows one row, not {len(rows)}: decode one prompt at a time")
+    found: dict[int, Trajectory] = {}
+
+    def shape(i: int) -> tuple[int, int]:
+        return len(rows[i].canvas), rows[i].canvas.count(lm.mask_id)
+
+    for (length, masks), group in itertools.groupby(sorted(range(len(rows)), key=shape), shape):
+        numbers = list(group)
+        chosen = decoder or ("full" if masks else "semi-ar")
+        if isinstance(chosen, str):
+            chosen = make_decoder(chosen, max_new_tokens=masks or max_new_tokens)
+        if length and not masks:
+            raise UserError("a template has gaps of 0 tokens: write <|mask:N|> with N of 1 or more")
+        if masks:
+            chosen = chosen.replace(max_new_tokens=masks)
+        if num_return_sequences > 1 and not chosen.is_random:
+            raise UserError(
+                f"num_return_sequences is {num_return_sequences}, but decoder {chosen.name!r} draws no random numbers, so all "
+                "would be equal: set a temperature"
+            )
+        for taken, part in _decode(
+            lm, [rows[i] for i in numbers], chosen, seed + torch.tensor(numbers), batch_size, streamer
+        ):
+            found |= {numbers[n]: part.take(torch.tensor([i])) for i, n in enumerate(taken)}
+    ordered = [found[i] for i in range(len(rows))]
+    texts = [_text(lm, row, part, stop) for row, part in zip(rows, ordered, strict=True)]
+    groups = itertools.groupby(ordered, lambda t: t.tokens.shape[1])
+    return Generation(texts, [Trajectory.cat(list(group)) for _, group in groups])
 
 
-def _written(lm: MaskedLM, prompt: Prompt, prefill: str) -> str:
-    """A prompt as the chat template writes it, up to where the completion begins."""
+def _are_several(prompts: Any) -> bool:
+    """Whether these are several prompts: neither a text, nor messages, nor token ids."""
+    one = isinstance(prompts, str) or (isinstance(prompts, Tensor) and prompts.ndim == 1)
+    return not one and not (len(prompts) and isinstance(prompts[0], dict | int))
+
+
+def _row(lm: MaskedLM, prompt: Prompt, prefill: str) -> _Row:
+    """A prompt as the chat template writes it, up to where the completion begins, or a template cut at its first gap."""
+    if isinstance(prompt, Tensor) or (prompt and isinstance(prompt[0], int)):
+        ids = lm.tokens(cast("Sequence[int]", prompt))
+        first = ids.index(lm.mask_id) if lm.mask_id in ids else len(ids)
+        return _Row(ids[:first], tuple(ids[first:]), str(lm.tokenizer.decode(ids[:first])) if first < len(ids) else "")
     if isinstance(prompt, str):
-        return lm.chat(prompt, prefill)
-    return lm.render([dict(message) for message in prompt]) + prefill
+        before, answer = ("", prompt) if GAP.search(prompt) else (lm.chat(prompt), prefill)
+    else:
+        messages = [dict(message) for message in cast("Messages", prompt)]
+        answer = prefill
+        if messages and messages[-1].get("role") == "assistant" and GAP.search(str(messages[-1].get("content"))):
+            answer = messages.pop()["content"] + prefill
+        before = lm.render(messages)
+    start, *rest = GAP.split(answer)  # text, masks, text, masks, …, text
+    if not rest:
+        return _Row(before + start)
+    canvas: list[int] = []
+    for masks, text in zip(rest[::2], rest[1::2], strict=True):
+        canvas += [lm.mask_id] * int(masks) + lm.tokens(text)
+    return _Row(before + start, tuple(canvas), start)
 
 
-def _until(text: str, stop: Sequence[str]) -> str:
-    """The text before the first of the stop strings."""
+def _decode(
+    lm: MaskedLM, rows: Sequence[_Row], decoder: Decoder, seeds: Tensor, batch_size: int, streamer: Streamer | None
+) -> Iterator[tuple[Sequence[int], Trajectory]]:
+    """Rows whose canvases have one shape: (indexes into ``rows``, their trajectory)."""
+    if not rows[0].canvas and streamer is None:
+        yield from decode_each(lm, [row.prompt for row in rows], decoder, seeds, batch_size)
+        return
+    for part in torch.arange(len(rows)).split(batch_size):
+        some = [rows[i] for i in part]
+        ids, mask = lm.encode(
+            [row.prompt for row in some], len(some[0].canvas) or decoder.max_new_tokens, empty=bool(some[0].canvas)
+        )
+        canvas = torch.tensor([row.canvas for row in some], device=ids.device) if some[0].canvas else None
+        stop = canvas is None  # a template is filled to its end
+        yield part.tolist(), decode(lm, ids, mask, decoder, None, seeds[part], streamer, early_stop=stop, canvas=canvas)
+
+
+def _text(lm: MaskedLM, row: _Row, trajectory: Trajectory, stop: Sequence[str]) -> str:
+    if row.canvas:
+        text = row.start + str(lm.tokenizer.decode([t for t in trajectory.tokens[0].tolist() if t not in lm.end_ids]))
+    else:
+        text = lm.text(trajectory.tokens)[0]
     return text[: min((found for s in stop if (found := text.find(s)) >= 0), default=len(text))]

@@ -61,6 +61,74 @@ class Plan:
         start = {h: earlier for earlier, h in pairwise([0, *sorted(set(self.horizon))])}
         return tuple(start[h] for h in self.horizon)
 
+    @classmethod
+    def uniform(cls, length: int, steps: int, block_length: int | None = None) -> Plan:
+        """The same number of tokens every step: over the whole canvas, or block after block (semi-autoregressive).
+
+        Progress is linear in the step, s/(S-1).
+
+        Raises:
+            UserError: for more steps than tokens, a block length that does not divide the canvas, or steps that do not
+                divide over the blocks; the message lists what would do.
+        """
+        _check_length(length)
+        block = length if block_length is None else block_length
+        blocks = _check_block(length, block)
+        if not 1 <= steps <= length:
+            raise UserError(f"{steps} steps for a canvas of {length} tokens: give 1 to {length}")
+        if steps % blocks:
+            fits = ", ".join(str(blocks * k) for k in range(1, block + 1))
+            raise UserError(f"{steps} steps do not divide over {blocks} blocks of {block} tokens: give one of {fits}")
+        each = steps // blocks
+        progress = tuple(s / (steps - 1) for s in range(steps)) if steps > 1 else (1.0,)
+        return cls(
+            tuple(_spread(block, each) * blocks),
+            tuple((s // each + 1) * block for s in range(steps)),
+            progress,
+        )
+
+    @classmethod
+    def ascending(
+        cls, length: int, blocks: int = 1, block_length: int | None = None, max_commit: int | None = None
+    ) -> Plan:
+        """Ascending step size (ASS).
+
+        ``blocks=1`` opens the whole canvas from the start. ``blocks=b`` peels the b-1 largest commits off to the right as
+        blocks of one step each: horizon[s] = done[max(s, S-b)]. ``block_length=B`` is the hybrid: blocks of B left to right,
+        each filled by ascending steps. ``max_commit`` bounds what a step commits, at the price of more steps. Progress is the
+        fraction committed once the step is done: (2^(s+1)-1)/2^S as in the paper, done/L in the hybrid and under a bound.
+
+        Raises:
+            UserError: for ``blocks`` outside 1 … S, both forms at once, a block length that does not divide the canvas, or a
+                bound below 1.
+        """
+        _check_length(length)
+        if max_commit is not None and max_commit < 1:
+            raise UserError(f"max_commit is {max_commit}: give 1 or more, or none")
+        if block_length is not None:
+            if blocks != 1:
+                raise UserError("blocks and block_length exclude each other in an ascending plan: give one of them")
+            count = _check_block(length, block_length)
+            commits = _powers(block_length, max_commit) * count
+            each = len(commits) // count
+            return cls(
+                tuple(commits),
+                tuple((s // each + 1) * block_length for s in range(len(commits))),
+                tuple(d / length for d in accumulate(commits)),
+            )
+        commits = _powers(length, max_commit)
+        steps, done = len(commits), list(accumulate(commits))
+        if not 1 <= blocks <= steps:
+            raise UserError(
+                f"blocks is {blocks} for a canvas of {length} tokens in {steps} ascending steps: give 1 to {steps}"
+            )
+        bounded = commits != _powers(length, None)
+        return cls(
+            tuple(commits),
+            tuple(done[max(s, steps - blocks)] for s in range(steps)),
+            tuple(done[s] / length if bounded else (2 ** (s + 1) - 1) / 2**steps for s in range(steps)),
+        )
+
 
 def _divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
@@ -84,32 +152,6 @@ def _spread(total: int, steps: int) -> list[int]:
     return [total // steps + (s < total % steps) for s in range(steps)]
 
 
-def uniform(length: int, steps: int, block_length: int | None = None) -> Plan:
-    """The same number of tokens every step: over the whole canvas, or block after block (semi-autoregressive).
-
-    Progress is linear in the step, s/(S-1).
-
-    Raises:
-        UserError: for more steps than tokens, a block length that does not divide the canvas, or steps that do not
-            divide over the blocks; the message lists what would do.
-    """
-    _check_length(length)
-    block = length if block_length is None else block_length
-    blocks = _check_block(length, block)
-    if not 1 <= steps <= length:
-        raise UserError(f"{steps} steps for a canvas of {length} tokens: give 1 to {length}")
-    if steps % blocks:
-        fits = ", ".join(str(blocks * k) for k in range(1, block + 1))
-        raise UserError(f"{steps} steps do not divide over {blocks} blocks of {block} tokens: give one of {fits}")
-    each = steps // blocks
-    progress = tuple(s / (steps - 1) for s in range(steps)) if steps > 1 else (1.0,)
-    return Plan(
-        tuple(_spread(block, each) * blocks),
-        tuple((s // each + 1) * block for s in range(steps)),
-        progress,
-    )
-
-
 def _powers(length: int, most: int | None) -> list[int]:
     """1, 2, 4, … with the rest on the last of floor(log2 length) steps (one step below length 4).
 
@@ -122,43 +164,3 @@ def _powers(length: int, most: int | None) -> list[int]:
     head = [p for p in head if p < most]
     rest = length - sum(head)
     return [*head, *reversed(_spread(rest, -(-rest // most)))]
-
-
-def ascending(length: int, blocks: int = 1, block_length: int | None = None, max_commit: int | None = None) -> Plan:
-    """Ascending step size (ASS).
-
-    ``blocks=1`` opens the whole canvas from the start. ``blocks=b`` peels the b-1 largest commits off to the right as
-    blocks of one step each: horizon[s] = done[max(s, S-b)]. ``block_length=B`` is the hybrid: blocks of B left to right,
-    each filled by ascending steps. ``max_commit`` bounds what a step commits, at the price of more steps. Progress is the
-    fraction committed once the step is done: (2^(s+1)-1)/2^S as in the paper, done/L in the hybrid and under a bound.
-
-    Raises:
-        UserError: for ``blocks`` outside 1 … S, both forms at once, a block length that does not divide the canvas, or a
-            bound below 1.
-    """
-    _check_length(length)
-    if max_commit is not None and max_commit < 1:
-        raise UserError(f"max_commit is {max_commit}: give 1 or more, or none")
-    if block_length is not None:
-        if blocks != 1:
-            raise UserError("blocks and block_length exclude each other in an ascending plan: give one of them")
-        count = _check_block(length, block_length)
-        commits = _powers(block_length, max_commit) * count
-        each = len(commits) // count
-        return Plan(
-            tuple(commits),
-            tuple((s // each + 1) * block_length for s in range(len(commits))),
-            tuple(d / length for d in accumulate(commits)),
-        )
-    commits = _powers(length, max_commit)
-    steps, done = len(commits), list(accumulate(commits))
-    if not 1 <= blocks <= steps:
-        raise UserError(
-            f"blocks is {blocks} for a canvas of {length} tokens in {steps} ascending steps: give 1 to {steps}"
-        )
-    bounded = commits != _powers(length, None)
-    return Plan(
-        tuple(commits),
-        tuple(done[max(s, steps - blocks)] for s in range(steps)),
-        tuple(done[s] / length if bounded else (2 ** (s + 1) - 1) / 2**steps for s in range(steps)),
-    )

@@ -37,8 +37,8 @@ class Trajectory:
 
     Attributes:
         prompt: (B, P) int64, left-padded. prompt_mask: (B, P) bool, False = padding.
-        tokens: (B, L) int64, the finished canvas. step: (B, L) int16, the step that committed each token; -1 where a row
-            was stopped early and the mask still stands.
+        tokens: (B, L) int64, the finished canvas. step: (B, L) int16, the step that committed each token; -1 where
+            none did: a template's own tokens, and masks that still stand in a row that was stopped early.
         logprob: (B, L) float32, log-probability (nats, temperature 1, CFG applied, no EOSER factor) of each token in the
             state that committed it.
         mask_id: the mask token. decoder: the Decoder's config.

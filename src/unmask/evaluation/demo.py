@@ -11,7 +11,7 @@ from typing import Any
 from unmask.config import read_flags
 from unmask.evaluation.command import show_evaluation
 from unmask.evaluation.config import EvalConfig
-from unmask.evaluation.generate import GenerateArguments, show_decoding
+from unmask.evaluation.generate import GenerateArguments, run
 from unmask.io.terminal import console
 
 DECODERS = ["full", "semi-ar", "eoser", "full:steps=7", "ass", "eoser-ass", "hybrid"]
@@ -55,9 +55,7 @@ def show_canvases() -> None:
         problem = task.problems("test", 1)[0]
         print(f"\n$ unmask generate {problem.question!r} --decoder {decoder}", flush=True)
         prompt = task.instruction(problem)
-        text = show_decoding(
-            GenerateArguments(prompt=prompt, decoder=decoder, delay=delay if sys.stdout.isatty() else 0)
-        )
+        [text] = run(GenerateArguments(prompt=prompt, decoder=decoder, delay=delay if sys.stdout.isatty() else 0))
         print("✓ solved" if task.grade(problem, text).solved else "✗ not solved", flush=True)
 
 

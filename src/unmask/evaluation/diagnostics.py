@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from unmask.decoding import Decoder, decode
-from unmask.decoding.decode import forward_with_guidance
 from unmask.decoding.sampling import Candidates, candidates
+from unmask.decoding.score import score_each_state
 from unmask.decoding.trajectory import Trajectory
 from unmask.evaluation.config import EvalConfig
 from unmask.evaluation.prompts import row_seeds, task_prompts
@@ -42,7 +42,7 @@ def eos_curves(lm: MaskedLM, task: Task, decoder: Decoder, config: EvalConfig) -
     for start in range(0, len(problems), config.batch_size):
         rows = slice(start, start + config.batch_size)
         trajectory = decode(lm, ids[rows], mask[rows], decoder, seeds=seeds[rows])
-        sums += _batch_sums(lm, trajectory, decoder, steps)
+        sums += _batch_sums(lm, trajectory, steps)
     share = sums[..., 0] / sums[..., 1]
     curves = {
         key: [None if math.isnan(v) else v for v in share[:, i].tolist()]
@@ -51,26 +51,18 @@ def eos_curves(lm: MaskedLM, task: Task, decoder: Decoder, config: EvalConfig) -
     return {"problems": len(problems), **curves}
 
 
-def _batch_sums(lm: MaskedLM, trajectory: Trajectory, decoder: Decoder, steps: int) -> Tensor:
-    batch, width = trajectory.prompt.shape
+def _batch_sums(lm: MaskedLM, trajectory: Trajectory, steps: int) -> Tensor:
     ends = torch.tensor(lm.end_ids, device=trajectory.tokens.device)
     sums = torch.zeros(steps, 4, 2, dtype=torch.float64)
-    for s in range(trajectory.steps):
-        state = trajectory.state(s)
-        ids = torch.cat([trajectory.prompt, state], 1)
-        row, column = (state == lm.mask_id).nonzero(as_tuple=True)
-        positions = row * ids.shape[1] + width + column
-        found = forward_with_guidance(
-            lm, ids, trajectory.visible, positions, _likeliest, prompt=width, w=decoder.cfg_scale
-        )
+
+    def likeliest(head: Head, hidden: Tensor, _: Tensor) -> Candidates:
+        return candidates(head, hidden, 0.0, None)
+
+    for s, (_, _, found) in enumerate(score_each_state(lm, trajectory, likeliest, masked=True)):
         is_end = torch.isin(found.tokens, ends)
         committed = trajectory.tokens[trajectory.committed(s)]
         for i, which in enumerate((is_end, ~is_end)):
             sums[s, i] = torch.tensor([float(found.top[which].sum()), float(which.sum())])
         sums[s, 2] = torch.tensor([float(torch.isin(committed, ends).sum()), float(len(committed))])
-        sums[s, 3] = torch.tensor([float(lm.lengths(trajectory.state(s + 1)).sum()), float(batch)])
+        sums[s, 3] = torch.tensor([float(lm.lengths(trajectory.state(s + 1)).sum()), float(len(trajectory.tokens))])
     return sums
-
-
-def _likeliest(head: Head, hidden: Tensor) -> Candidates:
-    return candidates(head, hidden, 0.0, None)

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from unmask.decoding.canvas import Canvases
-from unmask.decoding.decode import Decoding, forward_with_guidance
+from unmask.decoding.decode import DecodingLoop
 from unmask.decoding.decoder import Decoder
+from unmask.decoding.score import score_states
 from unmask.errors import UserError
-from unmask.models.head import Head, score_tokens
 from unmask.models.masked_lm import MaskedLM
 
 Pair = tuple[list[int], list[int]]  # token ids of a context and of the continuation behind it
@@ -120,15 +120,12 @@ def bounds(
         distinct, home = torch.cat([rows, seen.long()], 1).unique(dim=0, return_inverse=True)
         rows, seen = distinct[:, :width], distinct[:, width:].bool()
 
-        def reduce(head: Head, hidden: Tensor, targets: Tensor = targets) -> Tensor:
-            return score_tokens(head, hidden, targets)[0]
-
-        logprob = forward_with_guidance(
+        logprob, _ = score_states(
             lm,
             rows.to(lm.device),
             None if seen.all() else seen.to(lm.device),
-            (home[row] * width + column).to(lm.device),
-            reduce,
+            (home[row].to(lm.device), column.to(lm.device)),
+            targets,
             prompt=width - length,
             w=cfg_scale,
         )
@@ -152,20 +149,21 @@ def is_greedy(lm: MaskedLM, pairs: Sequence[Pair], cfg_scale: float = 0.0) -> li
     homes = [number[tuple(context)] for context, _ in pairs]
     targets = torch.tensor([continuation for _, continuation in pairs], device=lm.device)
     prompt, visible = (t.to(lm.device) for t in _left_padded(lm, list(contexts)))
-    loop = Decoding(lm, Decoder(max_new_tokens=length, steps=length, cfg_scale=cfg_scale), early_stop=False)
     seeds = torch.zeros(len(contexts), dtype=torch.int64, device=lm.device)
-    rows = Canvases.new(prompt, visible, length, lm.mask_id, seeds, range(len(contexts)))
     right = list(range(len(pairs)))
-    for _ in range(length):
-        loop.advance(rows)
-        place = {n: i for i, n in enumerate(rows.numbers)}
-        at = torch.tensor([place[homes[p]] for p in right], device=lm.device)
-        agrees = ((rows.canvas[at] == targets[right]) | (rows.step[at] < 0)).all(1).tolist()
-        right = [p for p, fine in zip(right, agrees, strict=True) if fine]
-        awaited = {homes[p] for p in right}
-        leave = [i for i, n in enumerate(rows.numbers) if n not in awaited]
-        if leave:
-            rows, _ = loop.split(rows, leave)
-        if not right:
-            break
+
+    class Loop(DecodingLoop):
+        def finished(self, rows: Canvases) -> list[int]:
+            nonlocal right
+            place = {n: i for i, n in enumerate(rows.numbers)}
+            at = torch.tensor([place[homes[p]] for p in right], device=lm.device)
+            agrees = ((rows.canvas[at] == targets[right]) | (rows.step[at] < 0)).all(1).tolist()
+            right = [p for p, fine in zip(right, agrees, strict=True) if fine]
+            pending = {homes[p] for p in right}
+            return [i for i, n in enumerate(rows.numbers) if n not in pending or rows.passes[i] == length]
+
+    loop = Loop(lm, Decoder(max_new_tokens=length, steps=length, cfg_scale=cfg_scale), early_stop=False)
+    canvas = torch.full((len(contexts), length), lm.mask_id, device=lm.device)
+    for _ in loop.run(Canvases.new(prompt, visible, canvas, lm.mask_id, seeds, range(len(contexts)))):
+        pass
     return [p in right for p in range(len(pairs))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from jinja2 import TemplateError
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from unmask.decoding.generate import Generation, Prompt
 
 Result = TypeVar("Result")
+Text: TypeAlias = str | Sequence[int]
+"""A text, or its token ids."""
 END_OF_TURN = (
     "<|eot_id|>",
     "<|im_end|>",
@@ -142,7 +144,7 @@ class MaskedLM:
         return getattr(self.model.config, "task_defaults", None) or {}
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], decoder: str | Decoder = "semi-ar", **options: Any
+        self, prompts: Prompt | Sequence[Prompt], decoder: str | Decoder | None = None, **options: Any
     ) -> Generation:
         """Complete prompts; ``unmask.decoding.generate.generate`` says what ``options`` there are."""
         from unmask.decoding.generate import generate  # the front door: the one import that points the other way
@@ -157,7 +159,7 @@ class MaskedLM:
         ``examples`` are earlier turns, (user's, assistant's), for few-shot prompts.
         """
         if not user.strip():
-            raise UserError("the prompt is empty: give some text")
+            raise UserError("the prompt is empty: pass some text")
         if self.tokenizer.chat_template is None:
             return "".join(f"{asked}{answered}\n\n" for asked, answered in examples) + user + prefill
         messages = []
@@ -191,8 +193,25 @@ class MaskedLM:
             ) from None
         return str(text)
 
-    def encode(self, prompts: list[str], canvas: int = 0, width: int = 0) -> tuple[Tensor, Tensor]:
+    def tokens(self, text: Text) -> list[int]:
+        """Token ids of a text, without special tokens around it; ids as they are. Raises UserError for what cannot be one."""
+        if isinstance(text, str):
+            return self.tokenizer(read_typed(text), add_special_tokens=False)["input_ids"]
+        ids, vocabulary = [int(i) for i in text], len(self.model.get_input_embeddings().weight)  # type: ignore[arg-type]
+        for i in ids:
+            if not 0 <= i < vocabulary:
+                raise UserError(
+                    f"token id {i} lies outside the vocabulary of {self.name}: choose 0 to {vocabulary - 1}"
+                )
+        return ids
+
+    def encode(
+        self, prompts: Sequence[Text], canvas: int = 0, width: int = 0, empty: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Prompts of any lengths as one left-padded batch, at least ``width`` tokens wide.
+
+        Args:
+            canvas: tokens that must fit behind each. empty: whether a prompt may be.
 
         Returns:
             ids (B, P) int64 and the padding mask (B, P) bool (False = padding), on the model's device.
@@ -201,11 +220,10 @@ class MaskedLM:
             UserError: for an empty prompt, one that is not Unicode text, one that holds the mask token, or one longer than the
                 context allows.
         """
-        prompts = [read_typed(prompt) for prompt in prompts]
-        rows = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        rows = [self.tokens(prompt) for prompt in prompts]
         for text, row in zip(prompts, rows, strict=True):
-            if not row:
-                raise UserError("the prompt is empty: give some text")
+            if not row and not empty:
+                raise UserError("the prompt is empty: pass some text")
             if self.mask_id in row:
                 token = self.tokenizer.convert_ids_to_tokens(self.mask_id)
                 raise UserError(f"the prompt {text[:60]!r} holds the mask token {token}: remove it")
@@ -214,7 +232,7 @@ class MaskedLM:
                     f"the prompt has {len(row)} tokens and the canvas {canvas}, but {self.name} takes at most "
                     f"{self.max_length} together: shorten the prompt or lower --max-new-tokens"
                 )
-        width = max(width, *map(len, rows))
+        width = max([width, *map(len, rows)])
         ids = torch.full((len(rows), width), self.pad_id)
         mask = torch.zeros(len(rows), width, dtype=torch.bool)
         for i, row in enumerate(rows):

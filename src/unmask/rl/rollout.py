@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from unmask.decoding import Decoder, decode
-from unmask.decoding.decode import forward_with_guidance
+from unmask.decoding.score import score_states
 from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
-from unmask.models.head import score_tokens
 from unmask.models.masked_lm import MaskedLM
 from unmask.rl.objectives import ViewRows
 from unmask.rl.rewards import Row
@@ -116,12 +115,12 @@ def score_rows(policy: MaskedLM, trajectory: Trajectory, rows: ViewRows) -> tupl
     at, column = rows.scored.nonzero(as_tuple=True)
     row = rows.row[at]
     tokens = trajectory.tokens[row, column]
-    found: tuple[Tensor, Tensor] = forward_with_guidance(
+    found = score_states(
         policy,
         rows.ids,
         trajectory.visible[rows.row],
-        at * rows.ids.shape[1] + width + column,
-        lambda head, hidden: score_tokens(head, hidden, tokens),
+        (at, column + width),
+        tokens,
         prompt=width,
         w=trajectory.decoder["cfg_scale"],
     )

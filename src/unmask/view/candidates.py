@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from unmask.decoding.decode import forward_with_guidance
+from unmask.decoding.score import score_each_state
 from unmask.decoding.trajectory import Trajectory
 from unmask.models.head import Head
 from unmask.models.masked_lm import MaskedLM
@@ -46,17 +46,6 @@ def top_candidates_per_step(lm: MaskedLM, trajectory: Trajectory, count: int) ->
 
     One forward pass a step (two with guidance), each of the whole row, also where a cache decoded.
     """
-    width = trajectory.prompt.shape[1]
-    for s in range(trajectory.steps):
-        state = trajectory.state(s)
-        ids = torch.cat([trajectory.prompt, state], 1)
-        positions = (state[0] == lm.mask_id).nonzero()[:, 0] + width
-
-        def reduce(head: Head, hidden: Tensor) -> tuple[Tensor, Tensor]:
-            return likeliest(head, hidden, count)
-
-        cfg = trajectory.decoder["cfg_scale"]
-        tokens, probabilities = forward_with_guidance(
-            lm, ids, trajectory.visible, positions, reduce, prompt=width, w=cfg
-        )
-        yield tokens.cpu(), probabilities.cpu()
+    each = score_each_state(lm, trajectory, lambda head, hidden, _: likeliest(head, hidden, count), masked=True)
+    for _, _, (tokens, probs) in each:
+        yield tokens.cpu(), probs.cpu()

@@ -1,0 +1,116 @@
+"""Forward passes under guidance, and the log-probabilities of given tokens: the one place that scores tokens in states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from unmask.decoding.trajectory import Trajectory
+from unmask.models.backbone import KVCache
+from unmask.models.head import Head, score_tokens
+from unmask.models.masked_lm import MaskedLM
+
+Result = TypeVar("Result")
+
+
+def forward_with_guidance(
+    lm: MaskedLM,
+    ids: Tensor,
+    attention_mask: Tensor | None,
+    positions: Tensor,
+    fn: Callable[[Head, Tensor], Result],
+    *,
+    prompt: int,
+    w: float,
+    cache: KVCache | None = None,
+    window: tuple[int, int] | None = None,
+) -> Result:
+    """``lm.reduce`` under classifier-free guidance: logits u + (w + 1)(c - u), u from the row with its prompt masked.
+
+    The head is linear, so the hidden states are mixed and the head is applied once. ids (B, T), of which the first ``prompt``
+    columns are the prompt; the rest as in ``MaskedLM.reduce``. A guided cache holds the rows of c, then those of u.
+    """
+    if w == 0:
+        return lm.reduce(ids, attention_mask, positions, fn, cache, window)
+    without = ids.clone()
+    without[:, :prompt] = lm.mask_id
+    both_mask = None if attention_mask is None else attention_mask.repeat(2, 1)
+    start, stop = window or (0, ids.shape[1])
+    both = torch.cat([positions, positions + len(ids) * (stop - start)])
+
+    def mixed(head: Head, hidden: Tensor) -> Result:
+        c, u = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).chunk(2)
+        return fn(head, (u + (w + 1) * (c - u)).to(hidden.dtype))
+
+    return lm.reduce(torch.cat([ids, without]), both_mask, both, mixed, cache, window)
+
+
+def score_states(
+    lm: MaskedLM,
+    ids: Tensor,
+    attention_mask: Tensor | None,
+    at: tuple[Tensor, Tensor],
+    tokens: Tensor,
+    *,
+    prompt: int,
+    w: float,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of ``tokens`` where masks stand, and the entropy there (no gradient), in nats; two (N,).
+
+    Args:
+        ids: (B, T) int64, the states. attention_mask: (B, T) bool, False = padding, or None.
+        at: rows and columns, (N,) int64 each. tokens: (N,) int64.
+        prompt, w: as in ``forward_with_guidance``.
+    """
+    row, column = at
+    positions = row * ids.shape[1] + column
+    return forward_with_guidance(
+        lm, ids, attention_mask, positions, lambda head, hidden: score_tokens(head, hidden, tokens), prompt=prompt, w=w
+    )
+
+
+@torch.no_grad()
+def score_each_state(
+    lm: MaskedLM, trajectory: Trajectory, fn: Callable[[Head, Tensor, Tensor], Result], *, masked: bool = False
+) -> Iterator[tuple[Tensor, Tensor, Result]]:
+    """``fn`` on the state before each step, one forward pass a step (two with guidance), each of whole rows.
+
+    Args:
+        fn: (head, hidden states (N, d), the tokens (N,) that the trajectory ends with there) -> its result.
+        masked: where to look: at all masked positions instead of those that the step commits.
+
+    Yields:
+        rows and columns of the canvas, (N,) int64 each, row-major, and what ``fn`` returned.
+    """
+    width = trajectory.prompt.shape[1]
+    for s in range(trajectory.steps):
+        state = trajectory.state(s)
+        ids = torch.cat([trajectory.prompt, state], dim=1)
+        row, column = (state == lm.mask_id if masked else trajectory.committed(s)).nonzero(as_tuple=True)
+        yield (
+            row,
+            column,
+            forward_with_guidance(
+                lm,
+                ids,
+                trajectory.visible,
+                row * ids.shape[1] + width + column,
+                lambda head, hidden, tokens=trajectory.tokens[row, column]: fn(head, hidden, tokens),  # type: ignore[misc]
+                prompt=width,
+                w=trajectory.decoder["cfg_scale"],
+            ),
+        )
+
+
+def replay(lm: MaskedLM, trajectory: Trajectory) -> Tensor:
+    """Log-probabilities of all committed tokens, recomputed on ``state(s)``. (B, L) float32.
+
+    Equals ``logprob``, unless the decoder's cache made that an approximation.
+    """
+    out = torch.zeros_like(trajectory.logprob)
+    for row, column, (logprob, _) in score_each_state(lm, trajectory, score_tokens):
+        out[row, column] = logprob.to(out)
+    return out
