@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +14,7 @@ import pytest
 import unmask
 from checkpoints import write_llada
 from unmask.cli import COMMANDS, main
-from unmask.config import read_flags
-from unmask.evaluation.tune_config import TuneConfig
+from unmask.config import Registry
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -22,21 +24,43 @@ def blocks(language: str, text: str = README) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
-SNIPPETS = [
-    code
-    for file in ("README.md", "docs/decoding.md", "docs/rl.md")
-    for code in blocks("python", (ROOT / file).read_text())
-]
+PAGES = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))] if blocks("python", p.read_text())]
 
 
-@pytest.mark.parametrize("code", SNIPPETS, ids=lambda c: c.splitlines()[0])
-def test_python_snippets_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_the_python_of_every_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One page after the other, each as a reader would type it: all its blocks in one session."""
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {})  # noqa: S102  (our own document)
+    monkeypatch.setattr(
+        Registry, "register", lambda self, name: lambda thing: (monkeypatch.setitem(self, name, thing), thing)[1]
+    )
+    scope: dict[str, object] = {}
+    for code in blocks("python", page.read_text()):
+        exec(compile(code, str(page), "exec"), scope)  # noqa: S102  (our own document)
 
 
-def test_there_are_snippets() -> None:
-    assert len(blocks("python")) >= 1 and len(shell_lines()) >= 4
+def test_there_are_pages_for_all_that_can_be_written() -> None:
+    assert {"README", "index", "confidence", "schedule", "task", "objective"} <= {p.stem for p in PAGES}
+    assert len(shell_lines()) >= 4
+
+
+def test_the_notebook_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        Registry, "register", lambda self, name: lambda thing: (monkeypatch.setitem(self, name, thing), thing)[1]
+    )
+    cells = json.loads((ROOT / "docs" / "first_contact.ipynb").read_text())["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    assert "LIMIT = 32" in code
+    exec(compile(code.replace("LIMIT = 32", "LIMIT = 2"), "first_contact.ipynb", "exec"), {})  # noqa: S102
+    assert "of 2 solved" in capsys.readouterr().out
+
+
+def test_the_site_builds(tmp_path: Path) -> None:
+    """Dead links, missing pages and names that do not exist fail."""
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Complete prompts, or fill the gaps of templates" in (tmp_path / "reference" / "index.html").read_text()
 
 
 def shell_lines() -> list[str]:
@@ -60,20 +84,10 @@ def test_readme_commands_run(
 ) -> None:
     """Every unmask command of the README, evaluations on two problems; training only reads its config."""
     arguments = shlex.split(line)[1:]
-    if arguments[0] in ("sft", "rl"):
-        assert (ROOT / arguments[1]).exists()  # test_training and test_rl_runs run every config
+    if arguments[0] in ("sft", "rl", "study"):
+        assert (ROOT / arguments[1]).exists()  # other tests run every config
         return
-    if arguments[0] == "report":
-        assert all(run.startswith("runs/") for run in arguments[1:])  # test_report reports such folders
-        return
-    if arguments[0] == "study":
-        assert (ROOT / arguments[1]).exists()  # test_study reads every one
-        return
-    if arguments[0] == "tune":
-        read_flags(TuneConfig, arguments[1:], prog="unmask tune")  # test_tune runs one
-        return
-    if arguments[0] == "lm-eval":
-        assert arguments[1:4] == ["run", "--model", "unmask"]  # test_harness runs one; this task is on the hub
+    if arguments[0] in ("report", "tune", "lm-eval"):  # test_report, test_tune and test_harness run them
         return
     if HUB in arguments:  # a small random one in the same layout stands for it
         arguments = [write_llada(tmp_path) if a == HUB else a for a in arguments]
@@ -102,12 +116,12 @@ def test_exported_names_exist() -> None:
 
 
 def test_links_and_named_files_exist() -> None:
-    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]:
         for target in re.findall(r"\]\(([^)#]+)", document.read_text()):
             if not target.startswith("http"):
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
 def test_every_command_is_documented() -> None:
-    text = "".join(f.read_text() for f in (ROOT / "docs").glob("*.md"))
+    text = "".join(f.read_text() for f in (ROOT / "docs").glob("**/*.md"))
     assert all(f"unmask {name}" in (README + text) for name in COMMANDS)

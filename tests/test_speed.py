@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from conftest import PROMPTS, toy
 from unmask import PRESETS, MaskedLM, Trajectory, UserError, decode, decode_each, make_decoder, replay
 from unmask.decoding.canvas import Canvases
-from unmask.decoding.decode import Decoding
+from unmask.decoding.decode import DecodingLoop
 from unmask.decoding.sampling import candidates
 from unmask.models import head as head_module
 from unmask.models.backbone import KVCache
@@ -102,8 +102,8 @@ def test_one_row_at_least_and_one_seed_each(toy_lm: MaskedLM) -> None:
 def test_the_batch_is_kept_full(ending_lm: MaskedLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nine prompts in a batch of three take about a third of the passes of one row at a time."""
     sizes = []
-    advance = Decoding.advance
-    monkeypatch.setattr(Decoding, "advance", lambda self, rows: (sizes.append(len(rows)), advance(self, rows))[1])
+    advance = DecodingLoop.advance
+    monkeypatch.setattr(DecodingLoop, "advance", lambda self, rows: (sizes.append(len(rows)), advance(self, rows))[1])
     found = list(decode_each(ending_lm, NINE, make_decoder("semi-ar", max_new_tokens=64), torch.arange(9), 3))
     total = sum(int(t.nfe.sum()) for _, t in found)
     tail = next(i for i in range(len(sizes)) if all(n < 3 for n in sizes[i:]))
@@ -293,14 +293,14 @@ def test_the_loop_never_waits_for_the_device(spec: str) -> None:
     """On tensors without values, whatever must look at one raises: so would a synchronisation."""
     decoder = make_decoder(spec, max_new_tokens=32)
     prompt = torch.zeros(3, 5, dtype=torch.int64)
-    rows = Canvases.new(prompt, prompt > 0, 32, toy().mask_id, prompt[:, 0], range(3))
+    rows = Canvases.new(prompt, prompt > 0, torch.full((3, 32), toy().mask_id), toy().mask_id, prompt[:, 0], range(3))
     with FakeTensorMode() as mode:
         lm = toy()
-        for name in ("ids", "visible", "step", "logprob", "seeds", "at"):
+        for name in ("ids", "visible", "rank", "step", "logprob", "seeds", "at"):
             setattr(rows, name, mode.from_tensor(getattr(rows, name)))
-        loop = Decoding(lm, decoder, early_stop=False)
+        loop = DecodingLoop(lm, decoder, early_stop=False)
         for _ in range(decoder.plan.steps):
             loop.advance(rows)
         assert loop.finished(rows) == [0, 1, 2]
         with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
-            Decoding(lm, make_decoder("threshold", max_new_tokens=32), False).advance(rows)
+            DecodingLoop(lm, make_decoder("threshold", max_new_tokens=32), False).advance(rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -78,90 +78,102 @@ def candidates(
         end_ids: tokens whose probability together is asked for.
     """
     noises = [None] * len(head.parts(hidden)) if noise is None else head.parts(noise)
-    found = [
-        _candidates(head, h, temperature, n, needs, top_p, end_ids)
-        for h, n in zip(head.parts(hidden), noises, strict=True)
-    ]
-    if len(found) == 1:
-        return found[0]
+    found = []
+    for h, u in zip(head.parts(hidden), noises, strict=True):
+        read = _Vocabulary(head, h, needs, end_ids, None if u is None else temperature)
+        found.append(read.candidates if u is None else _sampled(head, h, read, temperature, top_p, u))
     columns: dict[str, Any] = {}
     for name, value in vars(found[0]).items():
         columns[name] = None if value is None else torch.cat([getattr(f, name) for f in found])
     return Candidates(**columns)
 
 
-def _candidates(
-    head: Head,
-    hidden: Tensor,
-    temperature: float,
-    noise: Tensor | None,
-    needs: frozenset[str],
-    top_p: float,
-    end_ids: Sequence[int],
-) -> Candidates:
-    # One entry a piece of the vocabulary, each on the scale of its largest logit.
-    tops, masses, products, lanes, ends = [], [], [], [], []
-    # Of the piece that leads so far, a row each: largest logit, its token, the piece's number, the sum of the other weights
-    # (kept apart, for they may be too small to change a sum with 1), the largest of them.
-    lead = torch.zeros(len(hidden), 5, dtype=torch.float64, device=hidden.device)
-    lead[:, 0] = -torch.inf
-    every = torch.arange(len(hidden), device=hidden.device)
-    size, whole = 0, None
-    for number, (a, logits) in enumerate(head.pieces(hidden)):
-        size = a + logits.shape[1]
-        if noise is not None and number == 0 and size == (logits.shape[1] if head.weight is None else len(head.weight)):
-            whole = logits.clone()
-        top = logits.amax(1)
-        x = logits.sub_(top[:, None])
-        if noise is not None and temperature != 1:
-            lanes.append(_lane_sums((x / temperature).exp_()))
+class _Vocabulary:
+    """One pass over the vocabulary.
+
+    Attributes:
+        candidates: the most likely tokens. top, logprob: (N,) float64, their logits and log-probabilities.
+        share: (N, pieces) float64, what brings a piece's sums to the scale of the largest logit of all.
+        buckets: with a temperature, a piece's sums over 64 neighbors of exp((logit - the piece's top) / temperature).
+        whole: with a temperature, all logits where the vocabulary is one piece.
+    """
+
+    def __init__(
+        self, head: Head, hidden: Tensor, needs: frozenset[str], end_ids: Sequence[int], temperature: float | None
+    ) -> None:
+        self.whole: Tensor | None = None
+        self.buckets: list[Tensor] = []
+        tops, masses, products, ends = [], [], [], []
+        every = torch.arange(len(hidden), device=hidden.device)
+
+        def zeros() -> Tensor:
+            return torch.zeros(len(hidden), dtype=torch.float64, device=hidden.device)
+
+        # Of the piece that leads so far: the sum of the other tokens' weights is kept apart from the largest one, which is 1,
+        # for it may be too small to change a sum with 1.
+        largest, token, piece, rest, second = lead = zeros().fill_(-torch.inf), zeros(), zeros(), zeros(), zeros()
+        size = 0
+        for number, (a, logits) in enumerate(head.pieces(hidden)):
+            size = a + logits.shape[1]
+            if temperature is not None and number == 0 and (head.weight is None or size == len(head.weight)):
+                self.whole = logits.clone()
+            top = logits.amax(1)
+            x = logits.sub_(top[:, None])
+            if temperature is not None and temperature != 1:
+                self.buckets.append(_bucket_sums((x / temperature).exp_()))
+            if "entropy" in needs:
+                weight = x.exp()
+                products.append((weight * x).sum(1))  # of e^x x. (vecdot would be bfloat16 under autocast)
+            else:
+                weight = x.exp_()
+            if temperature == 1:  # the same weights serve
+                self.buckets.append(_bucket_sums(weight))
+                masses.append(self.buckets[-1].sum(1))
+            else:
+                masses.append(weight.sum(1))
+            tops.append(top)
+            if end_ids:
+                ends.append(weight[:, [i - a for i in end_ids if a <= i < size]].double().sum(1))
+            # A later piece leads in few rows. Looking which ones would make another device wait, so there all are done.
+            better = ~(top <= largest)  # so that a NaN shows
+            rows = better.nonzero()[:, 0] if number and hidden.device.type == "cpu" else every
+            own = weight[rows]
+            at = own.argmax(1, keepdim=True)
+            own.scatter_(1, at, 0.0)
+            found = (top[rows], at[:, 0] + a, torch.full_like(rows, number), own.sum(1), own.amax(1))
+            for old, new in zip(lead, found, strict=True):
+                old[rows] = torch.where(better[rows], new.double(), old[rows])
+        self.share, self.top = rescale(tops)
+        mass, home = torch.stack(masses, 1), piece.long()[:, None]
+        rest = rest + (self.share * mass).scatter(1, home, 0.0).sum(1)  # odds against the most likely token
+        self.logprob = -rest.log1p()
+        probability = self.logprob.exp()
+        second_probability = entropy = end = None
+        if "second" in needs:
+            second_probability = torch.maximum(self.share.scatter(1, home, 0.0).amax(1), second) * probability
         if "entropy" in needs:
-            weight = x.exp()
-            products.append((weight * x).sum(1))  # of e^x x. (vecdot would be bfloat16 under autocast)
-        else:
-            weight = x.exp_()
-        if noise is not None and temperature == 1:  # the same weights serve
-            lanes.append(_lane_sums(weight))
-            masses.append(lanes[-1].sum(1))
-        else:
-            masses.append(weight.sum(1))
-        tops.append(top)
+            spread = (self.share * torch.stack(products, 1)).sum(1) - (torch.special.entr(self.share) * mass).sum(1)
+            entropy = (rest.log1p() - spread * probability) / math.log(size)
         if end_ids:
-            ends.append(weight[:, [i - a for i in end_ids if a <= i < size]].double().sum(1))
-        # A later piece leads in few rows. Looking which ones would make another device wait, so there all are done.
-        better = ~(top <= lead[:, 0])  # so that a NaN shows
-        rows = better.nonzero()[:, 0] if number and hidden.device.type == "cpu" else every
-        own = weight[rows]
-        at = own.argmax(1, keepdim=True)
-        own.scatter_(1, at, 0.0)
-        found = (top[rows], at[:, 0] + a, torch.full_like(rows, number), own.sum(1), own.amax(1))
-        lead[rows] = torch.where(better[rows, None], torch.stack([f.double() for f in found], 1), lead[rows])
-    share, top = rescale(tops)
-    token, home, rest, second_weight = lead[:, 1].long(), lead[:, 2:3].long(), lead[:, 3], lead[:, 4]
-    mass = torch.stack(masses, 1)
-    rest = rest + (share * mass).scatter(1, home, 0.0).sum(1)  # odds against the most likely token
-    logprob = -rest.log1p()
-    probability = logprob.exp()
-    second = entropy = None
-    if "second" in needs:
-        second = torch.maximum(share.scatter(1, home, 0.0).amax(1), second_weight) * probability
-    if "entropy" in needs:
-        spread = (share * torch.stack(products, 1)).sum(1) - (torch.special.entr(share) * mass).sum(1)
-        entropy = (rest.log1p() - spread * probability) / math.log(size)
-    if noise is not None:
-        if top_p < 1:
-            drawn, logit = _draw_nucleus(head, hidden, temperature, top_p, noise)
-        else:
-            scale = share ** (1 / temperature)
-            weights = torch.cat([lane.double() * scale[:, i : i + 1] for i, lane in enumerate(lanes)], 1)
-            drawn, logit = _draw(head, hidden, whole, weights, top, temperature, noise)
-        logprob = torch.where(drawn == token, logprob, logit - top + logprob)
-        token = drawn
-    end = (share * torch.stack(ends, 1)).sum(1) * probability if end_ids else None
-    return Candidates(token, logprob.to(tops[0]), probability, second, entropy, end)
+            end = (self.share * torch.stack(ends, 1)).sum(1) * probability
+        logprob = self.logprob.to(tops[0])
+        self.candidates = Candidates(token.long(), logprob, probability, second_probability, entropy, end)
 
 
-def _lane_sums(weight: Tensor) -> Tensor:
+def _sampled(
+    head: Head, hidden: Tensor, read: _Vocabulary, temperature: float, top_p: float, noise: Tensor
+) -> Candidates:
+    """The candidates with tokens drawn at ``temperature`` by ``noise`` (N,)."""
+    if top_p < 1:
+        drawn, logit = _draw_nucleus(head, hidden, temperature, top_p, noise)
+    else:
+        drawn, logit = _draw(head, hidden, read, temperature, noise)
+    likely = read.candidates
+    logprob = torch.where(drawn == likely.tokens, read.logprob, logit - read.top + read.logprob)
+    return replace(likely, tokens=drawn, logprob=logprob.to(likely.logprob))
+
+
+def _bucket_sums(weight: Tensor) -> Tensor:
     """Sums of 64 neighbours: (N, c) -> (N, ceil(c / 64))."""
     short = -weight.shape[1] % BUCKET
     return (F.pad(weight, (0, short)) if short else weight).unflatten(1, (-1, BUCKET)).sum(-1)
@@ -174,35 +186,29 @@ def _pick(cdf: Tensor, noise: Tensor) -> Tensor:
     return torch.searchsorted(cdf, target[:, None], right=True).clamp(max=cdf.shape[1] - 1)
 
 
-def _draw(
-    head: Head,
-    hidden: Tensor,
-    whole: Tensor | None,
-    weights: Tensor,
-    top: Tensor,
-    temperature: float,
-    noise: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """A token (N,) by inverse CDF, and its logit: a lane by ``weights`` (N, lanes), then one of the lane's 64 tokens.
+def _draw(head: Head, hidden: Tensor, read: _Vocabulary, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """A token (N,) by inverse CDF, and its logit: a bucket by its sum, then one of its 64 tokens.
 
-    What of ``noise`` remains once the lane is chosen is uniform again and chooses the token. The lane's logits come from
-    ``whole`` (N, V) where the vocabulary was one piece, else from the head again.
+    What of ``noise`` remains once the bucket is chosen is uniform again and chooses the token. The bucket's logits come from
+    the pass where the vocabulary was one piece, else from the head again.
     """
+    scale = read.share ** (1 / temperature)
+    weights = torch.cat([sums.double() * scale[:, i : i + 1] for i, sums in enumerate(read.buckets)], 1)
     cdf = weights.cumsum(1)
-    lane = _pick(cdf, noise)
-    width = weights.gather(1, lane)
-    left = (noise * cdf[:, -1])[:, None] - (cdf.gather(1, lane) - width)
-    if whole is None:
-        logits = head.lanes(hidden, lane[:, 0]).double()
+    bucket = _pick(cdf, noise)
+    width = weights.gather(1, bucket)
+    left = (noise * cdf[:, -1])[:, None] - (cdf.gather(1, bucket) - width)
+    if read.whole is None:
+        logits = head.lanes(hidden, bucket[:, 0]).double()
     else:
-        token = lane * BUCKET + torch.arange(BUCKET, device=lane.device)
-        logits = whole.gather(1, token.clamp(max=whole.shape[1] - 1)).double()
-        logits = logits.masked_fill(token >= whole.shape[1], -torch.inf)
-    inner = ((logits - top[:, None]) / temperature).exp()
+        token = bucket * BUCKET + torch.arange(BUCKET, device=bucket.device)
+        size = read.whole.shape[1]
+        logits = read.whole.gather(1, token.clamp(max=size - 1)).double().masked_fill(token >= size, -torch.inf)
+    inner = ((logits - read.top[:, None]) / temperature).exp()
     at = _pick(inner.cumsum(1), (left / width).clamp(0, 1)[:, 0])
-    # A rounded sum may point at an impossible token; the likeliest one of the lane stands in.
+    # A rounded sum may point at an impossible token; the likeliest one of the bucket stands in.
     at = torch.where(inner.gather(1, at) > 0, at, inner.argmax(1, keepdim=True))
-    return (lane * BUCKET + at)[:, 0], logits.gather(1, at)[:, 0]
+    return (bucket * BUCKET + at)[:, 0], logits.gather(1, at)[:, 0]
 
 
 def _draw_nucleus(head: Head, hidden: Tensor, temperature: float, top_p: float, noise: Tensor) -> tuple[Tensor, Tensor]:
