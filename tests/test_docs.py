@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ import pytest
 import unmask
 from checkpoints import write_llada
 from unmask.cli import COMMANDS, main
-from unmask.config import Registry
+from unmask.decoding import CONFIDENCES, PRESETS, SCHEDULES
 
+REGISTRIES = (CONFIDENCES, PRESETS, SCHEDULES)
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -27,13 +29,21 @@ def blocks(language: str, text: str = README) -> list[str]:
 PAGES = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))] if blocks("python", p.read_text())]
 
 
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """What a page registers is gone after it."""
+    before = [dict(registry) for registry in REGISTRIES]
+    yield
+    for registry, entries in zip(REGISTRIES, before, strict=True):
+        registry.clear()
+        registry.update(entries)
+
+
+@pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_the_python_of_every_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One page after the other, each as a reader would type it: all its blocks in one session."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        Registry, "register", lambda self, name: lambda thing: (monkeypatch.setitem(self, name, thing), thing)[1]
-    )
     scope: dict[str, object] = {}
     for code in blocks("python", page.read_text()):
         exec(compile(code, str(page), "exec"), scope)  # noqa: S102  (our own document)
@@ -44,10 +54,8 @@ def test_there_are_pages_for_all_that_can_be_written() -> None:
     assert len(shell_lines()) >= 4
 
 
-def test_the_notebook_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        Registry, "register", lambda self, name: lambda thing: (monkeypatch.setitem(self, name, thing), thing)[1]
-    )
+@pytest.mark.usefixtures("registries")
+def test_the_notebook_runs(capsys: pytest.CaptureFixture[str]) -> None:
     cells = json.loads((ROOT / "docs" / "first_contact.ipynb").read_text())["cells"]
     code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     assert "LIMIT = 32" in code

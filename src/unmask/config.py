@@ -220,31 +220,19 @@ def overview(prog: str, what: str, choices: Mapping[str, str]) -> str:
 
 
 def _sentence(box: str, prog: str) -> str:
-    """A box of tyro's: its first part, and the flag that its part on near ones starts with."""
-    lines = [_FRAME.sub("", line).strip() for line in box.splitlines() if not line.startswith(("╭", "╰"))]
-    parts: list[list[str]] = [[]]
-    for line in filter(None, lines):
-        if not line.strip("─-"):
-            parts.append([])
-        else:
-            parts[-1].append(line)
-    if "╭" not in box:  # drawn in ASCII, with the title as a part
-        del parts[0]
-    what = " ".join(parts[0]).rstrip(".")
-    if " Got errors:" in what:
-        what = what.split(" Got errors:")[0].rstrip(". ")
+    """What the parser says in a box, as one sentence, with the nearest flag."""
+    text = _FRAME.sub("", box.split("\n", 1)[1])
+    what, *others = (" ".join(part.split()) for part in re.split(r"[─-]{8,}", text))
+    what = what.split(" Got errors:")[0].rstrip(". ")
     if what.startswith("Missing from"):  # a list of arguments with their help
-        flags = [line.split()[0] for line in parts[0][1:] if line.startswith("--")]
-        plain = sum(line == "STR" for line in parts[0])
-        wanted = (["an argument"] if plain == 1 else [f"{plain} arguments"] if plain else []) + flags
+        flags, plain = re.findall(r"--[\w-]+", what), len(re.findall(r"(?<!\w )\bSTR\b", what))
+        wanted = [f"{plain} argument" + "s" * (plain > 1)] * bool(plain) + flags
         what = f"{prog} lacks {' and '.join(wanted)}"
-    elif what[:1].isupper():
-        what = what[0].lower() + what[1:]
-    near = [part[1].split()[0] for part in parts if len(part) > 1 and part[0].startswith("Perhaps you meant")]
+    near = [part.split()[3] for part in others if part.startswith("Perhaps you meant")]
     hint = f"did you mean {near[0]}? " if near else ""
-    if what.startswith("unrecognized") and re.search(r"\b(true|false|yes|no)\b", what, re.IGNORECASE):
+    if re.search(r"\b(true|false|yes|no)\b", what, re.IGNORECASE) and what.startswith("Unrecognized"):
         hint = "a switch takes no value, write --name or --no-name; "
-    return f"{what}: {hint}see {prog} --help"
+    return f"{what if what.startswith('unmask') else what[0].lower() + what[1:]}: {hint}see {prog} --help"
 
 
 # ---- run files -------------------------------------------------------------------------------------------------------
