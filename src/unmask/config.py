@@ -221,8 +221,8 @@ def overview(prog: str, what: str, choices: Mapping[str, str]) -> str:
 
 def _sentence(box: str, prog: str) -> str:
     """What the parser says in a box, as one sentence, with the nearest flag."""
-    text = _FRAME.sub("", box.split("\n", 1)[1])
-    what, *others = (" ".join(part.split()) for part in re.split(r"[─-]{8,}", text))
+    text = _FRAME.sub("", box.split("\n", 1)[1])  # without its title
+    what, *others = filter(None, (" ".join(part.split()) for part in re.split(r"[─-]{8,}", text)))
     what = what.split(" Got errors:")[0].rstrip(". ")
     if what.startswith("Missing from"):  # a list of arguments with their help
         flags, plain = re.findall(r"--[\w-]+", what), len(re.findall(r"(?<!\w )\bSTR\b", what))
