@@ -18,7 +18,7 @@ from unmask.decoding import decode, make_decoder
 from unmask.evaluation.evaluate import environment
 from unmask.io.files import check_writable, write_json
 from unmask.models.masked_lm import MaskedLM
-from unmask.models.memory import GIB, Load, decoding_need, training_need
+from unmask.models.memory import GIB, Workload, decoding_need, training_need
 
 # Small allocations too go back to the system when they are freed, so that resident memory is what lives.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -46,7 +46,7 @@ def measure(config: BenchMemory, work: str, length: int, completions: int) -> di
     _do(small, work, length, completions, before=0.0)
     before = reset_peak(config.device)
     lm, peak = _do(config, work, length, completions, before)
-    load = Load(
+    load = Workload(
         lm.model.dtype,
         min(config.rows_per_forward, completions * (1 if work == "decode" else config.steps)),
         config.prompt,

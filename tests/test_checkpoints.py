@@ -337,7 +337,7 @@ def test_foreign_code_runs_only_when_asked_and_only_if_sound(folders: dict[str, 
     logits = lm.model(ids, mask).logits
     assert both.tokens.shape == (2, 8) and logits.shape == (*ids.shape, 384)
     flat = torch.tensor([3, 9])
-    reduced = lm.reduce(ids, mask, flat, lambda head, hidden: next(head.pieces(hidden))[1])
+    reduced = lm.forward_head(ids, mask, flat, lambda head, hidden: next(head.pieces(hidden))[1])
     keep = torch.arange(384) != 320
     assert torch.equal(reduced[:, keep], logits.flatten(0, 1)[flat][:, keep])
     with pytest.raises(UserError, match="no cache of windows"):

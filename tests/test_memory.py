@@ -12,16 +12,16 @@ from benchmarks.memory import BenchMemory, bench_memory
 from checkpoints import WRITERS
 from unmask.cli import main
 from unmask.models.load import load, load_meta
-from unmask.models.memory import Load, _peak, decoding_need, training_need
+from unmask.models.memory import Workload, _peak, decoding_need, training_need
 
-ROWS = Load(torch.float32, rows=2, prompt=10, length=22)
+ROWS = Workload(torch.float32, rows=2, prompt=10, length=22)
 
 
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("changes", [{}, {"lora": 4}, {"checkpointing": True}, {"autocast": False}])
 def test_five_layers_are_what_two_and_three_say(name: str, changes: dict[str, object], tmp_path: Path) -> None:
     lm = load_meta(WRITERS[name](tmp_path))
-    asked = Load(**{**vars(ROWS), **changes})
+    asked = Workload(**{**vars(ROWS), **changes})
     config = copy.deepcopy(lm.model.config)
     config.num_hidden_layers = 5
     if getattr(config, "layer_types", None):
@@ -36,8 +36,8 @@ def test_weights_and_states_are_counted(name: str, tmp_path: Path) -> None:
     size = 4 * sum(p.numel() for p in lm.model.parameters())
     need = training_need(lm, ROWS)
     assert (need.weights, need.gradients, need.optimiser, need.reference) == (size, size, 2 * size, 0)
-    assert training_need(lm, Load(**{**vars(ROWS), "reference": True})).reference == size
-    more = Load(**{**vars(ROWS), "completions": 6, "steps": 7})
+    assert training_need(lm, Workload(**{**vars(ROWS), "reference": True})).reference == size
+    more = Workload(**{**vars(ROWS), "completions": 6, "steps": 7})
     assert training_need(lm, more).views == 6 * 7 * (8 * 32 + 22)
     assert training_need(lm, more).total - training_need(lm, more).views == need.total - need.views  # no S, no G
     assert decoding_need(lm, ROWS).weights == size == decoding_need(load_meta(str(tmp_path)), ROWS).weights

@@ -190,7 +190,7 @@ def test_caches_are_refused_where_they_save_nothing(spec: str) -> None:
 @pytest.mark.parametrize("pieces", [(5, 64 * 5), (7, 64 * 20), (512, 2**19)])
 def test_pieces_equal_the_whole(vocabulary: int, pieces: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Candidates, statistics, samples, scores and gradients against plain formulas, for any cut of rows and vocabulary."""
-    monkeypatch.setattr(head_module, "CACHED", pieces)
+    monkeypatch.setattr(head_module, "CPU_CHUNK", pieces)
     g = torch.Generator().manual_seed(vocabulary)
     linear = nn.utils.skip_init(nn.Linear, 6, vocabulary, bias=False)
     with torch.no_grad():
@@ -263,7 +263,7 @@ def test_adapted_heads_are_called_whole(tied: bool) -> None:
     assert torch.allclose(replay(lm, trajectory), trajectory.logprob, atol=1e-5)
     row = torch.cat([ids, trajectory.state(0)], 1)[-1:]
     last = torch.arange(row.numel())[-16:]
-    found, _ = lm.reduce(row, None, last, lambda head, hidden: score_tokens(head, hidden, trajectory.tokens[-1]))
+    found, _ = lm.forward_head(row, None, last, lambda head, hidden: score_tokens(head, hidden, trajectory.tokens[-1]))
     found.sum().backward()
     name = "modules_to_save" if tied else "lora_B"
     grads = [p.grad for n, p in lm.model.named_parameters() if name in n]

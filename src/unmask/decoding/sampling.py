@@ -193,7 +193,7 @@ def _draw(
     width = weights.gather(1, lane)
     left = (noise * cdf[:, -1])[:, None] - (cdf.gather(1, lane) - width)
     if whole is None:
-        logits = head.lanes(hidden, lane[:, 0]).double()
+        logits = head.bucket_logits(hidden, lane[:, 0]).double()
     else:
         token = lane * BUCKET + torch.arange(BUCKET, device=lane.device)
         logits = whole.gather(1, token.clamp(max=whole.shape[1] - 1)).double()

@@ -87,13 +87,13 @@ def memory(lm: MaskedLM, a: InfoArguments) -> list[tuple[str, int, MemoryEstimat
     """(what, L, bytes) for decoding, for training an adapter and for training all weights, with and without checkpointing."""
     import torch
 
-    from unmask.models.memory import Load, decoding_need, training_need
+    from unmask.models.memory import Workload, decoding_need, training_need
 
     cuda = not a.weights or lm.device.type != "cpu"
     own = lm.model.dtype
     rows = []
     for length in a.max_new_tokens:
-        load = Load(own, a.batch_size, a.prompt, length, cuda=cuda)
+        load = Workload(own, a.batch_size, a.prompt, length, cuda=cuda)
         rows.append((f"decode, {a.batch_size} rows", length, decoding_need(lm, load)))
         shared: dict[str, Any] = {
             "rows": a.rows_per_forward,
@@ -109,7 +109,7 @@ def memory(lm: MaskedLM, a: InfoArguments) -> list[tuple[str, int, MemoryEstimat
             ("all weights", {"dtype": torch.float32}),
         ):
             for suffix, checkpointing in (("", False), (", checkpointing", True)):
-                need = training_need(lm, Load(**shared, **extra, checkpointing=checkpointing))
+                need = training_need(lm, Workload(**shared, **extra, checkpointing=checkpointing))
                 rows.append((f"rl {label}{suffix}", length, need))
     return rows
 

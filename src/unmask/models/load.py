@@ -86,7 +86,9 @@ def load(
     folder, own = _resolve_adapters(find_folder(name, revision, trust_remote_code))
     if own and adapter is not None:
         raise UserError(f"{name} is an adapter itself: name its base model in --model, or leave --adapter out")
-    lm = _plain(name if not own else str(folder), folder, dtype, device, device_map, load_in_4bit, trust_remote_code)
+    lm = _load_checkpoint(
+        name if not own else str(folder), folder, dtype, device, device_map, load_in_4bit, trust_remote_code
+    )
     for part in own:
         lm = _merged(lm, part, name)
     for part in adapters:
@@ -110,7 +112,7 @@ def _resolve_adapters(folder: Path) -> tuple[Path, list[Path]]:
     return folder, adapters
 
 
-def _plain(
+def _load_checkpoint(
     name: str,
     folder: Path,
     dtype: str,

@@ -97,28 +97,28 @@ class MaskedLM:
         """Tokens that end the text: EOS, and EoT where there is one."""
         return (self.eos_id,) if self.eot_id is None else (self.eos_id, self.eot_id)
 
-    def reduce(
+    def forward_head(
         self,
         ids: Tensor,
         attention_mask: Tensor | None,
         positions: Tensor,
-        reduce: Callable[[Head, Tensor], Result],
+        fn: Callable[[Head, Tensor], Result],
         cache: KVCache | None = None,
         window: tuple[int, int] | None = None,
     ) -> Result:
-        """One forward pass; what ``reduce`` makes of the head and the hidden states at ``positions``.
+        """One forward pass; what ``fn`` makes of the head and the hidden states at ``positions``.
 
         Args:
             ids: (B, T) int64. attention_mask: (B, T) bool, False = padding, or None.
             positions: (N,) int64 into the flattened rows; the hidden states are (N, d), each for its own position.
-            reduce: called once, with (head, hidden states).
+            fn: called once, with (head, hidden states).
             cache, window: see ``LLaDAModel.forward``; with a window, ``positions`` count in the flattened window.
         """
         return self.model(
             input_ids=ids,
             attention_mask=attention_mask,
             positions=positions,
-            reduce=lambda hidden, embedding, head: reduce(Head.of(embedding, head, self.mask_id), hidden),
+            fn=lambda hidden, embedding, head: fn(Head.of(embedding, head, self.mask_id), hidden),
             cache=cache,
             window=window,
         ).logits

@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from unmask.models.adapters import LORA_TARGETS, adapter_config, adapter_errors
-from unmask.models.head import CACHED, GPU_CHUNK
+from unmask.models.head import CPU_CHUNK, GPU_CHUNK
 from unmask.models.load import meta_model
 from unmask.models.masked_lm import MaskedLM
 
@@ -53,7 +53,7 @@ class MemoryEstimate:
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """What is asked of the model.
 
     Attributes:
@@ -101,7 +101,7 @@ class _Live(TorchDispatchMode):
         self.now -= size
 
 
-def _outlined(kind: type[PreTrainedModel], config: Any, load: Load, train: bool) -> Any:
+def _outlined(kind: type[PreTrainedModel], config: Any, load: Workload, train: bool) -> Any:
     """The model without data, with its adapter if one is trained."""
     model = meta_model(kind, config, load.dtype)
     if not (train and load.lora):
@@ -113,7 +113,7 @@ def _outlined(kind: type[PreTrainedModel], config: Any, load: Load, train: bool)
         return get_peft_model(model, adapter_config(load.lora, load.lora, load.targets))
 
 
-def _peak(kind: type[PreTrainedModel], config: Any, load: Load, layers: int, train: bool) -> int:
+def _peak(kind: type[PreTrainedModel], config: Any, load: Workload, layers: int, train: bool) -> int:
     """Bytes alive at the peak of one pass through ``layers`` layers, beside weights and gradients."""
     config = copy.deepcopy(config)
     config.num_hidden_layers, config.vocab_size = layers, 64
@@ -151,14 +151,14 @@ def _peak(kind: type[PreTrainedModel], config: Any, load: Load, layers: int, tra
     return live.peak
 
 
-def _pieces(load: Load, vocabulary: int) -> float:
+def _pieces(load: Workload, vocabulary: int) -> float:
     """Three float32 pieces of the logits: what one piece is turned into while it is read."""
-    rows, logits = GPU_CHUNK if load.cuda else CACHED
+    rows, logits = GPU_CHUNK if load.cuda else CPU_CHUNK
     positions = min(rows, load.rows * load.length)
     return 3 * 4.0 * min(max(logits, positions), positions * vocabulary)
 
 
-def decoding_need(lm: MaskedLM, load: Load) -> MemoryEstimate:
+def decoding_need(lm: MaskedLM, load: Workload) -> MemoryEstimate:
     """Bytes for decoding ``rows`` rows at a time; ``lm`` may be an ``outline``."""
     kind, config = type(lm.model), lm.model.config
     weights = sum(p.numel() * p.element_size() for p in meta_model(kind, config, load.dtype).parameters())
@@ -167,7 +167,7 @@ def decoding_need(lm: MaskedLM, load: Load) -> MemoryEstimate:
     )
 
 
-def training_need(lm: MaskedLM, load: Load) -> MemoryEstimate:
+def training_need(lm: MaskedLM, load: Workload) -> MemoryEstimate:
     """Bytes for reinforcement learning on one process, the rollout included (it needs less than the update)."""
     kind, config = type(lm.model), lm.model.config
     model = _outlined(kind, config, load, train=True)
