@@ -18,7 +18,7 @@ from unmask.decoding import decode, make_decoder
 from unmask.evaluation.evaluate import environment
 from unmask.io.files import check_writable, write_json
 from unmask.models.masked_lm import MaskedLM
-from unmask.models.memory import GIB, Workload, decoding_need, training_need
+from unmask.models.memory import GIB, Workload, decoding_memory, training_memory
 
 # Small allocations too go back to the system when they are freed, so that resident memory is what lives.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -57,7 +57,7 @@ def measure(config: BenchMemory, work: str, length: int, completions: int) -> di
         steps=config.steps,
         cuda=config.device != "cpu",
     )
-    need = decoding_need(lm, replace(load, rows=completions)) if work == "decode" else training_need(lm, load)
+    need = decoding_memory(lm, replace(load, rows=completions)) if work == "decode" else training_memory(lm, load)
     return {"measured": peak, "formula": need.total, **asdict(need)}
 
 
