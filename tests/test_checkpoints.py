@@ -18,7 +18,7 @@ from checkpoints import WRITERS, write_llada
 from unmask import MaskedLM, UserError, decode, load, make_decoder
 from unmask.models import bidirectional
 from unmask.models.backbone import KVCache
-from unmask.models.load import _HUB_FILES, load_meta
+from unmask.models.load import HUB_FILES, load_meta
 from unmask.models.remote import RemoteLM
 from unmask.training.run_folder import export
 
@@ -243,7 +243,7 @@ def test_no_hub_is_one_sentence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(UserError, match=r"cannot fetch GSAI-ML/nothing from the hub .*give the path of a folder"):
+    with pytest.raises(UserError, match=r"could not download GSAI-ML/nothing from the hub .*choose the folder"):
         load("GSAI-ML/nothing")
     with pytest.raises(UserError, match=r"unknown model '\./nothing'"):
         load("./nothing")
@@ -369,7 +369,7 @@ def test_strange_adapters(folders: dict[str, str], tmp_path: Path) -> None:
 
     file = strange("keys") / "adapter_model.safetensors"
     save_file({k.replace("q_proj", "k_proj"): v for k, v in load_file(file).items()}, file)
-    with pytest.raises(UserError, match=r"does not belong to .*keys differ"):
+    with pytest.raises(UserError, match=r"cannot add the adapter .*keys differ"):
         load(folders["llada"], adapter=str(tmp_path / "keys"))
     file = strange("pickle") / "adapter_model.safetensors"
     torch.save(load_file(file), file.with_suffix(".bin"))
@@ -391,7 +391,7 @@ def test_what_is_fetched_without_weights_is_enough(folders: dict[str, str], tmp_
     for name, folder in folders.items():
         there = tmp_path / name
         there.mkdir()
-        for pattern in _HUB_FILES:
+        for pattern in HUB_FILES:
             for file in Path(folder).glob(pattern):
                 shutil.copy(file, there)
         assert load_meta(str(there)).info()["mask_id"] == load(folder).mask_id
@@ -415,7 +415,7 @@ def test_more_refusals(folders: dict[str, str], tmp_path: Path, monkeypatch: pyt
         load(str(folder)).chat("hello")
     folder = broken(folders["llada"], tmp_path / "index")
     (folder / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(UserError, match="has no weight_map"):
+    with pytest.raises(UserError, match="lacks .weight_map"):
         load(str(folder))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="2 processes each have"):
