@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedModel
 
-from unmask.models.bidirectional import A2DQwen3Config, A2DQwen3LMHeadModel, DreamConfig, DreamModel
+from unmask.models.bidirectional import MODELS
 from unmask.models.llada import LLaDAConfig, LLaDAModelLM
 from unmask.models.load import meta_model
 
@@ -28,6 +28,7 @@ LLADA_CHAT = "{{ bos_token }}" + CHAT.format(
     start="'<|start_header_id|>'", after="'<|end_header_id|>\\n\\n'", end="'<|eot_id|>'"
 )
 QWEN_CHAT = CHAT.format(start="'<|im_start|>'", after="'\\n'", end="'<|im_end|>\\n'")
+A2D = {model.config_class.model_type: model for model in MODELS}
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "t"), ("i", "n"), ("a", "n"), ("Ġ", "a")]
 
 LLADA = {
@@ -224,7 +225,7 @@ def write_dream(folder: Path, seed: int = 1, **changes: Any) -> str:
     """As Dream-org/Dream-v0-Instruct-7B: a tokenizer of its own class, as vocab.json and merges.txt."""
     config = {**DREAM, **changes}
     torch.manual_seed(seed)
-    _save(DreamModel(DreamConfig(**config)).bfloat16(), folder, config, "60KB")
+    _save(A2D["Dream"](A2D["Dream"].config_class(**config)).bfloat16(), folder, config, "60KB")
     vocabulary, merges = _bytes()
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     (folder / "merges.txt").write_text(
@@ -251,7 +252,7 @@ def write_qwen3_a2d(folder: Path, seed: int = 1, **changes: Any) -> str:
     """As dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1: tied embeddings, the mask token in the tokenizer, <|im_end|> as its EOS."""
     config = {**QWEN3_A2D, **changes}
     torch.manual_seed(seed)
-    _save(A2DQwen3LMHeadModel(A2DQwen3Config(**config)), folder, config, "60KB")
+    _save(A2D["a2d-qwen3"](A2D["a2d-qwen3"].config_class(**config)), folder, config, "60KB")
     special = {300: "<|endoftext|>", 301: "<|im_start|>", 302: "<|im_end|>", 323: "<|mask|>"}
     settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "mask_token": "<|mask|>"}
     _fast_tokenizer(folder, special, {"chat_template": QWEN_CHAT, **settings})

@@ -48,18 +48,6 @@ class FullAttention(Trunk):
         return self.norm(x)
 
 
-class FullQwen2(FullAttention, Qwen2Model):  # type: ignore[misc]
-    pass
-
-
-class FullQwen3(FullAttention, Qwen3Model):  # type: ignore[misc]
-    pass
-
-
-class FullLlama(FullAttention, LlamaModel):  # type: ignore[misc]
-    pass
-
-
 class _MaskedHead(HeadAtPositions):
     """Trunk and ``lm_head``, under the keys of the published files."""
 
@@ -81,62 +69,27 @@ class _MaskedHead(HeadAtPositions):
         self.config.tie_word_embeddings = False  # type: ignore[attr-defined]
 
 
-class DreamConfig(Qwen2Config):
-    """Qwen2's fields under Dream's name; ``mask_token_id`` is in the published files."""
-
-    model_type = "Dream"
-
-
-class A2DQwen2Config(Qwen2Config):
-    model_type = "a2d-qwen2"
+_PARENTS: dict[str, tuple[Any, Any, Any]] = {
+    "Qwen2": (Qwen2Config, Qwen2PreTrainedModel, Qwen2Model),
+    "Qwen3": (Qwen3Config, Qwen3PreTrainedModel, Qwen3Model),
+    "Llama": (LlamaConfig, LlamaPreTrainedModel, LlamaModel),
+}
 
 
-class A2DQwen3Config(Qwen3Config):
-    model_type = "a2d-qwen3"
+def _model(name: str, parent: str, model_type: str | None = None, **attributes: Any) -> Any:
+    """A parent's model with full attention, as a class of this name; its configuration is the parent's, or of its own type."""
+    config, pretrained, base = _PARENTS[parent]
+    if model_type is not None:
+        config = type(f"{model_type}Config", (config,), {"model_type": model_type})
+    trunk = type(f"Full{parent}", (FullAttention, base), {})
+    return type(name, (_MaskedHead, pretrained), {"config_class": config, "trunk": trunk, **attributes})
 
 
-class A2DLlamaConfig(LlamaConfig):
-    model_type = "a2d-llama"
-
-
-class DreamModel(_MaskedHead, Qwen2PreTrainedModel):  # type: ignore[misc]
-    config_class = DreamConfig
-    trunk = FullQwen2
-    shifted = True
-
-
-class A2DQwen2LMHeadModel(_MaskedHead, Qwen2PreTrainedModel):  # type: ignore[misc]
-    config_class = A2DQwen2Config
-    trunk = FullQwen2
-
-
-class A2DQwen3LMHeadModel(_MaskedHead, Qwen3PreTrainedModel):  # type: ignore[misc]
-    config_class = A2DQwen3Config
-    trunk = FullQwen3
-
-
-class A2DLlamaLMHeadModel(_MaskedHead, LlamaPreTrainedModel):  # type: ignore[misc]
-    config_class = A2DLlamaConfig
-    trunk = FullLlama
-
-
-class Qwen2ForCausalLM(A2DQwen2LMHeadModel):
-    """Qwen2 run with full attention under its own name, so that what is saved of it opens wherever Qwen2 does."""
-
-    config_class = Qwen2Config  # type: ignore[assignment]
-
-
-class Qwen3ForCausalLM(A2DQwen3LMHeadModel):
-    config_class = Qwen3Config  # type: ignore[assignment]
-
-
-class LlamaForCausalLM(A2DLlamaLMHeadModel):
-    config_class = LlamaConfig  # type: ignore[assignment]
-
-
-UNDER_PARENTS_NAME = (Qwen2ForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM)
-MODELS = (DreamModel, A2DQwen2LMHeadModel, A2DQwen3LMHeadModel, A2DLlamaLMHeadModel)
-for _model in MODELS:
-    AutoConfig.register(_model.config_class.model_type, _model.config_class)
-    AutoModel.register(_model.config_class, _model)
-    AutoModelForMaskedLM.register(_model.config_class, _model)
+DreamModel = _model("DreamModel", "Qwen2", "Dream", shifted=True)
+MODELS = (DreamModel, *(_model(f"A2D{parent}LMHeadModel", parent, f"a2d-{parent.lower()}") for parent in _PARENTS))
+# Converted checkpoints that kept their parent's name; what is saved of them opens wherever the parent does.
+UNDER_PARENTS_NAME = tuple(_model(f"{parent}ForCausalLM", parent) for parent in _PARENTS)
+for _class in MODELS:
+    AutoConfig.register(_class.config_class.model_type, _class.config_class)
+    AutoModel.register(_class.config_class, _class)
+    AutoModelForMaskedLM.register(_class.config_class, _class)

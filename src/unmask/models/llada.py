@@ -7,11 +7,10 @@ positions only, and a cache of keys and values for windows of the row. Left out:
 than RMSNorm.
 """
 
-from __future__ import annotations
-
 from typing import Any, cast
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
@@ -34,6 +33,7 @@ _UNSUPPORTED = {
 }
 
 
+@strict
 class LLaDAConfig(PretrainedConfig):
     """Shape of a LLaDA model, in the field names of the published ``config.json``.
 
@@ -54,48 +54,35 @@ class LLaDAConfig(PretrainedConfig):
         "max_position_embeddings": "max_sequence_length",
     }
 
-    def __init__(
-        self,
-        d_model: int = 4096,
-        n_heads: int = 32,
-        n_kv_heads: int | None = None,
-        n_layers: int = 32,
-        mlp_hidden_size: int | None = None,
-        mlp_ratio: int = 4,
-        vocab_size: int = 126464,
-        embedding_size: int | None = None,
-        max_sequence_length: int = 4096,
-        rope_theta: float = 500000.0,
-        rms_norm_eps: float = 1e-5,
-        weight_tying: bool = False,
-        mask_token_id: int | None = None,
-        init_std: float = 0.02,
-        task_defaults: dict[str, dict[str, Any]] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    d_model: int = 4096
+    n_heads: int = 32
+    n_kv_heads: int | None = None
+    n_layers: int = 32
+    mlp_hidden_size: int | None = None
+    mlp_ratio: int = 4
+    vocab_size: int = 126464
+    embedding_size: int | None = None
+    max_sequence_length: int = 4096
+    rope_theta: float | int = 500000.0
+    rms_norm_eps: float = 1e-5
+    weight_tying: bool = False
+    mask_token_id: int | None = None
+    init_std: float | int = 0.02
+    task_defaults: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
         for field, supported in _UNSUPPORTED.items():
             value = kwargs.get(field, supported)
             if value is not None and value != supported:
                 raise ValueError(f"LLaDA config has {field}={value!r}; only {field}={supported!r} is implemented")
-        self.d_model = d_model
-        self.n_heads = n_heads
-        self.n_kv_heads = n_kv_heads or n_heads
-        self.n_layers = n_layers
-        self.mlp_ratio = mlp_ratio
-        self.mlp_hidden_size = mlp_hidden_size or mlp_ratio * d_model
-        self.vocab_size = vocab_size
-        self.embedding_size = embedding_size or vocab_size
-        self.max_sequence_length = max_sequence_length
-        self.rope_theta = rope_theta
-        self.rms_norm_eps = rms_norm_eps
-        self.weight_tying = weight_tying
-        self.mask_token_id = mask_token_id
-        self.init_std = init_std
-        self.task_defaults = task_defaults or {}
-        super().__init__(**{**kwargs, "tie_word_embeddings": False})
-        if d_model % n_heads or n_heads % self.n_kv_heads:
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        self.mlp_hidden_size = self.mlp_hidden_size or self.mlp_ratio * self.d_model
+        self.embedding_size = self.embedding_size or self.vocab_size
+        self.task_defaults = self.task_defaults or {}
+        super().__post_init__(**{**kwargs, "tie_word_embeddings": False})
+        if self.d_model % self.n_heads or self.n_heads % self.n_kv_heads:
             raise ValueError(
-                f"LLaDA config has d_model={d_model}, n_heads={n_heads}, n_kv_heads={self.n_kv_heads}; "
+                f"LLaDA config has d_model={self.d_model}, n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}; "
                 "n_heads must divide d_model and n_kv_heads must divide n_heads"
             )
 
@@ -132,7 +119,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class LLaDABlock(GradientCheckpointingLayer):
     """Pre-norm attention and SwiGLU feed-forward, with the published parameter names (``ff_proj`` is the gate)."""
 
-    def __init__(self, config: LLaDAConfig, layer: int) -> None:
+    def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
         self.layer = layer
         d, self.head_dim = config.d_model, config.d_model // config.n_heads
@@ -193,7 +180,7 @@ class LLaDAPreTrainedModel(PreTrainedModel):
 class LLaDAModel(Trunk, LLaDAPreTrainedModel):  # type: ignore[misc]
     """The trunk: token ids to final hidden states."""
 
-    def __init__(self, config: LLaDAConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.transformer = nn.ModuleDict(
             {
