@@ -55,8 +55,7 @@ def load(
     Args:
         name: ``"tiny"``, a hub name, or the path of a folder with config.json, safetensors and a tokenizer, or of a peft
             adapter, which is merged into the base model that it names.
-        dtype, device, adapter, revision, device_map, load_in_4bit, trust_remote_code: see ``source.ModelSource``;
-            ``device_map`` may also be a dict of module names to devices, as in transformers.
+        device_map: also a dict of module names to devices, as in transformers; this and the rest: see ``source.ModelSource``.
 
     Raises:
         UserError: one sentence, for an unknown name, a hub that cannot be reached, an unsupported family, missing files, wrong
@@ -225,17 +224,16 @@ def find_folder(
             "GSAI-ML/LLaDA-8B-Instruct"
         )
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     files = [*HUB_FILES, *["*.safetensors"] * weights, *["*.py"] * remote_code]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
-    except GatedRepoError:
-        raise UserError(f"the hub wants a log-in for {name}: run hf auth login, or choose {instead}") from None
-    except RepositoryNotFoundError:
-        raise UserError(f"the hub has no {name} for you: check the name, or choose {instead}") from None
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise UserError(f"could not download {name} from the hub ({_first_line(error)}): choose {instead}") from None
+        raise UserError(
+            f"could not download {name} from the hub ({_first_line(error)}): check the name, run hf auth login where it is "
+            f"gated, or choose {instead}"
+        ) from None
 
 
 def _placement(name: str, device: str, device_map: Any, load_in_4bit: bool) -> dict[str, Any]:
