@@ -135,8 +135,9 @@ def test_positions_and_windows(name: str, tmp_path: Path) -> None:
     assert found.dtype == torch.float32 and torch.allclose(found, expected, atol=1e-5)
     cache = KVCache()
     lm.model(ids, mask, cache=cache)
-    window = lm.model(ids, mask, cache=cache, window=(12, 17)).logits
-    assert torch.allclose(window, full[:, 12:17], atol=1e-4)
+    for start, stop in ((12, 17), (16, 20), (0, 20)):
+        window = lm.model(ids, mask, cache=cache, window=(start, stop)).logits
+        assert torch.allclose(window[mask[:, start:stop]], full[:, start:stop][mask[:, start:stop]], atol=1e-4)
     one = lm.model(ids, mask, cache=cache, window=(12, 17), positions=torch.tensor([0, 7])).logits
     assert torch.allclose(one, torch.stack([full[0, 12], full[1, 14]]), atol=1e-4)
 
