@@ -48,10 +48,11 @@ def adapter_errors() -> Iterator[None]:
 def adapter_size(model: nn.Module, r: int, targets: str) -> int:
     """Parameters of an adapter of rank ``r`` on the matrices whose names ``targets`` matches. Raises UserError."""
     with adapter_errors():
-        matrices = [m for n, m in model.named_modules() if isinstance(m, nn.Linear) and re.fullmatch(targets, n)]
-        if not matrices:
+        found: list[Any] = [m for name, m in model.named_modules() if re.fullmatch(targets, name)]
+        shapes = [m.weight.shape for m in found if isinstance(m, nn.Linear | nn.Embedding)]
+        if not shapes:
             raise ValueError(f"no matrix has a name that matches {targets}")
-    return sum(r * (m.in_features + m.out_features) for m in matrices)
+    return r * sum(map(sum, shapes))
 
 
 def add_adapter(lm: MaskedLM, config: Any, seed: int) -> MaskedLM:

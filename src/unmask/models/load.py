@@ -151,7 +151,7 @@ def load_meta(name: str, dtype: str = "auto", revision: str | None = None) -> Ma
     Raises:
         UserError: as ``load``, for what can be seen without weights.
     """
-    wanted: Any = _dtype(dtype)
+    chosen: Any = _dtype(dtype)
     folder, _ = _resolve_adapters(find_folder(name, revision, weights=False))
     config = read_json(folder / "config.json", dict, "fetch it again")
     kind: Any = _family(config, False)
@@ -159,7 +159,7 @@ def load_meta(name: str, dtype: str = "auto", revision: str | None = None) -> Ma
     try:
         settings = kind.config_class.from_pretrained(folder)
         tokenizer = _tokenizer(folder, kind, name)
-        model = meta_model(kind, settings, DTYPES.get(stated, torch.float32) if wanted == "auto" else wanted)
+        model = meta_model(kind, settings, DTYPES.get(stated, torch.float32) if chosen == "auto" else chosen)
     except _LOADING as error:
         raise UserError(f"cannot read {name}: {_first_line(error)}") from None
     return MaskedLM.wrap(model.eval(), tokenizer, name)
@@ -230,10 +230,8 @@ def find_folder(
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
-        raise UserError(
-            f"could not download {name} from the hub ({_first_line(error)}): check the name, run hf auth login where it is "
-            f"gated, or choose {instead}"
-        ) from None
+        says = f"could not download {name} from the hub ({_first_line(error)})"
+        raise UserError(f"{says}: check the name, run hf auth login for a gated one, or choose {instead}") from None
 
 
 def _placement(name: str, device: str, device_map: Any, load_in_4bit: bool) -> dict[str, Any]:
@@ -371,8 +369,7 @@ def check_adapter(adapted: Any, folder: Path) -> None:
 
 
 def _untie(model: Any) -> None:
-    """Where an adapter changes the embeddings or the head of a model that ties them, give the head weights of its own:
-    merged into shared ones, what was trained for one of them would change the other too."""
+    """Separate embeddings and head where an adapter changes one of them: merged into shared weights, it would change both."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 

@@ -32,7 +32,7 @@ class MaskedLM:
     """A masked diffusion language model: backbone, tokenizer and the ids read from them.
 
     Attributes:
-        model: the backbone, whose forward takes ``positions`` (see ``LLaDAModelLM.forward``).
+        model: the backbone, whose forward takes ``positions`` (see ``HeadAtPositions.forward``).
         mask_id, eos_id, pad_id: int token ids. eot_id: the end-of-turn id, where the tokenizer has one beside EOS.
         max_length: the longest prompt + canvas that the checkpoint was made for, in tokens.
         weights: a fingerprint of the weight files, so that a record can name them.
@@ -102,7 +102,7 @@ class MaskedLM:
             ids: (B, T) int64. attention_mask: (B, T) bool, False = padding, or None.
             positions: (N,) int64 into the flattened rows; the hidden states are (N, d), each for its own position.
             fn: called once, with (head, hidden states).
-            cache, window: see ``LLaDAModel.forward``; with a window, ``positions`` count in the flattened window.
+            cache, window: see ``HeadAtPositions.forward``; with a window, ``positions`` count in the flattened window.
         """
         return self.model(
             input_ids=ids,
