@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.memory import BenchMemory, bench_memory
+from benchmarks.common import stand_in
+from benchmarks.memory import BenchMemory, bench_memory, estimate
 from checkpoints import WRITERS
 from unmask.cli import main
 from unmask.models.load import load, load_meta
@@ -30,12 +32,19 @@ def test_weights_and_states_are_counted(name: str, tmp_path: Path) -> None:
 
 
 def test_measured_peaks(tmp_path: Path) -> None:
+    """One peak measured here, and those that were measured for the documents."""
     shape = {"vocabulary": 8192, "d_model": 384, "n_heads": 6, "n_layers": 4, "mlp_hidden_size": 1152}
     cells = {"work": ("lora",), "length": (64,), "completions": (4,), "steps": 2, "prompt": 32}
     # In float32: many processors have no instructions for bfloat16.
     config = BenchMemory(**shape, **cells, dtype="float32", output=str(tmp_path / "memory.json"))
     for cell in bench_memory(config, lambda _: None)["cells"]:
         assert cell["formula"] == pytest.approx(cell["measured"], rel=0.15), cell
+    known = json.loads((Path(__file__).parents[1] / "docs/results/bench-memory.json").read_text())
+    config = BenchMemory(**known["config"])
+    lm = stand_in(config, "float32", "cpu")
+    for cell in known["cells"]:
+        found = estimate(config, lm, cell["work"], cell["length"], cell["completions"]).total
+        assert found == cell["formula"] == pytest.approx(cell["measured"], rel=0.1), cell
 
 
 def test_info_without_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
