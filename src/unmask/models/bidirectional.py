@@ -80,7 +80,8 @@ def _model(name: str, parent: str, model_type: str | None = None, **attributes: 
     """A parent's model with full attention, as a class of this name; its configuration is the parent's, or of its own type."""
     config, pretrained, base = _PARENTS[parent]
     if model_type is not None:
-        config = type(f"{model_type}Config", (config,), {"model_type": model_type})
+        own = name.removesuffix("Model").removesuffix("LMHead") + "Config"
+        config = type(own, (config,), {"model_type": model_type})
     trunk = type(f"Full{parent}", (FullAttention, base), {})
     return type(name, (_MaskedHead, pretrained), {"config_class": config, "trunk": trunk, **attributes})
 

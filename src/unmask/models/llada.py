@@ -167,7 +167,6 @@ class LLaDAPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["LLaDABlock"]  # noqa: RUF012
     _supports_sdpa = True
-    _supports_attention_backend = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -21,10 +21,8 @@ if TYPE_CHECKING:
     from unmask.decoding.generate import Generation, Prompt
 
 Result = TypeVar("Result")
-END_OF_TURN = (
-    "<|eot_id|>",
-    "<|im_end|>",
-)  # of LLaDA and Llama, of Dream and Qwen: ends the text where EOS fills the canvas
+# Of LLaDA and Llama, of Dream and Qwen: ends the text where EOS only fills the canvas.
+END_OF_TURN = ("<|eot_id|>", "<|im_end|>")
 
 
 @dataclass
@@ -150,10 +148,8 @@ class MaskedLM:
             raise UserError("the prompt is empty: write some text")
         if self.tokenizer.chat_template is None:
             return "".join(f"{asked}{answered}\n\n" for asked, answered in examples) + user + prefill
-        messages = []
-        for asked, answered in examples:
-            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-        messages.append({"role": "user", "content": user})
+        turns = [turn for asked, answered in examples for turn in (("user", asked), ("assistant", answered))]
+        messages = [{"role": role, "content": text} for role, text in (*turns, ("user", user))]
         return read_typed(self.render(messages) + prefill)
 
     def render(self, messages: list[dict[str, str]], answer: bool = True, unfinished: bool = False) -> str:
