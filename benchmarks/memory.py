@@ -18,7 +18,7 @@ from unmask.decoding import decode, make_decoder
 from unmask.evaluation.evaluate import environment
 from unmask.io.files import check_writable, write_json
 from unmask.models.masked_lm import MaskedLM
-from unmask.models.memory import GIB, Load, decoding_need, training_need
+from unmask.models.memory import GIB, MemoryEstimate, Workload, decoding_memory, training_memory
 
 # Small allocations too go back to the system when they are freed, so that resident memory is what lives.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
@@ -46,9 +46,16 @@ def measure(config: BenchMemory, work: str, length: int, completions: int) -> di
     _do(small, work, length, completions, before=0.0)
     before = reset_peak(config.device)
     lm, peak = _do(config, work, length, completions, before)
-    load = Load(
-        lm.model.dtype,
-        min(config.rows_per_forward, completions * (1 if work == "decode" else config.steps)),
+    found = estimate(config, lm, work, length, completions)
+    return {"measured": peak, "formula": found.total, **asdict(found)}
+
+
+def estimate(config: BenchMemory, lm: MaskedLM, work: str, length: int, completions: int) -> MemoryEstimate:
+    """What the formula says of a cell. ``lm`` may be without weights."""
+    decoding = work == "decode"
+    load = Workload(
+        getattr(torch, "float32" if work.startswith("all") else config.dtype),
+        completions if decoding else min(config.rows_per_forward, completions * config.steps),
         config.prompt,
         length,
         lora=config.lora if work.startswith("lora") else 0,
@@ -57,8 +64,7 @@ def measure(config: BenchMemory, work: str, length: int, completions: int) -> di
         steps=config.steps,
         cuda=config.device != "cpu",
     )
-    need = decoding_need(lm, replace(load, rows=completions)) if work == "decode" else training_need(lm, load)
-    return {"measured": peak, "formula": need.total, **asdict(need)}
+    return decoding_memory(lm, load) if decoding else training_memory(lm, load)
 
 
 def _do(config: BenchMemory, work: str, length: int, completions: int, before: float) -> tuple[MaskedLM, float]:

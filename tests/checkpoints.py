@@ -14,11 +14,9 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import PreTrainedModel
 
-from unmask.models.bidirectional import A2DQwen3Config, A2DQwen3LMHeadModel, DreamConfig, DreamModel
 from unmask.models.llada import LLaDAConfig, LLaDAModelLM
-from unmask.models.load import meta_model
+from unmask.models.load import FAMILIES, meta_model
 
 CHAT = (
     "{{% for message in messages %}}{{{{ {start} + message['role'] + {after} + message['content'] + {end} }}}}{{% endfor %}}"
@@ -30,116 +28,35 @@ LLADA_CHAT = "{{ bos_token }}" + CHAT.format(
 QWEN_CHAT = CHAT.format(start="'<|im_start|>'", after="'\\n'", end="'<|im_end|>\\n'")
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "t"), ("i", "n"), ("a", "n"), ("Ġ", "a")]
 
-LLADA = {
-    "activation_type": "silu",
-    "alibi": False,
-    "alibi_bias_max": 8.0,
-    "architectures": ["LLaDAModelLM"],
-    "attention_dropout": 0.0,
-    "attention_layer_norm": False,
-    "attention_layer_norm_with_affine": True,
-    "auto_map": {
-        "AutoConfig": "configuration_llada.LLaDAConfig",
-        "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
-        "AutoModel": "modeling_llada.LLaDAModelLM",
-    },
-    "bias_for_layer_norm": False,
-    "block_group_size": 1,
-    "block_type": "llama",
-    "d_model": 32,
-    "embedding_dropout": 0.0,
-    "embedding_size": 384,
-    "eos_token_id": 301,
-    "flash_attention": False,
-    "include_bias": False,
-    "include_qkv_bias": False,
-    "init_cutoff_factor": None,
-    "init_device": "meta",
-    "init_fn": "mitchell",
-    "init_std": 0.5,
-    "input_emb_norm": False,
-    "layer_norm_type": "rms",
-    "layer_norm_with_affine": True,
-    "mask_token_id": 320,
-    "max_sequence_length": 1024,
-    "mlp_hidden_size": 64,
-    "mlp_ratio": 4,
-    "model_type": "llada",
-    "multi_query_attention": None,
-    "n_heads": 4,
-    "n_kv_heads": 4,
-    "n_layers": 2,
-    "pad_token_id": 301,
-    "precision": "amp_bf16",
-    "residual_dropout": 0.0,
-    "rms_norm_eps": 1e-05,
-    "rope": True,
-    "rope_full_precision": True,
-    "rope_theta": 500000.0,
-    "scale_logits": False,
-    "transformers_version": "4.46.3",
-    "use_cache": False,
-    "vocab_size": 384,
-    "weight_tying": False,
-}
-DREAM = {
-    "architectures": ["DreamModel"],
-    "attention_dropout": 0.0,
-    "auto_map": {"AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
-    "bos_token_id": 300,
-    "eos_token_id": 300,
-    "hidden_act": "silu",
-    "hidden_size": 32,
-    "initializer_range": 0.5,
-    "intermediate_size": 64,
-    "mask_token_id": 323,
-    "max_position_embeddings": 1024,
-    "max_window_layers": 28,
-    "model_type": "Dream",
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 2,
-    "pad_token_id": 300,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000.0,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.46.2",
-    "use_cache": True,
-    "use_mrope": False,
-    "use_sliding_window": False,
-    "vocab_size": 384,
-}
-QWEN3_A2D = {
-    "architectures": ["A2DQwen3LMHeadModel"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "bos_token_id": 300,
-    "dtype": "float32",
-    "eos_token_id": 302,
-    "head_dim": 16,
-    "hidden_act": "silu",
-    "hidden_size": 32,
-    "initializer_range": 0.5,
-    "intermediate_size": 64,
-    "layer_types": ["full_attention", "full_attention"],
-    "max_position_embeddings": 1024,
-    "max_window_layers": 28,
-    "model_type": "a2d-qwen3",
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 1000000,
-    "sliding_window": None,
-    "tie_word_embeddings": True,
-    "use_cache": True,
-    "use_sliding_window": False,
-    "vocab_size": 384,
-}
+LLADA = json.loads("""{
+    "activation_type": "silu", "alibi": false, "alibi_bias_max": 8.0, "architectures": ["LLaDAModelLM"],
+    "attention_dropout": 0.0, "attention_layer_norm": false, "attention_layer_norm_with_affine": true, "auto_map": {
+        "AutoConfig": "configuration_llada.LLaDAConfig", "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+        "AutoModel": "modeling_llada.LLaDAModelLM"},
+    "bias_for_layer_norm": false, "block_group_size": 1, "block_type": "llama", "d_model": 32, "embedding_dropout": 0.0,
+    "embedding_size": 384, "eos_token_id": 301, "flash_attention": false, "include_bias": false, "include_qkv_bias": false,
+    "init_cutoff_factor": null, "init_device": "meta", "init_fn": "mitchell", "init_std": 0.5, "input_emb_norm": false,
+    "layer_norm_type": "rms", "layer_norm_with_affine": true, "mask_token_id": 320, "max_sequence_length": 1024,
+    "mlp_hidden_size": 64, "mlp_ratio": 4, "model_type": "llada", "multi_query_attention": null, "n_heads": 4, "n_kv_heads": 4,
+    "n_layers": 2, "pad_token_id": 301, "precision": "amp_bf16", "residual_dropout": 0.0, "rms_norm_eps": 1e-05, "rope": true,
+    "rope_full_precision": true, "rope_theta": 500000.0, "scale_logits": false, "transformers_version": "4.46.3",
+    "use_cache": false, "vocab_size": 384, "weight_tying": false}""")
+DREAM = json.loads("""{
+    "architectures": ["DreamModel"], "attention_dropout": 0.0, "auto_map": {
+        "AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
+    "bos_token_id": 300, "eos_token_id": 300, "hidden_act": "silu", "hidden_size": 32, "initializer_range": 0.5,
+    "intermediate_size": 64, "mask_token_id": 323, "max_position_embeddings": 1024, "max_window_layers": 28,
+    "model_type": "Dream", "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2, "pad_token_id": 300,
+    "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000.0, "sliding_window": null, "tie_word_embeddings": false,
+    "torch_dtype": "bfloat16", "transformers_version": "4.46.2", "use_cache": true, "use_mrope": false,
+    "use_sliding_window": false, "vocab_size": 384}""")
+QWEN3_A2D = json.loads("""{
+    "architectures": ["A2DQwen3LMHeadModel"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 300,
+    "dtype": "float32", "eos_token_id": 302, "head_dim": 16, "hidden_act": "silu", "hidden_size": 32, "initializer_range": 0.5,
+    "intermediate_size": 64, "layer_types": ["full_attention", "full_attention"], "max_position_embeddings": 1024,
+    "max_window_layers": 28, "model_type": "a2d-qwen3", "num_attention_heads": 4, "num_hidden_layers": 2,
+    "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000, "sliding_window": null,
+    "tie_word_embeddings": true, "use_cache": true, "use_sliding_window": false, "vocab_size": 384}""")
 
 
 def _bytes() -> tuple[dict[str, int], list[tuple[str, str]]]:
@@ -167,17 +84,18 @@ def _fast_tokenizer(folder: Path, tokens: dict[int, str], settings: dict[str, An
     (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
 
 
-def _save(model: PreTrainedModel, folder: Path, config: dict[str, Any], shard: str) -> None:
-    model.save_pretrained(folder, max_shard_size=shard)
+def _write(folder: Path, config: dict[str, Any], seed: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Random weights in several shards, and the config.json as it stands on the hub."""
+    kind = FAMILIES[config["model_type"]]
+    torch.manual_seed(seed)
+    kind(kind.config_class(**config)).to(dtype).save_pretrained(folder, max_shard_size="60KB")
     assert len(list(folder.glob("model-0000?-of-0000?.safetensors"))) >= 2
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 def write_llada(folder: Path, seed: int = 1, **changes: Any) -> str:
     """As GSAI-ML/LLaDA-8B-Instruct: bfloat16 in two shards, no dtype and no mask token outside config.json."""
-    config = {**LLADA, **changes}
-    torch.manual_seed(seed)
-    _save(LLaDAModelLM(LLaDAConfig(**config)).bfloat16(), folder, config, "60KB")
+    _write(folder, {**LLADA, **changes}, seed)
     _llada_tokenizer(folder)
     return str(folder)
 
@@ -194,9 +112,7 @@ def write_llada_8b(folder: Path) -> str:
     shape = {"d_model": 4096, "n_heads": 32, "n_kv_heads": 32, "n_layers": 32, "mlp_hidden_size": 12288}
     config = {**LLADA, **shape, "vocab_size": 126464, "embedding_size": 126464, "max_sequence_length": 4096}
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(
-        2**24, generator=generator
-    )  # the same numbers, turned, in every matrix: drawing 8 billion takes long
+    noise = torch.randn(2**24, generator=generator)  # turned, in every matrix: drawing 8 billion takes long
     index: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -222,9 +138,7 @@ def write_llada_8b(folder: Path) -> str:
 
 def write_dream(folder: Path, seed: int = 1, **changes: Any) -> str:
     """As Dream-org/Dream-v0-Instruct-7B: a tokenizer of its own class, as vocab.json and merges.txt."""
-    config = {**DREAM, **changes}
-    torch.manual_seed(seed)
-    _save(DreamModel(DreamConfig(**config)).bfloat16(), folder, config, "60KB")
+    _write(folder, {**DREAM, **changes}, seed)
     vocabulary, merges = _bytes()
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     (folder / "merges.txt").write_text(
@@ -249,9 +163,7 @@ def write_dream(folder: Path, seed: int = 1, **changes: Any) -> str:
 
 def write_qwen3_a2d(folder: Path, seed: int = 1, **changes: Any) -> str:
     """As dllm-hub/Qwen3-0.6B-diffusion-mdlm-v0.1: tied embeddings, the mask token in the tokenizer, <|im_end|> as its EOS."""
-    config = {**QWEN3_A2D, **changes}
-    torch.manual_seed(seed)
-    _save(A2DQwen3LMHeadModel(A2DQwen3Config(**config)), folder, config, "60KB")
+    _write(folder, {**QWEN3_A2D, **changes}, seed, torch.float32)
     special = {300: "<|endoftext|>", 301: "<|im_start|>", 302: "<|im_end|>", 323: "<|mask|>"}
     settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "mask_token": "<|mask|>"}
     _fast_tokenizer(folder, special, {"chat_template": QWEN_CHAT, **settings})

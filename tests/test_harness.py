@@ -69,13 +69,13 @@ def expectation(lm: MaskedLM, context: list[int], text: list[int], w: float = 0.
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Rows of every forward pass from here on."""
     rows: list[int] = []
-    reduce = MaskedLM.reduce
+    forward_head = MaskedLM.forward_head
 
     def counted(self: MaskedLM, ids: torch.Tensor, *more: Any) -> Any:
         rows.append(len(ids))
-        return reduce(self, ids, *more)
+        return forward_head(self, ids, *more)
 
-    monkeypatch.setattr(MaskedLM, "reduce", counted)
+    monkeypatch.setattr(MaskedLM, "forward_head", counted)
     return rows
 
 

@@ -1,143 +1,154 @@
-"""The backbone against a plain float64 restatement, published keys, padding, the self-test's refusals."""
+"""The backbones against a plain float64 restatement, published keys, positions, padding, windows, the self-test's refusals."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM
 
+from checkpoints import LLADA, WRITERS
 from conftest import PROMPTS, SHAPE, toy
 from unmask import MaskedLM, UserError, load
+from unmask.models import bidirectional
+from unmask.models.backbone import KVCache
 from unmask.models.llada import LLaDAConfig, LLaDAModelLM
 from unmask.models.scratch import character_tokenizer
 
+PARTS = {  # LLaDA's names as those of transformers
+    "transformer.blocks.": "layers.",
+    "transformer.wte": "embed_tokens",
+    "transformer.ln_f": "norm",
+    "model.transformer.ff_out": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ff_norm": "post_attention_layernorm",
+    **{f".{n}_proj": f".self_attn.{n}_proj" for n in "qkv"},
+    "attn_out": "self_attn.o_proj",
+    "ff_proj": "mlp.gate_proj",
+    "up_proj": "mlp.up_proj",
+    "ff_out": "mlp.down_proj",
+}
+FAMILIES = (LLaDAModelLM, *bidirectional.MODELS)
 
-def restated(weights: dict[str, Tensor], config: LLaDAConfig, ids: list[int], visible: list[bool]) -> Tensor:
-    """Logits (T, V) of one row in float64, position by position and head by head."""
-    w = {k.removeprefix("model.transformer."): v.double() for k, v in weights.items()}
-    size = config.d_model // config.n_heads
+
+def restated(weights: dict[str, Tensor], config: Any, ids: list[int], shifted: bool) -> Tensor:
+    """Logits (T, V) in float64 of one row with full attention, head by head and token by token."""
+    w = {}
+    for key, value in weights.items():
+        for ours, theirs in PARTS.items() if config.model_type == "llada" else ():
+            key = key.replace(ours, theirs)
+        w[key] = value.double()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    theta = config.rope_theta if config.model_type == "llada" else config.rope_parameters["rope_theta"]
+    group = config.num_attention_heads // config.num_key_value_heads
 
     def norm(x: Tensor, name: str) -> Tensor:
         return x / (x.pow(2).mean() + config.rms_norm_eps).sqrt() * w[name + ".weight"]
 
     def turn(x: Tensor, position: int) -> Tensor:
-        out = x.clone()
-        for i in range(size // 2):
-            angle = torch.tensor(position * config.rope_theta ** (-2 * i / size), dtype=torch.float64)
-            a, b = x[i], x[i + size // 2]
-            out[i] = a * angle.cos() - b * angle.sin()
-            out[i + size // 2] = b * angle.cos() + a * angle.sin()
-        return out
+        pairs = torch.complex(x[: size // 2], x[size // 2 :])
+        angle = position * theta ** (-2 * torch.arange(size // 2, dtype=torch.float64) / size)
+        turned = pairs * torch.polar(torch.ones_like(angle), angle)
+        return torch.cat([turned.real, turned.imag])
 
-    positions = [sum(visible[:i]) for i in range(len(ids))]
-    xs = [w["wte.weight"][i] for i in ids]
-    for n in range(config.n_layers):
-        block = f"blocks.{n}."
-        hs = [norm(x, block + "attn_norm") for x in xs]
-        outs = [[] for _ in ids]
-        for head in range(config.n_heads):
-            shared = head // (config.n_heads // config.n_kv_heads)
-            rows, kv = slice(head * size, (head + 1) * size), slice(shared * size, (shared + 1) * size)
-            q = [turn(w[block + "q_proj.weight"][rows] @ h, p) for h, p in zip(hs, positions, strict=True)]
-            k = [turn(w[block + "k_proj.weight"][kv] @ h, p) for h, p in zip(hs, positions, strict=True)]
-            v = [w[block + "v_proj.weight"][kv] @ h for h in hs]
+    def project(x: Tensor, name: str, head: int, normed: str = "") -> Tensor:
+        rows = slice(head * size, (head + 1) * size)
+        out = w[name + ".weight"][rows] @ x
+        out = out + w[name + ".bias"][rows] if name + ".bias" in w else out
+        return norm(out, normed) if normed + ".weight" in w else out
+
+    xs = [w["model.embed_tokens.weight"][i] for i in ids]
+    for n in range(config.num_hidden_layers):
+        layer = f"model.layers.{n}."
+        hs = [norm(x, layer + "input_layernorm") for x in xs]
+        outs: list[list[Tensor]] = [[] for _ in ids]
+        for head in range(config.num_attention_heads):
+            at = layer + "self_attn."
+            q = [turn(project(h, at + "q_proj", head, at + "q_norm"), p) for p, h in enumerate(hs)]
+            k = [turn(project(h, at + "k_proj", head // group, at + "k_norm"), p) for p, h in enumerate(hs)]
+            v = [project(h, at + "v_proj", head // group) for h in hs]
             for i in range(len(ids)):
-                seen = [j for j in range(len(ids)) if visible[j]]  # both sides, never padding
-                share = torch.stack([q[i] @ k[j] / size**0.5 for j in seen]).softmax(0)
-                outs[i].append(sum(s * v[j] for s, j in zip(share, seen, strict=True)))
-        xs = [x + w[block + "attn_out.weight"] @ torch.cat(o) for x, o in zip(xs, outs, strict=True)]
+                share = torch.stack([q[i] @ other / size**0.5 for other in k]).softmax(0)  # both sides
+                outs[i].append(sum(s * value for s, value in zip(share, v, strict=True)))
+        xs = [x + w[layer + "self_attn.o_proj.weight"] @ torch.cat(o) for x, o in zip(xs, outs, strict=True)]
         for i, x in enumerate(xs):
-            h = norm(x, block + "ff_norm")
-            gate = w[block + "ff_proj.weight"] @ h
-            xs[i] = x + w[block + "ff_out.weight"] @ (gate * gate.sigmoid() * (w[block + "up_proj.weight"] @ h))
-    return torch.stack([w["ff_out.weight"] @ norm(x, "ln_f") for x in xs])
+            h = norm(x, layer + "post_attention_layernorm")
+            gate = w[layer + "mlp.gate_proj.weight"] @ h
+            up = gate * gate.sigmoid() * (w[layer + "mlp.up_proj.weight"] @ h)
+            xs[i] = x + w[layer + "mlp.down_proj.weight"] @ up
+    logits = [w["lm_head.weight"] @ norm(x, "model.norm") for x in xs]
+    return torch.stack([logits[max(i - 1, 0)] for i in range(len(ids))] if shifted else logits)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_forward_equals_restatement(attention: str) -> None:
-    lm = toy()
-    lm.model.config._attn_implementation = attention
-    model = lm.model.double()
-    ids, visible = [20, 21, 30, 2, 40, 50, 2], [False, False, True, True, True, True, True]
-    expected = restated(model.state_dict(), model.config, ids, visible)
-    found = model(torch.tensor([ids]), torch.tensor([visible])).logits[0]
-    assert (found - expected)[2:].abs().max() < 1e-5  # rotary and norms run in float32 by design
+@pytest.mark.parametrize("kind", FAMILIES, ids=lambda kind: kind.__name__)
+def test_forward_equals_restatement(kind: Any, attention: str, tmp_path: Path) -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "vocab_size": 64, "initializer_range": 0.3, "rope_theta": 5000.0}
+    shape |= {"head_dim": 12} if kind.config_class.model_type == "a2d-qwen3" else {}
+    if kind is LLaDAModelLM:
+        shape = {**SHAPE, "vocab_size": 64, "rope_theta": 5000.0}
+    torch.manual_seed(0)
+    kind(kind.config_class(**shape)).save_pretrained(tmp_path)
+    # as loaded: rotary tables too
+    model = kind.from_pretrained(tmp_path, attn_implementation=attention).eval().double()
+    ids = [5, 9, 33, 60, 2, 2, 17]
+    expected = restated(model.state_dict(), model.config, ids, kind is bidirectional.DreamModel)
+    assert (
+        model(torch.tensor([ids])).logits[0] - expected
+    ).abs().max() < 1e-5  # LLaDA's norms run in float32 by design
+    padded = model(torch.tensor([[3, 3, *ids]]), torch.tensor([[0, 0, *[1] * 7]])).logits[0, 2:]
+    assert (padded - expected).abs().max() < 1e-5
 
 
 def test_published_names() -> None:
     """The state-dict keys and config fields of GSAI-ML/LLaDA-8B-Instruct, at a small size."""
-    published = {
-        "activation_type": "silu",
-        "alibi": False,
-        "architectures": ["LLaDAModelLM"],
-        "attention_dropout": 0.0,
-        "auto_map": {"AutoConfig": "configuration_llada.LLaDAConfig", "AutoModel": "modeling_llada.LLaDAModelLM"},
-        "block_type": "llama",
-        "d_model": 64,
-        "embedding_size": 128,
-        "eos_token_id": 3,
-        "include_bias": False,
-        "layer_norm_type": "rms",
-        "mask_token_id": 5,
-        "max_sequence_length": 4096,
-        "mlp_hidden_size": 96,
-        "mlp_ratio": 4,
-        "model_type": "llada",
-        "n_heads": 4,
-        "n_kv_heads": 4,
-        "n_layers": 2,
-        "pad_token_id": 3,
-        "rms_norm_eps": 1e-05,
-        "rope": True,
-        "rope_theta": 500000.0,
-        "scale_logits": False,
-        "use_cache": False,
-        "vocab_size": 128,
-        "weight_tying": False,
-    }
-    model = LLaDAModelLM(LLaDAConfig(**published))
+    model = LLaDAModelLM(LLaDAConfig(**LLADA))
     block = ["attn_norm", "q_proj", "k_proj", "v_proj", "attn_out", "ff_norm", "ff_proj", "up_proj", "ff_out"]
     expected = {f"model.transformer.blocks.{n}.{part}.weight" for n in range(2) for part in block}
     expected |= {f"model.transformer.{part}.weight" for part in ("wte", "ln_f", "ff_out")}
     assert set(model.state_dict()) == expected
-    tied = LLaDAModelLM(LLaDAConfig(**{**published, "weight_tying": True}))
+    tied = LLaDAModelLM(LLaDAConfig(**{**LLADA, "weight_tying": True}))
     assert set(tied.state_dict()) == expected - {"model.transformer.ff_out.weight"}
-    with pytest.raises(ValueError, match="alibi=True"):
-        LLaDAConfig(**{**published, "alibi": True})
+    for wrong, says in (({"alibi": True}, "alibi=True"), ({"d_model": 30}, "n_heads must divide d_model")):
+        with pytest.raises(ValueError, match=says):
+            LLaDAConfig(**{**LLADA, **wrong})
 
 
-def test_positions_equal_slices(toy_lm: MaskedLM) -> None:
-    ids, mask = toy_lm.encode(PROMPTS)
-    full = toy_lm.model(ids, mask).logits
-    index = torch.tensor([[0, 3], [5, 1], [2, 2], [7, 0]])
-    rows = torch.stack([full[b, index[b]] for b in range(4)])
-    flat = index + torch.arange(4)[:, None] * ids.shape[1]
-    some = toy_lm.model(ids, mask, positions=flat.flatten()).logits
-    assert torch.allclose(some.view(4, 2, -1), rows, atol=1e-5)
-    keep = torch.arange(rows.shape[-1]) != toy_lm.mask_id
-    assert torch.allclose(toy_lm.logits(ids, mask, index)[..., keep], rows[..., keep], atol=1e-5)
+@pytest.mark.parametrize("name", WRITERS)
+def test_positions_and_windows(name: str, tmp_path: Path) -> None:
+    """Chosen positions are slices of the whole; a window after no change is a slice too, whatever the shift."""
+    lm = load(WRITERS[name](tmp_path), "float32")
+    ids, mask = lm.encode(["hello there", "an"], width=20)
+    full = lm.model(ids, mask).logits
+    flat = torch.tensor([39, 12, 20, 35, 11])
     chosen = torch.zeros_like(mask)
-    chosen[1, 2] = chosen[0, 5] = True
-    flat = toy_lm.model(ids, mask, positions=chosen).logits
-    assert torch.allclose(flat, torch.stack([full[0, 5], full[1, 2]]), atol=1e-5)
+    chosen[0, [9, 19]] = chosen[1, 18] = True
+    assert torch.allclose(lm.model(ids, mask, positions=flat).logits, full.flatten(0, 1)[flat], atol=1e-5)
+    assert torch.allclose(lm.model(ids, mask, positions=chosen).logits, full[chosen], atol=1e-5)
+    found = lm.logits(ids, mask, torch.tensor([[12, 0], [19, 15]]))
+    expected = torch.stack([full[0, [12, 0]], full[1, [19, 15]]])
+    expected[..., lm.mask_id] = -torch.inf
+    assert found.dtype == torch.float32 and torch.allclose(found, expected, atol=1e-5)
+    cache = KVCache()
+    lm.model(ids, mask, cache=cache)
+    for start, stop in ((12, 17), (16, 20), (0, 20)):
+        window = lm.model(ids, mask, cache=cache, window=(start, stop)).logits
+        assert torch.allclose(window[mask[:, start:stop]], full[:, start:stop][mask[:, start:stop]], atol=1e-4)
+    one = lm.model(ids, mask, cache=cache, window=(12, 17), positions=torch.tensor([0, 7])).logits
+    assert torch.allclose(one, torch.stack([full[0, 12], full[1, 14]]), atol=1e-4)
 
 
-def test_padding_is_invisible_and_mask_is_no_candidate(toy_lm: MaskedLM) -> None:
+def test_padding_is_invisible(toy_lm: MaskedLM) -> None:
     ids, mask = toy_lm.encode(PROMPTS)
-    last = torch.full((4, 1), ids.shape[1] - 1)
-    batch = toy_lm.logits(ids, mask, last)
-    assert batch.dtype == torch.float32
-    assert (batch[..., toy_lm.mask_id] == -torch.inf).all()
+    batch = toy_lm.logits(ids, mask, torch.full((4, 1), ids.shape[1] - 1))
+    keep = torch.arange(batch.shape[-1]) != toy_lm.mask_id
     for i, prompt in enumerate(PROMPTS):
         one, one_mask = toy_lm.encode([prompt])
         alone = toy_lm.logits(one, one_mask, torch.tensor([[one.shape[1] - 1]]))
-        keep = torch.arange(alone.shape[-1]) != toy_lm.mask_id
         assert (alone[0] - batch[i])[:, keep].abs().max() < 1e-4
 
 
@@ -148,41 +159,30 @@ def test_gradient_checkpointing_gives_the_same_gradient() -> None:
         lm.model.train()
         if checkpointing:
             lm.model.gradient_checkpointing_enable()
-        ids, mask = lm.encode(PROMPTS)
-        lm.model(ids, mask).logits.square().mean().backward()
+        lm.model(*lm.encode(PROMPTS)).logits.square().mean().backward()
         grads.append([p.grad for p in lm.model.parameters()])
-    for a, b in zip(*grads, strict=True):
-        assert torch.allclose(a, b, atol=1e-6)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
 
 
 def test_save_load_and_auto_classes(toy_lm: MaskedLM, toy_folder: str) -> None:
     ids, mask = toy_lm.encode(PROMPTS)
-    expected = toy_lm.model(ids, mask).logits
-    for model in (
-        load(toy_folder).model,
-        AutoModel.from_pretrained(toy_folder),
-        AutoModelForMaskedLM.from_pretrained(toy_folder),
-    ):
-        assert isinstance(model, LLaDAModelLM)
-        assert torch.equal(model.eval()(ids, mask).logits, expected)
-    assert AutoConfig.from_pretrained(toy_folder).n_kv_heads == SHAPE["n_kv_heads"]
     again = load(toy_folder)
+    for model in (again.model, *(kind.from_pretrained(toy_folder) for kind in (AutoModel, AutoModelForMaskedLM))):
+        assert isinstance(model, LLaDAModelLM)
+        assert torch.equal(model.eval()(ids, mask).logits, toy_lm.model(ids, mask).logits)
+    assert AutoConfig.from_pretrained(toy_folder).n_kv_heads == SHAPE["n_kv_heads"]
     assert (again.mask_id, again.eos_id, again.eot_id) == (toy_lm.mask_id, toy_lm.eos_id, toy_lm.eot_id)
     assert again.tokenizer.get_vocab() == toy_lm.tokenizer.get_vocab()
 
 
-def test_tokenizer_round_trip() -> None:
+def test_tokenizer_and_texts(toy_lm: MaskedLM) -> None:
     tokenizer = character_tokenizer()
     text = "<reasoning>a1=2 3*4=12</reasoning><answer>(1+2)*3\n~</answer>"
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text
     assert len(ids) == len(text) - sum(len(t) - 1 for t in ("<reasoning>", "</reasoning>", "<answer>", "</answer>"))
-
-
-def test_text_ends_at_the_first_end_token(toy_lm: MaskedLM) -> None:
     a = toy_lm.tokenizer("abc")["input_ids"]
-    rows = [[*a, toy_lm.eos_id, *a], [*a, *a, toy_lm.eot_id], [*a, *a, a[0]]]
-    tokens = torch.tensor(rows)
+    tokens = torch.tensor([[*a, toy_lm.eos_id, *a], [*a, *a, toy_lm.eot_id], [*a, *a, a[0]]])
     assert toy_lm.lengths(tokens).tolist() == [3, 6, 7]
     assert toy_lm.text(tokens) == ["abc", "abcabc", "abcabca"]
 
@@ -199,96 +199,36 @@ def test_bad_prompts(toy_lm: MaskedLM, prompt: str, message: str) -> None:
 class Causal(LLaDAModelLM):
     """What a padding mask turns some published model files into: each token sees only its left."""
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, positions: Tensor | None = None, **_: object
-    ):  # type: ignore[override]
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, positions: Any = None, **_: Any) -> Any:
         out = []
         for end in range(1, input_ids.shape[1] + 1):
             part = None if attention_mask is None else attention_mask[:, :end]
-            out.append(super().forward(input_ids[:, :end], part).logits[:, -1])
-        logits = torch.stack(out, 1)
-        return type(
-            "Out",
-            (),
-            {"logits": logits if positions is None else logits.flatten(0, 1)[positions]},
-        )
+            out.append(super().forward(input_ids[:, :end], part).logits[:, -1:])
+        found = super().forward(input_ids, attention_mask)
+        found.logits = torch.cat(out, 1).flatten(0, 1)[positions]
+        return found
 
 
 class BlindToMasks(LLaDAModelLM):
     """Another common fault: the padding mask is ignored."""
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: object):  # type: ignore[override]
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
         return super().forward(input_ids, None, **kwargs)
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"), [(Causal, "does not see tokens to the right"), (BlindToMasks, "left padding changes")]
-)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_self_test_refuses_faulty_models(kind: type[LLaDAModelLM], message: str, dtype: torch.dtype) -> None:
+def test_self_test(dtype: torch.dtype) -> None:
+    faults = {Causal: "does not see tokens to the right", BlindToMasks: "left padding changes", LLaDAModelLM: ""}
     lm = toy()
-    faulty = kind(lm.model.config).eval()
-    faulty.load_state_dict(lm.model.state_dict())
-    lm.model = faulty.to(dtype)
-    with pytest.raises(UserError, match=message):
-        lm.self_test()
-
-
-def test_self_test_passes_in_both_dtypes(toy_folder: str) -> None:
-    assert load(toy_folder).self_test()["padding"] < 1e-4
-    load(toy_folder, dtype="bfloat16")
-
-
-def test_broken_checkpoints_are_refused_by_name(toy_folder: str, tmp_path: Path) -> None:
-    def broken(name: str) -> Path:
-        folder = tmp_path / name
-        shutil.copytree(toy_folder, folder)
-        return folder
-
-    def config(folder: Path, **changes: object) -> None:
-        values = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**values, **changes}))
-
-    folder = broken("key")
-    weights = load_file(folder / "model.safetensors")
-    weights["model.transformer.wrong.weight"] = weights.pop("model.transformer.ln_f.weight")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"ln_f\.weight"):
-        load(str(folder))
-    folder = broken("shape")
-    config(folder, mlp_hidden_size=48)
-    with pytest.raises(UserError, match=r"refused|cannot load"):
-        load(str(folder))
-    folder = broken("nan")
-    weights = load_file(folder / "model.safetensors")
-    weights["model.transformer.ln_f.weight"] = weights["model.transformer.ln_f.weight"] * torch.nan
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match="not finite"):
-        load(str(folder))
-    lm = toy()
+    weights = lm.model.state_dict()
+    for kind, message in faults.items():
+        lm.model = kind(lm.model.config).eval().to(dtype)
+        lm.model.load_state_dict(weights)
+        if message:
+            with pytest.raises(UserError, match=message):
+                lm.self_test()
+        else:
+            assert lm.self_test()["padding"] < (1e-4 if dtype == torch.float32 else 0.1)
     lm.mask_id = 100_000
     with pytest.raises(UserError, match="outside its vocabulary"):
         lm.self_test()
-    folder = broken("pickle")
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"no \.safetensors"):
-        load(str(folder))
-    folder = broken("truncated")
-    whole = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match=r"model\.safetensors is damaged"):
-        load(str(folder))
-    folder = broken("tokenizer")
-    (folder / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"no tokenizer\.json"):
-        load(str(folder))
-    folder = broken("list")
-    (folder / "config.json").write_text("[1]")
-    with pytest.raises(UserError, match="not a JSON object"):
-        load(str(folder))
-    folder = broken("family")
-    config(folder, model_type="gpt2")
-    with pytest.raises(UserError, match="unknown model family 'gpt2'"):
-        load(str(folder))
-    with pytest.raises(UserError, match="unknown model 'tinny'"):
-        load("tinny")

@@ -114,7 +114,7 @@ def test_open_cells_are_those_of_the_plan(toy_lm: MaskedLM) -> None:
 def test_any_cut_of_the_vocabulary_gives_the_same(monkeypatch: pytest.MonkeyPatch, black_box: bool) -> None:
     weight, hidden = torch.randn(300, 8, dtype=torch.float64), torch.randn(7, 8, dtype=torch.float64)
     logits = (hidden @ weight.T).index_fill(1, torch.tensor([5]), -torch.inf)
-    monkeypatch.setattr(head, "CACHED", (3, 128))  # 64 tokens at a time
+    monkeypatch.setattr(head, "CPU_CHUNK", (3, 128))  # 64 tokens at a time
     monkeypatch.setattr(candidates, "ROWS", 3)
     tokens, chances = likeliest(Head(lambda h: h @ weight.T, 5, None if black_box else weight), hidden, 4)
     best = logits.softmax(1).topk(4)

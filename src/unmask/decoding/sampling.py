@@ -199,7 +199,7 @@ def _draw(head: Head, hidden: Tensor, read: _Vocabulary, temperature: float, noi
     width = weights.gather(1, bucket)
     left = (noise * cdf[:, -1])[:, None] - (cdf.gather(1, bucket) - width)
     if read.whole is None:
-        logits = head.lanes(hidden, bucket[:, 0]).double()
+        logits = head.bucket_logits(hidden, bucket[:, 0]).double()
     else:
         token = bucket * BUCKET + torch.arange(BUCKET, device=bucket.device)
         size = read.whole.shape[1]

@@ -28,13 +28,13 @@ def forward_with_guidance(
     cache: KVCache | None = None,
     window: tuple[int, int] | None = None,
 ) -> Result:
-    """``lm.reduce`` under classifier-free guidance: logits u + (w + 1)(c - u), u from the row with its prompt masked.
+    """``lm.forward_head`` under classifier-free guidance: logits u + (w + 1)(c - u), u from the row with its prompt masked.
 
     The head is linear, so the hidden states are mixed and the head is applied once. ids (B, T), of which the first ``prompt``
-    columns are the prompt; the rest as in ``MaskedLM.reduce``. A guided cache holds the rows of c, then those of u.
+    columns are the prompt; the rest as in ``MaskedLM.forward_head``. A guided cache holds the rows of c, then those of u.
     """
     if w == 0:
-        return lm.reduce(ids, attention_mask, positions, fn, cache, window)
+        return lm.forward_head(ids, attention_mask, positions, fn, cache, window)
     without = ids.clone()
     without[:, :prompt] = lm.mask_id
     both_mask = None if attention_mask is None else attention_mask.repeat(2, 1)
@@ -45,7 +45,7 @@ def forward_with_guidance(
         c, u = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).chunk(2)
         return fn(head, (u + (w + 1) * (c - u)).to(hidden.dtype))
 
-    return lm.reduce(torch.cat([ids, without]), both_mask, both, mixed, cache, window)
+    return lm.forward_head(torch.cat([ids, without]), both_mask, both, mixed, cache, window)
 
 
 def score_states(

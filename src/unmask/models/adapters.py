@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from unmask.config import LORA_TARGETS
 from unmask.errors import UserError
@@ -42,6 +43,16 @@ def adapter_errors() -> Iterator[None]:
         yield
     except (ValueError, re.error) as error:
         raise UserError(f"the adapter does not fit the model: {str(error).splitlines()[0]}") from None
+
+
+def adapter_size(model: nn.Module, r: int, targets: str) -> int:
+    """Parameters of an adapter of rank ``r`` on the matrices whose names ``targets`` matches. Raises UserError."""
+    with adapter_errors():
+        found: list[Any] = [m for name, m in model.named_modules() if re.fullmatch(targets, name)]
+        shapes = [m.weight.shape for m in found if isinstance(m, nn.Linear | nn.Embedding)]
+        if not shapes:
+            raise ValueError(f"no matrix has a name that matches {targets}")
+    return r * sum(map(sum, shapes))
 
 
 def add_adapter(lm: MaskedLM, config: Any, seed: int) -> MaskedLM:

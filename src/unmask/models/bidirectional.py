@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel
 from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
@@ -23,42 +22,17 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2PreTrained
 from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3PreTrainedModel
 
-from unmask.models.backbone import HeadAtPositions, KVCache, placed
+from unmask.models.backbone import HeadAtPositions, KVCache, Trunk
 
 
-class _Window:
-    """A KVCache at one column, as the attention layers of transformers call theirs."""
+class FullAttention(Trunk):
+    """The trunk of a transformers model with full attention."""
 
-    def __init__(self, cache: KVCache, start: int) -> None:
-        self.cache, self.start = cache, start
-
-    def update(self, k: Tensor, v: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        return self.cache.update(layer, self.start, k, v)
-
-
-class FullAttention:
-    """The trunk: every token sees every token that is not padding."""
-
-    config: Any
-    embed_tokens: nn.Module
     layers: Sequence[nn.Module]
     norm: nn.Module
     rotary_emb: nn.Module
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: KVCache | None = None,
-        window: tuple[int, int] | None = None,
-        **_: Any,
-    ) -> BaseModelOutput:
-        """Final hidden states (B, T, d), or (B, W, d) of a window; see ``HeadAtPositions.forward``."""
-        position_ids, visible = placed(input_ids, attention_mask, position_ids)
-        start, stop = window or (0, input_ids.shape[1])
-        x: Tensor = self.embed_tokens(input_ids[:, start:stop])
-        position_ids = position_ids[:, start:stop]
+    def run_layers(self, x: Tensor, position_ids: Tensor, visible: Tensor | None, cache: KVCache | None) -> Tensor:
         if visible is not None and self.config._attn_implementation == "eager":  # it adds the mask to the scores
             visible = torch.zeros_like(visible, dtype=x.dtype).masked_fill(~visible, torch.finfo(x.dtype).min)
         rotary = self.rotary_emb(x, position_ids)
@@ -68,22 +42,10 @@ class FullAttention:
                 attention_mask=visible,
                 position_ids=position_ids,
                 position_embeddings=rotary,
-                past_key_values=None if cache is None else _Window(cache, start),
+                past_key_values=cache,
                 is_causal=False,
             )
-        return BaseModelOutput(last_hidden_state=self.norm(x))
-
-
-class FullQwen2(FullAttention, Qwen2Model):  # type: ignore[misc]
-    pass
-
-
-class FullQwen3(FullAttention, Qwen3Model):  # type: ignore[misc]
-    pass
-
-
-class FullLlama(FullAttention, LlamaModel):  # type: ignore[misc]
-    pass
+        return self.norm(x)
 
 
 class _MaskedHead(HeadAtPositions):
@@ -98,20 +60,8 @@ class _MaskedHead(HeadAtPositions):
         self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()  # type: ignore[attr-defined]
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.embed_tokens = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.lm_head = value
-
     def untie(self) -> None:
-        shared = {id(p) for p in self.get_input_embeddings().parameters()}
+        shared = {id(p) for p in self.model.embed_tokens.parameters()}
         for module in self.lm_head.modules():  # the head itself, or what an adapter put around it
             for name, p in module.named_parameters(recurse=False):
                 if id(p) in shared:
@@ -119,62 +69,28 @@ class _MaskedHead(HeadAtPositions):
         self.config.tie_word_embeddings = False  # type: ignore[attr-defined]
 
 
-class DreamConfig(Qwen2Config):
-    """Qwen2's fields under Dream's name; ``mask_token_id`` is in the published files."""
-
-    model_type = "Dream"
-
-
-class A2DQwen2Config(Qwen2Config):
-    model_type = "a2d-qwen2"
+_PARENTS: dict[str, tuple[Any, Any, Any]] = {
+    "Qwen2": (Qwen2Config, Qwen2PreTrainedModel, Qwen2Model),
+    "Qwen3": (Qwen3Config, Qwen3PreTrainedModel, Qwen3Model),
+    "Llama": (LlamaConfig, LlamaPreTrainedModel, LlamaModel),
+}
 
 
-class A2DQwen3Config(Qwen3Config):
-    model_type = "a2d-qwen3"
+def _model(name: str, parent: str, model_type: str | None = None, **attributes: Any) -> Any:
+    """A parent's model with full attention, as a class of this name; its configuration is the parent's, or of its own type."""
+    config, pretrained, base = _PARENTS[parent]
+    if model_type is not None:
+        own = name.removesuffix("Model").removesuffix("LMHead") + "Config"
+        config = type(own, (config,), {"model_type": model_type})
+    trunk = type(f"Full{parent}", (FullAttention, base), {})
+    return type(name, (_MaskedHead, pretrained), {"config_class": config, "trunk": trunk, **attributes})
 
 
-class A2DLlamaConfig(LlamaConfig):
-    model_type = "a2d-llama"
-
-
-class DreamModel(_MaskedHead, Qwen2PreTrainedModel):  # type: ignore[misc]
-    config_class = DreamConfig
-    trunk = FullQwen2
-    shifted = True
-
-
-class A2DQwen2LMHeadModel(_MaskedHead, Qwen2PreTrainedModel):  # type: ignore[misc]
-    config_class = A2DQwen2Config
-    trunk = FullQwen2
-
-
-class A2DQwen3LMHeadModel(_MaskedHead, Qwen3PreTrainedModel):  # type: ignore[misc]
-    config_class = A2DQwen3Config
-    trunk = FullQwen3
-
-
-class A2DLlamaLMHeadModel(_MaskedHead, LlamaPreTrainedModel):  # type: ignore[misc]
-    config_class = A2DLlamaConfig
-    trunk = FullLlama
-
-
-class Qwen2ForCausalLM(A2DQwen2LMHeadModel):
-    """Qwen2 run with full attention under its own name, so that what is saved of it opens wherever Qwen2 does."""
-
-    config_class = Qwen2Config  # type: ignore[assignment]
-
-
-class Qwen3ForCausalLM(A2DQwen3LMHeadModel):
-    config_class = Qwen3Config  # type: ignore[assignment]
-
-
-class LlamaForCausalLM(A2DLlamaLMHeadModel):
-    config_class = LlamaConfig  # type: ignore[assignment]
-
-
-UNDER_PARENTS_NAME = (Qwen2ForCausalLM, Qwen3ForCausalLM, LlamaForCausalLM)
-MODELS = (DreamModel, A2DQwen2LMHeadModel, A2DQwen3LMHeadModel, A2DLlamaLMHeadModel)
-for _model in MODELS:
-    AutoConfig.register(_model.config_class.model_type, _model.config_class)
-    AutoModel.register(_model.config_class, _model)
-    AutoModelForMaskedLM.register(_model.config_class, _model)
+DreamModel = _model("DreamModel", "Qwen2", "Dream", shifted=True)
+MODELS = (DreamModel, *(_model(f"A2D{parent}LMHeadModel", parent, f"a2d-{parent.lower()}") for parent in _PARENTS))
+# Converted checkpoints that kept their parent's name; what is saved of them opens wherever the parent does.
+UNDER_PARENTS_NAME = tuple(_model(f"{parent}ForCausalLM", parent) for parent in _PARENTS)
+for _class in MODELS:
+    AutoConfig.register(_class.config_class.model_type, _class.config_class)
+    AutoModel.register(_class.config_class, _class)
+    AutoModelForMaskedLM.register(_class.config_class, _class)

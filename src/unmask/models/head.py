@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 BUCKET = 64  # tokens; every piece but the last is a multiple of it
 MASKED_LOGIT = -1e30  # the mask token's logit: probability 0, and finite, so that 0 * logit is 0
-CACHED = (512, 2**19)  # rows and logits of a piece on a CPU: 2 MiB in float32
+CPU_CHUNK = (512, 2**19)  # rows and logits of a piece on a CPU: 2 MiB in float32
 GPU_CHUNK = (8192, 2**27)  # elsewhere: few, large kernels
 
 
@@ -64,13 +64,13 @@ class Head:
             logits[:, self.mask_id - a] = MASKED_LOGIT
         return logits
 
-    def lanes(self, hidden: Tensor, lane: Tensor) -> Tensor:
-        """Logits of the 64 tokens from ``64 * lane`` on, of a head with a weight: hidden (N, d), lane (N,) int64 -> (N, 64).
+    def bucket_logits(self, hidden: Tensor, bucket: Tensor) -> Tensor:
+        """Logits of the 64 tokens from ``64 * bucket`` on, of a head with a weight: (N, d), (N,) int64 -> (N, 64).
 
         The mask token and tokens beyond the vocabulary have logit -inf.
         """
         assert self.weight is not None
-        token = lane[:, None] * BUCKET + torch.arange(BUCKET, device=lane.device)
+        token = bucket[:, None] * BUCKET + torch.arange(BUCKET, device=bucket.device)
         some = max(1, _sizes(hidden)[1] // (BUCKET * hidden.shape[1]))  # rows whose (64, d) weights make one piece
         parts = []
         for t, h in zip(token.split(some), hidden.split(some), strict=True):
@@ -82,7 +82,7 @@ class Head:
 
 
 def _sizes(rows: Tensor) -> tuple[int, int]:
-    return CACHED if rows.device.type == "cpu" else GPU_CHUNK
+    return CPU_CHUNK if rows.device.type == "cpu" else GPU_CHUNK
 
 
 def token_logprob(logits: Tensor, tokens: Tensor) -> Tensor:

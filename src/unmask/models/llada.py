@@ -7,20 +7,16 @@ positions only, and a cache of keys and values for windows of the row. Left out:
 than RMSNorm.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from functools import partial
 from typing import Any, cast
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutput
 
-from unmask.models.backbone import HeadAtPositions, KVCache, placed
+from unmask.models.backbone import HeadAtPositions, KVCache, Trunk
 
 # A published config that asks for one of these is another architecture; running it here would give wrong logits silently.
 _UNSUPPORTED = {
@@ -37,6 +33,7 @@ _UNSUPPORTED = {
 }
 
 
+@strict
 class LLaDAConfig(PretrainedConfig):
     """Shape of a LLaDA model, in the field names of the published ``config.json``.
 
@@ -57,48 +54,35 @@ class LLaDAConfig(PretrainedConfig):
         "max_position_embeddings": "max_sequence_length",
     }
 
-    def __init__(
-        self,
-        d_model: int = 4096,
-        n_heads: int = 32,
-        n_kv_heads: int | None = None,
-        n_layers: int = 32,
-        mlp_hidden_size: int | None = None,
-        mlp_ratio: int = 4,
-        vocab_size: int = 126464,
-        embedding_size: int | None = None,
-        max_sequence_length: int = 4096,
-        rope_theta: float = 500000.0,
-        rms_norm_eps: float = 1e-5,
-        weight_tying: bool = False,
-        mask_token_id: int | None = None,
-        init_std: float = 0.02,
-        task_defaults: dict[str, dict[str, Any]] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    d_model: int = 4096
+    n_heads: int = 32
+    n_kv_heads: int | None = None
+    n_layers: int = 32
+    mlp_hidden_size: int | None = None
+    mlp_ratio: int = 4
+    vocab_size: int = 126464
+    embedding_size: int | None = None
+    max_sequence_length: int = 4096
+    rope_theta: float | int = 500000.0
+    rms_norm_eps: float = 1e-5
+    weight_tying: bool = False
+    mask_token_id: int | None = None
+    init_std: float | int = 0.02
+    task_defaults: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
         for field, supported in _UNSUPPORTED.items():
             value = kwargs.get(field, supported)
             if value is not None and value != supported:
                 raise ValueError(f"LLaDA config has {field}={value!r}; only {field}={supported!r} is implemented")
-        self.d_model = d_model
-        self.n_heads = n_heads
-        self.n_kv_heads = n_kv_heads or n_heads
-        self.n_layers = n_layers
-        self.mlp_ratio = mlp_ratio
-        self.mlp_hidden_size = mlp_hidden_size or mlp_ratio * d_model
-        self.vocab_size = vocab_size
-        self.embedding_size = embedding_size or vocab_size
-        self.max_sequence_length = max_sequence_length
-        self.rope_theta = rope_theta
-        self.rms_norm_eps = rms_norm_eps
-        self.weight_tying = weight_tying
-        self.mask_token_id = mask_token_id
-        self.init_std = init_std
-        self.task_defaults = task_defaults or {}
-        super().__init__(**{**kwargs, "tie_word_embeddings": False})
-        if d_model % n_heads or n_heads % self.n_kv_heads:
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        self.mlp_hidden_size = self.mlp_hidden_size or self.mlp_ratio * self.d_model
+        self.embedding_size = self.embedding_size or self.vocab_size
+        self.task_defaults = self.task_defaults or {}
+        super().__post_init__(**{**kwargs, "tie_word_embeddings": False})
+        if self.d_model % self.n_heads or self.n_heads % self.n_kv_heads:
             raise ValueError(
-                f"LLaDA config has d_model={d_model}, n_heads={n_heads}, n_kv_heads={self.n_kv_heads}; "
+                f"LLaDA config has d_model={self.d_model}, n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}; "
                 "n_heads must divide d_model and n_kv_heads must divide n_heads"
             )
 
@@ -132,14 +116,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x32 * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
-Cached = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
 class LLaDABlock(GradientCheckpointingLayer):
     """Pre-norm attention and SwiGLU feed-forward, with the published parameter names (``ff_proj`` is the gate)."""
 
-    def __init__(self, config: LLaDAConfig) -> None:
+    def __init__(self, config: Any, layer: int) -> None:
         super().__init__()
+        self.layer = layer
         d, self.head_dim = config.d_model, config.d_model // config.n_heads
         self.groups = config.n_heads // config.n_kv_heads
         self.config = config
@@ -154,20 +136,19 @@ class LLaDABlock(GradientCheckpointingLayer):
         self.ff_out = nn.Linear(config.mlp_hidden_size, d, bias=False)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None, cached: Cached | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None, cache: KVCache | None = None
     ) -> Tensor:  # (B, T, d) -> (B, T, d)
-        x = x + self.attention(self.attn_norm(x), cos, sin, visible, cached)
+        x = x + self.attention(self.attn_norm(x), cos, sin, visible, cache)
         h = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
 
-    def attention(self, h: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None, cached: Cached | None) -> Tensor:
+    def attention(self, h: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None, cache: KVCache | None) -> Tensor:
         batch, length, _ = h.shape
-        q = self.q_proj(h).view(batch, length, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(h).view(batch, length, -1, self.head_dim).transpose(1, 2)
-        v = self.v_proj(h).view(batch, length, -1, self.head_dim).transpose(1, 2)
+        split = (batch, length, -1, self.head_dim)
+        q, k, v = (f(h).view(split).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cached is not None:
-            k, v = cached(k, v)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer)
         if self.groups > 1:
             k, v = k.repeat_interleave(self.groups, dim=1), v.repeat_interleave(self.groups, dim=1)
         if self.config._attn_implementation == "eager":
@@ -186,7 +167,6 @@ class LLaDAPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["LLaDABlock"]  # noqa: RUF012
     _supports_sdpa = True
-    _supports_attention_backend = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -196,15 +176,15 @@ class LLaDAPreTrainedModel(PreTrainedModel):
             module.weight.fill_(1.0)
 
 
-class LLaDAModel(LLaDAPreTrainedModel):
+class LLaDAModel(Trunk, LLaDAPreTrainedModel):  # type: ignore[misc]
     """The trunk: token ids to final hidden states."""
 
-    def __init__(self, config: LLaDAConfig) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.embedding_size, config.d_model),
-                "blocks": nn.ModuleList(LLaDABlock(config) for _ in range(config.n_layers)),
+                "blocks": nn.ModuleList(LLaDABlock(config, n) for n in range(config.n_layers)),
                 "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
             }
         )
@@ -218,30 +198,11 @@ class LLaDAModel(LLaDAPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.transformer["wte"] = value
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        cache: KVCache | None = None,
-        window: tuple[int, int] | None = None,
-        **_: Any,
-    ) -> BaseModelOutput:
-        """Final hidden states (B, T, d), or (B, W, d) of a window.
-
-        Args:
-            input_ids: (B, T) int64. attention_mask: (B, T), 0 = padding. position_ids: (B, T).
-            cache: keys and values to fill (a new one), or to use with a window.
-            window: columns [start, stop) to compute; keys and values of all others come from the cache.
-        """
-        position_ids, visible = placed(input_ids, attention_mask, position_ids)
-        start, stop = window or (0, input_ids.shape[1])
-        x = self.transformer["wte"](input_ids[:, start:stop])
-        heads = self.config.n_heads
-        cos, sin = rotary_table(position_ids[:, start:stop], self.config.d_model // heads, self.config.rope_theta)
-        for layer, block in enumerate(cast(nn.ModuleList, self.transformer["blocks"])):
-            x = block(x, cos, sin, visible, None if cache is None else partial(cache.update, layer, start))
-        return BaseModelOutput(last_hidden_state=self.transformer["ln_f"](x))
+    def run_layers(self, x: Tensor, position_ids: Tensor, visible: Tensor | None, cache: KVCache | None) -> Tensor:
+        cos, sin = rotary_table(position_ids, self.config.d_model // self.config.n_heads, self.config.rope_theta)
+        for block in cast(nn.ModuleList, self.transformer["blocks"]):
+            x = block(x, cos, sin, visible, cache)
+        return self.transformer["ln_f"](x)
 
 
 class LLaDAModelLM(HeadAtPositions, LLaDAPreTrainedModel):  # type: ignore[misc]
@@ -251,12 +212,6 @@ class LLaDAModelLM(HeadAtPositions, LLaDAPreTrainedModel):  # type: ignore[misc]
         super().__init__(config)
         self.model = LLaDAModel(config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.transformer["wte" if self.config.weight_tying else "ff_out"]

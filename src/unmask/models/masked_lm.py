@@ -23,10 +23,8 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 Text: TypeAlias = str | Sequence[int]
 """A text, or its token ids."""
-END_OF_TURN = (
-    "<|eot_id|>",
-    "<|im_end|>",
-)  # LLaDA and Llama, Dream and Qwen: ends the text where EOS only fills the canvas
+# Of LLaDA and Llama, of Dream and Qwen: ends the text where EOS only fills the canvas.
+END_OF_TURN = ("<|eot_id|>", "<|im_end|>")
 
 
 @dataclass
@@ -34,7 +32,7 @@ class MaskedLM:
     """A masked diffusion language model: backbone, tokenizer and the ids read from them.
 
     Attributes:
-        model: the backbone, whose forward takes ``positions`` (see ``LLaDAModelLM.forward``).
+        model: the backbone, whose forward takes ``positions`` (see ``HeadAtPositions.forward``).
         mask_id, eos_id, pad_id: int token ids. eot_id: the end-of-turn id, where the tokenizer has one beside EOS.
         max_length: the longest prompt + canvas that the checkpoint was made for, in tokens.
         weights: a fingerprint of the weight files, so that a record can name them.
@@ -61,7 +59,7 @@ class MaskedLM:
             found = getattr(tokenizer, field)
             return found if found is not None else getattr(config, field, None)
 
-        masks = {m for m in (tokenizer.mask_token_id, getattr(config, "mask_token_id", None)) if m is not None}
+        masks = {tokenizer.mask_token_id, getattr(config, "mask_token_id", None)} - {None}
         if len(masks) == 2:
             raise UserError(
                 f"{name} is refused: its tokenizer's mask token is {tokenizer.mask_token_id}, its config.json says "
@@ -75,18 +73,8 @@ class MaskedLM:
         turns = [vocabulary[t] for t in END_OF_TURN if t in vocabulary]
         if eos_id in turns:  # Qwen's chat models: what fills the canvas is their padding
             eos_id = pad_id
-        eot = [t for t in turns if t != eos_id]
-        return cls(
-            model=model,
-            tokenizer=tokenizer,
-            name=name,
-            mask_id=mask_id,
-            eos_id=eos_id,
-            pad_id=pad_id,
-            eot_id=eot[0] if eot else None,
-            max_length=config.max_position_embeddings,
-            weights=weights,
-        )
+        eot_id = next((t for t in turns if t != eos_id), None)
+        return cls(model, tokenizer, name, mask_id, eos_id, pad_id, eot_id, config.max_position_embeddings, weights)
 
     @property
     def device(self) -> torch.device:
@@ -99,28 +87,28 @@ class MaskedLM:
         """Tokens that end the text: EOS, and EoT where there is one."""
         return (self.eos_id,) if self.eot_id is None else (self.eos_id, self.eot_id)
 
-    def reduce(
+    def forward_head(
         self,
         ids: Tensor,
         attention_mask: Tensor | None,
         positions: Tensor,
-        reduce: Callable[[Head, Tensor], Result],
+        fn: Callable[[Head, Tensor], Result],
         cache: KVCache | None = None,
         window: tuple[int, int] | None = None,
     ) -> Result:
-        """One forward pass; what ``reduce`` makes of the head and the hidden states at ``positions``.
+        """One forward pass; what ``fn`` makes of the head and the hidden states at ``positions``.
 
         Args:
             ids: (B, T) int64. attention_mask: (B, T) bool, False = padding, or None.
             positions: (N,) int64 into the flattened rows; the hidden states are (N, d), each for its own position.
-            reduce: called once, with (head, hidden states).
-            cache, window: see ``LLaDAModel.forward``; with a window, ``positions`` count in the flattened window.
+            fn: called once, with (head, hidden states).
+            cache, window: see ``HeadAtPositions.forward``; with a window, ``positions`` count in the flattened window.
         """
         return self.model(
             input_ids=ids,
             attention_mask=attention_mask,
             positions=positions,
-            reduce=lambda hidden, embedding, head: reduce(Head.of(embedding, head, self.mask_id), hidden),
+            fn=lambda hidden, embedding, head: fn(Head.of(embedding, head, self.mask_id), hidden),
             cache=cache,
             window=window,
         ).logits
@@ -159,13 +147,11 @@ class MaskedLM:
         ``examples`` are earlier turns, (user's, assistant's), for few-shot prompts.
         """
         if not user.strip():
-            raise UserError("the prompt is empty: pass some text")
+            raise UserError("the prompt is empty: write some text")
         if self.tokenizer.chat_template is None:
             return "".join(f"{asked}{answered}\n\n" for asked, answered in examples) + user + prefill
-        messages = []
-        for asked, answered in examples:
-            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-        messages.append({"role": "user", "content": user})
+        turns = [turn for asked, answered in examples for turn in (("user", asked), ("assistant", answered))]
+        messages = [{"role": role, "content": text} for role, text in (*turns, ("user", user))]
         return read_typed(self.render(messages) + prefill)
 
     def render(self, messages: list[dict[str, str]], answer: bool = True, unfinished: bool = False) -> str:
@@ -179,14 +165,9 @@ class MaskedLM:
             UserError: where the template cannot be used for them.
         """
         # enable_thinking is Qwen3's: without it, its template asks for another format. Other templates pass it over.
+        how: dict[str, Any] = {"add_generation_prompt": answer, "continue_final_message": unfinished}
         try:
-            text = self.tokenizer.apply_chat_template(
-                messages,
-                add_generation_prompt=answer,
-                continue_final_message=unfinished,
-                tokenize=False,
-                enable_thinking=False,
-            )
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **how)
         except (TemplateError, ValueError, TypeError) as error:
             raise UserError(
                 f"the chat template of {self.name} refuses the messages ({error}): change them, or repair the template"
@@ -270,45 +251,40 @@ class MaskedLM:
             raise UserError(
                 f"{self.name} is refused: its mask id {self.mask_id} lies outside its vocabulary of {vocabulary}"
             )
-        training = self.model.training
-        self.model.eval()
         usable = torch.tensor([i for i in range(vocabulary) if i not in (self.mask_id, *self.end_ids)][:64])
         row = usable[torch.arange(12) * 5 % len(usable)].to(self.device)
         row[4:7] = self.mask_id
-        edited = row.clone()
-        edited[0], edited[-1] = row[1], row[-2]
-        every = torch.arange(12, device=self.device)
+        every, pads = torch.arange(12, device=self.device), torch.full((5,), self.pad_id, device=self.device)
+        training = self.model.training
+        self.model.eval()
 
-        def run(ids: Tensor, mask: Tensor | None = None, skip: int = 0) -> Tensor:
-            out = self.model(input_ids=ids[None], attention_mask=mask, positions=every + skip).logits.float()
-            return out
+        def run(*parts: Tensor, mask: Tensor | None = None, skip: int = 0) -> Tensor:
+            ids = torch.cat(parts)[None]
+            return self.model(input_ids=ids, attention_mask=mask, positions=every + skip).logits.float()
 
-        plain = run(row)
-        pads = torch.full((5,), self.pad_id, device=self.device)
-        mask = (torch.arange(17, device=self.device) >= 5)[None]
-        padded = run(torch.cat([pads, row]), mask, skip=5)
-        right = run(torch.cat([row[:-1], edited[-1:]]))
-        left = run(torch.cat([edited[:1], row[1:]]))
+        plain, right, left = run(row), run(row[:-1], row[-2:-1]), run(row[1:2], row[1:])
+        padded = run(pads, row, mask=(torch.arange(17, device=self.device) >= 5)[None], skip=5)
         self.model.train(training)
-        if not all(t.isfinite().all() for t in (plain, padded, left, right)):
-            raise UserError(f"{self.name} is refused: its logits are not finite (weights or rotary tables are broken)")
         scale = float(plain.std()) or 1.0
         found = {
             "padding": float((plain - padded).square().mean(-1).sqrt().max()) / scale,
             "left": float((plain - left)[-1].abs().max()) / scale,
             "right": float((plain - right)[0].abs().max()) / scale,
         }
+        finite = all(t.isfinite().all() for t in (plain, padded, left, right))
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.1
-        if found["padding"] > tolerance:
-            raise UserError(
-                f"{self.name} is refused: left padding changes its logits by {found['padding']:.2g} standard deviations "
-                f"(at most {tolerance:g}), so batches of different prompts would be wrong"
-            )
-        for side in ("left", "right"):
-            if found[side] == 0.0:
-                raise UserError(
-                    f"{self.name} is refused: it does not see tokens to the {side}, so it is not bidirectional"
-                )
+        for wrong, says in (
+            (not finite, "its logits are not finite (weights or rotary tables are broken)"),
+            (
+                found["padding"] > tolerance,
+                f"left padding changes its logits by {found['padding']:.2g} standard deviations (at most {tolerance:g}), so "
+                "batches of different prompts would be wrong",
+            ),
+            (found["left"] == 0.0, "it does not see tokens to the left, so it is not bidirectional"),
+            (found["right"] == 0.0, "it does not see tokens to the right, so it is not bidirectional"),
+        ):
+            if wrong:
+                raise UserError(f"{self.name} is refused: {says}")
         return found
 
     def info(self) -> dict[str, Any]:

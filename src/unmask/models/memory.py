@@ -1,35 +1,34 @@
-"""How much memory decoding and training need, before anything is loaded.
+"""How much memory decoding and training need, before anything is loaded: arithmetic from the configuration and the adapter.
 
     decoding = weights + activations + head
-    training = weights + gradients + optimiser + reference + activations + head + views
+    training = weights + gradients + optimizer + reference + activations + head + views
 
-weights: parameters × bytes (an adapter's are float32). gradients, optimiser: trained parameters × bytes, once (and once
-more in DDP's buckets, with several processes) and twice (AdamW). reference: a second copy of the weights, where all of them are
-trained and ``beta`` > 0. activations: a + b × layers for ``rows_per_forward`` rows; a and b are read off by tracing the model's
-own layers, two and three of them, forward and backward, on tensors without data. head: three float32 pieces of the logits,
-and the gradient of the whole head where it is trained. views: the token ids of every step of every completion: the only term
-in which the number of steps S and the group size G appear.
+A weight has e bytes (an adapter's 4), a product c (2 under autocast to bfloat16, else e); a pass has N = rows (P + L) tokens;
+the n layers have width d, feed-forward width f, queries q and keys kv wide (heads times head size).
+
+- weights: parameters times e. reference: as many again, where all of them are trained and ``beta`` > 0.
+- gradients, optimizer: trained parameters times their bytes, once (once more in DDP's buckets) and twice (AdamW).
+- head: three float32 pieces of the logits, and the gradient of the whole head where it is trained.
+- views: token ids of every step of every completion, the only term with the number of steps S and the group size G.
+- activations in decoding: N (2 e d + max(3 e f, (4 e + 16) q)): residual stream, norm, and a layer's widest moment: gate, up
+  and product, or queries, keys, values and output with a rotation in float32.
+- activations in training: n N s + N (3 c f + 8 d) + casts: what the layers keep for their backward pass, the gradients in the
+  layer where it begins, and copies of weights in c bytes. With checkpointing every layer keeps e d, and one at a time s.
+
+For a token, a layer keeps s = b (2 d, and q + kv where they are normed) + c (4 q + 3 f) + inputs: two values a norm (b = 8; 4
+of frozen norms); queries, keys, values and output of the attention; gate, activation and up; the inputs of the matrices,
+c (2 d + f), or c (5 d + f) where each keeps a copy cast for it, with an adapter of rank r c (5 d + f + q + 7 r).
 """
 
 from __future__ import annotations
 
-import copy
-import warnings
-import weakref
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel
 
-from unmask.models.adapters import LORA_TARGETS, adapter_config, adapter_errors
-from unmask.models.head import CACHED, GPU_CHUNK
-from unmask.models.load import meta_model
+from unmask.models.adapters import LORA_TARGETS, adapter_size
+from unmask.models.head import CPU_CHUNK, GPU_CHUNK
 from unmask.models.masked_lm import MaskedLM
 
 GIB = 2**30
@@ -43,7 +42,7 @@ class MemoryEstimate:
     activations: float
     head: float
     gradients: float = 0.0
-    optimiser: float = 0.0
+    optimizer: float = 0.0
     reference: float = 0.0
     views: float = 0.0
 
@@ -53,7 +52,7 @@ class MemoryEstimate:
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """What is asked of the model.
 
     Attributes:
@@ -77,114 +76,75 @@ class Load:
     processes: int = 1
     cuda: bool = False
 
-
-class _Live(TorchDispatchMode):
-    """Counts the bytes of tensors that are made and not yet freed."""
-
-    def __init__(self, *known: Tensor) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen: Any = weakref.WeakSet(t.untyped_storage() for t in known)
-        self.known = [t.untyped_storage() for t in known]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.seen:
-                self.seen.add(storage)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._free, storage.nbytes())
-        return out
-
-    def _free(self, size: int) -> None:
-        self.now -= size
+    @property
+    def tokens(self) -> int:
+        """Of one forward pass, N."""
+        return self.rows * (self.prompt + self.length)
 
 
-def _outlined(kind: type[PreTrainedModel], config: Any, load: Load, train: bool) -> Any:
-    """The model without data, with its adapter if one is trained."""
-    model = meta_model(kind, config, load.dtype)
-    if not (train and load.lora):
-        return model
-    from peft import get_peft_model
-
-    with torch.device("meta"), warnings.catch_warnings(), adapter_errors():
-        warnings.simplefilter("ignore", FutureWarning)  # between peft and transformers
-        return get_peft_model(model, adapter_config(load.lora, load.lora, load.targets))
+def _widths(config: Any) -> tuple[int, int, int, int]:
+    """d, f, q and kv of a model's layers."""
+    heads, keys = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return config.hidden_size, config.intermediate_size, heads * size, keys * size
 
 
-def _peak(kind: type[PreTrainedModel], config: Any, load: Load, layers: int, train: bool) -> int:
-    """Bytes alive at the peak of one pass through ``layers`` layers, beside weights and gradients."""
-    config = copy.deepcopy(config)
-    config.num_hidden_layers, config.vocab_size = layers, 64
-    if getattr(config, "embedding_size", None):
-        config.embedding_size = 64
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:1] * layers
-    for special in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        setattr(config, special, None)
-    model = _outlined(kind, config, load, train)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for module in model.modules():
-            for store in (module._parameters, module._buffers):
-                for name, old in store.items():
-                    if old is not None:
-                        new = torch.empty(old.shape, dtype=old.dtype)
-                        store[name] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-        parameters = list(model.parameters())
-        if train:
-            for p in parameters:
-                p.grad = torch.empty_like(p) if p.requires_grad else None
-        model.train(train)
-        if load.checkpointing and train:
-            model.activation_checkpointing_enable({"use_reentrant": False})
-        ids = torch.zeros(load.rows, load.prompt + load.length, dtype=torch.int64)
-        mask = torch.ones_like(ids, dtype=torch.bool)
-        grads = [p.grad for p in parameters if p.grad is not None]
-        live = _Live(ids, mask, *parameters, *grads, *model.buffers())
-        trunk = model.get_base_model().model if load.lora and train else model.model
-        autocast = torch.autocast("cpu", torch.bfloat16) if load.autocast and train else nullcontext()
-        with live, torch.set_grad_enabled(train), autocast:
-            hidden = trunk(ids, mask).last_hidden_state
-            if train:
-                hidden.sum().backward()
-    return live.peak
-
-
-def _pieces(load: Load, vocabulary: int) -> float:
+def _pieces(work: Workload, vocabulary: int) -> float:
     """Three float32 pieces of the logits: what one piece is turned into while it is read."""
-    rows, logits = GPU_CHUNK if load.cuda else CACHED
-    positions = min(rows, load.rows * load.length)
+    rows, logits = GPU_CHUNK if work.cuda else CPU_CHUNK
+    positions = min(rows, work.rows * work.length)
     return 3 * 4.0 * min(max(logits, positions), positions * vocabulary)
 
 
-def decoding_need(lm: MaskedLM, load: Load) -> MemoryEstimate:
-    """Bytes for decoding ``rows`` rows at a time; ``lm`` may be an ``outline``."""
-    kind, config = type(lm.model), lm.model.config
-    weights = sum(p.numel() * p.element_size() for p in meta_model(kind, config, load.dtype).parameters())
+def decoding_memory(lm: MaskedLM, work: Workload) -> MemoryEstimate:
+    """Bytes for decoding ``rows`` rows at a time; ``lm`` may be without weights (``load_meta``)."""
+    e, (d, f, q, _) = work.dtype.itemsize, _widths(lm.model.config)
     return MemoryEstimate(
-        weights, activations=_peak(kind, config, load, 2, train=False), head=_pieces(load, config.vocab_size)
+        weights=e * sum(p.numel() for p in lm.model.parameters()),
+        activations=work.tokens * (2 * e * d + max(3 * e * f, (4 * e + 16) * q)),
+        head=_pieces(work, lm.model.config.vocab_size),
     )
 
 
-def training_need(lm: MaskedLM, load: Load) -> MemoryEstimate:
-    """Bytes for reinforcement learning on one process, the rollout included (it needs less than the update)."""
-    kind, config = type(lm.model), lm.model.config
-    model = _outlined(kind, config, load, train=True)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    two, three = (_peak(kind, config, load, n, train=True) for n in (2, 3))
-    head = _pieces(load, config.vocab_size)
-    if not load.lora:
-        embedding = model.get_output_embeddings().weight
-        head += embedding.numel() * embedding.element_size()
-    tokens = load.prompt + load.length
-    need = MemoryEstimate(
-        weights,
-        two + (three - two) * (config.num_hidden_layers - 2),
-        head,
-        trained * min(2, load.processes),
-        2 * trained,
+def training_memory(lm: MaskedLM, work: Workload) -> MemoryEstimate:
+    """Bytes for reinforcement learning on one process, the rollout included (it needs less than the update).
+
+    Raises:
+        UserError: where an adapter's ``targets`` match no matrix of the model.
+    """
+    e = work.dtype.itemsize
+    parameters = sum(p.numel() for p in lm.model.parameters())
+    adapter = adapter_size(lm.model, work.lora, work.targets) if work.lora else 0
+    trained = 4 * adapter if work.lora else e * parameters
+    head: Any = lm.model.get_output_embeddings()
+    return MemoryEstimate(
+        weights=e * parameters + 4 * adapter,
+        activations=_training_activations(lm, work, adapter),
+        head=_pieces(work, lm.model.config.vocab_size) + (0 if work.lora else e * head.weight.numel()),
+        gradients=trained * min(2, work.processes),
+        optimizer=2 * trained,
+        reference=e * parameters if work.reference and not work.lora else 0.0,
+        views=float(work.completions * work.steps * (8 * (work.prompt + work.length) + work.length)),
     )
-    views = float(load.completions * load.steps * (8 * tokens + load.length))
-    return replace(need, reference=weights if load.reference and not load.lora else 0.0, views=views)
+
+
+def _training_activations(lm: MaskedLM, work: Workload, adapter: int) -> float:
+    d, f, q, kv = _widths(lm.model.config)
+    n, r = lm.model.config.num_hidden_layers, work.lora
+    e = work.dtype.itemsize
+    c = 2 if work.autocast else e
+    normed = 2 * d + (q + kv) * any("q_norm" in name for name, _ in lm.model.named_parameters())
+    if r:
+        inputs = (c if work.autocast else 4) * ((2 * d if c == 4 else 5 * d + q) + f + 7 * r)
+    else:
+        inputs = c * ((2 if c == e else 5) * d + f)
+    kept = (4 if r else 8) * normed + c * (4 * q + 3 * f) + inputs
+    gradients = 3 * c * f + 8 * d
+    frozen = c * n * d * (2 * q + 2 * kv + 3 * f) if c != e else 0
+    cached = (
+        (c * adapter if work.autocast else 0) if r else frozen
+    )  # of what is trained, until the forward pass has ended
+    frozen = frozen if r else 0
+    if not work.checkpointing:
+        return work.tokens * (n * kept + gradients) + cached + frozen
+    return work.tokens * n * e * d + max(cached, work.tokens * (kept + gradients) + (cached + frozen) / n)

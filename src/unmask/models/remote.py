@@ -38,7 +38,7 @@ class RemoteLM(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         positions: Tensor | None = None,
-        reduce: Callable[[Tensor, nn.Module, Callable[[Tensor], Tensor]], Any] | None = None,
+        fn: Callable[[Tensor, nn.Module, Callable[[Tensor], Tensor]], Any] | None = None,
         cache: Any = None,
         **_: Any,
     ) -> MaskedLMOutput:
@@ -51,7 +51,7 @@ class RemoteLM(nn.Module):
             raise UserError(f"the checkpoint's own code fails: {type(error).__name__}: {error}") from error
         if positions is not None:
             logits = logits.flatten(0, 1)[positions]
-        return MaskedLMOutput(logits=logits if reduce is None else reduce(logits, self.identity, self.identity))
+        return MaskedLMOutput(logits=logits if fn is None else fn(logits, self.identity, self.identity))
 
 
 def load(folder: Path, config: dict[str, Any], settings: dict[str, Any]) -> RemoteLM:

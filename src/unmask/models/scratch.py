@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import string
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -52,14 +52,14 @@ def new_model(shape: dict[str, Any], seed: int) -> tuple[LLaDAModelLM, PreTraine
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    fields = set(inspect.signature(LLaDAConfig.__init__).parameters) - {"self", "kwargs", "embedding_size", *ids}
+    fields = set(LLaDAConfig.__annotations__) - {"embedding_size", *ids}
     for key in shape:
         if key not in fields:
             raise unknown("key of new_model", key, fields)
     try:
         config = LLaDAConfig(**shape, **ids, architectures=["LLaDAModelLM"])
-    except (ValueError, TypeError, ArithmeticError) as error:
-        raise UserError(f"new_model is no LLaDA shape: {error}") from None
+    except (ValueError, ArithmeticError, StrictDataclassError) as error:
+        raise UserError(f"new_model is no LLaDA shape: {' '.join(str(error).split())}") from None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LLaDAModelLM(config)

@@ -14,7 +14,7 @@ from unmask.decoding.trajectory import Trajectory
 from unmask.io.files import as_yaml
 from unmask.models.adapters import check_precision
 from unmask.models.load import load_meta
-from unmask.models.memory import GIB, Load, training_need
+from unmask.models.memory import GIB, Workload, training_memory
 from unmask.rl.config import RLConfig
 from unmask.rl.objectives import OBJECTIVES
 from unmask.rl.rewards import check_weights, reward_functions, reward_names
@@ -99,9 +99,9 @@ def dry_run(config: RLConfig) -> str:
 
     old, reference, joint = (passes(work.every) * n for n in (work.old, work.reference, work.joint))
     steps, views, copies = work.steps, work.views, work.copies
-    need = training_need(
+    need = training_memory(
         lm,
-        Load(
+        Workload(
             lm.model.dtype,
             min(config.rows_per_forward, views * config.batch_size) * copies,
             prompt,

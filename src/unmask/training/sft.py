@@ -104,7 +104,7 @@ class DiffusionTrainer(ResumableTrainer):
         def score(hidden: Tensor, embedding: Any, head: Callable[[Tensor], Tensor]) -> Tensor:
             return score_tokens(Head.of(embedding, head, mask_id=-1), hidden, targets)[0]  # -1: no token is left out
 
-        logprob = model(input_ids=noisy, attention_mask=visible, positions=masked, reduce=score).logits
+        logprob = model(input_ids=noisy, attention_mask=visible, positions=masked, fn=score).logits
         times = t.to(ids.device)[masked.nonzero()[:, 0]]
         return diffusion_loss(logprob, times, learned.sum().clamp(min=1))
 
