@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import re
+import sys
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -18,6 +20,7 @@ from unmask.errors import UserError, unknown
 from unmask.io.files import as_yaml, expand_home, read_yaml, write_text
 
 T = TypeVar("T")
+Entry = TypeVar("Entry")
 _FRAME = re.compile(r"[│╭╮╰╯]")
 _REGISTRY = tyro.constructors.ConstructorRegistry()
 LORA_TARGETS = (
@@ -124,6 +127,40 @@ def build(cls: type[T], parameters: Mapping[str, Any], what: str) -> T:
         if key not in fields:
             raise unknown(f"parameter of {what}", key, fields)
     return cls(**{k: convert(v, hints[k], f"{k} of {what}") for k, v in parameters.items()})
+
+
+class Registry(dict[str, T]):
+    """What settings call by name: registered by the decorator, or anywhere as ``package.module:name``."""
+
+    def __init__(self, kind: str) -> None:
+        """``kind`` is what a message calls an entry, e.g. ``"task"``."""
+        super().__init__()
+        self.kind = kind
+
+    def register(self, name: str) -> Callable[[Entry], Entry]:
+        """A decorator that adds a class or a function under ``name``."""
+
+        def add(entry: Entry) -> Entry:
+            self[name] = typing.cast(T, entry)
+            return entry
+
+        return add
+
+    def resolve(self, name: str) -> T:
+        """The entry of a name; modules of the working folder are found too. UserError where there is none."""
+        if name in self:
+            return self[name]
+        module, _, attribute = name.partition(":")
+        if not (module and attribute):
+            raise unknown(self.kind, name, [*self, "package.module:name"])
+        sys.path.insert(0, here := str(Path.cwd()))
+        try:
+            found: T = getattr(importlib.import_module(module), attribute)
+        except Exception as error:  # noqa: BLE001  (a user's module may raise anything)
+            raise UserError(f"cannot import {self.kind} {name!r}: {type(error).__name__}: {error}") from None
+        finally:
+            sys.path.remove(here)
+        return found
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------

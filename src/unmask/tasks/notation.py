@@ -5,34 +5,15 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_SYMBOLS = {
-    "−": "-",
-    "×": r"\times ",
-    "✕": r"\times ",
-    "✖": r"\times ",
-    "·": r"\cdot ",
-    "⋅": r"\cdot ",
-    "∙": r"\cdot ",
-    "∗": "*",
-    "÷": r"\div ",
-    "∕": "/",
-    "⁄": "/",
-    "π": r"\pi ",
-    "∞": r"\infty ",
-    "±": r"\pm ",
-    "≈": r"\approx ",
-    "≤": r"\leq ",
-    "≥": r"\geq ",
-    "≠": r"\neq ",
-    "∈": r"\in ",
-    "∪": r"\cup ",
-    "∩": r"\cap ",
-    "°": r"^\circ ",
-    "’": "'",
-    "‘": "'",
-    "“": '"',
-    "”": '"',
-    "\ufe0f": "",
+_SYMBOLS = dict(zip("−∗∕⁄’‘“”", "-*//''\"\"", strict=True)) | {"\ufe0f": "", "°": r"^\circ "}
+_SYMBOLS |= {
+    sign: rf"\{command} "
+    for command, signs in zip(
+        ("times", "cdot", "div", "pi", "infty", "pm", "approx", "leq", "geq", "neq", "in", "cup", "cap"),
+        ("×✕✖", "·⋅∙", "÷", "π", "∞", "±", "≈", "≤", "≥", "≠", "∈", "∪", "∩"),
+        strict=True,
+    )
+    for sign in signs
 }
 
 
@@ -43,9 +24,7 @@ class _Table(dict[int, str]):
         character = chr(code)
         kind, *codes = unicodedata.decomposition(character).split() or [""]
         category = unicodedata.category(character)
-        if character in _SYMBOLS:
-            written = _SYMBOLS[character]
-        elif code < 128:
+        if code < 128:
             written = character
         elif category in ("Pd", "Zs", "So"):
             written = "-" if category == "Pd" else " "
@@ -62,7 +41,7 @@ class _Table(dict[int, str]):
         return written
 
 
-_TABLE = _Table()
+_TABLE = _Table(str.maketrans(_SYMBOLS))
 _RAISED = re.compile("[⁰¹²³⁴-⁹⁺⁻ⁿ]+")
 _FRACTIONS = re.compile("[¼-¾⅐-⅞]{2,}")  # no number, and each would become eleven characters
 _LOWERED = re.compile("[₀-₉]+")
@@ -95,6 +74,7 @@ _LATEX = (
     (re.compile(r"(?<![\\a-zA-Z])pi(?![a-zA-Z])"), r"\\pi"),
 )
 _STYLE = re.compile(r"\\(text[a-z]*|mbox|math(?:rm|bf|it|sf|tt|normal)|boldsymbol|bm|emph|underline)\s*\{([^{}]*)\}")
+FRACTION = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _SHORT_FRACTION = re.compile(r"\\frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))")
 _THOUSANDS = re.compile(
     r"(?<![\w.,'])(?<![0-9] )[0-9]{1,3}(?:(?: [0-9]{3})+|(?:'[0-9]{3})+|(?:\\?_[0-9]{3})+)(?![0-9'_]|\s*/|\s[0-9])"
