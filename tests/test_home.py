@@ -71,7 +71,7 @@ def test_evaluations_reports_and_studies(home: Path) -> None:
     assert main(["study", write(home, output="~/study", evaluate=tables)]) == 0
     assert (home / "study" / "table.md").is_file()
     (home / "prompt.txt").write_text("Solve {question}")
-    task = make_task("gsm8k:prompt=~/prompt.txt,data=~/gsm8k.jsonl", {})
+    task = make_task("gsm8k:template=~/prompt.txt,data=~/gsm8k.jsonl", {})
     assert task.data == str(home / "gsm8k.jsonl")
     assert make_decoder("~/ass.yaml").name == "ass" and make_decoder("~/ass.yaml:temperature=1").temperature == 1
     assert build(SFTConfig, {"output": "x", "tasks": ["a"], "model": "~/m", "steps": 1}, "x").model == f"{home}/m"

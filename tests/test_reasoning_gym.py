@@ -78,13 +78,13 @@ def test_problems_are_those_of_the_data_set_and_its_verifier_grades_them() -> No
     problems = task.problems("test", 8, seed=3)
     assert [p.question for p in problems] == [entry["question"] for entry in test]
     right = [f"<answer>{entry['answer']}</answer>" for entry in test]
-    assert task.rewards()["leg_counting"][0]([], right, problem=problems) == [1.0] * 8
+    assert list(task.rewards()) == ["leg_counting"] and task.reward([""], right, problem=problems) == [1.0] * 8
     assert not task.grade(problems[0], "<answer>-1</answer>").solved
 
 
 def test_more_problems_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(verifier.SIZES, "leg_counting", 40)
-    with pytest.raises(UserError, match="different test problems of leg_counting found: ask for fewer"):
+    with pytest.raises(UserError, match="different test problems of task reasoning_gym_leg_counting exist: ask for fewer"):
         make_task("reasoning_gym:leg_counting", {}).problems("test", 50)
 
 
