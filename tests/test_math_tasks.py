@@ -134,7 +134,7 @@ def test_no_network_is_one_sentence_and_fast(monkeypatch: pytest.MonkeyPatch, tm
         ("a.json", "[]", r"a\.json holds no rows"),
         ("a.parquet", "x", "cannot read the data file"),
         ("a.jsonl", None, r"cannot read .*a\.jsonl"),
-        (".", None, r"use a folder with test\.jsonl, \.json or \.parquet"),
+        (".", None, r"no \.json, \.jsonl, \.parquet file of the test split: use a folder with train"),
     ],
 )
 def test_faulty_sources_are_named(tmp_path: Path, file: str, content: str | None, message: str) -> None:
@@ -162,7 +162,7 @@ def test_prompts(tmp_path: Path) -> None:
     file.write_text("Q:")
     for spec, message in (
         (f"template={file}", r"lacks \{question\}"),
-        ("template=box", "'box': choose boxed or tags, or a text file that exists"),
+        ("template=box", "cannot read the template .boxed, tags or a file. box"),
         ("style=compact", "has no style 'compact'"),
     ):
         with pytest.raises(UserError, match=message):

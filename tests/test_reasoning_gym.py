@@ -84,7 +84,9 @@ def test_problems_are_those_of_the_data_set_and_its_verifier_grades_them() -> No
 
 def test_more_problems_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(verifier.SIZES, "leg_counting", 40)
-    with pytest.raises(UserError, match="different test problems of task reasoning_gym_leg_counting exist: ask for fewer"):
+    with pytest.raises(
+        UserError, match="different test problems of task reasoning_gym_leg_counting exist: ask for fewer"
+    ):
         make_task("reasoning_gym:leg_counting", {}).problems("test", 50)
 
 

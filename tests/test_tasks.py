@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from fractions import Fraction
 from itertools import permutations
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unmask import UserError, make_task
+from unmask import Grade, Problem, Task, UserError, make_task
 from unmask.cli import main
 from unmask.errors import TooFewProblems
 from unmask.tasks import TASKS, base
@@ -47,14 +48,29 @@ def test_worked_responses_are_right(spec: str) -> None:
         assert grade.solved and grade.points == grade.possible
 
 
-def test_take_unique_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+class Letters(Task):
+    """Draws ``letters``; a space is a draw that brought no problem."""
+
+    name = "letters"
+    letters = "a abb cab "
+
+    def draw(self, seed: int) -> Iterator[Problem | None]:
+        return (None if letter == " " else Problem(letter, letter, {}) for letter in self.letters)
+
+    def home_split(self, problem: Problem) -> str:
+        return "test"
+
+    def grade(self, problem: Problem, completion: str) -> Grade:
+        return Grade.of(False, None)
+
+
+def test_different_problems_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "MAX_CONSECUTIVE_DUPLICATES", 3)
-    problems = {key: base.Problem(key, key, {}) for key in "abc"}
-    drawn = [key and (key, problems[key]) for key in ("a", None, "a", "b", "b", None, "c", "a", "b", None)]
-    assert base.take_unique(drawn, 3, "x") == list(problems.values())
-    for draws in (drawn, drawn[:7]):  # misses in a row, and no more draws
-        with pytest.raises(TooFewProblems, match="only 3 different letters: ask for fewer"):
-            base.take_unique(draws, 4, "letters: ask for fewer")
+    assert [p.id for p in Letters().problems("test", 3)] == ["a", "b", "c"]
+    for letters in ("a abb cab d", "a abb c"):  # misses in a row, and no more draws
+        monkeypatch.setattr(Letters, "letters", letters)
+        with pytest.raises(TooFewProblems, match="only 3 different test problems of task letters exist: ask for fewer"):
+            Letters().problems("test", 4)
 
 
 @pytest.mark.parametrize(

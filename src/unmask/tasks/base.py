@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -80,14 +80,23 @@ class Task(ABC):
         return self.generate(split, limit, seed) if self.data is None else self.read(self.data, split, seed)[:limit]
 
     def generate(self, split: str, limit: int | None, seed: int) -> list[Problem]:
-        """The first ``limit`` different problems of a split that are drawn. Splits are disjoint whatever the seeds."""
+        """The first ``limit`` different problems of a split that are drawn. Splits are disjoint whatever the seeds.
+
+        Raises TooFewProblems where the draws end, or MAX_CONSECUTIVE_DUPLICATES in a row brought nothing new.
+        """
         if limit is None:
             raise UserError(f"task {self.name} generates problems without end: set a limit")
-        drawn = (
-            (self.dedup_key(problem, split), problem) if problem and self.home_split(problem) == split else None
-            for problem in self.draw(seed)
-        )
-        return take_unique(drawn, limit, f"{split} problems of task {self.label} exist: ask for fewer")
+        found: dict[str, Problem] = {}
+        misses = 0
+        for problem in self.draw(seed):
+            misses += 1
+            if problem and self.home_split(problem) == split and (key := self.dedup_key(problem, split)) not in found:
+                found[key], misses = problem, 0
+            if len(found) == limit:
+                return list(found.values())
+            if misses == MAX_CONSECUTIVE_DUPLICATES:
+                break
+        raise TooFewProblems(f"only {len(found)} different {split} problems of task {self.label} exist: ask for fewer")
 
     def draw(self, seed: int) -> Iterator[Problem | None]:
         """Problems of all splits from a seed, usually without end; None for a draw that brought none."""
@@ -173,24 +182,6 @@ class Task(ABC):
     def config(self) -> dict[str, Any]:
         """Name and all parameters, for a record."""
         return {"name": self.name, **asdict(self)}
-
-
-def take_unique(drawn: Iterable[tuple[str, Problem] | None], limit: int, what: str) -> list[Problem]:
-    """The first ``limit`` different ones of drawn (dedup key, problem); None is a draw without one.
-
-    Raises TooFewProblems, which calls them ``what``, where the draws end or MAX_CONSECUTIVE_DUPLICATES brought nothing new.
-    """
-    found: dict[str, Problem] = {}
-    misses = 0
-    for draw in drawn:
-        misses = misses + 1 if draw is None or draw[0] in found else 0
-        if draw is not None:
-            found.setdefault(*draw)
-        if len(found) == limit:
-            return list(found.values())
-        if misses == MAX_CONSECUTIVE_DUPLICATES:
-            break
-    raise TooFewProblems(f"only {len(found)} different {what}")
 
 
 def bucket(key: str, buckets: int = 100) -> int:

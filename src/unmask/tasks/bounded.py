@@ -36,7 +36,7 @@ class Helper:
         self.lock = threading.Lock()
 
     def ask(self, *question: Any) -> Any:
-        """The reply to a question of JSON values; None where it took too much time or memory.
+        """The reply to a question of JSON values; None where there is none, or it took too much time or memory.
 
         Raises:
             TimeoutError: if no reply came in WALL_SECONDS, twice. The next question starts another process.
@@ -90,7 +90,7 @@ def main(prepare: Callable[[], Callable[..., Any]]) -> None:
     """What the helper's script calls: limits memory, makes the function that answers, and serves.
 
     A line is the JSON list of the function's arguments; its result goes out as a line. A copy of this process answers, within
-    its time; whenever one is ended, null is the reply and another goes on.
+    its time; where it raises null is the reply, and where it is ended too, then another goes on.
     """
     with suppress(ImportError, ValueError, OSError):  # where the system can
         import resource
@@ -106,7 +106,11 @@ def main(prepare: Callable[[], Callable[..., Any]]) -> None:
         print("null", file=replies, flush=True)
     for line in iter(sys.stdin.readline, ""):
         limit_time(CPU_SECONDS)
-        print(json.dumps(answer(*json.loads(line))), file=replies, flush=True)
+        try:
+            reply = answer(*json.loads(line))
+        except Exception:  # noqa: BLE001  (code of others, which stumbles over some text)
+            reply = None
+        print(json.dumps(reply), file=replies, flush=True)
 
 
 def limit_time(seconds: float) -> None:

@@ -110,13 +110,6 @@ def _entry(name: str, options: Options, seed: int, index: int) -> dict[str, Any]
     return source[index]
 
 
-def _question(*problem: Any) -> str | None:
-    try:
-        return str(_entry(*problem)["question"])
-    except Exception:  # noqa: BLE001  (a generator that is not ours)
-        return None
-
-
 def _score(name: str, options: Options, seed: int, index: int, answer: str) -> float:
     try:
         entry = deepcopy(_entry(name, options, seed, index))
@@ -151,11 +144,15 @@ def _probe(name: str, options: Options) -> str:
 
 
 def _answers() -> Callable[..., Any]:
-    """The helper's function: what is asked, then the arguments of ``_probe``, ``_question`` or ``_score``."""
+    """The helper's function: what is asked, then the arguments of ``_probe``, ``_entry`` or ``_score``."""
     import reasoning_gym  # noqa: F401  (slow: before copies are made)
 
     sys.addaudithook(_guard)
-    asked: dict[str, Callable[..., Any]] = {"probe": _probe, "question": _question, "score": _score}
+    asked: dict[str, Callable[..., Any]] = {
+        "probe": _probe,
+        "question": lambda *problem: str(_entry(*problem)["question"]),
+        "score": _score,
+    }
     return lambda what, name, options, *more: asked[what](name, tuple(map(tuple, options)), *more)
 
 

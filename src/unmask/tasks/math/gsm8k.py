@@ -57,7 +57,7 @@ class GSM8K(HubMathTask):
 
         def correct(problem: Problem, completion: str) -> float:
             stated = problem.truth.get("stated", problem.truth["answer"])
-            return float(released.last_tags(self.whole(completion)) == stated)
+            return float(released.last_tags(self.full_text(completion)) == stated)
 
         forms = (released.strict_format, released.soft_format, released.integer, released.tag_count)
         return {"correct": (correct, 2.0)} | {form.__name__: (self.of_text(form), 0.5) for form in forms}

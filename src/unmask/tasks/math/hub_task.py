@@ -7,12 +7,11 @@ import os
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from unmask.errors import TooFewProblems, UserError
 from unmask.io.files import read_text
-from unmask.io.hub import SUFFIXES, load_split
+from unmask.io.hub import load_split
 from unmask.tasks import answers
 from unmask.tasks.base import Judge, Problem, Task, bucket
 
@@ -54,14 +53,9 @@ class HubMathTask(Task):
         """The prompt with ``{question}`` where the question goes. Raises UserError for a file that is not one."""
         if self.template in TEMPLATES:
             return TEMPLATES[self.template]
-        if not os.path.isfile(self.template):
-            choices = " or ".join(TEMPLATES)
-            raise UserError(
-                f"template of task {self.name} is {self.template!r}: choose {choices}, or a text file that exists"
-            )
-        text = read_text(self.template, "the template file")
+        text = read_text(self.template, f"the template ({', '.join(TEMPLATES)} or a file)")
         if "{question}" not in text:
-            raise UserError(f"the template file {self.template} lacks {{question}}: put it where the question goes")
+            raise UserError(f"the template {self.template} lacks {{question}}: put it where the question goes")
         return text
 
     def instruction(self, problem: Problem) -> str:
@@ -81,37 +75,34 @@ class HubMathTask(Task):
 
     def generate(self, split: str, limit: int | None, seed: int) -> list[Problem]:
         """Problems of the hub's data set; ``train`` and ``validation`` are parts of its training split."""
-        source = "test" if split == "test" else "train"
-        name, configuration = self.hub[source]
-        rows = load_split(name, source, configuration, f"a local file or folder as {self.name}:data=PATH")
-        found = split_problems(self.parse_rows(rows), split, seed)
+        found = self._read_split(None, split, seed, f"a local file or folder as {self.name}:data=PATH")
         if limit is not None and limit > len(found) and split != "test":
             raise TooFewProblems(f"task {self.name} has {len(found)} {split} problems, not {limit}: ask for fewer")
         return found[:limit]
 
     def read(self, path: str, split: str, seed: int) -> list[Problem]:
         """Problems of a file (all are test problems) or of a folder: its ``train.*`` and ``test.*``, or a copy of the hub's."""
-        folder = Path(path)
-        if not folder.is_dir():
+        if not os.path.isdir(path):
             return super().read(path, split, seed)
+        return self._read_split(path, split, seed, "a folder with train and test files, or a copy of the hub's")
+
+    def _read_split(self, folder: str | None, split: str, seed: int, instead: str) -> list[Problem]:
         source = "test" if split == "test" else "train"
-        files = [str(file) for suffix in SUFFIXES if (file := folder / f"{source}{suffix}").is_file()]
-        configuration = self.hub[source][1] if (folder / "README.md").is_file() else None
-        wanted = f"a folder with {source}.jsonl, .json or .parquet, or a copy of the hub's"
-        rows = load_split([*files, path][0], source, configuration, wanted)
+        name, configuration = self.hub[source]
+        rows = load_split(folder or name, source, configuration, instead)
         return split_problems(self.parse_rows(rows), split, seed)
 
     def correct(self, problem: Problem, completion: str) -> float:
         """1 where the grader of the evaluation finds the answer right, else 0."""
         return float(self.grade(problem, completion).solved)
 
-    def whole(self, completion: str) -> str:
+    def full_text(self, completion: str) -> str:
         """Prefill and completion up to its end token: what a format is judged by, as the prompt ends inside the answer."""
         return self.prefill + answers.cut_at_end(completion)
 
     def of_text(self, rate: Callable[[str], float]) -> Judge:
-        """The judge that rates the whole text."""
-        return lambda _, completion: rate(self.whole(completion))
+        """The judge that rates the full text."""
+        return lambda _, completion: rate(self.full_text(completion))
 
 
 def split_problems(problems: Iterable[Problem], split: str, seed: int) -> list[Problem]:

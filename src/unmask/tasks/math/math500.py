@@ -73,7 +73,7 @@ class MATH500(HubMathTask):
         """The last box (all of the text where none closes) is compared; for the form no box counts: it seeks no ``\\boxed``."""
 
         def correct(problem: Problem, completion: str) -> float:
-            text = self.whole(completion)
+            text = self.full_text(completion)
             box = released.last_box(text)
             return float(released.same_latex(text if box is None else box, problem.truth["answer"]))
 
