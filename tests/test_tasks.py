@@ -215,7 +215,8 @@ def test_countdown_rewards_by_hand() -> None:
         ("reasoning_gym:leg_counting,max_animal=3", "did you mean 'max_animals'"),
     ],
 )
-def test_wrong_task_specs_name_the_fix(spec: str, message: str) -> None:
+def test_wrong_task_specs_name_the_fix(spec: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent)
     with pytest.raises(UserError, match=message):
         make_task(spec, {})
 
