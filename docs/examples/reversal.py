@@ -6,14 +6,13 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from string import ascii_lowercase
-from typing import ClassVar
 
 from unmask.tasks import Grade, Judge, Problem, Task
 
 
 @dataclass(frozen=True)
 class Reversal(Task):
-    name: ClassVar[str] = "reversal"
+    name = "reversal"
 
     length: int = 5
     """Letters of a string; every field is a parameter of the task."""

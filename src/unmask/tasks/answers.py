@@ -101,8 +101,6 @@ def final(text: str, numeric: bool = False) -> tuple[str, bool] | None:
     return content.strip(), in_box
 
 
-# ---- arithmetic ------------------------------------------------------------------------------------------------------
-
 Operators = dict[type[ast.operator], Callable[[Any, Any], Any]]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import cache
 from itertools import combinations
-from typing import Any, ClassVar
+from typing import Any
 
 from unmask.errors import UserError
 from unmask.tasks import answers, released
@@ -29,7 +29,7 @@ Think between <reasoning> and </reasoning>, then write only the final expression
 @TASKS.register("countdown")
 @dataclass(frozen=True)
 class Countdown(Task):
-    name: ClassVar[str] = "countdown"
+    name = "countdown"
 
     numbers: int = 3
     """How many numbers a problem gives (the paper: 3)."""
@@ -43,9 +43,7 @@ class Countdown(Task):
         if not self.operators or set(self.operators) - set("+-*/"):
             raise UserError(f"operators of task countdown is {self.operators!r}: choose some of + - * /")
         if self.max_value < 5 or self.max_target < 10:
-            raise UserError(
-                "max_value and max_target of task countdown leave too few problems: choose at least 5 and 10"
-            )
+            raise UserError("max_value and max_target of task countdown are too small: choose at least 5 and 10")
 
     def draw(self, seed: int) -> Iterator[Problem | None]:
         """Problems of reasoning-gym; the compact style leaves out those whose solution its search cannot write."""

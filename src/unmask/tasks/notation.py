@@ -47,7 +47,7 @@ _FRACTIONS = re.compile("[¼-¾⅐-⅞]{2,}")  # no number, and each would becom
 _LOWERED = re.compile("[₀-₉]+")
 _ROOT = re.compile(r"(?:√|(?<![\\a-zA-Z])sqrt)\s*(?:\(([^()]*)\)|\{([^{}]*)\}|([0-9]+(?:\.[0-9]+)?|[a-z](?![a-z])))")
 
-_MARKDOWN = (
+_RULES = (  # Markdown, then LaTeX
     (re.compile(r"```[a-z]*[ \t]*(?=\n)|`"), ""),
     (re.compile(r"(?m)^[ \t]*#{1,6}[ \t]+"), ""),
     (re.compile(r"</?(?:b|i|u|em|strong|mark|code|span)>", re.IGNORECASE), ""),
@@ -55,8 +55,6 @@ _MARKDOWN = (
     (re.compile(r"(?<![\w)}*\\])(\*{2,3})(?=[^\s*])((?:[^*\n]|\*(?!\*))+)\1(?![\w({*\\])"), r"\2"),
     (re.compile(r"(?<![\w)}*\\])\*(?=[^\s*])([^*\n]+)\*(?![\w({*\\])"), r"\1"),
     (re.compile(r"(?<![\w}\\])(_{1,2})(?=[^\s_])([^_\n]+)\1(?!\w)"), r"\2"),
-)
-_LATEX = (
     (re.compile(r"\\(?:text)?color\s*\{[^{}]*\}"), ""),
     (re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle)(?![a-zA-Z])\.?"), ""),
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
@@ -99,7 +97,7 @@ def plain(text: str) -> str:
         text = _FRACTIONS.sub("?", text)
         text = _RAISED.sub(lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", text)
         text = _LOWERED.sub(lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text).translate(_TABLE)
-    for pattern, replacement in (*_MARKDOWN, *_LATEX):
+    for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
     text = _SHORT_FRACTION.sub(
         lambda m: f"\\frac{{{m[1] or m[2] or ''}}}{{{m[3] or m[4] or ''}}}", _STYLE.sub(_unstyled, text)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
 
 from unmask.errors import UserError, unknown
 from unmask.tasks import answers, verifier
@@ -22,8 +21,8 @@ Think between <reasoning> and </reasoning>, then write only the final answer bet
 @TASKS.register("reasoning_gym")
 @dataclass(frozen=True)
 class ReasoningGym(Task):
-    name: ClassVar[str] = "reasoning_gym"
-    score_name: ClassVar[str] = "score"
+    name = "reasoning_gym"
+    score_name = "score"
 
     dataset: str = ""
     options: tuple[tuple[str, str], ...] = ()

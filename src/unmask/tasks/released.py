@@ -11,8 +11,6 @@ from typing import Any
 from unmask.tasks import answers
 from unmask.tasks.base import Problem
 
-# ---- tags and boxes --------------------------------------------------------------------------------------------------
-
 
 def first_tags(text: str) -> str | None:
     """The text from the first opening tag to the next closing one."""
@@ -50,11 +48,8 @@ def last_box(text: str) -> str | None:
     return None
 
 
-# ---- GSM8K -----------------------------------------------------------------------------------------------------------
-
-
 def number(text: str) -> float | None:
-    """The first box that holds a number, as a whole or by its first one, else the first answer tags by their last.
+    """GSM8K: the first box that holds a number, as a whole or by its first one, else the first answer tags by their last.
 
     Thousands separators are not read.
     """
@@ -102,11 +97,8 @@ def tag_count(text: str) -> float:
     return 0.25 * sum(once) - 0.002 * behind
 
 
-# ---- MATH ------------------------------------------------------------------------------------------------------------
-
-
 def latex(text: str) -> str:
-    """The last box; the first answer tags where that box is open or empty; without any box the whole completion."""
+    """MATH: the last box; the first answer tags where it is open or empty; without any box the whole completion."""
     return last_box(text) or first_tags(text) or ""
 
 
@@ -152,11 +144,8 @@ def _normal(text: str) -> str | None:
     return text
 
 
-# ---- Countdown and Sudoku --------------------------------------------------------------------------------------------
-
-
 def expression(text: str) -> str:
-    """The last box; the answer tags where it stays open; else all. Of its first ``expression = number`` the expression."""
+    """Countdown: the last box, the tags where it stays open, or all; of its first ``expression = number`` the expression."""
     found = last_box(text)
     if found is None:
         tags = first_tags(text)
@@ -199,7 +188,7 @@ _GRIDS = (  # where a grid is looked for, in this order
 
 
 def grid(text: str) -> str:
-    """A fenced grid, the answer up to its end, what is after it, before it, or anywhere; 16 characters, filled with ``0``."""
+    """Sudoku: a fenced grid, the answer up to its end, what is after it, before it, or anywhere; filled with ``0`` to 16."""
     for start, pattern in _GRIDS:
         # From the first tag on only, so that hostile text costs linear time.
         found = re.search(pattern, text[text.find(start) :], re.DOTALL) if start in text else None

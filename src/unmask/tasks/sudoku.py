@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import permutations
-from typing import Any, ClassVar
+from typing import Any
 
 from unmask.errors import UserError
 from unmask.tasks import answers, released
@@ -34,9 +34,9 @@ _WORDS = re.compile(r"[a-zA-Z]{2,}")
 @TASKS.register("sudoku")
 @dataclass(frozen=True)
 class Sudoku(Task):
-    name: ClassVar[str] = "sudoku"
-    score_name: ClassVar[str] = "cell accuracy"
-    splits: ClassVar[tuple[str, ...]] = ("train", "validation", "test", "heldout")
+    name = "sudoku"
+    score_name = "cell accuracy"
+    splits = ("train", "validation", "test", "heldout")
 
     min_empty: int = 6
     max_empty: int = 11

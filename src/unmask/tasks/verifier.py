@@ -67,9 +67,6 @@ def score(name: str, options: Options, seed: int, index: int, answer: str) -> fl
     return float(_ask("score", name, options, seed, index, answer) or 0)
 
 
-# ---- in the helper ---------------------------------------------------------------------------------------------------
-
-
 class _Guard:
     """An audit hook that is at work while ``own``, the texts that may be compiled, is not None."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any
 
 from unmask.tasks import answers, released
 from unmask.tasks.base import TASKS, Grade, Judge, Problem
@@ -18,8 +18,8 @@ _TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 @TASKS.register("gsm8k")
 @dataclass(frozen=True)
 class GSM8K(HubMathTask):
-    name: ClassVar[str] = "gsm8k"
-    hub: ClassVar[dict[str, tuple[str, str | None]]] = dict.fromkeys(("train", "test"), ("openai/gsm8k", "main"))
+    name = "gsm8k"
+    hub_train = hub_test = ("openai/gsm8k", "main")
 
     def parse(self, row: dict[str, Any]) -> Problem:
         """Of ``question`` and ``answer``, a worked solution that ends in ``#### N``."""

@@ -37,8 +37,9 @@ TEMPLATES = {
 class HubMathTask(Task):
     """A task of published word problems. ``data``: a file of test problems, or a folder with ``train`` and ``test`` files."""
 
-    hub: ClassVar[dict[str, tuple[str, str | None]]]
-    """Data set and configuration on the hub behind the published splits ``train`` and ``test``."""
+    hub_train: ClassVar[tuple[str, str | None]]
+    """Data set and configuration on the hub behind the published split."""
+    hub_test: ClassVar[tuple[str, str | None]]
 
     template: str = "boxed"
     """``boxed``: solve step by step, the answer in a box inside answer tags. ``tags``: only the form, the answer alone in
@@ -87,9 +88,8 @@ class HubMathTask(Task):
         return self._read_split(path, split, seed, "a folder with train and test files, or a copy of the hub's")
 
     def _read_split(self, folder: str | None, split: str, seed: int, instead: str) -> list[Problem]:
-        source = "test" if split == "test" else "train"
-        name, configuration = self.hub[source]
-        rows = load_split(folder or name, source, configuration, instead)
+        name, configuration = self.hub_test if split == "test" else self.hub_train
+        rows = load_split(folder or name, "test" if split == "test" else "train", configuration, instead)
         return split_problems(self.parse_rows(rows), split, seed)
 
     def correct(self, problem: Problem, completion: str) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from math import gcd, isqrt
-from typing import Any, ClassVar
+from typing import Any
 
 from unmask.tasks import answers, released
 from unmask.tasks.base import TASKS, Grade, Judge, Problem
@@ -32,11 +32,8 @@ _UNDONE = re.compile(
 @TASKS.register("math500")
 @dataclass(frozen=True)
 class MATH500(HubMathTask):
-    name: ClassVar[str] = "math500"
-    hub: ClassVar[dict[str, tuple[str, str | None]]] = {
-        "train": ("ankner/math-500", None),
-        "test": ("HuggingFaceH4/MATH-500", None),
-    }
+    name = "math500"
+    hub_train, hub_test = ("ankner/math-500", None), ("HuggingFaceH4/MATH-500", None)
 
     def parse(self, row: dict[str, Any]) -> Problem:
         """Of ``problem`` (or ``question``) with ``answer`` (or ``ground_truth_answer``), or the last box of ``solution``."""
