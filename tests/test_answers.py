@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
+from fractions import Fraction
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from unmask import UserError, make_task
-from unmask.rl.dry_run import dry_run
-from unmask.rl.rewards import reward_functions
-from unmask.rl.run import RLConfig
+from unmask import make_task
+from unmask.tasks import released
+from unmask.tasks.answers import final
+from unmask.tasks.math.math500 import extract, same
 from unmask.tasks.notation import plain
+from unmask.tasks.quantities import number
 
 TAGS, BOX = "<answer>{}</answer>", "<answer>\\boxed{{{}}}</answer>"
+FORM = "steps\n</reasoning>\n<answer>\n{}\n</answer>"
 
 
 def solved(task: str, completion: str, truth: Any, question: str = "q?") -> bool:
@@ -23,170 +27,55 @@ def solved(task: str, completion: str, truth: Any, question: str = "q?") -> bool
 
 
 # As written, what it is, what it is not.
+# fmt: off
 NUMBERS = [
-    ("2\\,220", "2220", ["2", "220"]),
-    ("70 000", "70000", ["70"]),
-    ("10{,}000", "10000", ["10"]),
-    ("26~000", "26000", ["26"]),
-    ("2\\;220", "2220", ["2"]),
-    ("2\\:220", "2220", ["2"]),
-    ("2\\!220", "2220", ["2"]),
-    ("2\u202f220", "2220", ["2"]),
-    ("2\u2009220", "2220", ["2"]),
-    ("2\xa0220", "2220", ["2"]),
-    ("1_000", "1000", ["1"]),
-    ("1\\_000", "1000", ["1"]),
-    ("1'000", "1000", ["1"]),
-    ("1\u2019000", "1000", ["1"]),
-    ("1,234,567", "1234567", ["1"]),
-    ("1 234 567", "1234567", ["1"]),
-    ("1 234.5", "1234.5", ["1"]),
-    ("**73**", "73", ["7"]),
-    ("*73*", "73", []),
-    ("__73__", "73", []),
-    ("`73`", "73", []),
-    ("```\n73\n```", "73", []),
-    ("<b>73</b>", "73", []),
-    ("<strong>73</strong>", "73", []),
-    ("# 73", "73", []),
-    ("### 73", "73", []),
-    ("#### 73", "73", []),
-    ("***73***", "73", []),
-    ("**Answer:** 73", "73", []),
-    ("**Answer: 73**", "73", []),
-    ("Answer: 73", "73", []),
-    ("Final answer: 73.", "73", []),
-    ("The answer is 73", "73", []),
-    ("The final answer is: $73$.", "73", []),
-    ("\\$36", "36", ["3"]),
-    ("$36", "36", []),
-    ("$\\$36$", "36", []),
-    ("$36$", "36", []),
-    ("€36", "36", []),
-    ("36 €", "36", []),
-    ("£36", "36", []),
-    ("US$36", "36", []),
-    ("\\text{\\$}36", "36", []),
-    ("USD 36", "36", []),
-    ("36 dollars", "36", []),
-    ("36 USD", "36", []),
-    ("73 students", "73", []),
-    ("73 red apples", "73", []),
-    ("73 \\text{ students}", "73", []),
-    ("73\\text{ cm}^2", "73", []),
-    ("73 cm", "73", []),
-    ("73cm", "73", []),
-    ("73 square units", "73", []),
-    ("73 km/h", "73", []),
-    ("73 miles per hour", "73", []),
-    ("73 percent", "73", []),
-    ("73%", "73", []),
-    ("73\\%", "73", []),
-    ("73°", "73", []),
-    ("73^\\circ", "73", []),
-    ("73^{\\circ}", "73", []),
-    ("73 degrees", "73", []),
-    ("2 million", "2000000", ["2"]),
-    ("1.5 billion", "1500000000", ["1.5", "1"]),
-    ("3 thousand", "3000", ["3"]),
-    ("$2 million", "2000000", ["2"]),
-    ("2.5 million dollars", "2500000", ["2.5"]),
-    ("5 hundred", "500", ["5"]),
-    ("2 hundred thousand", "200000", ["2"]),
-    ("\u20133", "-3", ["3"]),
-    ("−3", "-3", ["3"]),
-    ("\u20143", "-3", ["3"]),
-    ("\u20103", "-3", ["3"]),
-    ("\uff0d3", "-3", ["3"]),
-    ("- 3", "-3", ["3"]),
-    ("−3", "-3", ["3"]),
-    ("-\\$3", "-3", ["3"]),
-    ("$-3$", "-3", ["3"]),
-    ("minus 3", "-3", ["3"]),
-    ("negative 3", "-3", ["3"]),
-    ("７３", "73", []),
-    ("𝟕𝟑", "73", []),
-    ("½", "0.5", ["2", "1"]),
-    ("2½", "2.5", ["2", "1"]),
-    ("2 1/2", "2.5", ["2", "1", "21/2"]),
-    ("2\\frac{1}{2}", "2.5", ["1", "2"]),
-    ("2 \\frac12", "2.5", ["1"]),
-    ("-2 1/2", "-2.5", ["-1.5"]),
-    ("\\mathbf{73}", "73", []),
-    ("\\textbf{73}", "73", []),
-    ("\\text{73}", "73", []),
-    ("\\boldsymbol{73}", "73", []),
-    ("\\mathrm{73}", "73", []),
-    ("{73}", "73", []),
-    ("\\left(73\\right)", "73", []),
-    ("(73)", "73", []),
-    ("\\displaystyle 73", "73", []),
-    ("\\color{red}{73}", "73", []),
-    ("1.5e3", "1500", ["1.5", "1"]),
-    ("1.5 \\times 10^3", "1500", ["1.5"]),
-    ("1.5\\times10^{3}", "1500", ["1.5"]),
-    ("1.5 × 10³", "1500", ["1.5"]),
-    ("3 x 10^5", "300000", ["3"]),
-    ("73.", "73", []),
-    ("73,", "73", []),
-    ("73;", "73", []),
-    ("73.0", "73", []),
-    ("x = 73", "73", []),
-    ("9 \\times 2 = 18", "18", ["9"]),
-    ('"73"', "73", []),
-    ("73\n", "73", []),
-    (" 73 ✅", "73", []),
-    ("\\( 73 \\)", "73", []),
-    ("\\[ 73 \\]", "73", []),
-    ("$$73$$", "73", []),
-    ("+73", "73", []),
+    ("2\\,220", "2220", ["2", "220"]), ("70 000", "70000", ["70"]), ("10{,}000", "10000", ["10"]),
+    ("26~000", "26000", ["26"]), ("2\\;220", "2220", ["2"]), ("2\\:220", "2220", ["2"]), ("2\\!220", "2220", ["2"]),
+    ("2\u202f220", "2220", ["2"]), ("2\u2009220", "2220", ["2"]), ("2\xa0220", "2220", ["2"]), ("1_000", "1000", ["1"]),
+    ("1\\_000", "1000", ["1"]), ("1'000", "1000", ["1"]), ("1\u2019000", "1000", ["1"]), ("1,234,567", "1234567", ["1"]),
+    ("1 234 567", "1234567", ["1"]), ("1 234.5", "1234.5", ["1"]), ("**73**", "73", ["7"]), ("*73*", "73", []),
+    ("__73__", "73", []), ("`73`", "73", []), ("```\n73\n```", "73", []), ("<b>73</b>", "73", []),
+    ("<strong>73</strong>", "73", []), ("# 73", "73", []), ("### 73", "73", []), ("#### 73", "73", []),
+    ("***73***", "73", []), ("**Answer:** 73", "73", []), ("**Answer: 73**", "73", []), ("Answer: 73", "73", []),
+    ("Final answer: 73.", "73", []), ("The answer is 73", "73", []), ("The final answer is: $73$.", "73", []),
+    ("\\$36", "36", ["3"]), ("$36", "36", []), ("$\\$36$", "36", []), ("$36$", "36", []), ("€36", "36", []),
+    ("36 €", "36", []), ("£36", "36", []), ("US$36", "36", []), ("\\text{\\$}36", "36", []), ("USD 36", "36", []),
+    ("36 dollars", "36", []), ("36 USD", "36", []), ("73 students", "73", []), ("73 red apples", "73", []),
+    ("73 \\text{ students}", "73", []), ("73\\text{ cm}^2", "73", []), ("73 cm", "73", []), ("73cm", "73", []),
+    ("73 square units", "73", []), ("73 km/h", "73", []), ("73 miles per hour", "73", []), ("73 percent", "73", []),
+    ("73%", "73", []), ("73\\%", "73", []), ("73°", "73", []), ("73^\\circ", "73", []), ("73^{\\circ}", "73", []),
+    ("73 degrees", "73", []), ("2 million", "2000000", ["2"]), ("1.5 billion", "1500000000", ["1.5", "1"]),
+    ("3 thousand", "3000", ["3"]), ("$2 million", "2000000", ["2"]), ("2.5 million dollars", "2500000", ["2.5"]),
+    ("5 hundred", "500", ["5"]), ("2 hundred thousand", "200000", ["2"]), ("\u20133", "-3", ["3"]), ("−3", "-3", ["3"]),
+    ("\u20143", "-3", ["3"]), ("\u20103", "-3", ["3"]), ("\uff0d3", "-3", ["3"]), ("- 3", "-3", ["3"]), ("−3", "-3", ["3"]),
+    ("-\\$3", "-3", ["3"]), ("$-3$", "-3", ["3"]), ("minus 3", "-3", ["3"]), ("negative 3", "-3", ["3"]), ("７３", "73", []),
+    ("𝟕𝟑", "73", []), ("½", "0.5", ["2", "1"]), ("2½", "2.5", ["2", "1"]), ("2 1/2", "2.5", ["2", "1", "21/2"]),
+    ("2\\frac{1}{2}", "2.5", ["1", "2"]), ("2 \\frac12", "2.5", ["1"]), ("-2 1/2", "-2.5", ["-1.5"]),
+    ("\\mathbf{73}", "73", []), ("\\textbf{73}", "73", []), ("\\text{73}", "73", []), ("\\boldsymbol{73}", "73", []),
+    ("\\mathrm{73}", "73", []), ("{73}", "73", []), ("\\left(73\\right)", "73", []), ("(73)", "73", []),
+    ("\\displaystyle 73", "73", []), ("\\color{red}{73}", "73", []), ("1.5e3", "1500", ["1.5", "1"]),
+    ("1.5 \\times 10^3", "1500", ["1.5"]), ("1.5\\times10^{3}", "1500", ["1.5"]), ("1.5 × 10³", "1500", ["1.5"]),
+    ("3 x 10^5", "300000", ["3"]), ("73.", "73", []), ("73,", "73", []), ("73;", "73", []), ("73.0", "73", []),
+    ("x = 73", "73", []), ("9 \\times 2 = 18", "18", ["9"]), ('"73"', "73", []), ("73\n", "73", []), (" 73 ✅", "73", []),
+    ("\\( 73 \\)", "73", []), ("\\[ 73 \\]", "73", []), ("$$73$$", "73", []), ("+73", "73", []),
 ]
+# fmt: on
 # As written, what it might be taken for.
+# fmt: off
 NO_NUMBERS = [
-    ("5 6", ["5", "6", "56", "30", "11"]),
-    ("5\\ 6", ["56", "30", "5", "11"]),
-    ("5\\,6", ["56", "30"]),
-    ("5-6", ["5", "6", "-1"]),
-    ("5\u20136", ["5", "6"]),
-    ("5 to 6", ["5", "6"]),
-    ("5 or 6", ["5", "6"]),
-    ("5 and 6", ["5", "6"]),
-    ("5, 6", ["5", "6"]),
-    ("2:30", ["2", "30"]),
-    ("4/5/2020", ["4", "5", "2020"]),
-    ("2020-05-04", ["2020", "4"]),
-    ("5 dollars and 50 cents", ["5", "50"]),
-    ("5 feet 6 inches", ["5", "6"]),
-    ("2(3)", ["2", "3"]),
-    ("5 squared", ["5"]),
-    ("2^3", ["2", "3"]),
-    ("2**3", ["2", "3"]),
-    ("2³", ["2", "3"]),
-    ("5 tenths", ["5"]),
-    ("3 hundredths", ["3", "300"]),
-    ("1.2.3", ["1.2", "1", "3"]),
-    ("x - 3", ["-3", "3"]),
-    ("2\\pi", ["2"]),
-    ("2pi", ["2"]),
-    ("2π", ["2"]),
-    ("\\sqrt{3}", ["3"]),
-    ("√3", ["3"]),
-    ("5 times 6", ["5", "6"]),
-    ("20 minus 5", ["20", "5", "-5"]),
-    ("3x", ["3"]),
-    ("36>", ["36"]),
-    ("12 34", ["12", "1234", "34"]),
-    ("70 0000", ["70", "700000"]),
-    ("1 2345", ["1", "12345"]),
-    ("5 60", ["5", "560"]),
-    ("5 7/3", ["5", "22/3"]),
-    ("\\frac{1}{2}\\frac{1}{3}", ["0.5"]),
-    ("10\\,000", ["0", "10"]),
-    ("2 3/4 5", ["2.75"]),
-    ("2e", ["2000"]),
-    ("1/0", ["1", "0"]),
-    ("", ["0"]),
+    ("5 6", ["5", "6", "56", "30", "11"]), ("5\\ 6", ["56", "30", "5", "11"]), ("5\\,6", ["56", "30"]),
+    ("5-6", ["5", "6", "-1"]), ("5\u20136", ["5", "6"]), ("5 to 6", ["5", "6"]), ("5 or 6", ["5", "6"]),
+    ("5 and 6", ["5", "6"]), ("5, 6", ["5", "6"]), ("2:30", ["2", "30"]), ("4/5/2020", ["4", "5", "2020"]),
+    ("2020-05-04", ["2020", "4"]), ("5 dollars and 50 cents", ["5", "50"]), ("5 feet 6 inches", ["5", "6"]),
+    ("2(3)", ["2", "3"]), ("5 squared", ["5"]), ("2^3", ["2", "3"]), ("2**3", ["2", "3"]), ("2³", ["2", "3"]),
+    ("5 tenths", ["5"]), ("3 hundredths", ["3", "300"]), ("1.2.3", ["1.2", "1", "3"]), ("x - 3", ["-3", "3"]),
+    ("2\\pi", ["2"]), ("2pi", ["2"]), ("2π", ["2"]), ("\\sqrt{3}", ["3"]), ("√3", ["3"]), ("5 times 6", ["5", "6"]),
+    ("20 minus 5", ["20", "5", "-5"]), ("3x", ["3"]), ("36>", ["36"]), ("12 34", ["12", "1234", "34"]),
+    ("70 0000", ["70", "700000"]), ("1 2345", ["1", "12345"]), ("5 60", ["5", "560"]), ("5 7/3", ["5", "22/3"]),
+    ("\\frac{1}{2}\\frac{1}{3}", ["0.5"]), ("10\\,000", ["0", "10"]), ("2 3/4 5", ["2.75"]), ("2e", ["2000"]),
+    ("1/0", ["1", "0"]), ("", ["0"]),
 ]
+# fmt: on
 
 
 @pytest.mark.parametrize("task", ["gsm8k", "math500"])
@@ -198,93 +87,70 @@ def test_a_number_is_read_however_it_is_written(task: str, form: str) -> None:
     assert [row for row in wrong if solved(task, form.format(row[0]), row[1])] == []
 
 
+# fmt: off
+VALUES = [
+    ("18", 18), ("18.00", 18), ("-7", -7), ("−7", -7), ("$18.", 18), ("\\$43,500", 43500), ("-$10", -10),
+    ("385\\,000", 385000), ("11,\\! 111,\\!100", 11111100), ("1{,}200 m", 1200), ("60\\%", 60),
+    ("120\\text{ minutes}", 120), ("\\text{12 kg}", 12), ("30 m^2", 30), ("49^\\circ", 49), ("**72**", 72),
+    (".5", Fraction(1, 2)), ("\\frac{3}{4}", Fraction(3, 4)), ("-\\dfrac34 cup", Fraction(-3, 4)),
+    ("2\\frac{1}{2}", Fraction(5, 2)), ("3/4", Fraction(3, 4)), ("x = 5", 5), ("9 \\times 2 = 18 \\text{ dollars}", 18),
+    ("16 hours (two days)", 16), ("129+42", None), ("4, 6", None), ("2^3", None), ("2\\pi", None), ("\\sqrt{3}", None),
+    ("1/0", None), ("H2O", None), ("9" * 80, None), ("", None),
+]
+# fmt: on
+# fmt: off
+FINALS = [
+    (FORM.format("\\boxed{18}"), ("18", True)), (FORM.format("18 dollars"), ("18 dollars", False)),
+    ("first \\boxed{3}, no: \\boxed{4}", ("4", True)), ("\\boxed{4} or \\boxed{...}", ("4", True)),
+    ("\\boxed{3}</reasoning><answer>4</answer>", ("4", False)), ("<answer>4</answer> so \\boxed{3}", ("3", True)),
+    ("<answer>\n\\boxed{36>", None), ("<answer>\n\\boxed{\\frac{1}{2}\n</answer>", ("\\frac{1}{2}", False)),
+    ("\\boxed{3}<answer>\n\\boxed{36\n</answer>", ("36", False)), ("so \\boxed 5$ it is", ("5", True)),
+    ("<answer>\\boxed{}101</answer>", ("101", False)), ("<answer>145</answer}", None), ("the answer is 79", None),
+    ("<answer></answer>", None), ("\\boxed{}", None), ("", None),
+]
+# fmt: on
+
+
+def test_what_is_read_as_a_number_and_as_the_final_answer() -> None:
+    assert [(text, number(text)) for text, _ in VALUES] == VALUES
+    assert [(text, final(text)) for text, _ in FINALS] == FINALS
+    assert number("Of 20 eggs 18 are left.", last=True) == 18 and number("Of 20 eggs 18 are left.") == 20  # in prose
+    assert number("3 + 15", last=True) is None
+    assert solved("gsm8k", "\\boxed{4}<|eot_id|>\\boxed{5}", "4")  # nothing behind the end token
+    for text, *_ in NUMBERS:
+        assert plain(plain(text)) == plain(text), text
+
+
+# fmt: off
 FORMULAS = [
-    ("pi/2", "\\frac{\\pi}{2}"),
-    ("π/2", "\\frac{\\pi}{2}"),
-    ("\\pi/2", "\\frac{\\pi}{2}"),
-    ("sqrt(2)", "\\sqrt{2}"),
-    ("√2", "\\sqrt{2}"),
-    ("3√13", "3\\sqrt{13}"),
-    ("3*sqrt(13)", "3\\sqrt{13}"),
-    ("x**2", "x^2"),
-    ("x²", "x^2"),
-    ("**x+1**", "x+1"),
-    ("$x$ = 5", "5"),
-    ("\\(x=2\\) or \\(x=3\\)", "2,3"),
-    ("$2$ and $3$", "2,3"),
-    ("12π cm^2", "12\\pi"),
-    ("12\\pi \\text{ square inches}", "12\\pi"),
-    ("\\mathbf{(C)}", "\\text{(C)}"),
-    ("**C**", "\\text{(C)}"),
-    ("Evelyn.", "\\text{Evelyn}"),
-    ("\\textbf{Evelyn}", "\\text{Evelyn}"),
-    ("(\u2013∞, 0]", "(-\\infty, 0]"),
-    ("½", "\\frac12"),
-    ("1 4/5", "1\\frac{4}{5}"),
-    ("9/5", "1\\frac{4}{5}"),
-    ("137.5", "137 \\frac{1}{2}"),
-    ("270/7", "\\frac{270}7\\text{ degrees}"),
-    ("270/7 degrees", "\\frac{270}7\\text{ degrees}"),
-    ("864 square inches", "864 \\mbox{ inches}^2"),
-    ("5.4 cents", "5.4 \\text{ cents}"),
-    ("$18.90", "\\$18.90"),
-    ("18.9", "\\$18.90"),
-    ("2x*3", "6x"),
-    ("11 111 111 100", "11,\\! 111,\\! 111,\\! 100"),
-    ("-1/3", "-\\frac{1}{3}"),
-    ("y = -2x", "y=-2x"),
-    ("6 − 5i", "6 - 5i"),
-    ("2k + 2", "2k+2"),
-    ("x∈[-2,7]", "x \\in [-2,7]"),
-    ("2, 1", "1,2"),
-    ("(x^{999}-1)/(x-1)", "\\frac{x^{999}-1}{x-1}"),
-    ("(x-1)(x+1)", "x^2-1"),
-    ("3*2^{98}", "3 \\cdot 2^{98}"),
+    ("pi/2", "\\frac{\\pi}{2}"), ("π/2", "\\frac{\\pi}{2}"), ("\\pi/2", "\\frac{\\pi}{2}"), ("sqrt(2)", "\\sqrt{2}"),
+    ("√2", "\\sqrt{2}"), ("3√13", "3\\sqrt{13}"), ("3*sqrt(13)", "3\\sqrt{13}"), ("x**2", "x^2"), ("x²", "x^2"),
+    ("**x+1**", "x+1"), ("$x$ = 5", "5"), ("\\(x=2\\) or \\(x=3\\)", "2,3"), ("$2$ and $3$", "2,3"), ("12π cm^2", "12\\pi"),
+    ("12\\pi \\text{ square inches}", "12\\pi"), ("\\mathbf{(C)}", "\\text{(C)}"), ("**C**", "\\text{(C)}"),
+    ("Evelyn.", "\\text{Evelyn}"), ("\\textbf{Evelyn}", "\\text{Evelyn}"), ("(\u2013∞, 0]", "(-\\infty, 0]"),
+    ("½", "\\frac12"), ("1 4/5", "1\\frac{4}{5}"), ("9/5", "1\\frac{4}{5}"), ("137.5", "137 \\frac{1}{2}"),
+    ("270/7", "\\frac{270}7\\text{ degrees}"), ("270/7 degrees", "\\frac{270}7\\text{ degrees}"),
+    ("864 square inches", "864 \\mbox{ inches}^2"), ("5.4 cents", "5.4 \\text{ cents}"), ("$18.90", "\\$18.90"),
+    ("18.9", "\\$18.90"), ("2x*3", "6x"), ("11 111 111 100", "11,\\! 111,\\! 111,\\! 100"), ("-1/3", "-\\frac{1}{3}"),
+    ("y = -2x", "y=-2x"), ("6 − 5i", "6 - 5i"), ("2k + 2", "2k+2"), ("x∈[-2,7]", "x \\in [-2,7]"), ("2, 1", "1,2"),
+    ("(x^{999}-1)/(x-1)", "\\frac{x^{999}-1}{x-1}"), ("(x-1)(x+1)", "x^2-1"), ("3*2^{98}", "3 \\cdot 2^{98}"),
     ("\\frac{8}{49}\\begin{pmatrix} 2 \\\\ 3 \\end{pmatrix}", "\\begin{pmatrix} 16/49 \\\\ 24/49 \\end{pmatrix}"),
 ]
+# fmt: on
+# fmt: off
 OTHER_FORMULAS = [
-    ("2.7", "\\frac{8}{3}"),
-    ("3c", "3"),
-    ("3 c", "3"),
-    ("3h", "3"),
-    ("3m", "3"),
-    ("2k", "2000"),
-    ("pi", "p"),
-    ("2x = 10", "10"),
-    ("a=3, b=5", "5"),
-    ("7! \\times 2!", "10080"),
-    ("\\sqrt{2^{16}}", "256"),
-    ("\\frac{6}{3}", "2"),
-    ("2^8", "256"),
-    ("2+3", "5"),
-    ("2 \\cdot 3", "6"),
-    ("\\sqrt{16}", "4"),
-    ("5!", "120"),
-    ("\\frac{1}{2^{98}}", "\\frac{1}{2^{99}}"),
-    ("0.333333", "\\frac{1}{3}"),
-    ("5 million", "5"),
-    ("(2 \\cdot 3, 1)", "(6,1)"),
-    ("\\frac{2}{4}\\pi", "\\frac{1}{2}\\pi"),
-    ("x+y+z+1=0", "5x - 7y + 11z + 4 = 0"),
-    ("0", "10\\,000"),
-    ("\\(x=2\\) or \\(x=3\\)", "3"),
-    ("no more than 5", "5"),
-    ("5 \\text{ or } 6", "5"),
-    ("5 \\text{ and } 6", "6"),
-    ("not 5", "5"),
-    ("5 or more", "5"),
-    ("\\approx 5", "5"),
-    ("2516_7", "2516_8"),
-    ("4.2\\pi", "4\\pi"),
-    ("sqrt(2)", "2"),
-    ("2 sqrt 3", "2"),
-    ("3.14159265358979\\cdot 2", "2\\pi"),
-    ("1.41421356", "\\sqrt{2}"),
-    ("2^{98}x+1", "2^{98}x"),
-    ("x^{999}+x", "x"),
-    ("7! \\times 2! \\pi", "10080\\pi"),
+    ("2.7", "\\frac{8}{3}"), ("3c", "3"), ("3 c", "3"), ("3h", "3"), ("3m", "3"), ("2k", "2000"), ("pi", "p"),
+    ("2x = 10", "10"), ("a=3, b=5", "5"), ("7! \\times 2!", "10080"), ("\\sqrt{2^{16}}", "256"), ("\\frac{6}{3}", "2"),
+    ("2^8", "256"), ("2+3", "5"), ("2 \\cdot 3", "6"), ("\\sqrt{16}", "4"), ("5!", "120"),
+    ("\\frac{1}{2^{98}}", "\\frac{1}{2^{99}}"), ("0.333333", "\\frac{1}{3}"), ("5 million", "5"),
+    ("(2 \\cdot 3, 1)", "(6,1)"), ("\\frac{2}{4}\\pi", "\\frac{1}{2}\\pi"), ("x+y+z+1=0", "5x - 7y + 11z + 4 = 0"),
+    ("0", "10\\,000"), ("\\(x=2\\) or \\(x=3\\)", "3"), ("no more than 5", "5"), ("5 \\text{ or } 6", "5"),
+    ("5 \\text{ and } 6", "6"), ("not 5", "5"), ("5 or more", "5"), ("\\approx 5", "5"), ("2516_7", "2516_8"),
+    ("4.2\\pi", "4\\pi"), ("sqrt(2)", "2"), ("2 sqrt 3", "2"), ("3.14159265358979\\cdot 2", "2\\pi"),
+    ("1.41421356", "\\sqrt{2}"), ("2^{98}x+1", "2^{98}x"), ("x^{999}+x", "x"), ("7! \\times 2! \\pi", "10080\\pi"),
     ("\\sqrt{4}x", "2x"),
 ]
+# fmt: on
 
 
 @pytest.mark.parametrize("form", [TAGS, BOX], ids=["tags", "box"])
@@ -293,205 +159,114 @@ def test_formulas_in_other_notations_are_equal_and_exactly_so(form: str) -> None
     assert [row for row in OTHER_FORMULAS if solved("math500", form.format(row[0]), row[1])] == []
 
 
-@pytest.mark.parametrize(
-    ("answer", "truth"),
-    [
-        ("(x^{999}-1)/(x-1)", "3x"),
-        ("x^{99}+x=1, y=2", "x=5, y=2"),
-        ("x^{99}+y^{99}=1", "x^2+y^2=1"),
-        ("(x+1)^{999}(x+2)^{999}(y+1)^{999}", "x"),
-        ("\\{" + ",".join(f"x^{{{i}}}" for i in range(40)) + "\\}", "\\{1,2\\}"),
-    ],
-)
-def test_a_formula_takes_a_grader_a_second_at_most(answer: str, truth: str) -> None:
-    solved("math500", BOX.format("x+1"), "1+x")  # the helper runs
-    start = time.perf_counter()
-    assert not solved("math500", BOX.format(answer), truth)
-    assert time.perf_counter() - start < 4  # half a second of work, on a machine that has more to do
-
-
-@pytest.mark.parametrize(
-    ("text", "right"),
-    [
-        ("so\n#### 18", True),
-        ("so\n#### $18\n</reasoning>", True),
-        ("so #### 18 and", False),
-        ("#### Step 18", False),
-        ("so\n#### 18. Compute", False),
-        ("so\n#### 18\n<answer>19</answer>", False),
-        ("<answer>\n## Answer\n18\n</answer>", True),
-        ("so\n**Final Answer:** 18", True),
-        ("the answer is 18", False),
-        ("<answer>18</answer>\nI put it in \\boxed as asked.", True),
-        ("\\boxed{18}. The answer is given in \\boxed form.", True),
-        ("\\boxed{18}\n\\boxed{\\text{answer}}", True),
-        ("\\boxed{18} in \\boxed{your answer here}", True),
-        ("\\boxed{18} \\boxed{?} \\boxed{}", True),
-        ("\\boxed 18", True),
-        ("it goes in \\boxed{}, so 18", False),
-        ("\\boxed{18} no: \\boxed{19}", False),
-        ("<answer>18</answer>" + "so it is " * 20_000, True),
-        ("so it is " * 20_000 + "\\boxed{18}", True),
-        ("<answer>\\boxed{18}" + "so it is " * 5_000 + "</answer>", True),
-    ],
-    ids=lambda value: str(value)[:25],
-)
-def test_what_marks_an_answer_wherever_it_stands(text: str, right: bool) -> None:
-    assert solved("gsm8k", text, "18") == solved("math500", text, "18") == right
-
-
-EXPRESSIONS = [
-    ("$4 \\times 6 + 10$", (4, 6, 10), 34, True),
-    ("\\boxed{\\frac{8}{2}+7}", (8, 2, 7), 11, True),
-    ("**4*6+10**", (4, 6, 10), 34, True),
-    ("4⋅6+10", (4, 6, 10), 34, True),
-    ("10 \u2013 3", (10, 3), 7, True),
-    ("\\left(8-2\\right) \\cdot 7", (8, 2, 7), 42, True),
-    ("\\dfrac{8}{2}+7.", (8, 2, 7), 11, True),
-    ("\\frac82+7", (8, 2, 7), 11, True),
-    ("\\frac{8+6}{2}", (8, 6, 2), 7, True),
-    ("\\frac{\\frac{8}{2}}{2}", (8, 2, 2), 2, True),
-    ("4 x 6 + 10", (4, 6, 10), 34, True),
-    ("4×6+10 = 34", (4, 6, 10), 34, True),
-    ("34 = 4*6+10", (4, 6, 10), 34, True),
-    ("`4*6+10`", (4, 6, 10), 34, True),
-    ("\\[4*6+10\\]", (4, 6, 10), 34, True),
-    ("\\(4*6+10\\)", (4, 6, 10), 34, True),
-    ("[4*6]+10", (4, 6, 10), 34, True),
-    ("\\text{Answer: }4*6+10", (4, 6, 10), 34, False),
-    ("Answer: 4*6+10", (4, 6, 10), 34, True),
-    ("４*６+１０", (4, 6, 10), 34, True),
-    ("5 6", (56,), 56, False),
-    ("5 6", (5, 6), 30, False),
-    ("5 6", (5, 6), 56, False),
-    ("5(6)", (5, 6), 30, False),
-    ("1/72/70/43", (1, 72, 70, 43), 0, False),
-    ("((3/367)/942 - 35)", (3, 367, 942, 35), -35, False),
-    ("4**6", (4, 6), 4096, False),
-    ("(4)(6)+10", (4, 6, 10), 34, False),
-    ("4*6+10+0", (4, 6, 10), 34, False),
-    ("8/2+7\\,", (8, 2, 7), 11, True),
-    ("\\frac{8}{2}{7}", (8, 2, 7), 28, False),
-    ("4*6-10", (4, 6, 10), 34, False),
-    ("8 ÷ 2 + 7", (8, 2, 7), 11, True),
-    ("8 \\div 2 + 7", (8, 2, 7), 11, True),
-    ("(**4*6**)+10", (4, 6, 10), 34, True),
-    ("2\\frac{8}{4}", (2, 8, 4), 4, False),
-    ("4 6 + 10", (46, 10), 56, False),
-    ("46+10", (4, 6, 10), 56, False),
+# fmt: off
+EQUAL = [
+    ("\\operatorname{adj} A \\text{ m}", "\\operatorname{adj} A \\text{ m}"), ("\\frac{3}{2}", "1.5"),
+    ("3\\sqrt{2}", "\\sqrt{18}"), ("1,2", "2,1"), ("5", "x=5"), ("10,\\!080", "10080"), ("\\$32,\\!348", "32348"),
+    ("\\text{(C)}", "C"), ("\\text{Wednesday}", "wednesday"), ("2516_8", "2516"),
+    ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3, \\pi/2)"), ("x \\in [-2,7]", "[-2, 7]"), ("6 - 5i", "-5i+6"),
+    ("x^2+2x+1", "(x+1)^2"), ("1 \\pm \\sqrt{2}", "1-\\sqrt{2},1+\\sqrt{2}"),
+    ("\\begin{pmatrix} 1/5 \\\\ -2 \\end{pmatrix}", "\\begin{pmatrix} \\frac{1}{5} \\\\ -2 \\end{pmatrix}"),
+    ("31", "8 + 8 + 15 = 31"), ("5", "5 \\text{ cm}"),
 ]
+# fmt: on
+# fmt: off
+DIFFERENT = [
+    ("(1,2)", "(2,1)"), ("[1,2]", "(1,2)"), ("2", "2x"), ("1", "1,2"), ("10", "10,000"), ("p - q", "q - p"),
+    ("4210_5", "4210_7"), ("2516", "2516_8"), ("\\pi", "3.14"), ("\\text{east}", "west"), ("12", "12 \\text{ and } 13"),
+    ("12 \\text{ and } 13", "12"), ("\\frac{4}{9}", "\\frac{8}{18}"), ("2", "\\frac{6}{3}"),
+]
+# fmt: on
+# fmt: off
+COSTLY = [
+    ("(x^{999}-1)/(x-1)", "3x"), ("x^{99}+x=1, y=2", "x=5, y=2"), ("x^{99}+y^{99}=1", "x^2+y^2=1"),
+    ("(x+1)^{999}(x+2)^{999}(y+1)^{999}", "x"), ("\\{" + ",".join(f"x^{{{i}}}" for i in range(40)) + "\\}", "\\{1,2\\}"),
+]
+# fmt: on
+
+
+def test_equality_of_formulas() -> None:
+    assert [pair for pair in EQUAL if not same(*pair)] == []
+    assert [pair for pair in DIFFERENT if same(*pair)] == []
+    assert same("\\frac{3}{2}", "1.5", "What power is it?")
+    assert not same("\\frac{3}{2}", "1.5", "Express your answer as a common fraction.")
+    for answer, truth in COSTLY:
+        start = time.perf_counter()
+        assert not solved("math500", BOX.format(answer), truth)
+        assert time.perf_counter() - start < 4  # half a second of work, on a machine that has more to do
+
+
+# fmt: off
+MARKS = [
+    ("so\n#### 18", True), ("so\n#### $18\n</reasoning>", True), ("so #### 18 and", False), ("#### Step 18", False),
+    ("so\n#### 18. Compute", False), ("so\n#### 18\n<answer>19</answer>", False),
+    ("<answer>\n## Answer\n18\n</answer>", True), ("so\n**Final Answer:** 18", True), ("the answer is 18", False),
+    ("<answer>18</answer>\nI put it in \\boxed as asked.", True),
+    ("\\boxed{18}. The answer is given in \\boxed form.", True), ("\\boxed{18}\n\\boxed{\\text{answer}}", True),
+    ("\\boxed{18} in \\boxed{your answer here}", True), ("\\boxed{18} \\boxed{?} \\boxed{}", True), ("\\boxed 18", True),
+    ("it goes in \\boxed{}, so 18", False), ("\\boxed{18} no: \\boxed{19}", False),
+    ("<answer>18</answer>" + "so it is " * 20_000, True), ("so it is " * 20_000 + "\\boxed{18}", True),
+    ("<answer>\\boxed{18}" + "so it is " * 5_000 + "</answer>", True),
+]
+# fmt: on
+
+
+def test_what_marks_an_answer_wherever_it_stands() -> None:
+    for text, right in MARKS:
+        assert solved("gsm8k", text, "18") == solved("math500", text, "18") == right, text[:60]
+
+
+# fmt: off
+EXPRESSIONS = [
+    ("$4 \\times 6 + 10$", (4, 6, 10), 34, True), ("\\boxed{\\frac{8}{2}+7}", (8, 2, 7), 11, True),
+    ("**4*6+10**", (4, 6, 10), 34, True), ("4⋅6+10", (4, 6, 10), 34, True), ("10 \u2013 3", (10, 3), 7, True),
+    ("\\left(8-2\\right) \\cdot 7", (8, 2, 7), 42, True), ("\\dfrac{8}{2}+7.", (8, 2, 7), 11, True),
+    ("\\frac82+7", (8, 2, 7), 11, True), ("\\frac{8+6}{2}", (8, 6, 2), 7, True),
+    ("\\frac{\\frac{8}{2}}{2}", (8, 2, 2), 2, True), ("4 x 6 + 10", (4, 6, 10), 34, True),
+    ("4×6+10 = 34", (4, 6, 10), 34, True), ("34 = 4*6+10", (4, 6, 10), 34, True), ("`4*6+10`", (4, 6, 10), 34, True),
+    ("\\[4*6+10\\]", (4, 6, 10), 34, True), ("\\(4*6+10\\)", (4, 6, 10), 34, True), ("[4*6]+10", (4, 6, 10), 34, True),
+    ("\\text{Answer: }4*6+10", (4, 6, 10), 34, False), ("Answer: 4*6+10", (4, 6, 10), 34, True),
+    ("４*６+１０", (4, 6, 10), 34, True), ("5 6", (56,), 56, False), ("5 6", (5, 6), 30, False), ("5 6", (5, 6), 56, False),
+    ("5(6)", (5, 6), 30, False), ("1/72/70/43", (1, 72, 70, 43), 0, False),
+    ("((3/367)/942 - 35)", (3, 367, 942, 35), -35, False), ("4**6", (4, 6), 4096, False),
+    ("(4)(6)+10", (4, 6, 10), 34, False), ("4*6+10+0", (4, 6, 10), 34, False), ("8/2+7\\,", (8, 2, 7), 11, True),
+    ("\\frac{8}{2}{7}", (8, 2, 7), 28, False), ("4*6-10", (4, 6, 10), 34, False), ("8 ÷ 2 + 7", (8, 2, 7), 11, True),
+    ("8 \\div 2 + 7", (8, 2, 7), 11, True), ("(**4*6**)+10", (4, 6, 10), 34, True), ("2\\frac{8}{4}", (2, 8, 4), 4, False),
+    ("4 6 + 10", (46, 10), 56, False), ("46+10", (4, 6, 10), 56, False),
+]
+# fmt: on
 
 
 @pytest.mark.parametrize("form", [TAGS, "{}", "\\boxed{{{}}}", "so\nAnswer: {}"])
 def test_expressions_in_other_notations(form: str) -> None:
-    found = [
-        (text, solved("countdown", form.format(text), [list(numbers), target]))
-        for text, numbers, target, _ in EXPRESSIONS
-    ]
-    assert found == [(text, right) for text, _, _, right in EXPRESSIONS]
+    for text, numbers, target, right in EXPRESSIONS:
+        assert solved("countdown", form.format(text), [list(numbers), target]) == right, text
 
 
 PUZZLE, GRID = "Solve the following Sudoku puzzle: 0102200002100320", "3142243142131324"
+# fmt: off
+GRIDS = [
+    "The solved 4x4 Sudoku is: 3142 2431 4213 1324", "3142243142131324", "**3142243142131324**",
+    "3 1 4 2\n2 4 3 1\n4 2 1 3\n1 3 2 4",
+    "| 3 | 1 | 4 | 2 |\n|---|---|---|---|\n| 2 | 4 | 3 | 1 |\n| 4 | 2 | 1 | 3 |\n| 1 | 3 | 2 | 4 |",
+    "[[3,1,4,2],[2,4,3,1],[4,2,1,3],[1,3,2,4]]", "Row 1: 3142\nRow 2: 2431\nRow 3: 4213\nRow 4: 1324",
+    "1. 3142\n2. 2431\n3. 4213\n4. 1324", "The 4 × 4 grid: 3142243142131324",
+    "Puzzle 0102200002100320 becomes 3142243142131324", "16 digits: 3142 2431 4213 1324", "a3142 b2431 c4213 d1324",
+    "３１４２２４３１４２１３１３２４", "```\n3142\n2431\n4213\n1324\n```",
+    "R1: 3 1 4 2\nR2: 2 4 3 1\nR3: 4 2 1 3\nR4: 1 3 2 4",
+    "Every row, column and 2x2 box holds the digits 1-4: 3142243142131324.", "1: 3142\n2: 2431\n3: 4213\n4: 1324",
+    "\\begin{bmatrix}3 & 1 & 4 & 2\\\\2 & 4 & 3 & 1\\\\4 & 2 & 1 & 3\\\\1 & 3 & 2 & 4\\end{bmatrix}",
+]
+# fmt: on
 
 
-@pytest.mark.parametrize(
-    "answer",
-    [
-        "The solved 4x4 Sudoku is: 3142 2431 4213 1324",
-        "3142243142131324",
-        "**3142243142131324**",
-        "3 1 4 2\n2 4 3 1\n4 2 1 3\n1 3 2 4",
-        "| 3 | 1 | 4 | 2 |\n|---|---|---|---|\n| 2 | 4 | 3 | 1 |\n| 4 | 2 | 1 | 3 |\n| 1 | 3 | 2 | 4 |",
-        "[[3,1,4,2],[2,4,3,1],[4,2,1,3],[1,3,2,4]]",
-        "Row 1: 3142\nRow 2: 2431\nRow 3: 4213\nRow 4: 1324",
-        "1. 3142\n2. 2431\n3. 4213\n4. 1324",
-        "The 4 × 4 grid: 3142243142131324",
-        "Puzzle 0102200002100320 becomes 3142243142131324",
-        "16 digits: 3142 2431 4213 1324",
-        "a3142 b2431 c4213 d1324",
-        "３１４２２４３１４２１３１３２４",
-        "```\n3142\n2431\n4213\n1324\n```",
-        "R1: 3 1 4 2\nR2: 2 4 3 1\nR3: 4 2 1 3\nR4: 1 3 2 4",
-        "Every row, column and 2x2 box holds the digits 1-4: 3142243142131324.",
-        "1: 3142\n2: 2431\n3: 4213\n4: 1324",
-        "\\begin{bmatrix}3 & 1 & 4 & 2\\\\2 & 4 & 3 & 1\\\\4 & 2 & 1 & 3\\\\1 & 3 & 2 & 4\\end{bmatrix}",
-    ],
-)
-def test_the_cells_of_a_grid_however_it_is_set(answer: str) -> None:
-    assert solved("sudoku", TAGS.format(answer), GRID, PUZZLE)
-    assert not solved("sudoku", TAGS.format(answer.replace("3", "1").replace("３", "1")), GRID, PUZZLE)
+def test_the_cells_of_a_grid_however_it_is_set() -> None:
+    for answer in GRIDS:
+        assert solved("sudoku", TAGS.format(answer), GRID, PUZZLE), answer
+        assert not solved("sudoku", TAGS.format(answer.replace("3", "1").replace("３", "1")), GRID, PUZZLE)
 
 
-@pytest.mark.parametrize(
-    ("task", "completion", "truth", "right"),
-    [
-        ("countdown", "So 48 + 29 + 16 = 93 works.", [[48, 29, 16], 93], True),
-        (
-            "countdown",
-            "<answer>48 + 29 + 16</answer>",
-            [[48, 29, 16], 93],
-            False,
-        ),  # the tags are read where a box is open
-        ("countdown", "<answer>48 + 29 + 16</answer>\\boxed{", [[48, 29, 16], 93], True),
-        ("countdown", "1/72/70/43", [[1, 72, 70, 43], 0], True),  # within 1e-5
-        ("countdown", "\\boxed{4**2}", [[4, 2], 16], True),
-        ("gsm8k", "\\boxed{360\\text{ hours} hours.", "360", True),
-        ("gsm8k", "<answer>2:00 pm</answer>\\boxed{2:00 pm}", "2", True),
-        ("gsm8k", "\\boxed{70 000}", "70", True),
-        ("math500", "5", "5", True),  # the whole text where there is no box
-        ("math500", "\\boxed <answer>7</answer>", "7", False),
-        ("math500", "\\boxed{\\frac{6}{3}}", "\\frac63", True),
-    ],
-)
-def test_the_published_readings_stay_as_released(task: str, completion: str, truth: Any, right: bool) -> None:
-    assert solved(f"{task}:extraction=published", completion, truth) == right
-
-
-FORM = "\na\n</reasoning>\n<answer>\n{}\n</answer>\n"
-
-
-@pytest.mark.parametrize(
-    ("task", "row", "completion", "paid"),
-    [
-        ("gsm8k", {"question": "q", "answer": "#### 1,002"}, FORM.format("1,002"), [2, 0.5, 0, 0, 0.5]),
-        ("gsm8k", {"question": "q", "answer": "#### 1,002"}, FORM.format("1002"), [0, 0.5, 0, 0.5, 0.5]),
-        ("gsm8k", {"question": "q", "answer": "#### 7"}, "a</reasoning><answer>7</answer>", [2, 0, 0.5, 0.5, 0]),
-        ("math500", {"problem": "q", "answer": "5"}, FORM.format("\\boxed{5}"), [2, 0.75]),
-        ("math500", {"problem": "q", "answer": "5"}, FORM.format("5"), [0, 0.75]),
-        ("math500", {"problem": "q", "answer": "5"}, "so \\boxed{5}", [2, 0.25]),
-        ("countdown", ((8, 3, 5), 29), "<answer>8*3+5</answer>", [1]),
-        ("countdown", ((8, 3, 5), 29), "<answer>of course</answer>", [0.1]),
-        ("countdown", ((8, 3, 5), 29), "\\boxed{8*3+5}", [0]),
-        ("sudoku", ("0102200002100320", GRID), f"<answer>{GRID}</answer>", [1]),
-        ("sudoku", ("0102200002100320", GRID), f"<answer>{GRID}", [0]),
-    ],
-)
-def test_released_rewards_by_hand(task: str, row: Any, completion: str, paid: list[float]) -> None:
-    grader: Any = make_task(task, {})
-    problem = grader.problem(row) if isinstance(row, dict) else grader.problem(*row)
-    table = reward_functions(["released"], [grader])
-    columns = {"problem": [problem], "task": [grader]}
-    assert [weight * f(prompts=["p"], completions=[completion], **columns)[0] for f, weight in table] == paid  # type: ignore[operator]
-
-
-def test_a_run_names_the_released_reward(tmp_path: Path) -> None:
-    settings = {
-        "output": str(tmp_path / "x"),
-        "problems": 8,
-        "validation_problems": 2,
-        "batch_size": 4,
-        "num_generations": 2,
-    }
-    text = dry_run(RLConfig(tasks=["countdown"], reward=["released", "unmask.rl.rewards:solved"], **settings))  # type: ignore[arg-type]
-    assert "rewards    countdown, solved" in text
-    with pytest.raises(UserError, match="task reasoning_gym has no released reward: set reward to"):
-        dry_run(RLConfig(tasks=["reasoning_gym:leg_counting"], reward=["released"], **settings))  # type: ignore[arg-type]
-
-
-PIECES = ["\\boxed{", "<answer>", "####", "1,", "=", "½", " ", "</reasoning><answer>"]
-
-
-@pytest.mark.parametrize("piece", PIECES)
+@pytest.mark.parametrize("piece", ["\\boxed{", "<answer>", "####", "1,", "=", "½", " ", "</reasoning><answer>"])
 @pytest.mark.parametrize("task", ["gsm8k", "math500", "countdown", "sudoku"])
 def test_a_text_of_200_000_characters_takes_a_second_at_most(task: str, piece: str) -> None:
     text = (piece * 200_000)[:200_000]
@@ -503,12 +278,37 @@ def test_a_text_of_200_000_characters_takes_a_second_at_most(task: str, piece: s
             start = time.process_time()
             assert not grader.grade(problem, completion).solved
             assert time.process_time() - start < 1.5  # with room for a machine at work
-        for function, _ in grader.released_rewards().values():
+        for judge, _ in grader.released_rewards().values():
             start = time.process_time()
-            function(prompts=[""], completions=[text], problem=[problem])
+            judge(problem, text)
             assert time.process_time() - start < 1
 
 
-def test_plain_is_stable() -> None:
-    for text, _, _ in NUMBERS:
-        assert plain(plain(text)) == plain(text), text
+# fmt: off
+PIECES = [
+    "\\boxed{", "}", "{", "<answer>", "</answer>", "\\frac", "1,234", "-", "/", "0", ".", "$", "\\", "\n", "^", "=", "\\(",
+]
+# fmt: on
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.one_of(st.text(max_size=60), st.lists(st.sampled_from(PIECES), max_size=40).map("".join)))
+def test_reading_never_raises(text: str) -> None:
+    extract(text)
+    for completion in (text, FORM.format(text), FORM.format(f"\\boxed{{{text}}}")):
+        for spec in ("gsm8k", "gsm8k:extraction=published", "math500:extraction=published"):
+            solved(spec, completion, "3")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=4).map("".join))
+def test_reading_costs_linear_time(piece: str) -> None:
+    text = (piece * 20_000)[:20_000]
+    times = []
+    for _ in range(3):
+        start = time.process_time()
+        for reader in (final, number, released.number, released.latex, extract):
+            reader(text)
+        released.same_latex(text, "1")
+        times.append(time.process_time() - start)
+    assert min(times) < 0.25

@@ -43,8 +43,7 @@ def write(home: Path, **settings: Any) -> str:
     return "~/run.yaml"
 
 
-@pytest.mark.parametrize("as_flags", [False, True], ids=["file", "flags"])
-@pytest.mark.parametrize("command", ["sft", "rl", "rl with an adapter"])
+@pytest.mark.parametrize(("command", "as_flags"), [("sft", False), ("rl", True), ("rl with an adapter", False)])
 def test_a_training_is_one_folder(command: str, as_flags: bool, home: Path) -> None:
     paths = {"output": "~/run", "model": "~/model"} | ({"data": "~/chat.jsonl"} if command == "sft" else {})
     settings = {"base": "~/base.yaml"} | ({"validation_share": 0.1} if command == "sft" else RL)
@@ -71,13 +70,11 @@ def test_evaluations_reports_and_studies(home: Path) -> None:
     assert main(["study", write(home, output="~/study", evaluate=tables)]) == 0
     assert (home / "study" / "table.md").is_file()
     (home / "prompt.txt").write_text("Solve {question}")
-    task = make_task("gsm8k:prompt=~/prompt.txt,data=~/gsm8k.jsonl", {})
+    task = make_task("gsm8k:template=~/prompt.txt,data=~/gsm8k.jsonl", {})
     assert task.data == str(home / "gsm8k.jsonl")
     assert make_decoder("~/ass.yaml").name == "ass" and make_decoder("~/ass.yaml:temperature=1").temperature == 1
     assert build(SFTConfig, {"output": "x", "tasks": ["a"], "model": "~/m", "steps": 1}, "x").model == f"{home}/m"
     RLConfig(output="~/run", tasks=["sudoku"])
-    assert (
-        read_config(SFTConfig, write(home, base="~/base.yaml", output="~/a", data="~/b", model="~/c")).data
-        == f"{home}/b"
-    )
+    found = read_config(SFTConfig, write(home, base="~/base.yaml", output="~/a", data="~/b", model="~/c"))
+    assert found.data == f"{home}/b"
     assert (train(SFTConfig(output="~/api", data="~/chat.jsonl", model="~/model", **SMALL)) / "config.json").is_file()

@@ -35,12 +35,12 @@ SLOW = {
     "knight_swap",
     "quantum_lock",
 }  # half a second or more each
-EVALUATES = (
+EVALUATES = {
     "binary_matrix",
     "n_queens",
     "spiral_matrix",
     "string_insertion",
-)  # give an answer that is no match to eval
+}  # pass an answer that is no match to eval
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -52,7 +52,7 @@ def test_data_sets_that_cannot_be_graded_are_refused_by_name(name: str) -> None:
 def test_every_other_data_set_is_accepted_and_executes_nothing(tmp_path: Path) -> None:
     made = tmp_path / "made"
     names = set(DATASETS) - set(REFUSED) - set(verifier.SIZES) - SLOW
-    assert names.issuperset(EVALUATES)
+    assert names > EVALUATES
     for name in sorted(names):
         assert verifier.refusal(name, ()) is None, name
         for code in (
@@ -78,14 +78,8 @@ def test_problems_are_those_of_the_data_set_and_its_verifier_grades_them() -> No
     problems = task.problems("test", 8, seed=3)
     assert [p.question for p in problems] == [entry["question"] for entry in test]
     right = [f"<answer>{entry['answer']}</answer>" for entry in test]
-    assert task.rewards()["leg_counting"][0]([], right, problem=problems) == [1.0] * 8
+    assert list(task.rewards()) == ["leg_counting"] and task.reward([""], right, problem=problems) == [1.0] * 8
     assert not task.grade(problems[0], "<answer>-1</answer>").solved
-
-
-def test_more_problems_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(verifier.SIZES, "leg_counting", 40)
-    with pytest.raises(UserError, match="different test problems of leg_counting found: ask for fewer"):
-        make_task("reasoning_gym:leg_counting", {}).problems("test", 50)
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def test_bad_rows_are_named(tmp_path: Path, toy_lm: MaskedLM, rows: list[dict[st
 
 def test_data_that_cannot_be_read(tmp_path: Path, toy_lm: MaskedLM, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.csv").write_text("a,b\n")
-    with pytest.raises(UserError, match=r"a\.csv is no data file that can be read: give \.json"):
+    with pytest.raises(UserError, match=r"unsupported data file .*a\.csv: choose \.json"):
         read(toy_lm, str(tmp_path / "a.csv"))
     (tmp_path / "a.jsonl").write_text('{"messages": [')
     with pytest.raises(UserError, match=r"a\.jsonl:1 is not JSON"):
@@ -192,7 +192,7 @@ def test_data_that_cannot_be_read(tmp_path: Path, toy_lm: MaskedLM, monkeypatch:
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(
-        UserError, match=r"data set simplescaling/s1K cannot be had from the hub \(Couldn't reach .*\): .*local copy"
+        UserError, match=r"could not download the data set simplescaling/s1K \(Couldn't reach .*\): .*local copy"
     ):
         read(toy_lm, "simplescaling/s1K")
     lm = toy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from fractions import Fraction
 from itertools import permutations
 from pathlib import Path
@@ -12,10 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unmask import UserError, make_task
+from unmask import Grade, Problem, Task, UserError, make_task
+from unmask.cli import main
 from unmask.errors import TooFewProblems
-from unmask.tasks import base
-from unmask.tasks.answers import arithmetic, boxed
+from unmask.tasks import TASKS, base
+from unmask.tasks.answers import arithmetic, box_spans
 from unmask.tasks.countdown import Countdown, worked_solution
 from unmask.tasks.sudoku import heldout_grids, solved_grids
 
@@ -46,13 +48,29 @@ def test_worked_responses_are_right(spec: str) -> None:
         assert grade.solved and grade.points == grade.possible
 
 
-def test_take_unique_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+class Letters(Task):
+    """Draws ``letters``; a space is a draw that brought no problem."""
+
+    name = "letters"
+    letters = "a abb cab "
+
+    def draw(self, seed: int) -> Iterator[Problem | None]:
+        return (None if letter == " " else Problem(letter, letter, {}) for letter in self.letters)
+
+    def home_split(self, problem: Problem) -> str:
+        return "test"
+
+    def grade(self, problem: Problem, completion: str) -> Grade:
+        return Grade.of(False, None)
+
+
+def test_different_problems_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "MAX_CONSECUTIVE_DUPLICATES", 3)
-    problems = {key: base.Problem(key, key, {}) for key in "abc"}
-    drawn = [key and (key, problems[key]) for key in ("a", None, "a", "b", "b", None, "c", "a", "b", None)]
-    assert base.take_unique(drawn, 3, "x") == list(problems.values())
-    with pytest.raises(TooFewProblems, match="only 3 different letters: ask for fewer"):  # of the misses in a row
-        base.take_unique(drawn, 4, "letters: ask for fewer")
+    assert [p.id for p in Letters().problems("test", 3)] == ["a", "b", "c"]
+    for letters in ("a abb cab d", "a abb c"):  # misses in a row, and no more draws
+        monkeypatch.setattr(Letters, "letters", letters)
+        with pytest.raises(TooFewProblems, match="only 3 different test problems of task letters exist: ask for fewer"):
+            Letters().problems("test", 4)
 
 
 @pytest.mark.parametrize(
@@ -90,30 +108,14 @@ def test_sudoku_puzzles_have_one_solution() -> None:
 
 def test_sudoku_grade_by_hand() -> None:
     task = make_task("sudoku", {})
-    problem = task.problem("0102200002100320", "3142243142131324")  # type: ignore[attr-defined]
+    problem = task.parse({"Puzzle": "0102200002100320", "Solution": "3142243142131324"})
     half = "<answer>3142 2431 4444 4444</answer>"
     grade = task.grade(problem, half)
     # Empty cells: 0, 2, 5, 6, 7, 8, 11, 12, 15 = 9. Right of them: 0, 2, 5, 6, 7, 8 (4), 15 (4) = 7.
     assert (grade.points, grade.possible, grade.solved) == (7.0, 9.0, False)
-    assert task.rewards()["sudoku"][0]([], [half], problem=[problem]) == [7 / 9]
+    assert task.reward([""], [half], problem=[problem]) == [7 / 9]
     assert task.grade(problem, "no answer at all").points == 0
     assert task.grade(problem, "<answer>a3142 b2431 c4213 d1324").solved  # left open, with labels
-
-
-@pytest.mark.parametrize(
-    ("completion", "published"),
-    [
-        ("<answer>\n3142 2431\n4213 1324\n</answer>", "3142243142131324"),
-        ("<answer>grid: ```3142243142131324```</answer>", "3142243142131324"),
-        ("<answer>31422431<|eot_id|>", "3142243100000000"),  # cut off: padded with 0
-        ("<answer></answer> 3142243142131324<|eot_id|>", "3142243142131324"),  # what follows an empty answer
-        ("so 3142243142131324 is the grid", "3142243142131324"),
-        ("<answer>a3142 b2431 c4213 d1324</answer>", "a3142b2431c4213d"),  # labels are kept, unlike by default
-        ("nothing", "0" * 16),
-    ],
-)
-def test_published_sudoku_extraction(completion: str, published: str) -> None:
-    assert make_task("sudoku:extraction=published", {}).extract(completion) == published  # type: ignore[attr-defined]
 
 
 def test_worked_solution_by_hand() -> None:
@@ -148,34 +150,20 @@ def test_search_finds_an_answer_exactly_when_there_is_one(numbers: tuple[int, ..
             assert value is not None and value[0] == int(right)
 
 
+# fmt: off
 HOSTILE = [
-    "9**9**9",
-    "(" * 200_000,
-    "(" * 90 + "1" + ")" * 90,
-    "٣+٨*٥",
-    "1²+3",
-    "__import__('os').system('true')",
-    "8*3+5" + "+0" * 50_000,
-    "8//0+3+5",
-    "8/0+3*5",
-    "1e9+8+3+5",
-    "8" * 5000,
-    "\\boxed{" * 30_000,
-    "\\boxed{" * 30_000 + "}" * 30_000,
-    "<answer>" * 25_000,
-    "8*3+5=" * 30_000 + "29",
-    "",
-    "\x00",
-    "0x8*3+5",
-    "8_0*3+5",
+    "9**9**9", "(" * 200_000, "(" * 90 + "1" + ")" * 90, "٣+٨*٥", "1²+3", "__import__('os').system('true')",
+    "8*3+5" + "+0" * 50_000, "8//0+3+5", "8/0+3*5", "1e9+8+3+5", "8" * 5000, "\\boxed{" * 30_000,
+    "\\boxed{" * 30_000 + "}" * 30_000, "<answer>" * 25_000, "8*3+5=" * 30_000 + "29", "", "\x00", "0x8*3+5", "8_0*3+5",
     "lambda: 29",
 ]
+# fmt: on
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda t: t[:12].encode("unicode_escape").decode())
 def test_hostile_countdown_answers_are_wrong_and_fast(text: str) -> None:
     task = make_task("countdown", {})
-    problem = task.problem((8, 3, 5), 29)  # type: ignore[attr-defined]
+    problem = task.parse({"input": "8,3,5", "output": "29"})
     for completion in (f"<answer>{text}</answer>", text):
         for last in (False, False, True):
             start = time.process_time()
@@ -190,12 +178,13 @@ def test_arithmetic_is_exact() -> None:
     assert arithmetic("1/3*3") == (Fraction(1), [1, 3, 3])
     assert arithmetic("(07 - 2) * -3") == (Fraction(-15), [7, 2, 3])
     assert arithmetic("1/0") is None
-    assert boxed("\\boxed{a{b}c} x \\boxed {2}") == ["a{b}c", "2"]
+    text = "\\boxed{a{b}c} x \\boxed {2}"
+    assert [text[slice(*span)] for span in box_spans(text)] == ["a{b}c", "2"]
 
 
 def test_countdown_rewards_by_hand() -> None:
     task = make_task("countdown", {})
-    problem = task.problem((8, 3, 5), 29)  # type: ignore[attr-defined]
+    problem = task.parse({"input": "8,3,5", "output": "29"})
     completions = [
         "<answer>8*3+5</answer>",  # right
         "\\boxed{8 \\times 3 + 5 = 29}",  # right, in LaTeX
@@ -203,7 +192,7 @@ def test_countdown_rewards_by_hand() -> None:
         "<answer>8*3+4</answer>",  # another number
         "<answer>29</answer>",
     ]
-    assert task.rewards()["countdown"][0]([], completions, problem=[problem] * 5) == [1.0, 1.0, 0.1, 0.0, 0.0]
+    assert task.reward([""], completions, problem=[problem] * 5) == [1.0, 1.0, 0.1, 0.0, 0.0]
     assert task.grade(problem, "<answer>29 = 8*3+5</answer>").solved
     assert not make_task("countdown:operators=+-", {}).grade(problem, completions[0]).solved  # an operator not allowed
 
@@ -214,16 +203,20 @@ def test_countdown_rewards_by_hand() -> None:
         ("sudko", "did you mean 'sudoku'"),
         ("countdown:number=3", "did you mean 'numbers'"),
         ("countdown:numbers=x", "numbers of task 'countdown' is 'x'"),
-        ("countdown:numbers=9", "give 2 to 6"),
+        ("countdown:numbers=9", "choose 2 to 6"),
         ("countdown:numbers", "name:key=value"),
         ("countdown:style=short", "choose from compact, paper"),
+        ("nowhere:Task", "cannot import task 'nowhere:Task': ModuleNotFoundError"),
+        ("docs.examples.reversal:Problem,x=3", "is no subclass of unmask.Task"),
+        ("docs.examples.reversal:Reversal,lenth=3", "did you mean 'length'"),
         ("sudoku:min_empty=9,max_empty=3", "1 <= min <= max"),
         ("reasoning_gym:leg_countin", "did you mean 'leg_counting'"),
         ("reasoning_gym:countdown", "use task 'countdown'"),
         ("reasoning_gym:leg_counting,max_animal=3", "did you mean 'max_animals'"),
     ],
 )
-def test_wrong_task_specs_name_the_fix(spec: str, message: str) -> None:
+def test_wrong_task_specs_name_the_fix(spec: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent)
     with pytest.raises(UserError, match=message):
         make_task(spec, {})
 
@@ -236,7 +229,24 @@ def test_data_files(tmp_path: Path) -> None:
     sudoku.write_text("Puzzle,Solution\n3102200002100320,3142243142131324\n")
     assert make_task(f"sudoku:data={sudoku}", {}).problems("test", None)[0].truth["solution"] == "3142243142131324"
     countdown.write_text(json.dumps({"input": "1,2", "output": "x"}))
-    with pytest.raises(UserError, match=r"c\.jsonl:1 is not a problem like"):
+    with pytest.raises(UserError, match=r"c\.jsonl:1 is no problem of task countdown"):
         make_task(f"countdown:data={countdown}", {}).problems("test", None)
     with pytest.raises(UserError, match="cannot read"):
         make_task(f"sudoku:data={tmp_path}/none.csv", {}).problems("test", None)
+
+
+def test_a_task_of_ones_own(tmp_path: Path, toy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example of the docs: its problems, its reward, an evaluation; and the same task by a registered name."""
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    spec = "docs.examples.reversal:Reversal,length=3"
+    task = make_task(spec, {})
+    problem = task.problems("train", 4)[0]
+    word = problem.truth["answer"]
+    assert problem.question == f"reverse {word[::-1]}" and task.grade(problem, f" {word}\n").solved
+    assert task.reward([""] * 2, [word, word[:2]], problem=[problem] * 2) == [1.0, 2 / 3]
+    flags = ["--model", toy_folder, "--limit", "2", "--max-new-tokens", "4", "--output", str(tmp_path / "eval")]
+    assert main(["eval", "--task", spec, "--decoder", "full:steps=2", *flags]) == 0
+    assert json.loads((tmp_path / "eval" / "summary.json").read_text())["cells"][0]["task"] == spec
+    assert TASKS.register("backwards")(type(task)) is type(task)
+    assert make_task("backwards:length=3", {"reversal": {"length": 4}}) == task != make_task("backwards", {})
+    del TASKS["backwards"]

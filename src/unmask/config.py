@@ -20,7 +20,7 @@ from unmask.errors import UserError, unknown
 from unmask.io.files import as_yaml, expand_home, read_yaml, write_text
 
 T = TypeVar("T")
-_IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*(?=:|$)")
+_IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w-]*(?=[:,]|$)")
 _FRAME = re.compile(r"[│╭╮╰╯]")
 _REGISTRY = tyro.constructors.ConstructorRegistry()
 LORA_TARGETS = (
@@ -50,7 +50,7 @@ class Registry(dict[str, T]):
         if name in self:
             return self[name]
         if not _IMPORT_PATH.fullmatch(name):
-            raise unknown(self.kind, name, self)
+            raise unknown(self.kind, name, [*self, "package.module:name"])
         module, attribute = name.split(":")
         if module in self:
             raise UserError(f"cannot read {attribute!r} in {name!r}: parameters are written name:key=value,key=value")
@@ -58,8 +58,8 @@ class Registry(dict[str, T]):
         sys.path.append("")  # a console script does not look there
         try:
             return getattr(import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise UserError(f"cannot import {self.kind} {name!r} ({error}): check the module and the name") from None
+        except Exception as error:  # noqa: BLE001  (a user's module may raise anything)
+            raise UserError(f"cannot import {self.kind} {name!r}: {type(error).__name__}: {error}") from None
         finally:
             sys.path[:] = before
 
@@ -81,13 +81,13 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 def with_parameters(spec: str, **parameters: Any) -> str:
     """``("ass:blocks=4", temperature=1)`` -> ``"ass:blocks=4,temperature=1"``."""
     more = ",".join(f"{key}={value}" for key, value in parameters.items())
-    return f"{spec}{',' if ':' in _IMPORT_PATH.sub('', spec, count=1) else ':'}{more}" if more else spec
+    return f"{spec}{',' if split_spec(spec)[1] else ':'}{more}" if more else spec
 
 
 def split_spec(spec: str) -> tuple[str, dict[str, str]]:
     """``"ass:blocks=4,temperature=1"`` -> ``("ass", {"blocks": "4", "temperature": "1"})``. Raises UserError.
 
-    The name may be ``package.module:name``.
+    The name may be of the form ``package.module:name``.
     """
     path = _IMPORT_PATH.match(spec.strip())
     name, _, rest = (path[0], "", spec.strip()[path.end() + 1 :]) if path else spec.strip().partition(":")

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 
-from unmask.errors import UserError
 from unmask.models.masked_lm import MaskedLM
 from unmask.tasks import Problem, Task
 
@@ -18,11 +17,5 @@ def row_seeds(seed: int, indexes: Sequence[int]) -> torch.Tensor:
 
 def task_prompts(lm: MaskedLM, task: Task, problems: Sequence[Problem], shots: int = 0, seed: int = 0) -> list[str]:
     """The prompt of every problem, behind ``shots`` worked examples of the training split where asked for."""
-    examples: list[tuple[str, str]] = []
-    for example in task.problems("train", shots, seed) if shots else ():
-        if example.response is None:
-            raise UserError(
-                f"task {task.name} has no worked responses in this form: leave --shots out, or try style=compact"
-            )
-        examples.append((task.instruction(example), task.prefill + example.response))
-    return [lm.chat(task.instruction(p), task.prefill, examples) for p in problems]
+    examples = task.problems("train", shots, seed) if shots else []
+    return [task.prompt(lm, problem, examples) for problem in problems]

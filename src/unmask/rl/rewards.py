@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from unmask.errors import UserError
-from unmask.tasks.base import Problem, Reward, Task
+from unmask.tasks.base import Judge, Problem, Reward, Task
 
 Row = dict[str, Any]
 RELEASED = "released"
@@ -107,24 +107,20 @@ def task_rewards(tasks: Sequence[Task], released: bool = False) -> list[tuple[Re
         UserError: where a task has no released reward.
     """
 
-    def only(task: Task, function: Reward) -> Reward:
-        def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
-            mine = [i for i, t in enumerate(columns["task"]) if t == task]
-            values: list[float | None] = [None] * len(prompts)
-            if mine:
-                part = {k: [v[i] for i in mine] for k, v in columns.items()}
-                found = function([prompts[i] for i in mine], [completions[i] for i in mine], **part)
-                for i, value in zip(mine, found, strict=True):
-                    values[i] = value
-            return values
+    def only(task: Task, judge: Judge) -> Reward:
+        def reward(
+            prompts: list[str], completions: list[str], problem: list[Problem], **columns: Any
+        ) -> list[float | None]:
+            rows = zip(columns["task"], problem, completions, strict=True)
+            return [judge(p, completion) if t == task else None for t, p, completion in rows]
 
         return reward
 
     different = list(dict.fromkeys(tasks))
     return [
-        (_named(only(task, function), name if len(different) == 1 else f"{task.name}_{name}"), weight)
+        (_named(only(task, judge), name if len(different) == 1 else f"{task.name}_{name}"), weight)
         for task in different
-        for name, (function, weight) in (task.released_rewards() if released else task.rewards()).items()
+        for name, (judge, weight) in (task.released_rewards() if released else task.rewards()).items()
     ]
 
 

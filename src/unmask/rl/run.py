@@ -40,9 +40,7 @@ def problem_rows(lm: MaskedLM, tasks: list[Task], split: str, count: int | None,
         problems = task.problems(split, count, seed)
         if len(problems) < (count or 1):
             raise UserError(f"task {task.name} has {len(problems)} {split} problems, not {count}: ask for fewer")
-        columns.append(
-            [{"prompt": lm.chat(task.instruction(p), task.prefill), "problem": p, "task": task} for p in problems]
-        )
+        columns.append([{"prompt": task.prompt(lm, p), "problem": p, "task": task} for p in problems])
     return [row for rows in zip(*columns, strict=False) for row in rows]
 
 

@@ -6,34 +6,29 @@ from collections.abc import Mapping
 from typing import Any
 
 from unmask.config import build, split_spec
-from unmask.errors import unknown
-from unmask.tasks.base import Grade, Problem, Task
-from unmask.tasks.countdown import Countdown
-from unmask.tasks.math.gsm8k import GSM8K
-from unmask.tasks.math.math500 import MATH500
+from unmask.errors import UserError
+from unmask.tasks import countdown, sudoku  # noqa: F401  (they register themselves)
+from unmask.tasks.base import TASKS, Grade, Judge, Problem, Task
+from unmask.tasks.math import gsm8k, math500  # noqa: F401
 from unmask.tasks.reasoning_gym import ReasoningGym
-from unmask.tasks.sudoku import Sudoku
 
-__all__ = ["TASKS", "Grade", "Problem", "Task", "make_task"]
-
-TASKS: dict[str, type[Task]] = {task.name: task for task in (Countdown, Sudoku, GSM8K, MATH500)}
+__all__ = ["TASKS", "Grade", "Judge", "Problem", "Task", "make_task"]
 
 
 def make_task(spec: str, defaults: Mapping[str, Mapping[str, Any]]) -> Task:
-    """A task from ``name:key=value,…``.
+    """A task from ``name:key=value,…`` or ``package.module:Name,key=value,…``.
 
     Args:
-        spec: e.g. ``"sudoku"`` or ``"countdown:numbers=4,style=compact"``.
+        spec: e.g. ``"sudoku"``, ``"countdown:numbers=4,style=compact"`` or ``"reasoning_gym:leg_counting,max_animals=4"``.
         defaults: parameters by task name that a checkpoint was trained for; the spec overrides them.
 
     Raises:
         UserError: for an unknown task or parameter, or a value out of range.
     """
-    head, _, dataset = spec.partition(":")
-    if head.strip() == "reasoning_gym":
-        dataset, _, options = dataset.partition(",")
-        return ReasoningGym(dataset=dataset.strip(), options=tuple(split_spec(f"{dataset}:{options}")[1].items()))
     name, parameters = split_spec(spec)
-    if name not in TASKS:
-        raise unknown("task", name, [*TASKS, "reasoning_gym:NAME"])
-    return build(TASKS[name], {**defaults.get(name, {}), **parameters}, f"task {name!r}")
+    if name.split(":")[0] == ReasoningGym.name:
+        return ReasoningGym(dataset=name.partition(":")[2], options=tuple(parameters.items()))
+    task = TASKS.resolve(name)
+    if not (isinstance(task, type) and issubclass(task, Task)):
+        raise UserError(f"task {name!r} is no subclass of unmask.Task: write one, or choose from {', '.join(TASKS)}")
+    return build(task, {**defaults.get(task.name, {}), **parameters}, f"task {name!r}")

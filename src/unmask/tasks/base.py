@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from itertools import count
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from unmask.config import Registry
 from unmask.errors import TooFewProblems, UserError
+from unmask.io.hub import Rows, read_rows
 
-Split = Literal["train", "validation", "test", "heldout"]
-Reward = Callable[..., "list[float | None]"]
+if TYPE_CHECKING:
+    from unmask.models.masked_lm import MaskedLM
+
 MAX_CONSECUTIVE_DUPLICATES = 50_000
 """After so many draws in a row without a new problem a split counts as exhausted."""
 
@@ -36,10 +39,26 @@ class Grade:
     possible: float
     answer: str | None
 
+    @classmethod
+    def of(cls, solved: bool, answer: str | None) -> Grade:
+        """One point for a right answer, none for a wrong one."""
+        return cls(solved, float(solved), 1.0, answer)
+
+
+Judge = Callable[[Problem, str], float]
+"""What a completion of a problem earns."""
+Reward = Callable[..., "list[float | None]"]
+"""A reward function in TRL's signature."""
+TASKS: Registry[type[Task]] = Registry("task")
+"""Tasks by name. ``@TASKS.register("name")`` adds a subclass of ``Task``."""
+
 
 @dataclass(frozen=True)
 class Task(ABC):
-    """A kind of problem. Parameters are the fields; equal parameters and seeds give equal problems."""
+    """A kind of problem. Parameters are the fields; equal parameters and seeds give equal problems.
+
+    A task of one's own has a ``name``, ``draw`` (or ``parse``, for data files) and ``grade``; what else is here may stay.
+    """
 
     name: ClassVar[str]
     score_name: ClassVar[str] = "accuracy"
@@ -53,97 +72,116 @@ class Task(ABC):
     """A local source instead of the task's own: a file of test problems; where the task says so, a folder with splits."""
 
     def problems(self, split: str, limit: int | None, seed: int = 0) -> list[Problem]:
-        """The first ``limit`` problems of a split (``None``: all, where the split is finite).
-
-        Raises:
-            UserError: for an unknown split, a limit below 1, or an empty or unreadable data file.
-        """
+        """The first ``limit`` problems of a split (``None``: all, where it is finite). UserError where there are none."""
         if split not in self.splits:
             raise UserError(f"task {self.name} has no split {split!r}: choose from {', '.join(self.splits)}")
         if limit is not None and limit < 1:
-            raise UserError(f"the number of problems is {limit}: give 1 or more")
-        if self.data is None:
-            return self.generate(split, limit, seed)
-        found = self.read(self.data, split, seed)
-        if not found:
-            raise UserError(f"the data file {self.data} holds no problems")
-        return found if limit is None else found[:limit]
+            raise UserError(f"the number of problems is {limit}: choose 1 or more")
+        return self.generate(split, limit, seed) if self.data is None else self.read(self.data, split, seed)[:limit]
+
+    def generate(self, split: str, limit: int | None, seed: int) -> list[Problem]:
+        """The first ``limit`` different problems of a split that are drawn. Splits are disjoint whatever the seeds.
+
+        Raises TooFewProblems where the draws end, or MAX_CONSECUTIVE_DUPLICATES in a row brought nothing new.
+        """
+        if limit is None:
+            raise UserError(f"task {self.name} generates problems without end: set a limit")
+        found: dict[str, Problem] = {}
+        misses = 0
+        for problem in self.draw(seed):
+            misses += 1
+            if problem and self.home_split(problem) == split and (key := self.dedup_key(problem, split)) not in found:
+                found[key], misses = problem, 0
+            if len(found) == limit:
+                return list(found.values())
+            if misses == MAX_CONSECUTIVE_DUPLICATES:
+                break
+        raise TooFewProblems(f"only {len(found)} different {split} problems of task {self.label} exist: ask for fewer")
+
+    def draw(self, seed: int) -> Iterator[Problem | None]:
+        """Problems of all splits from a seed, usually without end; None for a draw that brought none."""
+        raise UserError(f"task {self.name} generates no problems: set data=FILE")
+
+    def home_split(self, problem: Problem) -> str:
+        """The split that a problem belongs to."""
+        return split_of(problem.id)
+
+    def dedup_key(self, problem: Problem, split: str) -> str:
+        """What two problems that count as one have in common."""
+        return problem.id
 
     def read(self, path: str, split: str, seed: int) -> list[Problem]:
         """All problems of a split out of ``data``: here a file of test problems."""
         if split != "test":
             raise UserError(f"data={path} holds test problems: split {split!r} is only generated")
-        try:
-            return list(self.load(path))
-        except csv.Error as error:
-            raise UserError(f"cannot read the data file {path}: {error}") from None
+        return list(self.parse_rows(read_rows(path)))
 
-    @property
-    def label(self) -> str:
-        """What figures of the task are called in a run of several."""
-        return self.name
+    def parse_rows(self, rows: Rows) -> Iterator[Problem]:
+        """The problems of a data set's rows. Raises UserError that names the first row that is none."""
+        for place, row in rows:
+            try:
+                yield self.parse(row)
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise UserError(f"{place} is no problem of task {self.name} ({error!r})") from None
+
+    def parse(self, row: dict[str, Any]) -> Problem:
+        """The problem of a row in the task's published form. KeyError, TypeError or ValueError where it is none."""
+        raise UserError(f"task {self.name} generates its problems: drop data={self.data}")
+
+    def completion_truth(self, row: dict[str, Any]) -> Problem:
+        """The Problem behind a row of a completions file (``question``, ``completion``, ``ground_truth``)."""
+        raise UserError(f"task {self.name} cannot grade completions made elsewhere")
 
     @property
     def prefill(self) -> str:
         """What the assistant's turn starts with: ``<reasoning>`` for large models, as in the paper's evaluation."""
         return "<reasoning>" if self.style == "paper" else ""
 
-    @abstractmethod
-    def generate(self, split: str, limit: int | None, seed: int) -> list[Problem]:
-        """Problems made from a seed. Splits are disjoint whatever the seeds."""
-
-    @abstractmethod
-    def load(self, path: str) -> Iterator[Problem]:
-        """Problems from a file in the task's published format."""
-
-    @abstractmethod
     def instruction(self, problem: Problem) -> str:
         """The user's turn."""
+        return problem.question
+
+    def prompt(self, lm: MaskedLM, problem: Problem, examples: Sequence[Problem] = ()) -> str:
+        """The text that a model continues: the problem in its chat template, behind worked examples, and the prefill."""
+        if any(example.response is None for example in examples):
+            fix = "leave --shots out, or try style=compact"
+            raise UserError(f"task {self.name} has no worked responses in this form: {fix}")
+        turns = [(self.instruction(example), f"{self.prefill}{example.response}") for example in examples]
+        return lm.chat(self.instruction(problem), self.prefill, turns)
 
     @abstractmethod
     def grade(self, problem: Problem, completion: str) -> Grade:
         """Grade a completion (the text after the prefill, up to its first end token). Never raises on model text."""
 
-    @abstractmethod
-    def rewards(self) -> dict[str, tuple[Reward, float]]:
-        """Reward functions by name with their weights; TRL's signature, the column ``problem`` holds Problems."""
+    def share(self, problem: Problem, completion: str) -> float:
+        """The share of the possible points, 0 to 1."""
+        grade = self.grade(problem, completion)
+        return grade.points / grade.possible
 
-    def released_rewards(self) -> dict[str, tuple[Reward, float]]:
-        """The reward functions of the released trainer as they run, by name with their weights. UserError where it has none."""
-        raise UserError(
-            f"task {self.name} has no released reward: set reward to other functions than 'released', or choose other tasks"
-        )
+    def rewards(self) -> dict[str, tuple[Judge, float]]:
+        """What training rewards, by name with weights: here the share of the points."""
+        return {self.name: (self.share, 1.0)}
 
-    def completion_truth(self, row: dict[str, Any]) -> Problem:
-        """The Problem behind a row of a completions file (``question``, ``completion``, ``ground_truth``)."""
-        raise UserError(f"task {self.name} cannot grade completions made elsewhere")
+    def released_rewards(self) -> dict[str, tuple[Judge, float]]:
+        """The rewards of the released trainer as its code runs. UserError where it has none."""
+        fix = "set reward to other functions than 'released', or choose other tasks"
+        raise UserError(f"task {self.name} has no released reward: {fix}")
+
+    def reward(
+        self, prompts: list[str], completions: list[str], problem: list[Problem], **_: Any
+    ) -> list[float | None]:
+        """The weighted sum of the rewards, in TRL's signature."""
+        judges = self.rewards().values()
+        return [sum(w * judge(p, c) for judge, w in judges) for p, c in zip(problem, completions, strict=True)]
+
+    @property
+    def label(self) -> str:
+        """What figures of the task are called in a run of several."""
+        return self.name
 
     def config(self) -> dict[str, Any]:
         """Name and all parameters, for a record."""
         return {"name": self.name, **asdict(self)}
-
-
-def take_unique(drawn: Iterable[tuple[str, Problem] | None], limit: int, what: str) -> list[Problem]:
-    """The first ``limit`` different ones of endlessly drawn problems.
-
-    Args:
-        drawn: what tells a problem from others, and the problem; None for a draw without one. what: "test problems of ...".
-
-    Raises:
-        TooFewProblems: where ENOUGH_MISSES draws in a row brought nothing new.
-    """
-    found: dict[str, Problem] = {}
-    misses = 0
-    for draw in drawn:
-        if draw is None or draw[0] in found:
-            misses += 1
-        else:
-            found[draw[0]], misses = draw[1], 0
-        if len(found) == limit:
-            break
-        if misses == MAX_CONSECUTIVE_DUPLICATES:
-            raise TooFewProblems(f"only {len(found)} different {what}")
-    return list(found.values())
 
 
 def bucket(key: str, buckets: int = 100) -> int:
@@ -154,6 +192,18 @@ def bucket(key: str, buckets: int = 100) -> int:
 def stream_seed(seed: int) -> int:
     """reasoning-gym draws problem i from ``seed + i``, so neighbouring seeds would give nearly the same problems."""
     return seed << 40
+
+
+def draw_metadata(dataset: str, seed: int, **options: Any) -> Iterator[dict[str, Any] | None]:
+    """What a reasoning-gym data set says of its problems, one by one without end; None where it found no problem."""
+    import reasoning_gym  # slow: only where problems are made
+
+    source = reasoning_gym.create_dataset(dataset, size=2**31, seed=stream_seed(seed), **options)
+    for index in count():
+        try:
+            yield source[index]["metadata"]
+        except ValueError:  # no target in range, e.g.
+            yield None
 
 
 def split_of(key: str) -> str:

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import IO, Any
+from typing import Any
 
 from unmask.errors import UserError
 
@@ -36,105 +36,84 @@ class Helper:
         self.lock = threading.Lock()
 
     def ask(self, *question: Any) -> Any:
-        """The reply to a question of JSON values; None where it took too much time or memory.
+        """The reply to a question of JSON values; None where there is none, or it took too much time or memory.
 
         Raises:
-            TimeoutError: if no reply came in WALL_SECONDS, or the process is gone. The next question starts another.
+            TimeoutError: if no reply came in WALL_SECONDS, twice. The next question starts another process.
             UserError: if the process cannot be started at all.
         """
         with self.lock:
-            if self.process is None or self.owner != os.getpid():
-                self.start()
-            return json.loads(self.exchange(json.dumps(question), WALL_SECONDS))
+            with suppress(TimeoutError):  # a machine that stood still, or a process that somebody ended
+                return self._exchange(question)
+            return self._exchange(question)
 
-    def start(self) -> None:
-        code = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
-        self.owner = os.getpid()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code, self.script, *sys.path],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-            env={**os.environ, **_ENVIRONMENT},
-        )
-        try:
-            ready = self.exchange("", START_SECONDS)
-        except TimeoutError:
-            ready = ""
-        if ready != "ready":
-            raise UserError(f"the process that {self.what} did not start: try {sys.executable} {self.script}")
+    def _exchange(self, question: Any) -> Any:
+        if self.process is None or self.owner != os.getpid():
+            code = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
+            self.owner = os.getpid()
+            self.process = subprocess.Popen(
+                [sys.executable, "-c", code, self.script, *sys.path],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                encoding="utf-8",
+                env={**os.environ, **_ENVIRONMENT},
+            )
+            try:
+                self._reply(self.process, "", START_SECONDS)
+            except TimeoutError:
+                fix = f"try {sys.executable} {self.script}"
+                raise UserError(f"the process that {self.what} did not start: {fix}") from None
+        return self._reply(self.process, json.dumps(question) + "\n", WALL_SECONDS)
 
-    def exchange(self, line: str, seconds: float) -> str:
+    def _reply(self, process: subprocess.Popen[str], line: str, seconds: float) -> Any:
         """Send a line and wait for one. TimeoutError from a process that is gone or late, which is ended."""
-        process = self.process
-        assert process is not None and process.stdin is not None and process.stdout is not None
-        late = threading.Event()
-
-        def end() -> None:
-            late.set()
-            process.kill()
-
-        timer = threading.Timer(seconds, end)
+        assert process.stdin is not None and process.stdout is not None
+        timer = threading.Timer(seconds, process.kill)
         timer.start()
         try:
-            if line:
-                process.stdin.write(line + "\n")
-                process.stdin.flush()
-            reply = process.stdout.readline().strip()
+            process.stdin.write(line)
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
         except (OSError, ValueError):
-            reply = ""
+            process.kill()
+            with suppress(OSError, ValueError):
+                process.communicate()
+            self.process = None
+            raise TimeoutError from None
         finally:
             timer.cancel()
-            timer.join()
-        if late.is_set() or not reply:
-            process.kill()
-            process.communicate()
-            self.process = None
-            raise TimeoutError
-        return reply
 
 
 def main(prepare: Callable[[], Callable[..., Any]]) -> None:
-    """What the helper's script calls: limits memory, makes the function that answers, and serves."""
-    _limit("RLIMIT_AS", MEMORY)
-    channel = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    sys.stdout = sys.stderr  # whatever prints, prints elsewhere
-    serve(prepare(), sys.stdin, channel, copies=hasattr(os, "fork"))
+    """What the helper's script calls: limits memory, makes the function that answers, and serves.
 
-
-def serve(answer: Callable[..., Any], questions: IO[str], replies: IO[str], copies: bool = False) -> None:
-    """The helper: the arguments of ``answer`` as a JSON list a line in, its result as JSON a line out.
-
-    Args:
-        copies: a copy of this process answers, within its time; whenever one is ended, null is the reply and another goes on.
+    A line is the JSON list of the function's arguments; its result goes out as a line. A copy of this process answers, within
+    its time; where it raises null is the reply, and where it is ended too, then another goes on.
     """
-    print("ready", file=replies, flush=True)
-    while copies and (copy := os.fork()):
+    with suppress(ImportError, ValueError, OSError):  # where the system can
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    sys.stdout = sys.stderr  # whatever prints, prints elsewhere
+    answer = prepare()
+    print("true", file=replies, flush=True)
+    while hasattr(os, "fork") and (copy := os.fork()):
         if os.waitpid(copy, 0)[1] == 0:  # no more questions
             return
         print("null", file=replies, flush=True)
-    for line in iter(questions.readline, ""):
-        if copies:
-            limit_time(CPU_SECONDS)
-        print(json.dumps(answer(*json.loads(line))), file=replies, flush=True)
+    for line in iter(sys.stdin.readline, ""):
+        limit_time(CPU_SECONDS)
+        try:
+            reply = answer(*json.loads(line))
+        except Exception:  # noqa: BLE001  (code of others, which stumbles over some text)
+            reply = None
+        print(json.dumps(reply), file=replies, flush=True)
 
 
 def limit_time(seconds: float) -> None:
     """End this process once it has used so much more processor time, where the system can."""
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal ends the process
-
-
-def _limit(name: str, value: int) -> None:
-    """Limit this process, where the system can."""
-    try:
-        import resource
-    except ImportError:  # not on this system
-        return
-    kind = getattr(resource, name)
-    _, hard = resource.getrlimit(kind)
-    if hard == resource.RLIM_INFINITY or hard > value:
-        with suppress(ValueError, OSError):
-            resource.setrlimit(kind, (value, hard))

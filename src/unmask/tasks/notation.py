@@ -5,34 +5,15 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_SYMBOLS = {
-    "−": "-",
-    "×": r"\times ",
-    "✕": r"\times ",
-    "✖": r"\times ",
-    "·": r"\cdot ",
-    "⋅": r"\cdot ",
-    "∙": r"\cdot ",
-    "∗": "*",
-    "÷": r"\div ",
-    "∕": "/",
-    "⁄": "/",
-    "π": r"\pi ",
-    "∞": r"\infty ",
-    "±": r"\pm ",
-    "≈": r"\approx ",
-    "≤": r"\leq ",
-    "≥": r"\geq ",
-    "≠": r"\neq ",
-    "∈": r"\in ",
-    "∪": r"\cup ",
-    "∩": r"\cap ",
-    "°": r"^\circ ",
-    "’": "'",
-    "‘": "'",
-    "“": '"',
-    "”": '"',
-    "\ufe0f": "",
+_SYMBOLS = dict(zip("−∗∕⁄’‘“”", "-*//''\"\"", strict=True)) | {"\ufe0f": "", "°": r"^\circ "}
+_SYMBOLS |= {
+    sign: rf"\{command} "
+    for command, signs in zip(
+        ("times", "cdot", "div", "pi", "infty", "pm", "approx", "leq", "geq", "neq", "in", "cup", "cap"),
+        ("×✕✖", "·⋅∙", "÷", "π", "∞", "±", "≈", "≤", "≥", "≠", "∈", "∪", "∩"),
+        strict=True,
+    )
+    for sign in signs
 }
 
 
@@ -43,9 +24,7 @@ class _Table(dict[int, str]):
         character = chr(code)
         kind, *codes = unicodedata.decomposition(character).split() or [""]
         category = unicodedata.category(character)
-        if character in _SYMBOLS:
-            written = _SYMBOLS[character]
-        elif code < 128:
+        if code < 128:
             written = character
         elif category in ("Pd", "Zs", "So"):
             written = "-" if category == "Pd" else " "
@@ -62,13 +41,13 @@ class _Table(dict[int, str]):
         return written
 
 
-_TABLE = _Table()
+_TABLE = _Table(str.maketrans(_SYMBOLS))
 _RAISED = re.compile("[⁰¹²³⁴-⁹⁺⁻ⁿ]+")
 _FRACTIONS = re.compile("[¼-¾⅐-⅞]{2,}")  # no number, and each would become eleven characters
 _LOWERED = re.compile("[₀-₉]+")
 _ROOT = re.compile(r"(?:√|(?<![\\a-zA-Z])sqrt)\s*(?:\(([^()]*)\)|\{([^{}]*)\}|([0-9]+(?:\.[0-9]+)?|[a-z](?![a-z])))")
 
-_MARKDOWN = (
+_RULES = (  # Markdown, then LaTeX
     (re.compile(r"```[a-z]*[ \t]*(?=\n)|`"), ""),
     (re.compile(r"(?m)^[ \t]*#{1,6}[ \t]+"), ""),
     (re.compile(r"</?(?:b|i|u|em|strong|mark|code|span)>", re.IGNORECASE), ""),
@@ -76,8 +55,6 @@ _MARKDOWN = (
     (re.compile(r"(?<![\w)}*\\])(\*{2,3})(?=[^\s*])((?:[^*\n]|\*(?!\*))+)\1(?![\w({*\\])"), r"\2"),
     (re.compile(r"(?<![\w)}*\\])\*(?=[^\s*])([^*\n]+)\*(?![\w({*\\])"), r"\1"),
     (re.compile(r"(?<![\w}\\])(_{1,2})(?=[^\s_])([^_\n]+)\1(?!\w)"), r"\2"),
-)
-_LATEX = (
     (re.compile(r"\\(?:text)?color\s*\{[^{}]*\}"), ""),
     (re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle)(?![a-zA-Z])\.?"), ""),
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
@@ -95,6 +72,7 @@ _LATEX = (
     (re.compile(r"(?<![\\a-zA-Z])pi(?![a-zA-Z])"), r"\\pi"),
 )
 _STYLE = re.compile(r"\\(text[a-z]*|mbox|math(?:rm|bf|it|sf|tt|normal)|boldsymbol|bm|emph|underline)\s*\{([^{}]*)\}")
+FRACTION = re.compile(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}")
 _SHORT_FRACTION = re.compile(r"\\frac\s*(?:\{([^{}]*)\}|([0-9]))\s*(?:\{([^{}]*)\}|([0-9]))")
 _THOUSANDS = re.compile(
     r"(?<![\w.,'])(?<![0-9] )[0-9]{1,3}(?:(?: [0-9]{3})+|(?:'[0-9]{3})+|(?:\\?_[0-9]{3})+)(?![0-9'_]|\s*/|\s[0-9])"
@@ -119,7 +97,7 @@ def plain(text: str) -> str:
         text = _FRACTIONS.sub("?", text)
         text = _RAISED.sub(lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", text)
         text = _LOWERED.sub(lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text).translate(_TABLE)
-    for pattern, replacement in (*_MARKDOWN, *_LATEX):
+    for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
     text = _SHORT_FRACTION.sub(
         lambda m: f"\\frac{{{m[1] or m[2] or ''}}}{{{m[3] or m[4] or ''}}}", _STYLE.sub(_unstyled, text)

@@ -8,22 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, repeat
-from typing import Any, ClassVar
 
 from unmask.errors import UserError, unknown
 from unmask.tasks import answers, verifier
-from unmask.tasks.base import Grade, Problem, Reward, Task, split_of, stream_seed, take_unique
+from unmask.tasks.base import TASKS, Grade, Judge, Problem, Task, split_of, stream_seed
 
 INSTRUCTION = """\
 {question}
 Think between <reasoning> and </reasoning>, then write only the final answer between <answer> and </answer>."""
 
 
+@TASKS.register("reasoning_gym")
 @dataclass(frozen=True)
 class ReasoningGym(Task):
-    name: ClassVar[str] = "reasoning_gym"
-    score_name: ClassVar[str] = "score"
+    name = "reasoning_gym"
+    score_name = "score"
 
     dataset: str = ""
     options: tuple[tuple[str, str], ...] = ()
@@ -44,22 +43,16 @@ class ReasoningGym(Task):
     def label(self) -> str:
         return f"{self.name}_{self.dataset}"
 
-    def generate(self, split: str, limit: int | None, seed: int) -> list[Problem]:
-        if limit is None:
-            raise UserError("reasoning_gym generates problems without end: give a limit")
-        indices = range(verifier.SIZES.get(self.dataset, verifier.ENDLESS))
-        drawn = chain((self._drawn(seed, index, split) for index in indices), repeat(None))
-        return take_unique(drawn, limit, f"{split} problems of {self.dataset} found: ask for fewer")
+    def draw(self, seed: int) -> Iterator[Problem]:
+        for index in range(verifier.SIZES.get(self.dataset, verifier.ENDLESS)):
+            question = verifier.question(self.dataset, self.options, stream_seed(seed), index)
+            yield Problem(f"{seed}:{index}", question, {"seed": seed, "index": index})
 
-    def _drawn(self, seed: int, index: int, split: str) -> tuple[str, Problem] | None:
-        """A problem of this split with what tells it from others."""
-        question = verifier.question(self.dataset, self.options, stream_seed(seed), index)
-        if split_of(question) != split:
-            return None
-        return question, Problem(f"{seed}:{index}", question, {"seed": seed, "index": index})
+    def home_split(self, problem: Problem) -> str:
+        return split_of(problem.question)
 
-    def load(self, path: str) -> Iterator[Problem]:
-        raise UserError(f"reasoning_gym:{self.dataset} generates its problems: drop data={path}")
+    def dedup_key(self, problem: Problem, split: str) -> str:
+        return problem.question
 
     def instruction(self, problem: Problem) -> str:
         return INSTRUCTION.format(question=problem.question)
@@ -71,11 +64,5 @@ class ReasoningGym(Task):
         score = verifier.score(self.dataset, self.options, stream_seed(seed), index, answer)
         return Grade(score >= 1.0, score, 1.0, answer)
 
-    def rewards(self) -> dict[str, tuple[Reward, float]]:
-        return {self.dataset: (self.reward, 1.0)}
-
-    def reward(
-        self, prompts: list[str], completions: list[str], problem: list[Problem], **_: Any
-    ) -> list[float | None]:
-        """The data set's own score, 0 to 1."""
-        return [self.grade(p, c).points for p, c in zip(problem, completions, strict=True)]
+    def rewards(self) -> dict[str, tuple[Judge, float]]:
+        return {self.dataset: (self.share, 1.0)}

@@ -1,4 +1,7 @@
-"""What the released reward functions find in a completion, as they run (``reward: released``). Nothing is executed."""
+"""What the released evaluation (``extraction=published``) and reward functions (``reward: released``) read in a completion.
+
+Each as its code runs. Nothing is executed; time is linear in the text.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,13 @@ from typing import Any
 
 from unmask.tasks import answers
 from unmask.tasks.base import Problem
+
+
+def first_tags(text: str) -> str | None:
+    """The text from the first opening tag to the next closing one."""
+    _, _, rest = text.partition("<answer>")
+    content, closed, _ = rest.partition("</answer>")
+    return content.strip() if closed else None
 
 
 def closed_tags(text: str) -> str | None:
@@ -22,39 +32,41 @@ def last_tags(text: str) -> str:
     return text.rpartition("<answer>")[2].partition("</answer>")[0].strip()
 
 
-def is_near(expression: str, numbers: list[int], target: int) -> bool:
-    """Whether an expression of just the given numbers comes to the target within 1e-5."""
-    value = answers.released_value(expression, numbers)
+def last_box(text: str) -> str | None:
+    """The content of the last box, the whole text where there is none, None where it stays open."""
+    if "\\boxed " in text:
+        return text.rsplit("\\boxed ", 1)[1].split("$")[0]
+    start = text.rfind("\\boxed" if "\\boxed" in text else "\\fbox")
+    if start < 0:
+        return text
+    depth = 0
+    for brace in re.finditer(r"[{}]", text[start:]):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0 and brace[0] == "}":
+            content = text[start : start + brace.end()]
+            return content[len("\\boxed{") : -1] if content.startswith("\\boxed{") else content
+    return None
+
+
+def number(text: str) -> float | None:
+    """GSM8K: the first box that holds a number, as a whole or by its first one, else the first answer tags by their last.
+
+    Thousands separators are not read.
+    """
+    for piece in (piece for line in text.split("\n") for piece in line.split("}")[:-1]):  # what a closing brace ends
+        _, box, content = piece.partition("\\boxed{")
+        if box and (found := _value(content.strip(), 0)) is not None:
+            return found
+    tags = first_tags(text)
+    return None if tags is None else _value(tags, -1)
+
+
+def _value(text: str, which: int) -> float | None:
     try:
-        return value is not None and bool(abs(value - target) < 1e-5)
-    except OverflowError:
-        return False
-
-
-def countdown(prompts: list[str], completions: list[str], problem: list[Problem], **_: Any) -> list[float | None]:
-    """1 for a right expression in closed answer tags, 0.1 for closed tags with anything else, 0 without."""
-    values: list[float | None] = []
-    for completion, p in zip(completions, problem, strict=True):
-        tags = closed_tags(completion)
-        right = tags is not None and is_near(tags, p.truth["numbers"], p.truth["target"])
-        values.append(1.0 if right else 0.0 if tags is None else 0.1)
-    return values
-
-
-def sudoku(prompts: list[str], completions: list[str], problem: list[Problem], **_: Any) -> list[float | None]:
-    """The share of the empty cells that are right among the first 16 digits in closed answer tags."""
-    values: list[float | None] = []
-    for completion, p in zip(completions, problem, strict=True):
-        digits = "".join(c for c in closed_tags(completion) or "" if c.isdigit()).ljust(16, "0")
-        empty = [i for i, c in enumerate(p.truth["puzzle"]) if c == "0"]
-        values.append(sum(digits[i] == p.truth["solution"][i] for i in empty) / len(empty))
-    return values
-
-
-def box_or_all(text: str) -> str:
-    """The last box of a MATH completion; all of it where there is none, or where it stays open."""
-    box = answers.released_box(text)
-    return text if box is None else box
+        return float(text)
+    except ValueError:
+        numbers = re.findall(r"-?\d+\.?\d*", text)
+        return float(numbers[which]) if numbers else None
 
 
 def strict_format(text: str) -> float:
@@ -83,3 +95,110 @@ def tag_count(text: str) -> float:
     once = [text.count(mark) == 1 for mark in marks]
     behind = len(text.split("\n</answer>\n")[-1]) * once[2] + (len(text.split("\n</answer>")[-1]) - 1) * once[3]
     return 0.25 * sum(once) - 0.002 * behind
+
+
+def latex(text: str) -> str:
+    """MATH: the last box; the first answer tags where it is open or empty; without any box the whole completion."""
+    return last_box(text) or first_tags(text) or ""
+
+
+def same_latex(left: str, right: str) -> bool:
+    """Equality after the field's usual normalization of LaTeX; as written where that does not apply to one of them."""
+    a, b = _normal(left), _normal(right)
+    return left == right if a is None or b is None else a == b
+
+
+def _normal(text: str) -> str | None:
+    """Spaces, ``\\left``, degrees, currency, percent and units gone; one way of writing fractions and roots.
+
+    None for more than one unit, a quotient that is not one of integers, and a root or fraction of nothing.
+    """
+    text = text.replace("\n", "").replace("\\!", "").replace("\\\\", "\\")
+    text = text.replace("tfrac", "frac").replace("dfrac", "frac")
+    for gone in ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$"):
+        text = text.replace(gone, "")
+    if text.count("\\text{ ") > 1:
+        return None
+    text = text.split("\\text{ ")[0].replace("\\%", "")
+    text = re.sub(r"(^|[ {])\.", r"\g<1>0.", text)
+    name, equals, value = text.partition("=")
+    if equals and "=" not in value and len(name) <= 2:
+        text = value
+    if text.endswith("\\sqrt"):
+        return None
+    text = re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", text).replace(" ", "")
+    if text.endswith("\\frac"):
+        return None
+    if re.search(r"\\frac[^{](?:\Z|\\frac)", text) is None:
+        text = re.sub(
+            r"\\frac([^{])(?:([^{])|(?=\{))", lambda m: f"\\frac{{{m[1]}}}" + f"{{{m[2]}}}" * bool(m[2]), text
+        )
+    if text == "0.5":
+        return "\\frac{1}{2}"
+    over, slash, under = text.partition("/")
+    if slash and "/" not in under:
+        try:
+            return f"\\frac{{{over}}}{{{under}}}" if f"{int(over)}/{int(under)}" == text else text
+        except ValueError:
+            return None
+    return text
+
+
+def expression(text: str) -> str:
+    """Countdown: the last box, the tags where it stays open, or all; of its first ``expression = number`` the expression."""
+    found = last_box(text)
+    if found is None:
+        tags = first_tags(text)
+        found = text if tags is None else tags
+    found = found.replace("\\div", "/").replace("\\times", "*").replace("\\cdot", "*")
+    equation = re.search(r"(?<![0-9+\-*/() ])([0-9+\-*/() ]+)=[0-9. ]", found)
+    return equation[1].strip() if equation else found
+
+
+def is_solution(expression: str, truth: dict[str, Any]) -> bool:
+    """Whether an expression of just the given numbers, with ``//`` and ``**`` and in floats, is within 1e-5 of the target."""
+    try:
+        used = sorted(map(int, re.findall(r"\d+", expression)))
+    except ValueError:  # of thousands of digits
+        return False
+    allowed = len(expression) <= 10 * answers.MAX_EXPRESSION and re.match(r"[\d+\-*/().\s]+\Z", expression)
+    if not allowed or used != sorted(truth["numbers"]):
+        return False
+    value = answers.evaluate(expression.strip(), exact=False)
+    try:
+        return value is not None and bool(abs(value - truth["target"]) < 1e-5)
+    except OverflowError:
+        return False
+
+
+def countdown(problem: Problem, completion: str) -> float:
+    """1 for a right expression in closed answer tags, 0.1 for closed tags with anything else, 0 without."""
+    tags = closed_tags(completion)
+    return 0.0 if tags is None else 1.0 if is_solution(tags, problem.truth) else 0.1
+
+
+_END = r"<\|eot_id\|>|<\|endoftext\|>"
+_GRIDS = (  # where a grid is looked for, in this order
+    ("<answer>", r"\A<answer>.*?```([\d\s]+)```"),
+    ("<answer>", rf"\A<answer>(.*?)(?:{_END}|</answer>)"),
+    ("</answer>", rf"\A</answer>(.*?)(?:{_END}|$)"),
+    ("", r"(\d{16})\s*</answer>"),
+    ("", r"\b(\d{16})\b"),
+)
+
+
+def grid(text: str) -> str:
+    """Sudoku: a fenced grid, the answer up to its end, what is after it, before it, or anywhere; filled with ``0`` to 16."""
+    for start, pattern in _GRIDS:
+        # From the first tag on only, so that hostile text costs linear time.
+        found = re.search(pattern, text[text.find(start) :], re.DOTALL) if start in text else None
+        if found and found[1].strip():
+            return re.sub(r"\s", "", found[1]).ljust(16, "0")[:16]
+    return "0" * 16
+
+
+def sudoku(problem: Problem, completion: str) -> float:
+    """The share of the empty cells that are right among the first 16 digits in closed answer tags."""
+    digits = "".join(c for c in closed_tags(completion) or "" if c.isdigit()).ljust(16, "0")
+    empty = [i for i, c in enumerate(problem.truth["puzzle"]) if c == "0"]
+    return sum(digits[i] == problem.truth["solution"][i] for i in empty) / len(empty)

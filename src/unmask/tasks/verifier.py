@@ -1,6 +1,6 @@
 """Problems and scores of reasoning-gym's data sets, made in a bounded process in which no answer runs as code.
 
-Verifiers are other people's code that meets text of a model: some give it to ``eval`` or to sympy, which is the same, some take
+Verifiers are other people's code that meets text of a model: some pass it to ``eval`` or to sympy, which is the same, some take
 forever over it. So they run in a helper (``unmask.tasks.bounded``), where an audit hook refuses whatever a verifier does beyond
 a short list: above all to compile text that is not the problem's own, to start processes, to connect, to write files. A
 verifier that is refused, fails or takes too long says that the answer is wrong.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from copy import deepcopy
 from functools import cache, lru_cache
 from typing import Any
@@ -30,11 +29,19 @@ SIZES = {"acre": 2**12, "gsm_symbolic": 2**16, "list_functions": 2**16, "word_la
 MAKE_SECONDS = 30.0  # of processor time, for a data set or a problem
 PROBES = 2  # problems per data set
 NONSENSE = ("", "nonsense", "nan", "-987654321987", "(1,", "{}")
-MOST = 0.5  # a score above it is no consolation
+MAX_NONSENSE_SCORE = 0.5
 
 _HARMLESS = {"builtins.id", "exec", "import", "marshal.loads", "os.listdir", "os.scandir", "sys._getframe"}
 """Events that a verifier may cause. ``exec`` is of compiled code, and compiling is guarded."""
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_helper = bounded.Helper(__file__, "runs the verifiers of reasoning-gym")
+
+
+def _ask(*question: Any) -> Any:
+    try:
+        return _helper.ask(*question)
+    except TimeoutError:
+        return None
 
 
 @cache
@@ -50,25 +57,14 @@ def question(name: str, options: Options, seed: int, index: int) -> str:
     """The question of a problem. Raises UserError where it cannot be made within bounds."""
     reply = _ask("question", name, options, seed, index)
     if reply is None:
-        raise UserError(
-            f"problem {index} of reasoning_gym:{name} cannot be made: choose other parameters or another seed"
-        )
+        fix = "choose other parameters or another seed"
+        raise UserError(f"problem {index} of reasoning_gym:{name} cannot be made: {fix}")
     return reply
 
 
 def score(name: str, options: Options, seed: int, index: int, answer: str) -> float:
     """The verifier's score of an answer, 0 where it has none to give."""
     return float(_ask("score", name, options, seed, index, answer) or 0)
-
-
-def _ask(*question: Any) -> Any:
-    for _ in range(2):  # a machine that stood still gets a second chance, and a process that somebody ended
-        with suppress(TimeoutError):
-            return _helper.ask(*question)
-    return None
-
-
-_helper = bounded.Helper(__file__, "runs the verifiers of reasoning-gym")
 
 
 class _Guard:
@@ -79,19 +75,15 @@ class _Guard:
     """The event that was refused last."""
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if self.own is None or event in _HARMLESS or self.allows(event, arguments):
+        if self.own is None or event in _HARMLESS or (event == "open" and not arguments[2] & _WRITES):
             return
+        if event == "compile":
+            text, file = arguments
+            text = text.decode(errors="replace") if isinstance(text, bytes) else text
+            if not str(file).startswith("<") or text in self.own:  # a module imported late, or the problem's own
+                return
         self.refused = event
         raise PermissionError(f"a verifier may not use {event}")
-
-    def allows(self, event: str, arguments: tuple[Any, ...]) -> bool:
-        if event == "open":
-            return not arguments[2] & _WRITES
-        if event != "compile":
-            return False
-        text, file = arguments
-        text = text.decode(errors="replace") if isinstance(text, bytes) else text
-        return not str(file).startswith("<") or (self.own is not None and text in self.own)  # a module imported late
 
 
 _guard = _Guard()
@@ -115,20 +107,12 @@ def _entry(name: str, options: Options, seed: int, index: int) -> dict[str, Any]
     return source[index]
 
 
-def _question(name: str, options: Options, seed: int, index: int) -> str | None:
-    try:
-        return str(_entry(name, options, seed, index)["question"])
-    except Exception:  # noqa: BLE001  (a generator that is not ours)
-        return None
-
-
 def _score(name: str, options: Options, seed: int, index: int, answer: str) -> float:
     try:
         entry = deepcopy(_entry(name, options, seed, index))
         source = _source(name, options, seed)
         bounded.limit_time(bounded.CPU_SECONDS)
-        texts = (*entry.values(), *entry["metadata"].values())
-        _guard.own = frozenset(t for t in texts if isinstance(t, str))
+        _guard.own = frozenset(t for t in (*entry.values(), *entry["metadata"].values()) if isinstance(t, str))
         found = float(source.score_answer(answer, entry))
     except BaseException:  # noqa: BLE001  (a verifier that is not ours met text it was not made for: the answer is wrong)
         found = 0.0
@@ -145,25 +129,27 @@ def _probe(name: str, options: Options) -> str:
         return str(error)
     except Exception as error:  # noqa: BLE001  (a generator that is not ours)
         return f"reasoning_gym:{name} refuses its parameters: {error}"
-    verifier = f"the verifier of reasoning_gym:{name}"
     for index, own in enumerate(answers):
         _guard.refused = ""
         if own is not None and _score(name, options, 0, index, own) < 1:  # none: many answers are right
-            if _guard.refused == "compile":
-                return f"{verifier} would execute model text"
-            return f"{verifier} calls the right answer wrong"
+            fault = "would execute model text" if _guard.refused == "compile" else "calls the right answer wrong"
+            return f"the verifier of reasoning_gym:{name} {fault}"
         for text in NONSENSE:
-            if text != own and (paid := _score(name, options, 0, index, text)) > MOST:
-                return f"{verifier} pays {paid:.2g} for the answer {text!r}"
+            if text != own and (paid := _score(name, options, 0, index, text)) > MAX_NONSENSE_SCORE:
+                return f"the verifier of reasoning_gym:{name} pays {paid:.2g} for the answer {text!r}"
     return ""
 
 
 def _answers() -> Callable[..., Any]:
-    """The helper's function: what is asked, then the arguments of ``_probe``, ``_question`` or ``_score``."""
+    """The helper's function: what is asked, then the arguments of ``_probe``, ``_entry`` or ``_score``."""
     import reasoning_gym  # noqa: F401  (slow: before copies are made)
 
     sys.addaudithook(_guard)
-    asked: dict[str, Callable[..., Any]] = {"probe": _probe, "question": _question, "score": _score}
+    asked: dict[str, Callable[..., Any]] = {
+        "probe": _probe,
+        "question": lambda *problem: str(_entry(*problem)["question"]),
+        "score": _score,
+    }
     return lambda what, name, options, *more: asked[what](name, tuple(map(tuple, options)), *more)
 
 

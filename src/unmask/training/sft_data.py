@@ -45,7 +45,7 @@ class Examples(Dataset[dict[str, list[int]]]):
             problems = task.problems(split, count, seed)
             if not problems or problems[0].response is None:
                 raise UserError(f"task {spec} has no worked responses to learn in this form: try style=compact")
-            prompts = [lm.chat(task.instruction(p), task.prefill) for p in problems]
+            prompts = [task.prompt(lm, p) for p in problems]
             encode = lm.tokenizer
             per_task.append(
                 [

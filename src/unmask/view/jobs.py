@@ -58,7 +58,7 @@ def from_flags(a: ViewArguments) -> Plan:
             raise UserError(f"{a.task} has no test problem {a.index}: give --index 0 to {len(problems) - 1}")
         problem, seeds = problems[a.index], _seeds(a.seed, a.index)
         jobs = [Job(d, a.early_stop, seeds, lambda text: task.grade(problem, text).solved) for d in decoders]
-        return lm.chat(task.instruction(problem), task.prefill), jobs
+        return task.prompt(lm, problem), jobs
 
     return replace(a, model="tiny" if a.model == "auto" else a.model), plan
 

@@ -1,15 +1,13 @@
-"""Whether two LaTeX answers mean the same, decided by math-verify in a process of its own.
+"""Whether two LaTeX answers mean the same, decided by math-verify in a process of its own (``unmask.tasks.bounded``).
 
-Its own time-out rests on a signal, which works in the main thread of a POSIX program only, and nothing bounds its memory. So
-one helper process answers question by question (``unmask.tasks.bounded``). Text that is long, deeply nested, builds huge
-numbers or uses commands outside a list never gets there.
+Its own time-out rests on a signal, which works in the main thread of a POSIX program only, and nothing bounds its memory. Text
+that is long, deeply nested, builds huge numbers or uses commands outside a list never gets there.
 
 math-verify compares values as floats of 15 digits and then simplifies their difference, which may take seconds. Here values are
 compared exactly where they are rational, else to a thousand digits, with numbers in place of variables; decimals are exact.
 
-math-verify's reader of plain expressions and sympy's conversion of strings evaluate text as Python; even the numbers of a
-LaTeX answer take that way. So in the helper sympy's ``parse_expr`` is replaced by one that reads numerals and names and
-refuses all else, and the ``eval`` behind it refuses whatever may still lead there.
+math-verify and sympy evaluate text as Python, even the numbers of a LaTeX answer. So in the helper sympy's ``parse_expr`` is
+replaced by one that reads numerals and names and refuses all else, and the ``eval`` behind it refuses whatever may lead there.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 from unmask.tasks.bounded import Helper, main
@@ -40,10 +39,10 @@ _TOWER = re.compile(r"\^[\s({]*[0-9.]+[\s)}]*(?:\^|!)|\^[\s({]*[0-9]{4}|[0-9]{4}
 
 
 def readable(text: str) -> bool:
-    """Whether a LaTeX answer is short, shallow and plain enough to be given to math-verify."""
+    """Whether a LaTeX answer is short, shallow and plain enough for math-verify."""
     if len(text) > MAX_LATEX or re.search(rf"[0-9]{{{MAX_DIGITS}}}", text):
         return False
-    if any(e not in ("pmatrix", "bmatrix", "matrix") for e in _ENVIRONMENT.findall(text)):
+    if not {"pmatrix", "bmatrix", "matrix"}.issuperset(_ENVIRONMENT.findall(text)):
         return False
     bare = _TEXT.sub(" ", text)
     if not _COMMANDS.issuperset(re.findall(r"\\([a-zA-Z]+)", bare)) or _TOWER.search(bare):
@@ -52,25 +51,16 @@ def readable(text: str) -> bool:
         return False
     if re.search(r"d\s*[a-zA-Z\\]", re.sub(r"\\[a-zA-Z]+", r"\\", bare)):  # a differential: not an answer
         return False
-    depth = deepest = 0
-    for character in text:
-        depth += (character in "{([") - (character in "})]")
-        deepest = max(deepest, depth)
-    return deepest <= MAX_DEPTH
+    depths = accumulate((c in "{([") - (c in "})]") for c in text)
+    return max(depths, default=0) <= MAX_DEPTH
 
 
 def equivalent(truth: str, answer: str) -> bool:
-    """Whether ``answer`` means the same as ``truth``; False where that cannot be told within bounds. Never raises on text.
-
-    Raises:
-        UserError: if the helper process cannot be started at all.
-    """
-    if not readable(truth) or not readable(answer):
+    """Whether ``answer`` means the same as ``truth``; False where that cannot be told within bounds. Never raises on text."""
+    try:
+        return readable(truth) and readable(answer) and _asked(truth, answer)
+    except TimeoutError:
         return False
-    for _ in range(2):  # a machine that stood still gets a second chance
-        with suppress(TimeoutError):
-            return _asked(truth, answer)
-    return False
 
 
 @lru_cache(maxsize=8192)
@@ -90,13 +80,11 @@ def _comparison() -> Callable[[str, str], bool]:
     import math_verify
     from math_verify import grader
     from math_verify.parser import LatexExtractionConfig
-    from sympy import Integer, Rational, Symbol
+    from sympy import Rational, Symbol
     from sympy.parsing import sympy_parser
 
     def atom(text: str, *_: Any, **__: Any) -> Any:
-        if re.fullmatch(r"[0-9]+", text):
-            return Integer(int(text))
-        if re.fullmatch(r"[0-9]*\.[0-9]+|[0-9]+\.", text):
+        if re.fullmatch(r"[0-9]+\.?|[0-9]*\.[0-9]+", text):
             return Rational(text)
         if text.isidentifier():  # sympy's own modules read names so when they are imported late
             return Symbol(text)
@@ -123,13 +111,7 @@ def _comparison() -> Callable[[str, str], bool]:
     with suppress(Exception):  # builds the tables of the parser
         math_verify.verify(parsed("\\frac{x}{2}"), parsed("0.5x"), timeout_seconds=None)
 
-    def same(truth: str, answer: str) -> bool:
-        try:
-            return bool(math_verify.verify(parsed(truth), parsed(answer), timeout_seconds=None))
-        except Exception:  # noqa: BLE001  (a formula that sympy stumbles over equals nothing)
-            return False
-
-    return same
+    return lambda truth, answer: bool(math_verify.verify(parsed(truth), parsed(answer), timeout_seconds=None))
 
 
 def _same_value(a: Any, b: Any) -> bool | None:
@@ -145,25 +127,22 @@ def _same_value(a: Any, b: Any) -> bool | None:
         return False if False in same else None if None in same else True
     variables = sorted(a.free_symbols | b.free_symbols, key=str)
     told = 0
-    for row in _POINTS:
+    for row in _POINTS if variables else _POINTS[:1]:
         values = {v: Rational(row[i % len(row)], 7 + i) for i, v in enumerate(variables)}
         x, y = a.xreplace(values).doit(), b.xreplace(values).doit()
-        if x.is_Rational and y.is_Rational:
-            if x != y:
-                return False
-        else:
+        tolerance = 0
+        if not (x.is_Rational and y.is_Rational):
             try:
                 x, y = x.evalf(DIGITS), y.evalf(DIGITS)
             except PrecisionExhausted:
                 continue
             if not all(part.is_Float or part.is_Rational for z in (x, y) for part in z.as_real_imag()):
                 continue
-            if abs(x - y) > Rational(1, 10) ** (DIGITS - 50) * max(abs(x), abs(y)):
-                return False
+            tolerance = Rational(1, 10) ** (DIGITS - 50) * max(abs(x), abs(y))
+        if abs(x - y) > tolerance:
+            return False
         told += 1
-        if not variables:
-            return True
-    return True if told > 1 else None
+    return True if told > bool(variables) else None
 
 
 _POINTS = ((11, 19, 13, 17), (-10, 16, -23, 12), (25, -9, 15, -31))  # rows of numerators

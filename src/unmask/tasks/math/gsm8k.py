@@ -3,83 +3,69 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Any, ClassVar
+from typing import Any
 
 from unmask.tasks import answers, released
-from unmask.tasks.base import Grade, Problem, Reward
+from unmask.tasks.base import TASKS, Grade, Judge, Problem
 from unmask.tasks.math.hub_task import HubMathTask
+from unmask.tasks.quantities import number
 
 _TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
 
 
+@TASKS.register("gsm8k")
 @dataclass(frozen=True)
 class GSM8K(HubMathTask):
-    name: ClassVar[str] = "gsm8k"
-    hub: ClassVar[dict[str, tuple[str, str | None]]] = dict.fromkeys(("train", "test"), ("openai/gsm8k", "main"))
+    name = "gsm8k"
+    hub_train = hub_test = ("openai/gsm8k", "main")
 
-    def problem(self, row: dict[str, Any]) -> Problem:
+    def parse(self, row: dict[str, Any]) -> Problem:
         """Of ``question`` and ``answer``, a worked solution that ends in ``#### N``."""
         steps, mark, stated = row["answer"].rpartition("####")
         if not mark:
             raise ValueError(f"the answer {row['answer'][-40:]!r} does not end in '#### number'")
-        made = self.made(row["question"], _plain(stated), re.sub(r"<<[^<>]*>>", "", steps))
-        return replace(made, truth={**made.truth, "stated": stated.strip()})
+        problem = self.make_problem(row["question"], _plain(stated), re.sub(r"<<[^<>]*>>", "", steps))
+        return replace(problem, truth={**problem.truth, "stated": stated.strip()})
 
     def completion_truth(self, row: dict[str, Any]) -> Problem:
         """A null ground truth (the released files have two: the negative answers) lets no completion be right."""
         truth = row["ground_truth"]
         if not isinstance(truth, (str, int, float, type(None))):
             raise ValueError(f"ground_truth is {truth!r}, not a number")
-        return self.made(row["question"], "" if truth is None else _plain(str(truth)), None)
+        return self.make_problem(row["question"], "" if truth is None else _plain(str(truth)))
 
     def grade(self, problem: Problem, completion: str) -> Grade:
         """By default exactly, on the last marked answer; ``published`` as a float, on the first box that holds a number."""
-        truth = answers.number(problem.truth["answer"])
+        truth = number(problem.truth["answer"])
         if self.extraction == "published":
-            read = answers.published_number(completion)
+            read = released.number(completion)
             solved = read is not None and truth is not None and read == float(truth)
-            return Grade(solved, float(solved), 1.0, None if read is None else f"{read:.12g}")
+            return Grade.of(solved, None if read is None else f"{read:.12g}")
         marked = answers.final(answers.cut_at_end(completion), numeric=True)
-        value = None if marked is None else answers.number(marked[0], last=not marked[1])
-        solved = value is not None and value == truth
-        return Grade(solved, float(solved), 1.0, None if value is None else _written(value))
+        value = None if marked is None else number(marked[0], last=not marked[1])
+        return Grade.of(value is not None and value == truth, None if value is None else _written(value))
 
-    def rewards(self) -> dict[str, tuple[Reward, float]]:
+    def rewards(self) -> dict[str, tuple[Judge, float]]:
         """The released terms and weights, each judged as it is meant; `released_rewards` judges as the released code runs."""
-        return {
-            "correct": (self.correct, 2.0),
-            "integer": (self._each(_integer), 0.5),
-            "strict_format": (self._each(_strict), 0.5),
-            "soft_format": (self._each(_soft), 0.5),
-            "tags": (self._each(_tag_count), 0.5),
-        }
+        forms = {"integer": _integer, "strict_format": _strict, "soft_format": _soft, "tags": _tag_count}
+        return {"correct": (self.correct, 2.0)} | {name: (self.of_text(form), 0.5) for name, form in forms.items()}
 
-    def released_rewards(self) -> dict[str, tuple[Reward, float]]:
-        """All have weight 1 in the released code."""
-        judges = (released.strict_format, released.soft_format, released.integer, released.tag_count)
-        return {"correct": (self._correct_as_released, 2.0)} | {j.__name__: (self._each(j), 0.5) for j in judges}
+    def released_rewards(self) -> dict[str, tuple[Judge, float]]:
+        """All have weight 1 in the released code; the answer must be written as in the data set."""
 
-    def _correct_as_released(
-        self, prompts: list[str], completions: list[str], problem: list[Problem], **_: Any
-    ) -> list[float | None]:
-        """1 where the text in the tags is the answer as the data set writes it."""
-        stated = [p.truth.get("stated", p.truth["answer"]) for p in problem]
-        return [float(released.last_tags(self.whole(c)) == s) for c, s in zip(completions, stated, strict=True)]
+        def correct(problem: Problem, completion: str) -> float:
+            stated = problem.truth.get("stated", problem.truth["answer"])
+            return float(released.last_tags(self.full_text(completion)) == stated)
 
-    def _each(self, judge: Callable[[str], float]) -> Reward:
-        def reward(prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
-            return [judge(self.whole(c)) for c in completions]
-
-        reward.__doc__ = judge.__doc__
-        return reward
+        forms = (released.strict_format, released.soft_format, released.integer, released.tag_count)
+        return {"correct": (correct, 2.0)} | {form.__name__: (self.of_text(form), 0.5) for form in forms}
 
 
 def _plain(text: str) -> str:
     """A truth as digits without separators; ValueError if it is no number."""
-    value = answers.number(text)
+    value = number(text)
     if value is None:
         raise ValueError(f"{text.strip()!r} is not a number")
     return _written(value)

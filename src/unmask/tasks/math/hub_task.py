@@ -5,17 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from unmask.errors import TooFewProblems, UserError
 from unmask.io.files import read_text
-from unmask.io.hub import SUFFIXES, load_split
+from unmask.io.hub import load_split
 from unmask.tasks import answers
-from unmask.tasks.base import Problem, Task, bucket
+from unmask.tasks.base import Judge, Problem, Task, bucket
 
 FORM = """\
 Answer in this form:
@@ -28,7 +26,7 @@ the steps
 
 {question}"""
 
-PROMPTS = {
+TEMPLATES = {
     "boxed": "You are an expert in mathematics. Work through the problem below one step at a time.\n"
     + FORM.replace("{answer}", "\\boxed{the final answer}"),
     "tags": FORM.replace("{answer}", "the final answer alone"),
@@ -39,100 +37,81 @@ PROMPTS = {
 class HubMathTask(Task):
     """A task of published word problems. ``data``: a file of test problems, or a folder with ``train`` and ``test`` files."""
 
-    hub: ClassVar[dict[str, tuple[str, str | None]]]
-    """Data set and configuration on the hub behind the published splits ``train`` and ``test``."""
+    hub_train: ClassVar[tuple[str, str | None]]
+    """Data set and configuration on the hub behind the published split."""
+    hub_test: ClassVar[tuple[str, str | None]]
 
-    prompt: str = "boxed"
+    template: str = "boxed"
     """``boxed``: solve step by step, the answer in a box inside answer tags. ``tags``: only the form, the answer alone in
     the tags. Otherwise the path of a text file with ``{question}`` in it."""
 
     def __post_init__(self) -> None:
         if self.style != "paper":
             raise UserError(f"task {self.name} has no style {self.style!r}: drop that parameter")
-        self.template()
+        self.template_text()
 
-    def template(self) -> str:
+    def template_text(self) -> str:
         """The prompt with ``{question}`` where the question goes. Raises UserError for a file that is not one."""
-        if self.prompt in PROMPTS:
-            return PROMPTS[self.prompt]
-        if not os.path.isfile(self.prompt):
-            raise UserError(
-                f"prompt of task {self.name} is {self.prompt!r}: give {' or '.join(PROMPTS)}, or a text file that exists"
-            )
-        text = read_text(self.prompt, "the prompt file")
+        if self.template in TEMPLATES:
+            return TEMPLATES[self.template]
+        text = read_text(self.template, f"the template ({', '.join(TEMPLATES)} or a file)")
         if "{question}" not in text:
-            raise UserError(f"the prompt file {self.prompt} lacks {{question}}: put it where the question goes")
+            raise UserError(f"the template {self.template} lacks {{question}}: put it where the question goes")
         return text
 
     def instruction(self, problem: Problem) -> str:
-        return self.template().replace("{question}", problem.question)
+        return self.template_text().replace("{question}", problem.question)
 
     def config(self) -> dict[str, Any]:
-        return super().config() | ({} if self.prompt in PROMPTS else {"template": self.template()})
+        return super().config() | ({} if self.template in TEMPLATES else {"template_text": self.template_text()})
 
-    @abstractmethod
-    def problem(self, row: dict[str, Any]) -> Problem:
-        """The problem of a row of any published form. Raises KeyError, TypeError or ValueError where it is none."""
-
-    def made(self, question: str, answer: str, steps: str | None) -> Problem:
-        """A problem with its response (where there are steps) in the form that the prompt asks for, behind the prefill."""
+    def make_problem(self, question: str, answer: str, steps: str | None = None) -> Problem:
+        """A problem with its response (where there are steps) in the form that the template asks for, behind the prefill."""
         if not isinstance(question, str) or not question.strip():
             raise ValueError("no question")
         digest = hashlib.sha256(question.encode()).hexdigest()[:16]
-        written = f"\\boxed{{{answer}}}" if "\\boxed" in self.template() else answer
+        written = f"\\boxed{{{answer}}}" if "\\boxed" in self.template_text() else answer
         response = f"\n{steps.strip()}\n</reasoning>\n<answer>\n{written}\n</answer>" if steps else None
         return Problem(f"{self.name} {digest}", question, {"answer": answer}, response)
 
     def generate(self, split: str, limit: int | None, seed: int) -> list[Problem]:
-        """Problems of the hub's data set; ``train`` and ``validation`` are cut from its training split."""
-        source = "test" if split == "test" else "train"
-        name, configuration = self.hub[source]
-        rows = load_split(name, source, configuration, f"a local file or folder as {self.name}:data=PATH")
-        found = self.cut(self.convert(rows), split, seed)
+        """Problems of the hub's data set; ``train`` and ``validation`` are parts of its training split."""
+        found = self._read_split(None, split, seed, f"a local file or folder as {self.name}:data=PATH")
         if limit is not None and limit > len(found) and split != "test":
             raise TooFewProblems(f"task {self.name} has {len(found)} {split} problems, not {limit}: ask for fewer")
         return found[:limit]
 
     def read(self, path: str, split: str, seed: int) -> list[Problem]:
         """Problems of a file (all are test problems) or of a folder: its ``train.*`` and ``test.*``, or a copy of the hub's."""
-        folder = Path(path)
-        if not folder.is_dir():
+        if not os.path.isdir(path):
             return super().read(path, split, seed)
-        source = "test" if split == "test" else "train"
-        files = [str(file) for suffix in SUFFIXES if (file := folder / f"{source}{suffix}").is_file()]
-        configuration = self.hub[source][1] if (folder / "README.md").is_file() else None
-        wanted = f"a folder with {source}.jsonl, .json or .parquet, or a copy of the hub's"
-        return self.cut(self.convert(load_split([*files, path][0], source, configuration, wanted)), split, seed)
+        return self._read_split(path, split, seed, "a folder with train and test files, or a copy of the hub's")
 
-    def load(self, path: str) -> Iterator[Problem]:
-        if not os.path.isfile(path):
-            raise UserError(f"there is no data file {path}: check the path")
-        yield from self.convert(load_split(path, "test"))
+    def _read_split(self, folder: str | None, split: str, seed: int, instead: str) -> list[Problem]:
+        name, configuration = self.hub_test if split == "test" else self.hub_train
+        rows = load_split(folder or name, "test" if split == "test" else "train", configuration, instead)
+        return split_problems(self.parse_rows(rows), split, seed)
 
-    def convert(self, rows: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Problem]:
-        for place, row in rows:
-            try:
-                yield self.problem(row)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise UserError(f"{place} is no problem of task {self.name} ({error!r})") from None
-
-    def cut(self, problems: Iterable[Problem], split: str, seed: int) -> list[Problem]:
-        """Of the published training problems a tenth, fixed by the question alone, is for validation. Test stays as it is."""
-        if split == "test":
-            return list(problems)
-        different = {p.id: p for p in problems}.values()
-        mine = [p for p in different if (bucket(p.question) < 10) == (split == "validation")]
-        if split == "train":
-            random.Random(seed).shuffle(mine)
-            return mine
-        return sorted(mine, key=lambda p: p.id)
-
-    def correct(
-        self, prompts: list[str], completions: list[str], problem: list[Problem], **_: Any
-    ) -> list[float | None]:
+    def correct(self, problem: Problem, completion: str) -> float:
         """1 where the grader of the evaluation finds the answer right, else 0."""
-        return [float(self.grade(p, c).solved) for p, c in zip(problem, completions, strict=True)]
+        return float(self.grade(problem, completion).solved)
 
-    def whole(self, completion: str) -> str:
+    def full_text(self, completion: str) -> str:
         """Prefill and completion up to its end token: what a format is judged by, as the prompt ends inside the answer."""
         return self.prefill + answers.cut_at_end(completion)
+
+    def of_text(self, rate: Callable[[str], float]) -> Judge:
+        """The judge that rates the full text."""
+        return lambda _, completion: rate(self.full_text(completion))
+
+
+def split_problems(problems: Iterable[Problem], split: str, seed: int) -> list[Problem]:
+    """Of the published training problems a tenth, fixed by the question alone, is for validation. Test stays as it is."""
+    if split == "test":
+        return list(problems)
+    different = {p.id: p for p in problems}.values()
+    mine = [p for p in different if (bucket(p.question) < 10) == (split == "validation")]
+    if split == "train":
+        random.Random(seed).shuffle(mine)
+        return mine
+    return sorted(mine, key=lambda p: p.id)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from math import gcd, isqrt
-from typing import Any, ClassVar
+from typing import Any
 
 from unmask.tasks import answers, released
-from unmask.tasks.answers import quantity, without_unit
-from unmask.tasks.base import Grade, Problem, Reward
+from unmask.tasks.base import TASKS, Grade, Judge, Problem
 from unmask.tasks.math.equivalence import MAX_LATEX, equivalent
 from unmask.tasks.math.hub_task import HubMathTask
 from unmask.tasks.notation import plain
+from unmask.tasks.quantities import quantity, without_unit
 
 _DELIMITER = re.compile(r"(?<!\\)(?:\\[()\[\]]|\${1,2})")
 _CLOSES = {"$": "$", "$$": "$$", "\\(": "\\)", "\\[": "\\]"}
@@ -29,15 +29,13 @@ _UNDONE = re.compile(
 )
 
 
+@TASKS.register("math500")
 @dataclass(frozen=True)
 class MATH500(HubMathTask):
-    name: ClassVar[str] = "math500"
-    hub: ClassVar[dict[str, tuple[str, str | None]]] = {
-        "train": ("ankner/math-500", None),
-        "test": ("HuggingFaceH4/MATH-500", None),
-    }
+    name = "math500"
+    hub_train, hub_test = ("ankner/math-500", None), ("HuggingFaceH4/MATH-500", None)
 
-    def problem(self, row: dict[str, Any]) -> Problem:
+    def parse(self, row: dict[str, Any]) -> Problem:
         """Of ``problem`` (or ``question``) with ``answer`` (or ``ground_truth_answer``), or the last box of ``solution``."""
         solution = row.get("solution")
         answer = row.get("answer", row.get("ground_truth_answer"))
@@ -46,51 +44,44 @@ class MATH500(HubMathTask):
             if marked is None:
                 raise ValueError("no answer, and no box in the solution")
             answer = marked[0]
-        return self.made(row["problem"] if "problem" in row else row["question"], str(answer), solution)
+        return self.make_problem(row["problem"] if "problem" in row else row["question"], str(answer), solution)
 
     def completion_truth(self, row: dict[str, Any]) -> Problem:
         if not isinstance(row["ground_truth"], (str, int, float)):
             raise ValueError(f"ground_truth is {row['ground_truth']!r}, not a formula")
-        return self.made(row["question"], str(row["ground_truth"]), None)
+        return self.make_problem(row["question"], str(row["ground_truth"]))
 
     def grade(self, problem: Problem, completion: str) -> Grade:
-        """By default the last marked answer, see `same`; ``published``: the last box, equal as normalised LaTeX."""
+        """By default the last marked answer, see `same`; ``published``: the last box, equal as normalized LaTeX."""
         truth = problem.truth["answer"]
         if self.extraction == "published":
-            read = answers.published_latex(completion)
-            return self._graded(read, answers.same_latex(read, truth))
-        marked = extract(completion)
-        return self._graded(marked, marked is not None and same(truth, marked, problem.question))
+            read: str | None = released.latex(completion)
+            solved = released.same_latex(read or "", truth)
+        else:
+            read = extract(completion)
+            solved = read is not None and same(truth, read, problem.question)
+        return Grade.of(solved, None if read is None else read[: answers.MAX_ANSWER])
 
-    def _graded(self, read: str | None, solved: bool) -> Grade:
-        return Grade(solved, float(solved), 1.0, None if read is None else read[: answers.MAX_ANSWER])
-
-    def rewards(self) -> dict[str, tuple[Reward, float]]:
+    def rewards(self) -> dict[str, tuple[Judge, float]]:
         """The released terms and weights, 2 for a right answer and up to 1 for its form, each judged as it is meant."""
-        return {"correct": (self.correct, 2.0), "boxed_format": (self.boxed_format, 1.0)}
+        return {"correct": (self.correct, 2.0), "boxed_format": (self.of_text(_boxed_format), 1.0)}
 
-    def released_rewards(self) -> dict[str, tuple[Reward, float]]:
-        return {"correct": (self._correct_as_released, 2.0), "boxed_format": (self._format_as_released, 1.0)}
+    def released_rewards(self) -> dict[str, tuple[Judge, float]]:
+        """The last box (all of the text where none closes) is compared; for the form no box counts: it seeks no ``\\boxed``."""
 
-    def _correct_as_released(
-        self, prompts: list[str], completions: list[str], problem: list[Problem], **_: Any
-    ) -> list[float | None]:
-        """1 where the last box (the whole text where none closes) is the answer as normalized LaTeX."""
-        read = [released.box_or_all(self.whole(c)) for c in completions]
-        return [float(answers.same_latex(r, p.truth["answer"])) for r, p in zip(read, problem, strict=True)]
+        def correct(problem: Problem, completion: str) -> float:
+            text = self.full_text(completion)
+            box = released.last_box(text)
+            return float(released.same_latex(text if box is None else box, problem.truth["answer"]))
 
-    def _format_as_released(self, prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
-        """0.75 for answer tags, open ones too, else 0.25: no box is ever found, as the literal looked for is no ``\\boxed``."""
-        return [0.75 if "<answer>" in self.whole(c) else 0.25 for c in completions]
+        form = self.of_text(lambda text: 0.75 if "<answer>" in text else 0.25)
+        return {"correct": (correct, 2.0), "boxed_format": (form, 1.0)}
 
-    def boxed_format(self, prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
-        """1 for a box inside answer tags, 0.75 for tags without one, 0.5 for a box without tags, else 0.25."""
-        values: list[float | None] = []
-        for text in map(self.whole, completions):
-            tag = answers.tagged(text)
-            box = bool(answers.box_spans(text if tag is None else tag))
-            values.append(0.25 + 0.25 * box + 0.5 * (tag is not None))
-        return values
+
+def _boxed_format(text: str) -> float:
+    """1 for a box inside answer tags, 0.75 for tags without one, 0.5 for a box without tags, else 0.25."""
+    tag = answers.tagged(text)
+    return 0.25 + 0.25 * bool(answers.box_spans(text if tag is None else tag)) + 0.5 * (tag is not None)
 
 
 def extract(completion: str) -> str | None:
@@ -147,7 +138,7 @@ def same(truth: str, answer: str, question: str = "") -> bool:
     if _words(truth) == _words(answer) != "":
         return True
     truth, answer = without_unit(truth), without_unit(answer)
-    if "\\text" not in truth + answer and answers.same_latex(truth, answer):
+    if "\\text" not in truth + answer and released.same_latex(truth, answer):
         return True
     done = _UNDONE.search(answer.rsplit("=", 1)[-1]) is None or _UNDONE.search(truth) is not None
     return done and equivalent(truth, answer)
