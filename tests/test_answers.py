@@ -11,7 +11,7 @@ import pytest
 from unmask import UserError, make_task
 from unmask.rl.dry_run import dry_run
 from unmask.rl.rewards import reward_functions
-from unmask.rl.run import RLConfig
+from unmask.rl.config import DiffusionGRPOConfig
 from unmask.tasks.notation import plain
 
 TAGS, BOX = "<answer>{}</answer>", "<answer>\\boxed{{{}}}</answer>"
@@ -476,16 +476,16 @@ def test_released_rewards_by_hand(task: str, row: Any, completion: str, paid: li
 
 def test_a_run_names_the_released_reward(tmp_path: Path) -> None:
     settings = {
-        "output": str(tmp_path / "x"),
+        "output_dir": str(tmp_path / "x"),
         "problems": 8,
         "validation_problems": 2,
-        "batch_size": 4,
+        "per_device_train_batch_size": 4,
         "num_generations": 2,
     }
-    text = dry_run(RLConfig(tasks=["countdown"], reward=["released", "unmask.rl.rewards:solved"], **settings))  # type: ignore[arg-type]
+    text = dry_run(DiffusionGRPOConfig(tasks=["countdown"], reward_funcs=["released", "unmask.rl.rewards:solved"], **settings))  # type: ignore[arg-type]
     assert "rewards    countdown, solved" in text
-    with pytest.raises(UserError, match="task reasoning_gym has no released reward: set reward to"):
-        dry_run(RLConfig(tasks=["reasoning_gym:leg_counting"], reward=["released"], **settings))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="task reasoning_gym has no released reward: set reward_funcs to"):
+        dry_run(DiffusionGRPOConfig(tasks=["reasoning_gym:leg_counting"], reward_funcs=["released"], **settings))  # type: ignore[arg-type]
 
 
 PIECES = ["\\boxed{", "<answer>", "####", "1,", "=", "½", " ", "</reasoning><answer>"]

@@ -11,9 +11,9 @@ import torch
 from checkpoints import WRITERS
 from unmask import load
 from unmask.cli import main
-from unmask.rl.run import RLConfig
+from unmask.rl.config import DiffusionGRPOConfig
 from unmask.rl.run import train as train_rl
-from unmask.training.sft import SFTConfig
+from unmask.training.config import SFTConfig
 from unmask.training.sft import train as train_sft
 
 
@@ -37,8 +37,8 @@ def test_the_whole_way(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     before = evaluated(model, "before")
     assert len(before) == 3
 
-    rl = RLConfig(
-        output=str(tmp_path / "rl"),
+    rl = DiffusionGRPOConfig(
+        output_dir=str(tmp_path / "rl"),
         model=model,
         tasks=["sudoku"],
         objective="cj",
@@ -47,15 +47,15 @@ def test_the_whole_way(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[
         problems=2,
         validation_problems=2,
         max_completion_length=16,
-        batch_size=4,
+        per_device_train_batch_size=4,
         num_generations=4,
-        steps=2,
+        max_steps=2,
         learning_rate=1e-2,
         beta=0.01,
-        reward=["test_layouts:length"],
+        reward_funcs=["test_layouts:length"],
         bf16=False,
-        eval_every=2,
-        save_every=1,
+        eval_steps=2,
+        save_steps=1,
         report_to=[],
     )
     final = str(train_rl(rl))
@@ -83,19 +83,19 @@ def test_the_whole_way(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[
     ]
     (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat))
     sft = SFTConfig(
-        output=str(tmp_path / "sft"),
+        output_dir=str(tmp_path / "sft"),
         model=model,
         dtype="float32",
         data=str(tmp_path / "chat.jsonl"),
         max_length=64,
         lora_r=2,
-        steps=2,
-        batch_size=2,
+        max_steps=2,
+        per_device_train_batch_size=2,
         warmup_steps=0,
         optimizer="adamw",
         prompt_masking=0.0,
-        eval_every=2,
-        save_every=2,
+        eval_steps=2,
+        save_steps=2,
         report_to=[],
     )
     assert load(str(train_sft(sft))).self_test()

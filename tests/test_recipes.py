@@ -19,7 +19,8 @@ from unmask.cli import main
 from unmask.config import read_config, save_config
 from unmask.rl.dry_run import dry_run
 from unmask.rl.objectives import ViewRows
-from unmask.rl.run import RLConfig, make_trainer
+from unmask.rl.config import DiffusionGRPOConfig
+from unmask.rl.trainer import DiffusionGRPOTrainer
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(f for f in (ROOT / "configs" / "llada").glob("*.yaml") if not f.name.startswith("_"))
@@ -53,7 +54,7 @@ def test_the_grid_is_whole_and_has_the_published_numbers() -> None:
     }
     assert {f.stem for f in RL} == names and {f.stem for f in RECIPES} == {*names, "sft_s1k"}
     for file in RL:
-        c = read_config(RLConfig, file)
+        c = read_config(DiffusionGRPOConfig, file)
         objective, _, task = file.stem.rpartition("_")
         assert c.objective == objective.replace("_", "-") and c.output == f"runs/llada/{file.stem}"
         assert c.tasks[0].partition(":")[0] == {"math": "math500"}.get(task, task)
@@ -122,7 +123,7 @@ def test_dry_run_on_the_command_line(
     assert "0 for the reference" in out
     assert main(["rl", "--dry-run", str(tmp_path / "c.yaml")]) == 0
     for flags, message in (
-        (["--batch-size", "7"], "does not divide"),
+        (["--per-device-train-batch-size", "7"], "does not divide"),
         (["--dtype", "weird"], "unknown dtype 'weird'"),
         (["--lora-target-modules", "nothing"], "does not fit the model"),
         (["--lora-target-modules", "(("], "does not fit the model"),
@@ -141,11 +142,11 @@ def test_dry_run_on_the_command_line(
 def test_base_files(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("base: b.yaml\nbeta: 0.5\noutput: x\n")
     (tmp_path / "b.yaml").write_text("beta: 0.1\ntasks: [sudoku]\nseed: 3\n")
-    c = read_config(RLConfig, tmp_path / "a.yaml", ["--seed", "4"])
+    c = read_config(DiffusionGRPOConfig, tmp_path / "a.yaml", ["--seed", "4"])
     assert (c.beta, c.seed, c.tasks) == (0.5, 4, ["sudoku"])
     (tmp_path / "b.yaml").write_text("base: a.yaml\n")
     with pytest.raises(UserError, match="does not lead back"):
-        read_config(RLConfig, tmp_path / "a.yaml")
+        read_config(DiffusionGRPOConfig, tmp_path / "a.yaml")
     (tmp_path / "b.yaml").write_text("bta: 1\n")
     with pytest.raises(UserError, match="did you mean 'beta'"):
-        read_config(RLConfig, tmp_path / "a.yaml")
+        read_config(DiffusionGRPOConfig, tmp_path / "a.yaml")

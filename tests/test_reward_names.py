@@ -11,7 +11,8 @@ import pytest
 from unmask.io.files import read_lines
 from unmask.rl.dry_run import dry_run
 from unmask.rl.rewards import reward_names, task_rewards
-from unmask.rl.run import RLConfig, train
+from unmask.rl.config import DiffusionGRPOConfig
+from unmask.rl.run import train
 from unmask.tasks import make_task
 
 MODULE = """
@@ -52,16 +53,16 @@ def test_metrics_of_named_functions(
         (tmp_path / f"{module}.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    settings: dict[str, Any] = {"problems": 2, "validation_problems": 1, "num_generations": 2, "batch_size": 2}
+    settings: dict[str, Any] = {"problems": 2, "validation_problems": 1, "num_generations": 2, "per_device_train_batch_size": 2}
     settings |= {
         "max_completion_length": 4,
-        "steps": 1,
-        "eval_every": 1,
-        "save_every": 1,
+        "max_steps": 1,
+        "eval_steps": 1,
+        "save_steps": 1,
         "report_to": [],
         "bf16": False,
     }
-    c = RLConfig(output="run", tasks=["sudoku:style=compact"], model=toy_folder, reward=reward, **settings)
+    c = DiffusionGRPOConfig(output="run", tasks=["sudoku:style=compact"], model=toy_folder, reward_funcs=reward, **settings)
     assert f"rewards    {', '.join(names)}\n" in dry_run(c)
     train(c)
     line = next(e for e in read_lines(tmp_path / "run" / "metrics.jsonl") if "reward" in e)

@@ -146,13 +146,13 @@ def restated_loss(t: DiffusionGRPOTrainer, old_model: Any, reference: Any, itera
         if args.objective == "coupled":
             per_view = [[token_loss(x, advantage, args) for x in joint.values()]]
         every = [x for losses in per_view for x in losses]
-        if args.normalisation == "step":
+        if args.normalization == "step":
             total = total + torch.stack([torch.stack(losses).mean() for losses in per_view]).mean() / len(rewards)
-        elif args.normalisation == "token":
+        elif args.normalization == "token":
             total = total + torch.stack(every).mean() / len(rewards)
         else:
             total = total + torch.stack(every).sum()
-    if args.normalisation == "batch":
+    if args.normalization == "batch":
         ends = lm.lengths(trajectory.tokens).clamp(max=trajectory.tokens.shape[1] - 1) + 1
         total = total / int(ends.sum() if args.mask_after_eos else trajectory.tokens.numel())
     return total
@@ -169,7 +169,7 @@ def token_loss(logprobs: torch.Tensor, advantage: torch.Tensor, args: Any) -> to
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize(
-    ("normalisation", "scale", "after_eos", "beta"),
+    ("normalization", "scale", "after_eos", "beta"),
     [
         ("step", "group", False, 0.0),
         ("token", "none", True, 0.3),
@@ -178,14 +178,14 @@ def token_loss(logprobs: torch.Tensor, advantage: torch.Tensor, args: Any) -> to
     ],
 )
 def test_loss_and_gradient_equal_a_plain_restatement(
-    tmp_path: Path, objective: str, normalisation: str, scale: str, after_eos: bool, beta: float
+    tmp_path: Path, objective: str, normalization: str, scale: str, after_eos: bool, beta: float
 ) -> None:
     """Off policy (the weights have moved since the rollout), so that ratio, clipping and KL all count."""
     t = trainer(
         tmp_path,
         objective=objective,
         decoder="eoser-ass",
-        normalisation=normalisation,
+        normalization=normalization,
         scale_rewards=scale,
         mask_after_eos=after_eos,
         beta=beta,
@@ -216,7 +216,7 @@ def test_the_first_update_of_coupled_equals_a_plain_restatement(tmp_path: Path, 
     """On policy the ratios are one, so that without a KL penalty the update needs no second pass over the views."""
     lm, reference = toy(), toy().model
     disturb(lm.model, 0.01)
-    t = trainer(tmp_path, lm, objective="coupled", normalisation="batch", beta=beta, rows_per_forward=5)
+    t = trainer(tmp_path, lm, objective="coupled", normalization="batch", beta=beta, rows_per_forward=5)
     if beta:
         t.reference_model.load_state_dict(reference.state_dict())
     t.rollout = t.sample(ROWS)
@@ -251,7 +251,7 @@ def test_ratio_is_one_on_the_sampled_states(tmp_path: Path, decoder: str) -> Non
     t.rollout = t.sample(ROWS)
     t.model.train()
     t.update(t.model, t.rollout, 0)
-    assert abs(t._pending_metrics["ratio"] - 1) < 1e-4 and t._pending_metrics["replay_gap"] < 1e-4
+    assert abs(t._pending_metrics["ratio"] - 1) < 1e-4 and t._pending_metrics["logprob_mismatch"] < 1e-4
     with t.inference() as policy:
         again = t._score_views(policy, t.rollout, EVERYONE)[0]
     assert float(((again - t.rollout.trajectory.logprob).exp() - 1).abs().max()) < 1e-4
@@ -275,7 +275,7 @@ def test_other_objectives_score_another_policy(tmp_path: Path) -> None:
         t = trainer(tmp_path, objective=objective)
         t.rollout = t.sample(ROWS)
         t.update(t.model, t.rollout, 0)
-        gaps[objective] = t._pending_metrics["replay_gap"]
+        gaps[objective] = t._pending_metrics["logprob_mismatch"]
         assert abs(t._pending_metrics["ratio"] - 1) < 1e-6  # old and new policy are the same
         if objective == "one-step":
             with t.inference() as policy:
@@ -289,7 +289,7 @@ def test_guidance_belongs_to_the_policy(tmp_path: Path) -> None:
     t = trainer(tmp_path, decoder="eoser-ass:cfg_scale=0.5")
     t.rollout = t.sample(ROWS)
     t.update(t.model, t.rollout, 0)
-    assert t._pending_metrics["replay_gap"] < 1e-4
+    assert t._pending_metrics["logprob_mismatch"] < 1e-4
 
 
 def test_a_policy_that_did_not_sample_is_refused(tmp_path: Path) -> None:
@@ -331,8 +331,8 @@ def test_sampled_steps_favor_no_row(how: Any) -> None:
         View(torch.zeros(rows, steps, dtype=torch.int64), (step == s) & (step < kept[:, None])) for s in range(steps)
     ]
     chosen = sample_views(views, torch.full((rows, steps), -1.0), 4, how, torch.arange(rows) * 2, 0)
-    for normalisation in ("step", "token"):
-        weights = torch.stack(token_weights([v.scored for v in chosen], normalisation)).sum((0, 2))  # type: ignore[arg-type]
+    for normalization in ("step", "token"):
+        weights = torch.stack(token_weights([v.scored for v in chosen], normalization)).sum((0, 2))  # type: ignore[arg-type]
         assert torch.allclose(weights, torch.ones(rows))
     counts = scored_steps(chosen)[:, 1::2].sum(1).float()  # 200 whole rows choose 4 of 16 steps: 50 a step
     assert counts.sum() == 800 and ((counts - 50).abs() < 25).all()
@@ -366,7 +366,7 @@ def test_kl_counts_for_rows_at_their_groups_mean(tmp_path: Path) -> None:
     assert t.rollout.active.all() and (t.rollout.advantages == 0).sum() == 8
     disturb(t.lm.model, 0.01)
     t.rollout.advantages = torch.zeros(16)
-    t.args.max_replay_gap = 10.0
+    t.args.max_logprob_mismatch = 10.0
     loss = t.update(t.model, t.rollout, 0)
     assert float(loss) > 0 and float(loss) == pytest.approx(0.1 * mean_kl(t), rel=1e-4)
 

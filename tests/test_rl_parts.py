@@ -24,16 +24,16 @@ def test_advantages_by_hand() -> None:
     assert torch.allclose(scaled[:4], centred[:4] / (std + 1e-4)) and (scaled[4:] == 0).all()
 
 
-@pytest.mark.parametrize("normalisation", ["step", "token", "batch"])
-def test_weights_by_hand(normalisation: str) -> None:
+@pytest.mark.parametrize("normalization", ["step", "token", "batch"])
+def test_weights_by_hand(normalization: str) -> None:
     a = torch.tensor([[True, False, False, False], [True, True, False, False]])
     b = torch.tensor([[False, True, True, True], [False, False, False, False]])
-    first, second = token_weights([a, b], normalisation)  # type: ignore[arg-type]
+    first, second = token_weights([a, b], normalization)  # type: ignore[arg-type]
     expected = {
         "step": ([[1 / 2, 0, 0, 0], [1 / 2, 1 / 2, 0, 0]], [[0, 1 / 6, 1 / 6, 1 / 6], [0, 0, 0, 0]]),
         "token": ([[1 / 4, 0, 0, 0], [1 / 2, 1 / 2, 0, 0]], [[0, 1 / 4, 1 / 4, 1 / 4], [0, 0, 0, 0]]),
         "batch": ([[1 / 3, 0, 0, 0], [1 / 3, 1 / 3, 0, 0]], [[0, 1 / 3, 1 / 3, 1 / 3], [0, 0, 0, 0]]),
-    }[normalisation]
+    }[normalization]
     assert torch.allclose(first, torch.tensor(expected[0])) and torch.allclose(second, torch.tensor(expected[1]))
 
 

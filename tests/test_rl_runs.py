@@ -22,33 +22,34 @@ from unmask import UserError, load
 from unmask.cli import main
 from unmask.config import read_config
 from unmask.io.files import read_lines
-from unmask.rl.run import RLConfig, train
+from unmask.rl.config import DiffusionGRPOConfig
+from unmask.rl.run import train
 
 ROOT = Path(__file__).parent.parent
 TASKS = ["sudoku:style=compact", "countdown:style=compact,max_value=6"]
 
 
-def config(output: Path, model: str, **changes: object) -> RLConfig:
+def config(output: Path, model: str, **changes: object) -> DiffusionGRPOConfig:
     values = {
-        "output": str(output),
+        "output_dir": str(output),
         "model": model,
         "tasks": TASKS,
         "problems": 6,
         "validation_problems": 3,
-        "reward": ["rewards_for_tests:digits"],
+        "reward_funcs": ["rewards_for_tests:digits"],
         "max_completion_length": 16,
-        "batch_size": 8,
+        "per_device_train_batch_size": 8,
         "num_generations": 4,
         "num_iterations": 2,
-        "steps": 5,
+        "max_steps": 5,
         "learning_rate": 1e-3,
         "beta": 0.01,
-        "eval_every": 3,
-        "save_every": 1,
+        "eval_steps": 3,
+        "save_steps": 1,
         "bf16": False,
         "report_to": [],
     }
-    return RLConfig(**{**values, **changes})  # type: ignore[arg-type]
+    return DiffusionGRPOConfig(**{**values, **changes})  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def write(path: Path, c: RLConfig) -> str:
+def write(path: Path, c: DiffusionGRPOConfig) -> str:
     path.write_text(yaml.safe_dump(dataclasses.asdict(c)))
     return str(path)
 
@@ -110,7 +111,7 @@ def test_a_run_leaves_what_it_promises(rewards: Path, toy_folder: str, capsys: p
     assert [e["step"] for e in lines if "eval_reward" in e] == [0, 3, 5]  # before, on the way, at the end
     sampled = [e for e in lines if "reward" in e]
     assert [e["step"] for e in sampled] == [1, 3, 5]  # a rollout serves two updates
-    assert all(e["nfe"] == 4 and 0 <= e["replay_gap"] < 1e-4 for e in sampled)  # log2(16) passes
+    assert all(e["nfe"] == 4 and 0 <= e["logprob_mismatch"] < 1e-4 for e in sampled)  # log2(16) passes
     assert all({"kl", "clip_fraction", "entropy", "ratio", "grad_norm"} <= set(e) for e in lines if "loss" in e)
     kl = [e["kl"] for e in lines if "kl" in e]
     assert kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 0
@@ -153,8 +154,8 @@ def test_killed_and_resumed_equals_uninterrupted(
     settings = {
         "lora_r": lora,
         "num_iterations": 3,
-        "save_every": 2,  # so that a killed run has written lines that its checkpoint does not know
-        "steps": 7,
+        "save_steps": 2,  # so that a killed run has written lines that its checkpoint does not know
+        "max_steps": 7,
         "objective": "diffu" if lora else "cj",
         "bf16": bool(lora),
         "dtype": "bfloat16" if lora else "float32",
@@ -180,7 +181,7 @@ def test_killed_and_resumed_equals_uninterrupted(
 
 
 def test_resuming_between_inner_iterations_needs_the_rollout(rewards: Path, toy_folder: str) -> None:
-    train(config(rewards / "run", toy_folder, steps=3))
+    train(config(rewards / "run", toy_folder, max_steps=3))
     kept = {p.name: (p / "rollout-0.safetensors").exists() for p in (rewards / "run").glob("checkpoint-*")}
     assert kept == {"checkpoint-2": False, "checkpoint-3": True}  # only where a rollout is still in use
 
@@ -190,11 +191,11 @@ def test_two_processes_equal_one(rewards: Path, toy_folder: str) -> None:
 
     Half the groups have no variance, so the ranks have different numbers of forward passes of their own.
     """
-    settings = {"steps": 5, "save_every": 5, "rows_per_forward": 2, "reward": ["rewards_for_tests:some"]}
+    settings = {"max_steps": 5, "save_steps": 5, "rows_per_forward": 2, "reward_funcs": ["rewards_for_tests:some"]}
 
-    def runs(name: str, batch_size: int) -> dict[str, RLConfig]:
+    def runs(name: str, batch_size: int) -> dict[str, DiffusionGRPOConfig]:
         return {
-            o: config(rewards / f"{name}-{o}", toy_folder, objective=o, batch_size=batch_size, **settings)
+            o: config(rewards / f"{name}-{o}", toy_folder, objective=o, per_device_train_batch_size=batch_size, **settings)
             for o in ("cj", "diffu", "coupled")
         }
 
@@ -211,11 +212,11 @@ def test_two_processes_equal_one(rewards: Path, toy_folder: str) -> None:
         assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-5
         for x, y in zip(read_lines(one / "metrics.jsonl"), read_lines(two / "metrics.jsonl"), strict=True):
             assert x.keys() == y.keys()
-            assert all(x[k] == pytest.approx(y[k], rel=1e-3, abs=1e-5) for k in x if k not in ("loss", "replay_gap"))
+            assert all(x[k] == pytest.approx(y[k], rel=1e-3, abs=1e-5) for k in x if k not in ("loss", "logprob_mismatch"))
 
 
 def test_a_lost_rank_ends_the_run(rewards: Path, toy_folder: str) -> None:
-    c = config(rewards / "run", toy_folder, reward=["rewards_for_tests:dies"], steps=50, save_every=50)
+    c = config(rewards / "run", toy_folder, reward_funcs=["rewards_for_tests:dies"], max_steps=50, save_steps=50)
     process = start(["rl", write(rewards / "c.yaml", c)], rewards, processes=2)
     output, _ = process.communicate(timeout=300)
     assert process.returncode not in (0, None) and "exitcode" in output
@@ -228,9 +229,9 @@ def test_mistakes_on_the_command_line(rewards: Path, toy_folder: str, capsys: py
         (["--temperature", "0"], "temperature is 0"),
         (["--reward", "rewards_for_tests:nothing"], "cannot be imported"),
         (["--tasks", "sudok"], "did you mean 'sudoku'"),
-        (["--attention", "flash"], "give sdpa or eager"),
+        (["--attn-implementation", "flash"], "give sdpa or eager"),
         (["--learning-rate", "-1"], "positive number"),
-        (["--lr-scheduler", "linea"], "did you mean 'linear'"),
+        (["--lr-scheduler-type", "linea"], "did you mean 'linear'"),
         (["--adam-beta2", "1.5"], "adam_beta2=1.5"),
         (["--tasks", "sudoku", "sudoku:max_empty=4"], "names a task twice"),
         (["--report-to", "nowhere"], "unknown logger in report_to 'nowhere'"),
@@ -258,18 +259,18 @@ RL_CONFIGS = sorted(p for p in ROOT.glob("configs/tiny/*.yaml") if "objective:" 
 @pytest.mark.parametrize("file", RL_CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
 def test_every_rl_config_loads_and_runs(file: Path, tmp_path: Path, toy_folder: str) -> None:
     """Two updates on a toy model."""
-    c = read_config(RLConfig, file)
+    c = read_config(DiffusionGRPOConfig, file)
     small = dataclasses.replace(
         c,
-        output=str(tmp_path / "run"),
+        output_dir=str(tmp_path / "run"),
         model=toy_folder,
         tasks=[f"{task}:style=compact" for task in c.tasks],
         compile=False,
         problems=4,
         validation_problems=2,
         max_completion_length=16,
-        batch_size=c.num_generations,
-        steps=2,
+        per_device_train_batch_size=c.num_generations,
+        max_steps=2,
         report_to=[],
     )
     assert (train(small) / "model.safetensors").exists()

@@ -31,20 +31,20 @@ ROOT = Path(__file__).parent.parent
 
 def config(output: Path, data: str, **changes: Any) -> SFTConfig:
     values: dict[str, Any] = {
-        "output": str(output),
+        "output_dir": str(output),
         "data": data,
         "max_length": WIDTH,
         "validation_share": 0.1,
-        "steps": 4,
-        "batch_size": 2,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "optimizer": "adamw",
         "learning_rate": 1e-2,
         "warmup_steps": 0,
         "prompt_masking": 0.0,
-        "log_every": 1,
-        "eval_every": 2,
-        "save_every": 2,
+        "logging_steps": 1,
+        "eval_steps": 2,
+        "save_steps": 2,
         "report_to": [],
         "bf16": False,
     }
@@ -169,7 +169,7 @@ def test_an_adapter_run_resumes_exactly_and_ends_merged(
 ) -> None:
     """With dropout, accumulation and more than one epoch: killed and resumed is uninterrupted, bit for bit."""
     settings: dict[str, Any] = {"model": toy_folder, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.3}
-    settings |= {"steps": 8, "save_every": 5}
+    settings |= {"max_steps": 8, "save_steps": 5}
     data = chat(tmp_path)
     final = train(config(tmp_path / "whole", data, **settings))
     assert "11 training and 1 validation rows, 0 of them cut" in capsys.readouterr().err
@@ -202,7 +202,7 @@ def test_an_adapter_run_resumes_exactly_and_ends_merged(
 def test_accumulation_is_part_of_the_run(tmp_path: Path, toy_folder: str) -> None:
     """The number of updates of epochs, and the learning rate that ends at zero on the last of them."""
     data = chat(tmp_path, 24)
-    c = config(tmp_path / "run", data, model=toy_folder, steps=None, epochs=1.5, lr_scheduler="linear", save_every=100)
+    c = config(tmp_path / "run", data, model=toy_folder, max_steps=None, num_train_epochs=1.5, lr_scheduler_type="linear", save_steps=100)
     train(c)
     state = json.loads((tmp_path / "run" / "checkpoint-9" / "trainer_state.json").read_text())
     # 22 training rows are 11 batches, hence 6 updates an epoch (the last of one batch), 9 in all.
@@ -212,7 +212,7 @@ def test_accumulation_is_part_of_the_run(tmp_path: Path, toy_folder: str) -> Non
     assert rates == pytest.approx([1e-2 * (9 - i) / 9 for i in range(9)])
     assert [e["step"] for e in state["log_history"] if "eval_loss" in e] == [2, 4, 6, 8, 9]
     with pytest.raises(UserError, match="run with other batch_size, gradient_accumulation_steps"):
-        train(dataclasses.replace(c, batch_size=1, gradient_accumulation_steps=4))
+        train(dataclasses.replace(c, per_device_train_batch_size=1, gradient_accumulation_steps=4))
 
 
 def test_fine_tuning_learns_when_to_stop(tmp_path: Path, toy_folder: str) -> None:
@@ -227,9 +227,9 @@ def test_fine_tuning_learns_when_to_stop(tmp_path: Path, toy_folder: str) -> Non
         "validation_share": 0.0,
         "gradient_checkpointing": True,
     }
-    changes |= {"batch_size": 8, "gradient_accumulation_steps": 1, "steps": 100, "log_every": 100, "save_every": 100}
-    lm = load(str(train(config(tmp_path / "run", data, lr_scheduler="linear", **changes))))
-    tokens = decode(lm, *lm.encode([lm.chat("say")]), make_decoder("full", max_new_tokens=19, steps=19)).tokens
+    changes |= {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 100, "logging_steps": 100, "save_steps": 100}
+    lm = load(str(train(config(tmp_path / "run", data, lr_scheduler_type="linear", **changes))))
+    tokens = decode(lm, *lm.encode([lm.chat("say")]), make_decoder("full", max_new_tokens=19, max_steps=19)).tokens
     assert lm.tokenizer.decode(tokens[0]) == "it is so<|eot_id|>" + "<|endoftext|>" * 10
 
 
@@ -256,11 +256,11 @@ def test_adapters_reach_every_matrix_of_every_block() -> None:
     [
         ({"tasks": ["sudoku"]}, "give either tasks .* or data"),
         ({"data": None, "tasks": []}, "give either tasks .* or data"),
-        ({"epochs": 2.0}, "steps is 4, epochs 2.0: give one"),
-        ({"steps": None}, "steps is None, epochs None: give one"),
-        ({"steps": None, "epochs": 0.0}, "epochs is 0.0: give a positive"),
+        ({"num_train_epochs": 2.0}, "steps is 4, epochs 2.0: give one"),
+        ({"max_steps": None}, "steps is None, epochs None: give one"),
+        ({"max_steps": None, "num_train_epochs": 0.0}, "epochs is 0.0: give a positive"),
         ({"overlong": "cut"}, "overlong is 'cut': give refuse, truncate or drop"),
-        ({"lr_scheduler": "wsd"}, "lr_scheduler is 'wsd': give warmup_stable_decay, "),
+        ({"lr_scheduler_type": "wsd"}, "lr_scheduler is 'wsd': give warmup_stable_decay, "),
         ({"lora_r": 0}, "lora_r is 0"),
         ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
@@ -279,7 +279,7 @@ def test_runs_refuse_what_does_not_fit(tmp_path: Path, toy_folder: str) -> None:
     with pytest.raises(UserError, match=r"max_length is 4096, but .* takes 1024 tokens: lower it"):
         train(config(tmp_path / "a", data, model=toy_folder, max_length=4096))
     with pytest.raises(UserError, match=r"11 training examples do not fill a batch of 12: .*lower batch_size"):
-        train(config(tmp_path / "b", data, model=toy_folder, batch_size=12))
+        train(config(tmp_path / "b", data, model=toy_folder, per_device_train_batch_size=12))
     with pytest.raises(UserError, match="leaves 0 rows to train on"):
         train(config(tmp_path / "c", data, model=toy_folder, validation_share=1.0))
 
@@ -300,11 +300,11 @@ def test_the_s1k_recipe_is_the_published_one(tmp_path: Path, toy_folder: str) ->
         "lora_r": 128,
         "lora_alpha": 256,
         "lora_dropout": 0.05,
-        "epochs": 20,
-        "batch_size": 1,
+        "num_train_epochs": 20,
+        "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 4,
         "learning_rate": 1e-5,
-        "lr_scheduler": "linear",
+        "lr_scheduler_type": "linear",
         "warmup_steps": 0,
         "weight_decay": 0.1,
         "max_grad_norm": 1.0,
@@ -323,8 +323,8 @@ def test_the_s1k_recipe_is_the_published_one(tmp_path: Path, toy_folder: str) ->
     assert args.max_steps == 20 * math.ceil(990 / 4) and (args.adam_beta1, args.adam_beta2) == (0.9, 0.999)
 
     rows = [{"question": f"{i}?", "thinking_trajectories": ["well " * 60], "attempt": str(i)} for i in range(3)]
-    small = {"output": tmp_path / "run", "data": write(tmp_path / "s1k.jsonl", rows), "model": toy_folder}
-    small |= {"epochs": 1.0, "max_length": 256, "dtype": "float32", "bf16": "False", "lora-r": 4}
+    small = {"output_dir": tmp_path / "run", "data": write(tmp_path / "s1k.jsonl", rows), "model": toy_folder}
+    small |= {"num_train_epochs": 1.0, "max_length": 256, "dtype": "float32", "bf16": "False", "lora-r": 4}
     flags = [part for name, value in small.items() for part in (f"--{name}", str(value))]
     flags[flags.index("--bf16") : flags.index("--bf16") + 2] = ["--no-bf16"]
     c = read_config(SFTConfig, file, [*flags, "--report-to"])
@@ -335,12 +335,12 @@ def test_a_finished_run_stays_as_it_is(toy_folder: str, tmp_path: Path) -> None:
     rows = [{"prompt": f"{n}?", "completion": "ab"} for n in range(20)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     c = SFTConfig(
-        output=str(tmp_path / "run"),
+        output_dir=str(tmp_path / "run"),
         model=toy_folder,
         data=str(tmp_path / "rows.jsonl"),
         max_length=32,
-        steps=2,
-        batch_size=2,
+        max_steps=2,
+        per_device_train_batch_size=2,
         prompt_masking=0.0,
         report_to=[],
     )

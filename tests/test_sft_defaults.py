@@ -15,9 +15,10 @@ from conftest import SHAPE
 from test_sft_data import chat, no_shared_cache  # noqa: F401  (a fixture for every test)
 from unmask import UserError, load
 from unmask.config import read_config
-from unmask.training.sft import SFTConfig, train
+from unmask.training.config import SFTConfig
+from unmask.training.sft import train
 
-SMALL: dict[str, Any] = {"validation_share": 0.1, "steps": 2, "batch_size": 2, "bf16": False, "report_to": []}
+SMALL: dict[str, Any] = {"validation_share": 0.1, "max_steps": 2, "per_device_train_batch_size": 2, "bf16": False, "report_to": []}
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def test_what_is_left_open_suits_the_run_and_is_written(
     given: dict[str, Any], expected: dict[str, Any], tmp_path: Path, toy_folder: str
 ) -> None:
     data = chat(tmp_path)
-    c = SFTConfig(**{"output": str(tmp_path / "run"), "data": data, "model": toy_folder, **SMALL, **given})
+    c = SFTConfig(**{"output_dir": str(tmp_path / "run"), "data": data, "model": toy_folder, **SMALL, **given})
     train(c)
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert expected == {name: written[name] for name in expected}
@@ -64,17 +65,17 @@ def test_flags_decide_before_defaults_do(tmp_path: Path) -> None:
 def test_a_run_that_ends_in_its_warm_up_says_so(
     command: str, warmup: int | None, warned: bool, tmp_path: Path, toy_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common: dict[str, Any] = {"output": str(tmp_path / "run"), "model": toy_folder, "steps": 4, "bf16": False}
+    common: dict[str, Any] = {"output_dir": str(tmp_path / "run"), "model": toy_folder, "max_steps": 4, "bf16": False}
     common |= {} if warmup is None else {"warmup_steps": warmup}
     if command == "sft":
         train(SFTConfig(**{**SMALL, **common, "data": chat(tmp_path)}))
     else:
-        from unmask.rl.run import RLConfig
+        from unmask.rl.config import DiffusionGRPOConfig
         from unmask.rl.run import train as train_rl
 
-        small = {"num_generations": 2, "batch_size": 2, "max_completion_length": 4, "validation_problems": 1}
+        small = {"num_generations": 2, "per_device_train_batch_size": 2, "max_completion_length": 4, "validation_problems": 1}
         tasks = ["sudoku:style=compact"]
-        train_rl(RLConfig(**common, **small, tasks=tasks, problems=2, eval_every=4, save_every=4, report_to=[]))  # type: ignore[arg-type]
+        train_rl(DiffusionGRPOConfig(**common, **small, tasks=tasks, problems=2, eval_steps=4, save_steps=4, report_to=[]))  # type: ignore[arg-type]
     assert (f"all 4 updates fall into the warm-up of {warmup}" in capsys.readouterr().err) == warned
 
 
@@ -85,13 +86,13 @@ def test_a_run_that_ends_in_its_warm_up_says_so(
         ({"lora_r": 2, "lora_target_modules": "("}, "does not fit the model"),
         ({"dtype": "bfloat16"}, "would be trained in bfloat16"),
         ({"max_length": 4096}, "lower it"),
-        ({"batch_size": 64}, "do not fill a batch of 64"),
+        ({"per_device_train_batch_size": 64}, "do not fill a batch of 64"),
     ],
 )
 def test_what_the_config_shows_is_refused_before_the_folder_is_made(
     changes: dict[str, Any], message: str, tmp_path: Path, toy_folder: str
 ) -> None:
-    values = {**SMALL, "output": str(tmp_path / "run"), "data": chat(tmp_path), "model": toy_folder, **changes}
+    values = {**SMALL, "output_dir": str(tmp_path / "run"), "data": chat(tmp_path), "model": toy_folder, **changes}
     with pytest.raises(UserError, match=message):
         train(SFTConfig(**values))
     assert not (tmp_path / "run").exists()
@@ -103,7 +104,7 @@ def test_a_trained_adapter_on_tied_ends_is_exported_as_trained(family: str, tmp_
         base = write_llada(tmp_path / "base", weight_tying=True)
     else:
         base = write_qwen3_a2d(tmp_path / "base")
-    values = {**SMALL, "output": str(tmp_path / "run"), "data": chat(tmp_path), "model": base, "steps": 4}
+    values = {**SMALL, "output_dir": str(tmp_path / "run"), "data": chat(tmp_path), "model": base, "max_steps": 4}
     targets = ".*(lm_head|wte|_proj)"
     final = train(SFTConfig(**values, lora_r=2, lora_target_modules=targets, learning_rate=0.1))
     lm = load(base, "float32")

@@ -28,18 +28,18 @@ TASKS = {
 def config(output: Path, **changes: object) -> SFTConfig:
     shape = {**SHAPE, "init_std": 0.02, "task_defaults": TASKS}
     values = {
-        "output": str(output),
+        "output_dir": str(output),
         "tasks": ["sudoku", "countdown"],
         "new_model": shape,
         "problems": [24, 12],
         "validation_problems": 8,
         "canvas": [96, 128],
-        "steps": 6,
-        "batch_size": 8,
+        "max_steps": 6,
+        "per_device_train_batch_size": 8,
         "warmup_steps": 2,
-        "log_every": 2,
-        "eval_every": 3,
-        "save_every": 3,
+        "logging_steps": 2,
+        "eval_steps": 3,
+        "save_steps": 3,
         "report_to": [],
         "bf16": False,
     }
@@ -137,7 +137,7 @@ def test_resume_equals_uninterrupted(tmp_path: Path, optimizer: str) -> None:
 def test_a_run_folder_belongs_to_one_run(tmp_path: Path) -> None:
     train(config(tmp_path))
     with pytest.raises(UserError, match="run with other canvas, steps, seed"):
-        train(config(tmp_path, seed=1, steps=9, canvas=[128]))
+        train(config(tmp_path, seed=1, max_steps=9, canvas=[128]))
     cut = tmp_path / "checkpoint-9"  # a checkpoint cut off while it was written is passed over
     shutil.copytree(tmp_path / "checkpoint-6", cut)
     (cut / "trainer_state.json").unlink()
@@ -151,7 +151,7 @@ def test_a_run_folder_belongs_to_one_run(tmp_path: Path) -> None:
 def test_training_learns(tmp_path: Path) -> None:
     """Forty steps on one problem a task bring the loss down by more than half."""
     c = config(
-        tmp_path, problems=[1], batch_size=2, steps=40, learning_rate=5e-3, warmup_steps=5, eval_every=40, save_every=40
+        tmp_path, problems=[1], per_device_train_batch_size=2, max_steps=40, learning_rate=5e-3, warmup_steps=5, eval_steps=40, save_steps=40
     )
     train(c)
     state = yaml.safe_load((tmp_path / "checkpoint-40" / "trainer_state.json").read_text())
@@ -191,12 +191,12 @@ def test_every_config_loads_and_runs(tmp_path: Path) -> None:
         assert c.new_model is not None
         small = dataclasses.replace(
             c,
-            output=str(tmp_path / str(number)),
+            output_dir=str(tmp_path / str(number)),
             new_model={**c.new_model, "d_model": 16, "n_layers": 1, "n_heads": 2, "mlp_hidden_size": 16},
             problems=[8],
             validation_problems=4,
-            steps=2,
-            batch_size=4,
+            max_steps=2,
+            per_device_train_batch_size=4,
             compile=False,
             report_to=[],
         )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import io
 import re
+import sys
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -58,6 +60,46 @@ def split_spec(spec: str) -> tuple[str, dict[str, str]]:
             raise UserError(f"{key.strip()!r} is given twice in {spec!r}: give it once")
         parameters[key.strip()] = value.strip()
     return expand_home(name), parameters
+
+
+class Registry(dict[str, T]):
+    """What a name may stand for: entries that are registered, or anything named as ``package.module:name``.
+
+    Args:
+        kind: what an entry is called in messages, e.g. ``"objective"``.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """A decorator that enters a function or object under ``name``."""
+
+        def enter(entry: T) -> T:
+            self[name] = entry
+            return entry
+
+        return enter
+
+    def resolve(self, name: str) -> T:
+        """The entry of a name, or the object at ``package.module:name``; modules of the working folder are found too.
+
+        Raises:
+            UserError: for an unknown name (with the nearest one), or an object that cannot be imported.
+        """
+        module, colon, attribute = name.partition(":")
+        if name in self:
+            return self[name]
+        if not (module and colon and attribute):
+            raise unknown(self.kind, name, [*self, "package.module:name"])
+        sys.path.insert(0, here := str(Path.cwd()))
+        try:
+            return getattr(importlib.import_module(module), attribute)
+        except Exception as error:  # noqa: BLE001  (a user's module may raise anything)
+            raise UserError(f"{self.kind} {name!r} cannot be imported: {type(error).__name__}: {error}") from None
+        finally:
+            sys.path.remove(here)
 
 
 def is_none(value: Any) -> bool:
@@ -256,7 +298,7 @@ def read_config(cls: type[T], path: str | Path, arguments: list[str] | None = No
     ]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: add it")
-    prog = f"unmask {cls.__name__.removesuffix('Config').lower()} {path}"
+    prog = f"unmask {getattr(cls, 'command', cls.__name__.removesuffix('Config').lower())} {path}"
     draft = object.__new__(cls)  # unchecked: a check may take long, and a flag may mend what the file says
     given = {f.name: default_of(f) for f in dataclasses.fields(cls) if f.name not in values}  # type: ignore[arg-type]
     vars(draft).update(given | values)
