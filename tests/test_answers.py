@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from unmask import UserError, make_task
+from unmask.rl.config import DiffusionGRPOConfig
 from unmask.rl.dry_run import dry_run
 from unmask.rl.rewards import reward_functions
-from unmask.rl.config import DiffusionGRPOConfig
 from unmask.tasks.notation import plain
 
 TAGS, BOX = "<answer>{}</answer>", "<answer>\\boxed{{{}}}</answer>"
@@ -482,7 +482,9 @@ def test_a_run_names_the_released_reward(tmp_path: Path) -> None:
         "per_device_train_batch_size": 4,
         "num_generations": 2,
     }
-    text = dry_run(DiffusionGRPOConfig(tasks=["countdown"], reward_funcs=["released", "unmask.rl.rewards:solved"], **settings))  # type: ignore[arg-type]
+    text = dry_run(
+        DiffusionGRPOConfig(tasks=["countdown"], reward_funcs=["released", "unmask.rl.rewards:solved"], **settings)
+    )  # type: ignore[arg-type]
     assert "rewards    countdown, solved" in text
     with pytest.raises(UserError, match="task reasoning_gym has no released reward: set reward_funcs to"):
         dry_run(DiffusionGRPOConfig(tasks=["reasoning_gym:leg_counting"], reward_funcs=["released"], **settings))  # type: ignore[arg-type]

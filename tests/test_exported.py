@@ -23,7 +23,14 @@ from unmask.rl.run import train as train_rl
 from unmask.training.config import SFTConfig
 from unmask.training.sft import train
 
-SMALL: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 2, "eval_steps": 2, "save_steps": 2, "bf16": False, "report_to": []}
+SMALL: dict[str, Any] = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "eval_steps": 2,
+    "save_steps": 2,
+    "bf16": False,
+    "report_to": [],
+}
 
 
 def write_qwen3(folder: Path) -> str:
@@ -88,7 +95,9 @@ def test_the_card_says_what_was_done(command: str, tmp_path: Path, toy_folder: s
     if command == "rl":
         small = {"num_generations": 2, "max_completion_length": 4, "problems": 2, "validation_problems": 1, "lora_r": 2}
         tasks = ["sudoku:style=compact"]
-        final = train_rl(DiffusionGRPOConfig(output_dir=output, model=toy_folder, tasks=tasks, learning_rate=1e-3, **small, **SMALL))
+        final = train_rl(
+            DiffusionGRPOConfig(output_dir=output, model=toy_folder, tasks=tasks, learning_rate=1e-3, **small, **SMALL)
+        )
     else:
         start = {"new_model": SHAPE} if "nothing" in command else {"model": toy_folder}
         share = 0.0 if "without" in command else 0.1
@@ -100,7 +109,9 @@ def test_the_card_says_what_was_done(command: str, tmp_path: Path, toy_folder: s
     assert ("lora" in front["tags"]) == (command == "rl")
     assert body.startswith("\n# my-run\n") and f"`unmask {command.split()[0]}`" in body and "unmask.load" in body
     recipe = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
-    assert recipe["max_steps"] == 2 and recipe["learning_rate"] == {"rl": 1e-3, "sft from nothing": 2e-3}.get(command, 1e-5)
+    assert recipe["max_steps"] == 2 and recipe["learning_rate"] == {"rl": 1e-3, "sft from nothing": 2e-3}.get(
+        command, 1e-5
+    )
     state = json.loads((tmp_path / "my-run" / "checkpoint-2" / "trainer_state.json").read_text())
     last = [line for line in state["log_history"] if "eval_loss" in line or "eval_reward" in line]
     assert bool(last) == ("without" not in command)

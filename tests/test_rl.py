@@ -11,10 +11,8 @@ import pytest
 import torch
 
 from conftest import PROMPTS, toy
-from unmask import PRESETS, UserError
-from unmask.rl.arguments import DiffusionGRPOConfig
+from unmask import PRESETS, DiffusionGRPOConfig, DiffusionGRPOTrainer, UserError, make_task
 from unmask.rl.objectives import OBJECTIVES, View, k3, sample_views, token_weights
-from unmask.rl.trainer import DiffusionGRPOTrainer
 
 ROWS = [{"prompt": p} for p in PROMPTS]
 EVERYONE = torch.ones(16, dtype=torch.bool)
@@ -33,8 +31,8 @@ def trainer(
         "num_generations": 4,
         "per_device_train_batch_size": 16,
         "max_steps": 4,
-        "use_cpu": True,
-        "report_to": "none",
+        "report_to": [],
+        "bf16": False,
         "max_grad_norm": 1.0,
     }
     adapter = settings.pop("peft_config", None)
@@ -54,13 +52,13 @@ def disturb(model: torch.nn.Module, size: float) -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("decoder", [p if p != "dream" else "dream:top_p=1" for p in PRESETS])
+@pytest.mark.parametrize("decoder", ["eoser-ass", "threshold", "semi-ar:block_length=8"])
 def test_views_score_every_token(tmp_path: Path, objective: str, decoder: str) -> None:
     t = trainer(tmp_path, objective=objective, decoder=decoder, max_completion_length=32, num_iterations=2)
     t.rollout = t.sample(ROWS)
     trajectory = t.rollout.trajectory
     for iteration in range(2):
-        views = t._views(t.rollout, iteration)
+        views = t.views(t.rollout, iteration)
         pair = views[1:] if objective == "coupled" else views  # the full mask, then two that hide each token once
         assert (torch.stack([v.scored for v in pair]).sum(0) == 1).all() and views[0].scored.any()
         if objective == "coupled":
@@ -77,7 +75,7 @@ def test_views_score_every_token(tmp_path: Path, objective: str, decoder: str) -
             assert (prompt[changed] == trajectory.mask_id).all() and not (changed & ~trajectory.prompt_mask).any()
             assert bool(changed.any()) == (objective == "diffu")
     if OBJECTIVES[objective].fresh:
-        first, second = (t._views(t.rollout, i)[-1].ids for i in range(2))
+        first, second = (t.views(t.rollout, i)[-1].ids for i in range(2))
         assert not torch.equal(first, second)
 
 
@@ -87,7 +85,7 @@ def test_views_score_every_token(tmp_path: Path, objective: str, decoder: str) -
 def restated_loss(t: DiffusionGRPOTrainer, old_model: Any, reference: Any, iteration: int) -> torch.Tensor:
     """The clipped objective in loops and float64: rows, views, tokens; every forward on one row without padding."""
     assert t.rollout is not None
-    args, lm, trajectory = t.args, t.lm, t.rollout.trajectory
+    args, lm, trajectory = t.config, t.lm, t.rollout.trajectory
     total = torch.zeros((), dtype=torch.float64)
     rewards = torch.tensor(digits([], lm.text(trajectory.tokens)), dtype=torch.float64)  # type: ignore[arg-type]
 
@@ -96,7 +94,7 @@ def restated_loss(t: DiffusionGRPOTrainer, old_model: Any, reference: Any, itera
         logits[:, lm.mask_id] = -torch.inf
         return logits.log_softmax(-1)[len(prompt) :]
 
-    views = t._views(t.rollout, iteration)
+    views = t.views(t.rollout, iteration)
     for b in range(len(rewards)):
         group = rewards[b // args.num_generations * args.num_generations :][: args.num_generations]
         advantage = rewards[b] - group.mean()
@@ -167,14 +165,16 @@ def token_loss(logprobs: torch.Tensor, advantage: torch.Tensor, args: Any) -> to
     return -torch.minimum(ratio * advantage, clipped * advantage) + args.beta * (d.exp() - d - 1)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize(
-    ("normalization", "scale", "after_eos", "beta"),
+    ("objective", "normalization", "scale", "after_eos", "beta"),
     [
-        ("step", "group", False, 0.0),
-        ("token", "none", True, 0.3),
-        ("step", "none", True, 0.3),
-        ("batch", "none", True, 0.3),
+        ("cj", "step", "group", False, 0.0),
+        ("cj", "step", "none", True, 0.3),
+        ("cj", "batch", "none", True, 0.3),
+        ("one-step", "token", "none", True, 0.3),
+        ("diffu", "batch", "group", False, 0.3),
+        ("coupled", "step", "group", True, 0.0),
+        ("coupled", "token", "none", False, 0.3),
     ],
 )
 def test_loss_and_gradient_equal_a_plain_restatement(
@@ -205,7 +205,7 @@ def test_loss_and_gradient_equal_a_plain_restatement(
     t.lm.model.zero_grad()
     expected = restated_loss(t, old, reference, 1)
     expected.backward()
-    assert 0 < t._pending_metrics["clip_fraction"] < 1
+    assert 0 < t.pending_metrics["clip_fraction"] < 1
     assert float(found) == pytest.approx(float(expected.detach()), rel=1e-4, abs=1e-6)
     for mine, p in zip(gradients, t.lm.model.parameters(), strict=True):
         assert torch.allclose(mine, p.grad, rtol=1e-3, atol=1e-4 * float(p.grad.abs().max()) + 1e-7)
@@ -244,16 +244,18 @@ def test_row_batches_change_nothing(tmp_path: Path) -> None:
 # ---- the paper's claim: optimise what was sampled ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("decoder", [p if p != "dream" else "dream:top_p=1" for p in PRESETS])
+@pytest.mark.parametrize(
+    "decoder", ["eoser-ass:cfg_scale=0.5", *(p if p != "dream" else "dream:top_p=1" for p in PRESETS)]
+)
 def test_ratio_is_one_on_the_sampled_states(tmp_path: Path, decoder: str) -> None:
     """cj, mixed-length prompts, float32: recorded and recomputed log-probabilities agree for every preset."""
     t = trainer(tmp_path, decoder=decoder, max_completion_length=32, rows_per_forward=6)
     t.rollout = t.sample(ROWS)
     t.model.train()
     t.update(t.model, t.rollout, 0)
-    assert abs(t._pending_metrics["ratio"] - 1) < 1e-4 and t._pending_metrics["logprob_mismatch"] < 1e-4
+    assert abs(t.pending_metrics["ratio"] - 1) < 1e-4 and t.pending_metrics["logprob_mismatch"] < 1e-4
     with t.inference() as policy:
-        again = t._score_views(policy, t.rollout, EVERYONE)[0]
+        again = t.score_views(policy, t.rollout, EVERYONE)[0]
     assert float(((again - t.rollout.trajectory.logprob).exp() - 1).abs().max()) < 1e-4
 
 
@@ -275,21 +277,14 @@ def test_other_objectives_score_another_policy(tmp_path: Path) -> None:
         t = trainer(tmp_path, objective=objective)
         t.rollout = t.sample(ROWS)
         t.update(t.model, t.rollout, 0)
-        gaps[objective] = t._pending_metrics["logprob_mismatch"]
-        assert abs(t._pending_metrics["ratio"] - 1) < 1e-6  # old and new policy are the same
+        gaps[objective] = t.pending_metrics["logprob_mismatch"]
+        assert abs(t.pending_metrics["ratio"] - 1) < 1e-6  # old and new policy are the same
         if objective == "one-step":
             with t.inference() as policy:
-                found = t._score_views(policy, t.rollout, EVERYONE)[0]
+                found = t.score_views(policy, t.rollout, EVERYONE)[0]
             first = t.rollout.trajectory.committed(0)
             assert torch.allclose(found[first], t.rollout.trajectory.logprob[first], atol=1e-4)
     assert gaps["cj"] < 1e-4 < 0.1 < min(gaps["one-step"], gaps["diffu"], gaps["coupled"])
-
-
-def test_guidance_belongs_to_the_policy(tmp_path: Path) -> None:
-    t = trainer(tmp_path, decoder="eoser-ass:cfg_scale=0.5")
-    t.rollout = t.sample(ROWS)
-    t.update(t.model, t.rollout, 0)
-    assert t._pending_metrics["logprob_mismatch"] < 1e-4
 
 
 def test_a_policy_that_did_not_sample_is_refused(tmp_path: Path) -> None:
@@ -303,7 +298,7 @@ def test_a_policy_that_did_not_sample_is_refused(tmp_path: Path) -> None:
 def test_sampled_steps(tmp_path: Path) -> None:
     t = trainer(tmp_path, decoder="full")
     t.rollout = t.sample(ROWS)
-    views = t._views(t.rollout, 0)
+    views = t.views(t.rollout, 0)
     logprob = torch.where(views[3].scored, -5.0, torch.where(views[1].scored, -5.0, -1e-9))
     for draw in range(20):
         uniform = scored_steps(sample_views(views, logprob, 2, "uniform", t.rollout.seeds, draw))
@@ -346,9 +341,10 @@ def test_passes_that_only_keep_ranks_together_change_nothing(
     for idle in (0, 3):
         t = trainer(tmp_path, objective=objective, beta=0.1)
         t.rollout = t.sample(ROWS)
-        jobs = t._jobs
+        passes = t.microbatches
         assert t.rollout.active[0]  # row 0 stands in for nothing
-        monkeypatch.setattr(t, "_jobs", lambda views, rows: jobs(views, rows) + [(torch.tensor([0]), False)] * idle)  # noqa: B023
+        more = [(torch.tensor([0]), False)] * idle
+        monkeypatch.setattr(t, "microbatches", lambda views, rows: passes(views, rows) + more)  # noqa: B023
         t.update(t.model, t.rollout, 0)
         gradients.append(torch.cat([p.grad.flatten() for p in t.lm.model.parameters()]))
     assert torch.equal(*gradients)
@@ -366,7 +362,7 @@ def test_kl_counts_for_rows_at_their_groups_mean(tmp_path: Path) -> None:
     assert t.rollout.active.all() and (t.rollout.advantages == 0).sum() == 8
     disturb(t.lm.model, 0.01)
     t.rollout.advantages = torch.zeros(16)
-    t.args.max_logprob_mismatch = 10.0
+    t.config.max_logprob_mismatch = 10.0
     loss = t.update(t.model, t.rollout, 0)
     assert float(loss) > 0 and float(loss) == pytest.approx(0.1 * mean_kl(t), rel=1e-4)
 
@@ -375,7 +371,7 @@ def mean_kl(t: DiffusionGRPOTrainer) -> float:
     """Every row's KL: mean over a step's tokens, then over steps; then over rows."""
     assert t.rollout is not None and t.rollout.reference is not None
     with t.inference() as policy:
-        new = t._score_views(policy, t.rollout, EVERYONE)[0].double()
+        new = t.score_views(policy, t.rollout, EVERYONE)[0].double()
     values = k3(new, t.rollout.reference[0].double())
     step = t.rollout.trajectory.step
     return float(
@@ -385,17 +381,12 @@ def mean_kl(t: DiffusionGRPOTrainer) -> float:
 
 @pytest.mark.parametrize("adapter", [False, True])
 def test_activation_checkpointing_recomputes_and_changes_nothing(tmp_path: Path, adapter: bool) -> None:
-    from peft import LoraConfig
-
-    from unmask.config import LORA_TARGETS
-
     gradients, calls = [], [0]
     for on in (False, True):
         lm = toy()
         inside = lm.model.model.transformer["blocks"][0].attn_norm
         inside.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
-        lora = LoraConfig(r=2, target_modules=LORA_TARGETS) if adapter else None
-        t = trainer(tmp_path, lm, objective="one-step", peft_config=lora)
+        t = trainer(tmp_path, lm, objective="one-step", lora_r=2 if adapter else None)
         if on:
             t.model.activation_checkpointing_enable({"use_reentrant": False})
         t.rollout = t.sample(ROWS)
@@ -407,13 +398,9 @@ def test_activation_checkpointing_recomputes_and_changes_nothing(tmp_path: Path,
 
 
 def test_lora_reference_is_the_model_without_its_adapter(tmp_path: Path) -> None:
-    from peft import LoraConfig
-
-    from unmask.config import LORA_TARGETS
-
     lm = toy()
     before = {k: v.clone() for k, v in lm.model.state_dict().items()}
-    t = trainer(tmp_path, lm, beta=0.1, peft_config=LoraConfig(r=4, target_modules=LORA_TARGETS))
+    t = trainer(tmp_path, lm, beta=0.1, lora_r=4)
     trainable = [n for n, p in t.model.named_parameters() if p.requires_grad]
     assert len(trainable) == 2 * 2 * 7 and all("lora" in n for n in trainable)  # 2 layers, 7 matrices, A and B
     t.rollout = t.sample(ROWS)
@@ -427,7 +414,7 @@ def test_lora_reference_is_the_model_without_its_adapter(tmp_path: Path) -> None
     plain = toy()
     plain_trainer = trainer(tmp_path, plain)
     with plain_trainer.inference() as policy:
-        found = plain_trainer._score_views(policy, again, again.active)[0]
+        found = plain_trainer.score_views(policy, again, again.active)[0]
         assert torch.allclose(found, again.reference[0], atol=1e-4)
     base = {k: v for k, v in t.model.get_base_model().state_dict().items() if "lora" not in k}
     assert all(torch.equal(v, before[k.replace(".base_layer", "")]) for k, v in base.items())
@@ -446,9 +433,15 @@ def test_lora_reference_is_the_model_without_its_adapter(tmp_path: Path) -> None
         ({"decoder": "eosr"}, "did you mean 'eoser'"),
         ({"objective": "one-step", "steps_per_update": 2}, "needs objective cj"),
         ({"steps_per_update": 0}, "steps_per_update is 0"),
-        ({"gradient_accumulation_steps": 2}, "raise per_device_train_batch_size"),
+        ({"trainer_args": {"gradient_accumulation_steps": 2}}, "raise per_device_train_batch_size"),
         ({"max_steps": -1}, "max_steps is -1"),
-        ({"epsilon": 0.0}, "positive epsilon"),
+        ({"epsilon": 0.0}, "epsilon is 0.0"),
+        ({"attn_implementation": "flash"}, "unknown attn_implementation 'flash'"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0"),
+        ({"lr_scheduler_type": "linea"}, "did you mean 'linear'"),
+        ({"adam_beta2": 1.5}, "adam_beta2 is 1.5"),
+        ({"tasks": ["sudoku", "sudoku:max_empty=4"]}, "names a task twice"),
+        ({"lora_r": 0}, "lora_r is 0"),
         ({"rows": []}, "the train data set is empty"),
         ({"rows": [{"text": "x"}]}, "prompt None"),
         ({"rows": [{"prompt": "x"}, {"prompt": "y", "more": 1}]}, r"different columns \(\['more'\]\)"),
@@ -472,3 +465,57 @@ def test_dropout_in_the_adapter_is_refused(tmp_path: Path) -> None:
 def test_messages_go_through_the_chat_template(tmp_path: Path) -> None:
     t = trainer(tmp_path, rows=[{"prompt": [{"role": "user", "content": "make 5"}]}])
     assert t.train_dataset[0]["prompt"] == "<|user|>make 5<|assistant|>"
+
+
+# ---- from Python ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_is_enough(tmp_path: Path) -> None:
+    """Two updates on the shipped model: a task has prompts and rewards, and is validated."""
+    sizes: dict[str, Any] = {"problems": 4, "validation_problems": 2, "num_generations": 2, "max_completion_length": 16}
+    sizes |= {"max_steps": 2, "per_device_train_batch_size": 4, "bf16": False, "report_to": []}
+    task = make_task("countdown:style=compact,max_value=6", {})
+    t = DiffusionGRPOTrainer("tiny", task, DiffusionGRPOConfig(output_dir=tmp_path, **sizes))
+    t.train()
+    assert t.state.global_step == 2 and "eval_countdown_solved" in t.state.log_history[0]
+    assert "reward_countdown" in t.state.log_history[1]
+    both = DiffusionGRPOTrainer("tiny", [digits, "solved"], DiffusionGRPOConfig(output_dir=tmp_path, **sizes), task)
+    assert both.reward_names == ["digits", "solved"] and len(both.train_dataset) == 4  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="the train data set is empty: pass at least one row, or a task"):
+        DiffusionGRPOTrainer("tiny", digits, DiffusionGRPOConfig(output_dir=tmp_path, **sizes))
+
+
+OBJECTIVE = """
+from dataclasses import replace
+
+from unmask.rl.objectives import OBJECTIVES, View, one_step
+
+
+def first_half(trajectory, seeds, iteration):
+    for view in one_step.views(trajectory, seeds, iteration):
+        half = view.scored.clone()
+        half[:, half.shape[1] // 2 :] = False
+        yield replace(view, scored=half)
+
+
+OBJECTIVES.register("registered-half")(first_half)
+number = 3
+"""
+
+
+def test_an_objective_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_objective.py").write_text(OBJECTIVE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("own_objective:first_half", "registered-half"):
+        t = trainer(tmp_path, objective=name)
+        t.rollout = t.sample(ROWS)
+        (view,) = t.views(t.rollout, 0)
+        assert view.scored[:, :8].all() and not view.scored[:, 8:].any()
+        t.update(t.model, t.rollout, 0)
+        assert any(p.grad.abs().sum() > 0 for p in t.lm.model.parameters())
+    monkeypatch.delitem(OBJECTIVES, "registered-half")
+    with pytest.raises(UserError, match="objective 'own_objective:number' is int"):
+        trainer(tmp_path, objective="own_objective:number")
+    with pytest.raises(UserError, match="objective 'own_objective:nothing' cannot be imported"):
+        trainer(tmp_path, objective="own_objective:nothing")

@@ -260,7 +260,9 @@ def test_the_decoder_file_is_the_winner(
     settings = ["--model", chosen.model, "--task", "countdown", "--limit", "2", "--output", str(tmp_path / "eval")]
     assert main(["eval", *settings, "--decoder", str(path)]) == 0
     assert main(["generate", "make 5 from 1 2 2", "--model", chosen.model, "--decoder", str(path)]) == 0
-    rollouts = DiffusionGRPOConfig(output_dir="x", tasks=["countdown"], decoder=str(path), max_completion_length=16).rollout_decoder()
+    rollouts = DiffusionGRPOConfig(
+        output_dir="x", tasks=["countdown"], decoder=str(path), max_completion_length=16
+    ).rollout_decoder()
     assert rollouts == winner.replace(temperature=1.0)
 
 

@@ -146,12 +146,9 @@ class SFTConfig(RunConfig):
             raise UserError(
                 f"lora_r={self.lora_r}, dtype={self.dtype} are for a model; a new_model trains whole, in float32"
             )
-        if len(self.problems) not in (1, max(1, len(self.tasks))) or min(self.problems) < 1:
-            raise UserError(
-                f"problems is {self.problems}: set one number, or one for each of the {len(self.tasks)} tasks"
-            )
-        if not self.canvas or min(self.canvas) < 1:
-            raise UserError(f"canvas is {self.canvas}: choose lengths of 1 or more")
+        for name in ("problems", "canvas"):
+            if min(getattr(self, name), default=0) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: choose numbers of 1 or more")
         if (self.max_steps is None) == (self.num_train_epochs is None):
             raise UserError(
                 f"max_steps is {self.max_steps}, num_train_epochs is {self.num_train_epochs}: set one of them"

@@ -98,6 +98,8 @@ def task_data(
     lm: MaskedLM, tasks: Sequence[Task], problems: list[int], canvas: list[int], validation_problems: int, seed: int
 ) -> Data:
     """Training and validation rows of tasks. Raises UserError where they do not fit the canvas or the model."""
+    if len(problems) not in (1, len(tasks)):
+        raise UserError(f"problems is {problems}: set one number, or one for each of the {len(tasks)} tasks")
     counts = problems if len(problems) == len(tasks) else problems * len(tasks)
     training = task_rows(lm, tasks, "train", counts, seed)
     validation = task_rows(lm, tasks, "validation", [validation_problems] * len(tasks), 0)
