@@ -24,7 +24,7 @@ def blocks(language: str, text: str = README) -> list[str]:
 
 SNIPPETS = [
     code
-    for file in ("README.md", "docs/decoding.md", "docs/rl.md")
+    for file in ("README.md", "docs/decoding.md", "docs/rl.md", "docs/sft.md")
     for code in blocks("python", (ROOT / file).read_text())
 ]
 

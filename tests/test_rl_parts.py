@@ -40,11 +40,10 @@ def test_weights_by_hand(normalization: Any, expected: Any) -> None:
     assert torch.allclose(torch.stack(token_weights([a, b], normalization)), torch.tensor(expected))
 
 
-@pytest.mark.parametrize("how", ["uniform", "entropy"])
-def test_steps_that_score_nothing_are_not_sampled(how: Any) -> None:
+def test_steps_that_score_nothing_are_not_sampled() -> None:
     ids = torch.zeros(2, 6, dtype=torch.int64)
     empty, full = (View(ids, torch.full((2, 3), fill)) for fill in (False, True))
-    chosen = sample_views([empty, full, empty], torch.zeros(2, 3), 1, how, torch.arange(2), 0)
+    chosen = sample_views([empty, full, empty], 1, torch.arange(2), 0)
     assert [bool(v.scored.all()) for v in chosen] == [False, True, False]
 
 

@@ -53,9 +53,7 @@ class DiffusionGRPOConfig(RunConfig):
     mask_after_eos: bool = False
     """Leave tokens after the first end token out of the loss (the paper's code keeps them)."""
     steps_per_update: int | None = None
-    """Score only this many steps of each trajectory in each update; ``none`` scores all."""
-    step_sampling: Literal["uniform", "entropy"] = "uniform"
-    """How these steps are chosen among those that have a scored token."""
+    """Score only this many steps of each trajectory in each update, drawn anew each time; ``none`` scores all."""
     rows_per_forward: int = 32
     """Rows of one forward pass, in sampling and in the update: bounds memory, changes no result."""
     max_logprob_mismatch: float = 1e-3
@@ -98,8 +96,8 @@ class DiffusionGRPOConfig(RunConfig):
         check_at_least(self, 1, *counts, *self.chosen("steps_per_update", "problems"))
         if (accumulated := self.trainer_args.get("gradient_accumulation_steps", 1)) != 1:
             raise UserError(
-                f"gradient_accumulation_steps is {accumulated}: raise per_device_train_batch_size instead, memory is bounded by "
-                "rows_per_forward"
+                f"gradient_accumulation_steps is {accumulated}: raise per_device_train_batch_size instead, memory is bounded "
+                "by rows_per_forward"
             )
         check_positive(self, "epsilon", "max_logprob_mismatch")
         if self.steps_per_update is not None and self.objective != "cj":

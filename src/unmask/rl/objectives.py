@@ -211,23 +211,13 @@ def k3(new: Tensor, reference: Tensor) -> Tensor:
     return d.exp() - d - 1
 
 
-def sample_views(
-    views: list[View], logprob: Tensor, count: int, how: Literal["uniform", "entropy"], seeds: Tensor, iteration: int
-) -> list[View]:
-    """The views with only ``count`` of them scored in each row, chosen without replacement among those that score anything.
+def sample_views(views: list[View], count: int, seeds: Tensor, iteration: int) -> list[View]:
+    """The views with only ``count`` of them scored in each row, drawn without replacement among those that score anything.
 
-    Every row has its own choice, so that a row cut after its end token weighs as much as any other. ``uniform``, or
-    ``entropy``: in proportion to the mean of -``logprob`` ((B, L), recorded) over what a view scores; the loss stays a plain
-    mean over the chosen views, so it leans towards uncertain steps on purpose. seeds: (B,) int64.
+    Every row has its own choice, so that a row cut after its end token weighs as much as any other. seeds: (B,) int64.
     """
-    scored = torch.stack([v.scored for v in views], 1)  # (B, views, L)
-    counts = scored.sum(2)
-    weights = torch.ones_like(counts, dtype=torch.float64)
-    if how == "entropy":
-        surprise = (scored * -logprob[:, None].double()).sum(2) / counts.clamp(min=1)
-        weights = surprise.clamp(min=1e-6)
-    place = torch.arange(len(views), device=seeds.device).expand_as(counts)
-    # An exponential race: the smallest of -log(u) / w are a draw without replacement in proportion to w.
-    arrival = -torch.log1p(-uniform_noise(seeds[:, None], iteration, place, 0)) / weights
-    rank = arrival.masked_fill(counts == 0, torch.inf).argsort(1).argsort(1)
+    empty = torch.stack([~v.scored.any(1) for v in views], 1)  # (B, views)
+    place = torch.arange(len(views), device=seeds.device).expand_as(empty)
+    noise = uniform_noise(seeds[:, None], iteration, place, 0)
+    rank = noise.masked_fill(empty, torch.inf).argsort(1).argsort(1)
     return [replace(v, scored=v.scored & (rank[:, i, None] < count)) for i, v in enumerate(views)]

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import IntervalStrategy, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
+from unmask.decoding import Decoder
 from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
 from unmask.models.adapters import add_adapter
@@ -171,21 +172,18 @@ class DiffusionGRPOTrainer(RunTrainer):
         finally:
             model.train(training)
 
+    def _decode(self, rows: list[Row], decoder: Decoder, seeds: Tensor) -> Trajectory:
+        prompts = [row["prompt"] for row in rows]
+        with self.inference() as policy:
+            return sample_trajectory(policy, prompts, decoder, seeds, self.config.rows_per_forward, self.prompt_width)
+
     def sample(self, rows: list[Row]) -> Rollout:
         """Expand prompts to groups, decode, reward, and score under the old and the reference policy where needed."""
         config = self.config
         rows = [row for row in rows for _ in range(config.num_generations)]
         number = self.state.global_step // config.num_iterations
         seeds, view_seeds = row_seeds(config.seed, number, self.args.process_index * len(rows), len(rows))
-        with self.inference() as policy:
-            trajectory = sample_trajectory(
-                policy,
-                [row["prompt"] for row in rows],
-                self.decoder,
-                seeds,
-                config.rows_per_forward,
-                self.prompt_width,
-            )
+        trajectory = self._decode(rows, self.decoder, seeds)
         texts = self.lm.text(trajectory.tokens)
         table = score(self.reward_funcs, rows, texts)
         rewards = (table * self.reward_weights).nansum(1)
@@ -210,13 +208,12 @@ class DiffusionGRPOTrainer(RunTrainer):
 
     @contextmanager
     def _reference(self, policy: MaskedLM) -> Iterator[MaskedLM]:
-        if self.reference_model is not None:
+        if self.reference_model is None:
+            with cast(Any, policy.model).disable_adapter():
+                yield policy
+        else:
             with self.accelerator.autocast():  # the policy's own forward has it from accelerate
                 yield replace(policy, model=self.reference_model)
-        else:
-            model: Any = policy.model
-            with model.disable_adapter():
-                yield policy
 
     def views(self, rollout: Rollout, iteration: int) -> list[View]:
         """The objective's views, without what the loss leaves out."""
@@ -293,9 +290,7 @@ class DiffusionGRPOTrainer(RunTrainer):
         config, trajectory = self.config, rollout.trajectory
         views = self.views(rollout, iteration)
         if config.steps_per_update is not None:
-            views = sample_views(
-                views, trajectory.logprob, config.steps_per_update, config.step_sampling, rollout.seeds, iteration
-            )
+            views = sample_views(views, config.steps_per_update, rollout.seeds, iteration)
         weights = torch.cat(token_weights([v.scored for v in views], config.normalization))
         table = ViewRows.of(views)
         microbatches = self.microbatches(table, rollout.active)
@@ -384,15 +379,8 @@ class DiffusionGRPOTrainer(RunTrainer):
         counted = sum(i < len(rows) for i in share)
         mine = [rows[i % len(rows)] for i in share]
         seeds, _ = row_seeds(self.config.seed, 0, 0, len(rows))
-        with self.inference() as policy:
-            trajectory = sample_trajectory(
-                policy,
-                [row["prompt"] for row in mine],
-                self.decoder.replace(temperature=0.0),
-                seeds[torch.tensor(share) % len(rows)],
-                self.config.rows_per_forward,
-                self.prompt_width,
-            )
+        greedy = self.decoder.replace(temperature=0.0)
+        trajectory = self._decode(mine, greedy, seeds[torch.tensor(share) % len(rows)])
         texts = self.lm.text(trajectory.tokens)
         rewards = (score(self.reward_funcs, mine, texts) * self.reward_weights).nansum(1).tolist()
         names = list(dict.fromkeys(row["task"].label for row in rows if "task" in row))

@@ -111,7 +111,8 @@ class Task(ABC):
     def released_rewards(self) -> dict[str, tuple[Reward, float]]:
         """The reward functions of the released trainer as they run, by name with their weights. UserError where it has none."""
         raise UserError(
-            f"task {self.name} has no released reward: set reward_funcs to other functions than 'released', or choose other tasks"
+            f"task {self.name} has no released reward: set reward_funcs to other functions than 'released', or choose "
+            "other tasks"
         )
 
     def completion_truth(self, row: dict[str, Any]) -> Problem:
