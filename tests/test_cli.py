@@ -184,7 +184,14 @@ for run, arguments in [*((main, a) for a in {ANSWERED_AT_ONCE!r}), *((benchmark,
     [
         (
             ["sft"],
-            ["--steps none|INT", "--decay-share FLOAT", "(default: 0.4)", "The last share of the updates", "CONFIG"],
+            [
+                "--max-steps none|INT",
+                "trainer_args",
+                "--decay-share FLOAT",
+                "(default: 0.4)",
+                "The last share of the updates",
+                "CONFIG",
+            ],
         ),
         (["rl"], ["--dry-run", "--tasks", "--num-generations INT", "(default: 8)", "Completions a prompt, the group"]),
         (["study"], ["--jobs INT", "(default: 1)", "evaluate", "train", "tables", "Jobs at a time"]),

@@ -24,11 +24,14 @@ if TYPE_CHECKING:
 # Heavy imports stand inside the commands, so that --help and a typo answer at once.
 
 
+ONLY_IN_FILE = "Only in the file: trainer_args, a table of other fields of transformers.TrainingArguments."
+
+
 def sft(arguments: list[str]) -> None:
     from unmask.config import command_config
     from unmask.training.config import SFTConfig
 
-    about = "Supervised training with the masked diffusion loss."
+    about = f"Supervised training with the masked diffusion loss. {ONLY_IN_FILE}"
     config = command_config(SFTConfig, arguments, "unmask sft", about)
     from unmask.training.sft import train
 
@@ -51,7 +54,7 @@ def rl(arguments: list[str]) -> None:
 
     dry = "--dry-run" in arguments
     arguments = [a for a in arguments if a != "--dry-run"]
-    about = "Reinforcement learning (GRPO) along the trajectories of any decoder."
+    about = f"Reinforcement learning (GRPO) along the trajectories of any decoder. {ONLY_IN_FILE}"
     switch = "Print what the run would do (batches, forward passes, memory) and stop; no weights are read."
     config = command_config(DiffusionGRPOConfig, arguments, "unmask rl", about, dry_run=switch)
     if not dry:

@@ -143,8 +143,6 @@ class DiffusionGRPOTrainer(RunTrainer):
         )
         return DataLoader(rows, batch_sampler=sampler, collate_fn=list)
 
-    # ---- one update ------------------------------------------------------------------------------------------------
-
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Sample (at the first inner iteration), then accumulate the gradient of one update. Returns the loss."""
         iteration = self.state.global_step % self.config.num_iterations
@@ -387,8 +385,6 @@ class DiffusionGRPOTrainer(RunTrainer):
         sums = validation_sums(mine[:counted], texts[:counted], rewards[:counted], names)
         metrics = validation_metrics(self._mean(sums.flatten()), names)
         return self.report({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-
-    # ---- checkpoints -----------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Between inner iterations the rollout belongs to the checkpoint."""

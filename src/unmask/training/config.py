@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import typing
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+import tyro
 
 from unmask.config import LORA_TARGETS, check_reporters, convert
 from unmask.errors import UserError, check_at_least, check_positive
@@ -68,7 +70,7 @@ class RunConfig:
     """Updates between validations."""
     save_steps: int = 500
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
-    trainer_args: dict[str, Any] = field(default_factory=dict)
+    trainer_args: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
     """Any other fields of ``transformers.TrainingArguments``."""
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ from unmask.training.checkpoints import checkpoints, seal, verify
 from unmask.training.config import RunConfig
 
 Model = MaskedLM | PreTrainedModel | str
-"""A name or path that ``load`` takes, or a backbone with its tokenizer, is one too."""
+"""What a trainer trains; text is a name or path that ``load`` takes."""
 
 
 def training_arguments(config: RunConfig, **more: Any) -> TrainingArguments:
@@ -112,7 +112,7 @@ class RunTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         except (RuntimeError, KeyError, ValueError) as error:
             raise UserError(
-                f"{resume_from_checkpoint} is not of this model ({str(error).splitlines()[0]:.120}): remove it"
+                f"{resume_from_checkpoint} is not of this model ({str(error).partition(chr(10))[0]:.120}): remove it"
             ) from None
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
