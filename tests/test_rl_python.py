@@ -70,7 +70,7 @@ def test_a_task_is_enough(tmp_path: Path) -> None:
     assert "reward_countdown" in t.state.log_history[1]
     both = DiffusionGRPOTrainer("tiny", [digits, "solved"], DiffusionGRPOConfig(output_dir=tmp_path, **sizes), task)
     assert both.reward_names == ["digits", "solved"] and len(both.train_dataset) == 4  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="the train data set is empty: pass at least one row, or a task"):
+    with pytest.raises(UserError, match="the train data set is empty: set tasks, or pass a Task"):
         DiffusionGRPOTrainer("tiny", digits, DiffusionGRPOConfig(output_dir=tmp_path, **sizes))
 
 

@@ -89,7 +89,7 @@ def problem_rows(lm: MaskedLM, tasks: Sequence[Task], split: str, count: int | N
 def prompt_rows(lm: MaskedLM, rows: Sequence[Mapping[str, Any]], split: str) -> list[Row]:
     """Rows whose ``prompt`` is text; messages go through the chat template."""
     if not len(rows):
-        raise UserError(f"the {split} data set is empty: pass at least one row, or a task")
+        raise UserError(f"the {split} data set is empty: set tasks, or pass a Task or at least one row")
     found = []
     for row in rows:
         if row.keys() != rows[0].keys():

@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from unmask.errors import UserError
 from unmask.io.files import read_lines, write_text
 from unmask.io.schema import COUNT
 from unmask.rl.config import DiffusionGRPOConfig
@@ -57,6 +58,8 @@ def train(config: DiffusionGRPOConfig) -> Path:
     Raises:
         UserError: for anything wrong in the request, and for what goes wrong in rewards or the loss.
     """
+    if not config.tasks:
+        raise UserError("tasks needs at least one entry")
     trainer = DiffusionGRPOTrainer(str(config.model), None, config)
     trainer.add_callback(RunLog(trainer))
     return run(trainer)

@@ -32,6 +32,7 @@ from unmask.training.sft_data import Data, chat_data, task_data
 from unmask.training.trainer import Model, RunTrainer, load_model, lora_config, training_arguments
 
 EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+_NOTHING = "there is nothing to train on: choose tasks (with worked responses) or data (a chat data set)"
 
 
 class SFTTrainer(RunTrainer):
@@ -100,21 +101,16 @@ class SFTTrainer(RunTrainer):
             self.optimizer = MuonAdamW(net.parameters(), self.args.learning_rate, self.config.weight_decay, outside)
         return self.optimizer
 
-    def noise(self) -> torch.Generator:
-        """The generator of this step and rank; the micro-batches of a step draw from it in turn."""
-        step = self.state.global_step
-        if step != self._noise_step:
-            self._noise.manual_seed((self.config.seed * 1_000_003 + step) * 1009 + self.args.process_index)
-            self._noise_step = step
-        return self._noise
-
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        generator = self.noise()
-        canvas = self.canvases[self.state.global_step % len(self.canvases)]
-        t = sample_times(len(inputs["ids"]), generator)
-        return self.loss_at(model, inputs, t, canvas, self.config.prompt_masking or 0.0, generator)
+        step = self.state.global_step
+        if step != self._noise_step:  # one generator a step and rank; the micro-batches of a step draw from it in turn
+            self._noise.manual_seed((self.config.seed * 1_000_003 + step) * 1009 + self.args.process_index)
+            self._noise_step = step
+        t = sample_times(len(inputs["ids"]), self._noise)
+        canvas = self.canvases[step % len(self.canvases)]
+        return self.loss_at(model, inputs, t, canvas, self.config.prompt_masking or 0.0, self._noise)
 
     def loss_at(
         self,
@@ -184,7 +180,7 @@ def _data(lm: MaskedLM, config: SFTConfig, source: Any) -> Data:
         source = config.data or [make_task(spec, lm.task_defaults) for spec in config.tasks]
     tasks = [source] if isinstance(source, Task) else source
     if not len(tasks):
-        raise UserError("there is nothing to train on: choose tasks (with worked responses) or data (a chat data set)")
+        raise UserError(_NOTHING)
     if isinstance(tasks[0], Task):
         return task_data(lm, tasks, config.problems, config.canvas, config.validation_problems, config.seed)
     return chat_data(lm, source, config.max_length, config.overlong, config.validation_share)
@@ -213,6 +209,8 @@ def train(config: SFTConfig) -> Path:
     Raises:
         UserError: for an unknown model, task or data set, or responses that do not fit.
     """
+    if not config.tasks and config.data is None:
+        raise UserError(_NOTHING)
     if config.new_model is not None:
         return run(SFTTrainer(MaskedLM.wrap(*new_model(config.new_model, config.seed), name="new model"), config))
     if config.model is None:
