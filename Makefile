@@ -55,7 +55,7 @@ RL_TASKS ?= sudoku countdown
 rl: $(READY)
 	for seed in $(SEEDS); do for objective in $(OBJECTIVES); do for task in $(RL_TASKS); do \
 		run=runs/rl/$${objective}_$$task-$$seed; \
-		$(BIN)/unmask rl configs/tiny/$${objective}_$$task.yaml --seed $$seed --output $$run && \
+		$(BIN)/unmask rl configs/tiny/$${objective}_$$task.yaml --seed $$seed --output-dir $$run && \
 		$(BIN)/unmask eval --model $$run/final --task $$task --decoder eoser-ass --limit 256 --batch-size 64 \
 			--output $$run/test || exit 1; \
 	done; done; done

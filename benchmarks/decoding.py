@@ -27,7 +27,7 @@ from benchmarks.config import STAND_IN, BenchDecode
 from benchmarks.reference import load_reference, reference_decode
 from unmask.decoding import Decoder, decode, make_decoder
 from unmask.decoding.canvas import Canvases
-from unmask.decoding.decode import Decoding
+from unmask.decoding.decode import DecodingLoop
 from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
 from unmask.evaluation.evaluate import environment, task_prompts
@@ -133,7 +133,7 @@ def measure_passes(
     """Seconds a pass of our step, of the trunk with the logits that it needs, and of the trunk alone; they alternate."""
     steps, width, length = trajectory.steps, *trajectory.prompt.shape[1:], *trajectory.tokens.shape[1:]
     chosen = sorted({round(i * (steps - 1) / max(1, config.passes - 1)) for i in range(min(config.passes, steps))})
-    loop = Decoding(lm, decoder, early_stop=False)
+    loop = DecodingLoop(lm, decoder, early_stop=False)
     sums: dict[str, list[float]] = {way: [0.0] * config.repeats for way in ("step", "needed", "trunk")}
     flops = 0.0
     for repeat, s in product(range(-1, config.repeats), chosen):  # -1 warms up
@@ -167,7 +167,7 @@ def boundary_ties(lm: MaskedLM, decoder: Decoder, trajectory: Trajectory, seeds:
 
     There the released code, which compares such probabilities, takes any of the two.
     """
-    loop, length, ties = Decoding(lm, decoder, early_stop=False), trajectory.tokens.shape[1], 0
+    loop, length, ties = DecodingLoop(lm, decoder, early_stop=False), trajectory.tokens.shape[1], 0
     for s in range(trajectory.steps):
         rows = standing_at(lm, trajectory, s, seeds)
         _, quota, open_ = loop.standing(rows)
@@ -181,8 +181,8 @@ def boundary_ties(lm: MaskedLM, decoder: Decoder, trajectory: Trajectory, seeds:
 
 def standing_at(lm: MaskedLM, trajectory: Trajectory, s: int, seeds: Tensor) -> Canvases:
     """The rows of a trajectory as they were before step ``s``; those that were done by then are left out."""
-    length = trajectory.tokens.shape[1]
-    rows = Canvases.new(trajectory.prompt, trajectory.prompt_mask, length, lm.mask_id, seeds, range(len(seeds)))
+    canvas = trajectory.state(0)
+    rows = Canvases.new(trajectory.prompt, trajectory.prompt_mask, canvas, lm.mask_id, seeds, range(len(seeds)))
     rows.canvas.copy_(trajectory.state(s))
     step = torch.where(trajectory.step < s, trajectory.step, -1)
     rows = replace(rows, step=step, at=torch.full_like(seeds, s), passes=[s] * len(seeds))

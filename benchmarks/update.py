@@ -32,7 +32,7 @@ from unmask.io.files import check_writable, write_json
 from unmask.models.adapters import adapter_config
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.memory import GIB
-from unmask.rl.arguments import DiffusionGRPOConfig
+from unmask.rl.config import DiffusionGRPOConfig
 from unmask.rl.objectives import ViewRows
 from unmask.rl.rollout import Rollout
 from unmask.rl.trainer import DiffusionGRPOTrainer
@@ -128,13 +128,12 @@ def bench_trainer(config: BenchRL, objective: str, autocast: bool = False) -> Di
         num_generations=2,
         per_device_train_batch_size=2,
         rows_per_forward=config.rows_per_forward,
-        max_replay_gap=float("inf"),
+        max_logprob_mismatch=1e9,
         bf16=config.bf16 or autocast,
         activation_checkpointing=config.gradient_checkpointing,
         max_steps=1,
-        use_cpu=config.device == "cpu",
-        save_strategy="no",
-        report_to="none",
+        report_to=[],
+        trainer_args={"use_cpu": config.device == "cpu", "save_strategy": "no"},
     )
     return DiffusionGRPOTrainer(
         stand_in(config, config.dtype, config.device), _no_reward, args, [{"prompt": "x"}], peft_config=adapter
@@ -195,8 +194,8 @@ def _all_logprobs(model: Any, ids: Tensor, trajectory: Trajectory) -> Tensor:
 
 def bare_update(trainer: DiffusionGRPOTrainer, model: Any, rollout: Rollout) -> None:
     """Forward and backward of the same rows, and nothing else."""
-    table = ViewRows.of(trainer._views(rollout, 0))
-    for part, _ in trainer._jobs(table, rollout.active):
+    table = ViewRows.of(trainer.views(rollout, 0))
+    for part, _ in trainer.microbatches(table, rollout.active):
         rows = table.take(part)
         prompt = torch.zeros_like(rollout.trajectory.prompt_mask[rows.row])
         model(input_ids=rows.ids, positions=torch.cat([prompt, rows.scored], 1)).logits.sum().backward()

@@ -5,32 +5,33 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
+from unmask import DiffusionGRPOConfig, SFTConfig
 from unmask.config import read_config
-from unmask.rl.run import RLConfig
 from unmask.rl.run import train as train_rl
-from unmask.training.sft import SFTConfig
 from unmask.training.sft import train as train_sft
 
-SMALL = {"report_to": [], "lora_r": 2, "eval_every": 2, "save_every": 2}
+SMALL: dict[str, Any] = {"report_to": [], "lora_r": 2, "eval_steps": 2, "save_steps": 2, "max_steps": 2}
 
 
-def small_rl(file: Path, model: str, data: Path, output: Path) -> RLConfig:
+def small_rl(file: Path, model: str, data: Path, output: Path) -> DiffusionGRPOConfig:
     """A recipe with everything that its 8B model and 8 GPUs are for made small; the rest as it stands."""
-    config = read_config(RLConfig, file)
-    word = {"gsm8k": "gsm8k", "math500": "math500"}
-    name = config.tasks[0].partition(":")[0]
-    task = config.tasks[0] + (f"{',' if ':' in config.tasks[0] else ':'}data={data / name}" if name in word else "")
-    sizes = {"problems": 4, "validation_problems": 2, "max_completion_length": 16, "batch_size": 6, "steps": 2}
+    config = read_config(DiffusionGRPOConfig, file)
+    (task,) = config.tasks
+    if (name := task.partition(":")[0]) in ("gsm8k", "math500"):
+        task += f"{',' if ':' in task else ':'}data={data / name}"
+    sizes: dict[str, Any] = {"problems": 4, "validation_problems": 2, "max_completion_length": 16}
+    sizes |= {"per_device_train_batch_size": 6, "output_dir": str(output), "model": model, "tasks": [task]}
     if "block_length" in config.decoder:
         sizes["decoder"] = "semi-ar:block_length=8"
-    return dataclasses.replace(config, output=str(output), model=model, tasks=[task], **SMALL, **sizes)
+    return dataclasses.replace(config, **SMALL, **sizes)
 
 
 def small_sft(file: Path, model: str, data: Path, output: Path) -> SFTConfig:
-    config = read_config(SFTConfig, file)
-    sizes = {"max_length": 256, "epochs": None, "steps": 2, "validation_share": 0.25, "data": str(data / "s1k.jsonl")}
-    return dataclasses.replace(config, output=str(output), model=model, **SMALL, **sizes)
+    sizes: dict[str, Any] = {"max_length": 256, "num_train_epochs": None, "validation_share": 0.25}
+    sizes |= {"data": str(data / "s1k.jsonl"), "output_dir": str(output), "model": model}
+    return dataclasses.replace(read_config(SFTConfig, file), **SMALL, **sizes)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,9 @@ def evaluation(folder: Path, cells: dict[str, list[dict[str, Any]]], task: str =
 
 
 def metrics(start: float) -> list[dict[str, float]]:
-    lines = [{"step": s, "reward": start + s / 10, "length": 20.0, "replay_gap": 1e-3, "nfe": 7.0} for s in range(1, 5)]
+    lines = [
+        {"step": s, "reward": start + s / 10, "length": 20.0, "logprob_mismatch": 1e-3, "nfe": 7.0} for s in range(1, 5)
+    ]
     solved = [{"step": s, "eval_sudoku_solved": v} for s, v in ((0, 0.25), (2, start), (4, start))]
     return [{"step": 0, "eval_reward": 0.1}, *lines, *solved]
 
@@ -78,7 +80,14 @@ def lines(values: Sequence[dict[str, Any]]) -> str:
 def run(folder: Path, seed: int, **config: Any) -> Path:
     """A folder as ``unmask rl`` leaves it."""
     folder.mkdir(parents=True)
-    values = {"objective": "cj", "decoder": "ass", "seed": seed, "output": str(folder), "batch_size": 8, **config}
+    values = {
+        "objective": "cj",
+        "decoder": "ass",
+        "seed": seed,
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 8,
+        **config,
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     (folder / "metrics.jsonl").write_text(lines(metrics(0.5 + seed / 10)), encoding="utf-8")
     (folder / "times.jsonl").write_text(

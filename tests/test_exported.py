@@ -18,11 +18,19 @@ from checkpoints import write_dream, write_llada, write_qwen3_a2d
 from conftest import SHAPE
 from test_sft_data import chat, no_shared_cache  # noqa: F401  (a fixture for every test)
 from unmask import load
-from unmask.rl.run import RLConfig
+from unmask.rl.config import DiffusionGRPOConfig
 from unmask.rl.run import train as train_rl
-from unmask.training.sft import SFTConfig, train
+from unmask.training.config import SFTConfig
+from unmask.training.sft import train
 
-SMALL: dict[str, Any] = {"steps": 2, "batch_size": 2, "eval_every": 2, "save_every": 2, "bf16": False, "report_to": []}
+SMALL: dict[str, Any] = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "eval_steps": 2,
+    "save_steps": 2,
+    "bf16": False,
+    "report_to": [],
+}
 
 
 def write_qwen3(folder: Path) -> str:
@@ -60,7 +68,7 @@ def test_final_opens_elsewhere(tmp_path: Path) -> None:
     for family, (write, opener, rank) in FAMILIES.items():
         base, output = write(tmp_path / family), str(tmp_path / f"{family}-run")
         values = {"data": chat(tmp_path), "model": base, "validation_share": 0.1, "lora_r": rank, **SMALL}
-        final = train(SFTConfig(output=output, **values))
+        final = train(SFTConfig(output_dir=output, **values))
         config = json.loads((final / "config.json").read_text())
         assert config["model_type"] == family and "auto_map" not in config
         assert "auto_map" not in json.loads((final / "tokenizer_config.json").read_text())
@@ -87,11 +95,13 @@ def test_the_card_says_what_was_done(command: str, tmp_path: Path, toy_folder: s
     if command == "rl":
         small = {"num_generations": 2, "max_completion_length": 4, "problems": 2, "validation_problems": 1, "lora_r": 2}
         tasks = ["sudoku:style=compact"]
-        final = train_rl(RLConfig(output=output, model=toy_folder, tasks=tasks, learning_rate=1e-3, **small, **SMALL))
+        final = train_rl(
+            DiffusionGRPOConfig(output_dir=output, model=toy_folder, tasks=tasks, learning_rate=1e-3, **small, **SMALL)
+        )
     else:
         start = {"new_model": SHAPE} if "nothing" in command else {"model": toy_folder}
         share = 0.0 if "without" in command else 0.1
-        final = train(SFTConfig(output=output, data=chat(tmp_path), validation_share=share, **start, **SMALL))
+        final = train(SFTConfig(output_dir=output, data=chat(tmp_path), validation_share=share, **start, **SMALL))
     _, head, body = (final / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     front = yaml.safe_load(head)
     assert front.get("base_model") == (None if "nothing" in command else toy_folder)
@@ -99,7 +109,9 @@ def test_the_card_says_what_was_done(command: str, tmp_path: Path, toy_folder: s
     assert ("lora" in front["tags"]) == (command == "rl")
     assert body.startswith("\n# my-run\n") and f"`unmask {command.split()[0]}`" in body and "unmask.load" in body
     recipe = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
-    assert recipe["steps"] == 2 and recipe["learning_rate"] == {"rl": 1e-3, "sft from nothing": 2e-3}.get(command, 1e-5)
+    assert recipe["max_steps"] == 2 and recipe["learning_rate"] == {"rl": 1e-3, "sft from nothing": 2e-3}.get(
+        command, 1e-5
+    )
     state = json.loads((tmp_path / "my-run" / "checkpoint-2" / "trainer_state.json").read_text())
     last = [line for line in state["log_history"] if "eval_loss" in line or "eval_reward" in line]
     assert bool(last) == ("without" not in command)

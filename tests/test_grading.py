@@ -16,7 +16,7 @@ from test_answers import FORM, GRID, TAGS, solved
 from unmask import UserError, make_task
 from unmask.rl.dry_run import dry_run
 from unmask.rl.rewards import reward_functions
-from unmask.rl.run import RLConfig
+from unmask.rl.config import DiffusionGRPOConfig
 from unmask.tasks import bounded, released
 from unmask.tasks.math import equivalence
 from unmask.tasks.math.math500 import same
@@ -96,12 +96,14 @@ def test_released_rewards_by_hand(task: str, row: Any, completion: str, paid: li
 
 
 def test_a_run_names_the_released_reward(tmp_path: Path) -> None:
-    settings = {"problems": 8, "validation_problems": 2, "batch_size": 4, "num_generations": 2}
-    settings |= {"output": str(tmp_path / "x")}  # type: ignore[dict-item]
-    text = dry_run(RLConfig(tasks=["countdown"], reward=["released", "unmask.rl.rewards:solved"], **settings))  # type: ignore[arg-type]
+    settings = {"problems": 8, "validation_problems": 2, "per_device_train_batch_size": 4, "num_generations": 2}
+    settings |= {"output_dir": str(tmp_path / "x")}  # type: ignore[dict-item]
+    text = dry_run(
+        DiffusionGRPOConfig(tasks=["countdown"], reward_funcs=["released", "unmask.rl.rewards:solved"], **settings)
+    )  # type: ignore[arg-type]
     assert "rewards    countdown, solved" in text
-    with pytest.raises(UserError, match="task reasoning_gym has no released reward: set reward to"):
-        dry_run(RLConfig(tasks=["reasoning_gym:leg_counting"], reward=["released"], **settings))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="task reasoning_gym has no released reward: set reward_funcs to"):
+        dry_run(DiffusionGRPOConfig(tasks=["reasoning_gym:leg_counting"], reward_funcs=["released"], **settings))  # type: ignore[arg-type]
 
 
 # fmt: off

@@ -13,11 +13,19 @@ from test_sft_data import chat, no_shared_cache  # noqa: F401  (a fixture for ev
 from unmask import load, make_decoder
 from unmask.cli import main
 from unmask.config import build, read_config
-from unmask.rl.run import RLConfig
+from unmask.rl.config import DiffusionGRPOConfig
 from unmask.tasks import make_task
-from unmask.training.sft import SFTConfig, train
+from unmask.training.config import SFTConfig
+from unmask.training.sft import train
 
-SMALL: dict[str, Any] = {"steps": 2, "batch_size": 2, "eval_every": 2, "save_every": 1, "bf16": False, "report_to": []}
+SMALL: dict[str, Any] = {
+    "max_steps": 2,
+    "per_device_train_batch_size": 2,
+    "eval_steps": 2,
+    "save_steps": 1,
+    "bf16": False,
+    "report_to": [],
+}
 RL = {"num_generations": 2, "max_completion_length": 4, "tasks": ["sudoku:style=compact"], "problems": 2}
 EVAL = ["--limit", "1", "--max-new-tokens", "8", "--task", "sudoku:style=compact", "--decoder", "~/ass.yaml"]
 
@@ -45,17 +53,17 @@ def write(home: Path, **settings: Any) -> str:
 
 @pytest.mark.parametrize(("command", "as_flags"), [("sft", False), ("rl", True), ("rl with an adapter", False)])
 def test_a_training_is_one_folder(command: str, as_flags: bool, home: Path) -> None:
-    paths = {"output": "~/run", "model": "~/model"} | ({"data": "~/chat.jsonl"} if command == "sft" else {})
+    paths = {"output_dir": "~/run", "model": "~/model"} | ({"data": "~/chat.jsonl"} if command == "sft" else {})
     settings = {"base": "~/base.yaml"} | ({"validation_share": 0.1} if command == "sft" else RL)
     settings |= {"validation_problems": 1} if command != "sft" else {}
     settings |= {"lora_r": 2} if "adapter" in command else {}
-    inside = {k: "~/elsewhere" if k == "output" else "nothing" for k in paths} if as_flags else paths
-    flags = [f"--{k}={v}" for k, v in paths.items()] if as_flags else []
+    inside = {k: "~/elsewhere" if k == "output_dir" else "nothing" for k in paths} if as_flags else paths
+    flags = [f"--{k.replace(chr(95), chr(45))}={v}" for k, v in paths.items()] if as_flags else []
     for _ in range(2):  # the second goes on in the same folder
         assert main([command.split()[0], write(home, **settings, **inside), *flags]) == 0
     found = {p.name for p in (home / "run").iterdir()}
     assert {"config.yaml", "checkpoint-2", "final"} <= found and not (home / "elsewhere").exists()
-    assert yaml.safe_load((home / "run" / "config.yaml").read_text())["output"] == str(home / "run")
+    assert yaml.safe_load((home / "run" / "config.yaml").read_text())["output_dir"] == str(home / "run")
     assert main(["export", "~/run/checkpoint-2", "~/plain"]) == 0 and (home / "plain" / "config.json").is_file()
     if "adapter" in command:
         assert main(["eval", "--model=~/model", "--adapter=~/run/checkpoint-2", "--output=~/eval", *EVAL]) == 0
@@ -73,8 +81,14 @@ def test_evaluations_reports_and_studies(home: Path) -> None:
     task = make_task("gsm8k:template=~/prompt.txt,data=~/gsm8k.jsonl", {})
     assert task.data == str(home / "gsm8k.jsonl")
     assert make_decoder("~/ass.yaml").name == "ass" and make_decoder("~/ass.yaml:temperature=1").temperature == 1
-    assert build(SFTConfig, {"output": "x", "tasks": ["a"], "model": "~/m", "steps": 1}, "x").model == f"{home}/m"
-    RLConfig(output="~/run", tasks=["sudoku"])
-    found = read_config(SFTConfig, write(home, base="~/base.yaml", output="~/a", data="~/b", model="~/c"))
-    assert found.data == f"{home}/b"
-    assert (train(SFTConfig(output="~/api", data="~/chat.jsonl", model="~/model", **SMALL)) / "config.json").is_file()
+    assert (
+        build(SFTConfig, {"output_dir": "x", "tasks": ["a"], "model": "~/m", "max_steps": 1}, "x").model == f"{home}/m"
+    )
+    DiffusionGRPOConfig(output_dir="~/run", tasks=["sudoku"])
+    assert (
+        read_config(SFTConfig, write(home, base="~/base.yaml", output_dir="~/a", data="~/b", model="~/c")).data
+        == f"{home}/b"
+    )
+    assert (
+        train(SFTConfig(output_dir="~/api", data="~/chat.jsonl", model="~/model", **SMALL)) / "config.json"
+    ).is_file()

@@ -17,9 +17,10 @@ from recipes_run import small_rl
 from unmask import UserError, load
 from unmask.cli import main
 from unmask.config import read_config, save_config
+from unmask.rl.config import DiffusionGRPOConfig
 from unmask.rl.dry_run import dry_run
 from unmask.rl.objectives import ViewRows
-from unmask.rl.run import RLConfig, make_trainer
+from unmask.rl.trainer import DiffusionGRPOTrainer
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(f for f in (ROOT / "configs" / "llada").glob("*.yaml") if not f.name.startswith("_"))
@@ -53,22 +54,31 @@ def test_the_grid_is_whole_and_has_the_published_numbers() -> None:
     }
     assert {f.stem for f in RL} == names and {f.stem for f in RECIPES} == {*names, "sft_s1k"}
     for file in RL:
-        c = read_config(RLConfig, file)
+        c = read_config(DiffusionGRPOConfig, file)
         objective, _, task = file.stem.rpartition("_")
-        assert c.objective == objective.replace("_", "-") and c.output == f"runs/llada/{file.stem}"
+        assert c.objective == objective.replace("_", "-") and c.output_dir == f"runs/llada/{file.stem}"
         assert c.tasks[0].partition(":")[0] == {"math": "math500"}.get(task, task)
         assert c.num_iterations == (12 if task in ("gsm8k", "math") else 8)
-        assert (c.num_generations, c.batch_size, c.rows_per_forward) == (6, 12, 6)
+        assert (c.num_generations, c.per_device_train_batch_size, c.rows_per_forward) == (6, 12, 6)
         assert (c.epsilon, c.beta, c.temperature, c.learning_rate) == (0.5, 0.04, 1.0, 3e-6)
         assert (c.lora_r, c.lora_alpha, c.weight_decay, c.adam_beta2, c.max_grad_norm) == (128, 64, 0.1, 0.99, 0.2)
-        assert c.steps % c.num_iterations == c.save_every % c.num_iterations == 0
+        assert c.max_steps % c.num_iterations == c.save_steps % c.num_iterations == 0
         assert c.decoder == ("eoser-ass" if objective == "cj" else "semi-ar:block_length=32")
         assert c.model == "GSAI-ML/LLaDA-8B-Instruct" and c.max_completion_length == 128 and c.bf16
 
 
-# Every objective with a task of its own, and supervised training; the dry runs below make trainers of the others.
-RUN = [ROOT / "configs" / "llada" / f"{n}.yaml" for n in ("cj_gsm8k", "coupled_math", "diffu_countdown", "sft_s1k")]
-DRY = [f for f in RL if f not in RUN]
+def recipe(name: str) -> Path:
+    return ROOT / "configs" / "llada" / f"{name}.yaml"
+
+
+RUN = [recipe(n) for n in ("cj_gsm8k", "coupled_math", "sft_s1k")]
+DRY = [
+    ("cj_math", ""),
+    ("diffu_gsm8k", ""),
+    ("one_step_countdown", ""),
+    ("coupled_sudoku", "cfg_scale=0.5"),
+    ("cj_sudoku", "cfg_scale=0.5"),
+]
 
 
 def test_two_updates_on_two_processes(llada: str, data: Path, tmp_path: Path) -> None:
@@ -84,28 +94,23 @@ def test_two_updates_on_two_processes(llada: str, data: Path, tmp_path: Path) ->
             assert [x["step"] for x in lines if "loss" in x] == [1, 2]
 
 
-@pytest.mark.parametrize(
-    ("file", "cfg"), [*((f, "") for f in DRY), *((f, "cfg_scale=0.5") for f in RL if f.stem.endswith("sudoku"))]
-)
-def test_dry_runs_say_what_the_trainer_does(file: Path, cfg: str, llada: str, data: Path, tmp_path: Path) -> None:
-    c = dataclasses.replace(small_rl(file, llada, data, tmp_path / "run"), rows_per_forward=4)
-    c = dataclasses.replace(c, decoder=c.decoder + ("," if ":" in c.decoder else ":") * bool(cfg) + cfg)
+@pytest.mark.parametrize(("name", "cfg"), DRY)
+def test_dry_runs_say_what_the_trainer_does(name: str, cfg: str, llada: str, data: Path, tmp_path: Path) -> None:
+    c = dataclasses.replace(small_rl(recipe(name), llada, data, tmp_path / "run"), rows_per_forward=4)
+    if cfg:
+        c = dataclasses.replace(c, decoder=c.decoder + ("," if ":" in c.decoder else ":") + cfg)
     said = dry_run(c)
     assert not (tmp_path / "run").exists()
-    trainer = make_trainer(c, [])
+    trainer = DiffusionGRPOTrainer(llada, None, c)
     rollout = trainer.sample([trainer.train_dataset[0]])  # type: ignore[index]
-    views = trainer._views(rollout, 0)
-    passes = len(trainer._jobs(ViewRows.of(views), torch.ones(6, dtype=torch.bool)))
+    views = trainer.views(rollout, 0)
+    passes = len(trainer.microbatches(ViewRows.of(views), torch.ones(6, dtype=torch.bool)))
     assert f"{len(views)} views × 6 rows: {passes} forward and backward passes of up to {8 if cfg else 4} rows" in said
     assert f"NFE {int(rollout.trajectory.nfe.max())} a completion" in said
     assert "1 processes × 6 completions = 6 an update: 1 prompts × 6" in said
-    old = {"cj": 0, "one-step": passes}.get(
-        c.objective, passes * c.num_iterations
-    )  # fresh views are scored for each update
-    reference = passes * (c.num_iterations if trainer.objective.fresh else 1)
-    joint = (
-        passes * (c.num_iterations - 1) if c.objective == "coupled" else 0
-    )  # at the first the loss uses the old policy's
+    fresh = c.num_iterations if trainer.objective.fresh else 1  # such views are scored for each update
+    old, reference = (0 if c.objective == "cj" else passes * fresh), passes * fresh
+    joint = passes * (c.num_iterations - 1) if c.objective == "coupled" else 0  # at the first the old policy's serve
     assert f"{old} forward passes for the old policy, {reference} for the reference, {joint} for the loss" in said
     assert "GiB a process" in said
 
@@ -114,15 +119,14 @@ def test_dry_run_on_the_command_line(
     llada: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
-    recipe = next(f for f in RL if f.stem == "cj_gsm8k")
-    save_config(small_rl(recipe, llada, data, tmp_path / "run"), tmp_path / "c.yaml")
+    save_config(small_rl(recipe("cj_gsm8k"), llada, data, tmp_path / "run"), tmp_path / "c.yaml")
     assert main(["rl", str(tmp_path / "c.yaml"), "--dry-run", "--beta", "0"]) == 0
     out = capsys.readouterr().out
     assert "8 processes × 6 completions = 48 an update: 8 prompts × 6" in out and "beta: 0.0" in out
     assert "0 for the reference" in out
     assert main(["rl", "--dry-run", str(tmp_path / "c.yaml")]) == 0
     for flags, message in (
-        (["--batch-size", "7"], "does not divide"),
+        (["--per-device-train-batch-size", "7"], "does not divide"),
         (["--dtype", "weird"], "unknown dtype 'weird'"),
         (["--lora-target-modules", "nothing"], "does not fit the model"),
         (["--lora-target-modules", "(("], "does not fit the model"),
@@ -139,13 +143,13 @@ def test_dry_run_on_the_command_line(
 
 
 def test_base_files(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("base: b.yaml\nbeta: 0.5\noutput: x\n")
+    (tmp_path / "a.yaml").write_text("base: b.yaml\nbeta: 0.5\noutput_dir: x\n")
     (tmp_path / "b.yaml").write_text("beta: 0.1\ntasks: [sudoku]\nseed: 3\n")
-    c = read_config(RLConfig, tmp_path / "a.yaml", ["--seed", "4"])
+    c = read_config(DiffusionGRPOConfig, tmp_path / "a.yaml", ["--seed", "4"])
     assert (c.beta, c.seed, c.tasks) == (0.5, 4, ["sudoku"])
     (tmp_path / "b.yaml").write_text("base: a.yaml\n")
     with pytest.raises(UserError, match="does not lead back"):
-        read_config(RLConfig, tmp_path / "a.yaml")
+        read_config(DiffusionGRPOConfig, tmp_path / "a.yaml")
     (tmp_path / "b.yaml").write_text("bta: 1\n")
     with pytest.raises(UserError, match="did you mean 'beta'"):
-        read_config(RLConfig, tmp_path / "a.yaml")
+        read_config(DiffusionGRPOConfig, tmp_path / "a.yaml")

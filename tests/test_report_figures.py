@@ -77,7 +77,7 @@ def test_axes_of_an_evaluation_have_numbers(passes: list[float], solved: float) 
 def test_axes_of_a_training_have_numbers(monkeypatch: pytest.MonkeyPatch, level: float, gap: float) -> None:
     drawn: list[Figure] = []
     monkeypatch.setattr("unmask.results.curves.picture", lambda stem, caption, figure: drawn.append(figure))
-    values = {"eval_sudoku_solved": level, "groups_without_variance": level, "replay_gap": gap}
+    values = {"eval_sudoku_solved": level, "groups_without_variance": level, "logprob_mismatch": gap}
     curves([Run("f", "n", {}, {k: {1: v / 2, 2: v, 3: v} for k, v in values.items()}, {}, "cj")])
     (figure,) = drawn
     figure.draw_without_rendering()

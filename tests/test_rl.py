@@ -11,10 +11,8 @@ import pytest
 import torch
 
 from conftest import PROMPTS, toy
-from unmask import PRESETS, UserError
-from unmask.rl.arguments import DiffusionGRPOConfig
+from unmask import DiffusionGRPOConfig, DiffusionGRPOTrainer, UserError
 from unmask.rl.objectives import OBJECTIVES, View, k3, sample_views, token_weights
-from unmask.rl.trainer import DiffusionGRPOTrainer
 
 ROWS = [{"prompt": p} for p in PROMPTS]
 EVERYONE = torch.ones(16, dtype=torch.bool)
@@ -33,8 +31,8 @@ def trainer(
         "num_generations": 4,
         "per_device_train_batch_size": 16,
         "max_steps": 4,
-        "use_cpu": True,
-        "report_to": "none",
+        "report_to": [],
+        "bf16": False,
         "max_grad_norm": 1.0,
     }
     adapter = settings.pop("peft_config", None)
@@ -54,13 +52,13 @@ def disturb(model: torch.nn.Module, size: float) -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("decoder", [p if p != "dream" else "dream:top_p=1" for p in PRESETS])
+@pytest.mark.parametrize("decoder", ["eoser-ass", "threshold", "semi-ar:block_length=8"])
 def test_views_score_every_token(tmp_path: Path, objective: str, decoder: str) -> None:
     t = trainer(tmp_path, objective=objective, decoder=decoder, max_completion_length=32, num_iterations=2)
     t.rollout = t.sample(ROWS)
     trajectory = t.rollout.trajectory
     for iteration in range(2):
-        views = t._views(t.rollout, iteration)
+        views = t.views(t.rollout, iteration)
         pair = views[1:] if objective == "coupled" else views  # the full mask, then two that hide each token once
         assert (torch.stack([v.scored for v in pair]).sum(0) == 1).all() and views[0].scored.any()
         if objective == "coupled":
@@ -77,7 +75,7 @@ def test_views_score_every_token(tmp_path: Path, objective: str, decoder: str) -
             assert (prompt[changed] == trajectory.mask_id).all() and not (changed & ~trajectory.prompt_mask).any()
             assert bool(changed.any()) == (objective == "diffu")
     if OBJECTIVES[objective].fresh:
-        first, second = (t._views(t.rollout, i)[-1].ids for i in range(2))
+        first, second = (t.views(t.rollout, i)[-1].ids for i in range(2))
         assert not torch.equal(first, second)
 
 
@@ -87,7 +85,7 @@ def test_views_score_every_token(tmp_path: Path, objective: str, decoder: str) -
 def restated_loss(t: DiffusionGRPOTrainer, old_model: Any, reference: Any, iteration: int) -> torch.Tensor:
     """The clipped objective in loops and float64: rows, views, tokens; every forward on one row without padding."""
     assert t.rollout is not None
-    args, lm, trajectory = t.args, t.lm, t.rollout.trajectory
+    args, lm, trajectory = t.config, t.lm, t.rollout.trajectory
     total = torch.zeros((), dtype=torch.float64)
     rewards = torch.tensor(digits([], lm.text(trajectory.tokens)), dtype=torch.float64)  # type: ignore[arg-type]
 
@@ -96,7 +94,7 @@ def restated_loss(t: DiffusionGRPOTrainer, old_model: Any, reference: Any, itera
         logits[:, lm.mask_id] = -torch.inf
         return logits.log_softmax(-1)[len(prompt) :]
 
-    views = t._views(t.rollout, iteration)
+    views = t.views(t.rollout, iteration)
     for b in range(len(rewards)):
         group = rewards[b // args.num_generations * args.num_generations :][: args.num_generations]
         advantage = rewards[b] - group.mean()
@@ -110,23 +108,13 @@ def restated_loss(t: DiffusionGRPOTrainer, old_model: Any, reference: Any, itera
         per_view: list[list[torch.Tensor]] = []
         joint: dict[int, torch.Tensor] = {}
         if args.objective == "cj":
-            states = [
-                (
-                    [x if step[i] < s else lm.mask_id for i, x in enumerate(tokens)],
-                    [i for i in range(len(tokens)) if step[i] == s],
-                )
-                for s in range(max(step) + 1)
-            ]
+            canvases = [[x if step[i] < s else lm.mask_id for i, x in enumerate(tokens)] for s in range(max(step) + 1)]
+            states = [(c, [i for i in range(len(tokens)) if step[i] == s]) for s, c in enumerate(canvases)]
             prompts = [trajectory.prompt[b, padding:].tolist()] * len(states)
-        elif args.objective == "one-step":
-            states = [([lm.mask_id] * len(tokens), list(range(len(tokens))))]
-            prompts = [trajectory.prompt[b, padding:].tolist()]
-        else:  # the random views are checked by test_views_score_every_token
+        else:  # the other views are checked by test_views_score_every_token
             width = trajectory.prompt.shape[1]
-            states = [
-                (v.ids[b, width:].tolist(), [i for i in range(len(tokens)) if v.ids[b, width + i] == lm.mask_id])
-                for v in views
-            ]
+            canvases = [v.ids[b, width:].tolist() for v in views]
+            states = [(c, [i for i in range(len(tokens)) if c[i] == lm.mask_id]) for c in canvases]
             prompts = [v.ids[b, padding:width].tolist() for v in views]
         for v, (prompt, (canvas, scored)) in enumerate(zip(prompts, states, strict=True)):
             if args.mask_after_eos:
@@ -138,7 +126,7 @@ def restated_loss(t: DiffusionGRPOTrainer, old_model: Any, reference: Any, itera
             triples = {i: torch.stack([p[i, tokens[i]] for p in (new, old, ref)]) for i in scored}
             if (
                 args.objective == "coupled"
-            ):  # (log p under the full mask + log p under the token's mask of the pair / t) / 2
+            ):  # (log p under the full mask + that under the token's mask of the pair / t) / 2
                 t_masked = float(0.5 / views[v].share[b]) if v else 1.0
                 joint.update({i: joint.get(i, 0) + x / t_masked / 2 for i, x in triples.items()})
             elif triples:
@@ -146,13 +134,13 @@ def restated_loss(t: DiffusionGRPOTrainer, old_model: Any, reference: Any, itera
         if args.objective == "coupled":
             per_view = [[token_loss(x, advantage, args) for x in joint.values()]]
         every = [x for losses in per_view for x in losses]
-        if args.normalisation == "step":
+        if args.normalization == "step":
             total = total + torch.stack([torch.stack(losses).mean() for losses in per_view]).mean() / len(rewards)
-        elif args.normalisation == "token":
+        elif args.normalization == "token":
             total = total + torch.stack(every).mean() / len(rewards)
         else:
             total = total + torch.stack(every).sum()
-    if args.normalisation == "batch":
+    if args.normalization == "batch":
         ends = lm.lengths(trajectory.tokens).clamp(max=trajectory.tokens.shape[1] - 1) + 1
         total = total / int(ends.sum() if args.mask_after_eos else trajectory.tokens.numel())
     return total
@@ -167,25 +155,27 @@ def token_loss(logprobs: torch.Tensor, advantage: torch.Tensor, args: Any) -> to
     return -torch.minimum(ratio * advantage, clipped * advantage) + args.beta * (d.exp() - d - 1)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize(
-    ("normalisation", "scale", "after_eos", "beta"),
+    ("objective", "normalization", "scale", "after_eos", "beta"),
     [
-        ("step", "group", False, 0.0),
-        ("token", "none", True, 0.3),
-        ("step", "none", True, 0.3),
-        ("batch", "none", True, 0.3),
+        ("cj", "step", "group", False, 0.0),
+        ("cj", "step", "none", True, 0.3),
+        ("cj", "batch", "none", True, 0.3),
+        ("one-step", "token", "none", True, 0.3),
+        ("diffu", "batch", "group", False, 0.3),
+        ("coupled", "step", "group", True, 0.0),
+        ("coupled", "token", "none", False, 0.3),
     ],
 )
 def test_loss_and_gradient_equal_a_plain_restatement(
-    tmp_path: Path, objective: str, normalisation: str, scale: str, after_eos: bool, beta: float
+    tmp_path: Path, objective: str, normalization: str, scale: str, after_eos: bool, beta: float
 ) -> None:
     """Off policy (the weights have moved since the rollout), so that ratio, clipping and KL all count."""
     t = trainer(
         tmp_path,
         objective=objective,
         decoder="eoser-ass",
-        normalisation=normalisation,
+        normalization=normalization,
         scale_rewards=scale,
         mask_after_eos=after_eos,
         beta=beta,
@@ -205,7 +195,7 @@ def test_loss_and_gradient_equal_a_plain_restatement(
     t.lm.model.zero_grad()
     expected = restated_loss(t, old, reference, 1)
     expected.backward()
-    assert 0 < t._pending_metrics["clip_fraction"] < 1
+    assert 0 < t.pending_metrics["clip_fraction"] < 1
     assert float(found) == pytest.approx(float(expected.detach()), rel=1e-4, abs=1e-6)
     for mine, p in zip(gradients, t.lm.model.parameters(), strict=True):
         assert torch.allclose(mine, p.grad, rtol=1e-3, atol=1e-4 * float(p.grad.abs().max()) + 1e-7)
@@ -216,7 +206,7 @@ def test_the_first_update_of_coupled_equals_a_plain_restatement(tmp_path: Path, 
     """On policy the ratios are one, so that without a KL penalty the update needs no second pass over the views."""
     lm, reference = toy(), toy().model
     disturb(lm.model, 0.01)
-    t = trainer(tmp_path, lm, objective="coupled", normalisation="batch", beta=beta, rows_per_forward=5)
+    t = trainer(tmp_path, lm, objective="coupled", normalization="batch", beta=beta, rows_per_forward=5)
     if beta:
         t.reference_model.load_state_dict(reference.state_dict())
     t.rollout = t.sample(ROWS)
@@ -244,16 +234,18 @@ def test_row_batches_change_nothing(tmp_path: Path) -> None:
 # ---- the paper's claim: optimise what was sampled ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("decoder", [p if p != "dream" else "dream:top_p=1" for p in PRESETS])
+@pytest.mark.parametrize(
+    "decoder", ["eoser-ass:cfg_scale=0.5", "threshold", "semi-ar:block_length=8", "dream:top_p=1", "hard-eos", "hybrid"]
+)
 def test_ratio_is_one_on_the_sampled_states(tmp_path: Path, decoder: str) -> None:
-    """cj, mixed-length prompts, float32: recorded and recomputed log-probabilities agree for every preset."""
+    """cj, mixed-length prompts, float32: recorded and recomputed log-probabilities agree under every kind of decoder."""
     t = trainer(tmp_path, decoder=decoder, max_completion_length=32, rows_per_forward=6)
     t.rollout = t.sample(ROWS)
     t.model.train()
     t.update(t.model, t.rollout, 0)
-    assert abs(t._pending_metrics["ratio"] - 1) < 1e-4 and t._pending_metrics["replay_gap"] < 1e-4
+    assert abs(t.pending_metrics["ratio"] - 1) < 1e-4 and t.pending_metrics["logprob_mismatch"] < 1e-4
     with t.inference() as policy:
-        again = t._score_views(policy, t.rollout, EVERYONE)[0]
+        again = t.score_views(policy, t.rollout, EVERYONE)[0]
     assert float(((again - t.rollout.trajectory.logprob).exp() - 1).abs().max()) < 1e-4
 
 
@@ -275,21 +267,14 @@ def test_other_objectives_score_another_policy(tmp_path: Path) -> None:
         t = trainer(tmp_path, objective=objective)
         t.rollout = t.sample(ROWS)
         t.update(t.model, t.rollout, 0)
-        gaps[objective] = t._pending_metrics["replay_gap"]
-        assert abs(t._pending_metrics["ratio"] - 1) < 1e-6  # old and new policy are the same
+        gaps[objective] = t.pending_metrics["logprob_mismatch"]
+        assert abs(t.pending_metrics["ratio"] - 1) < 1e-6  # old and new policy are the same
         if objective == "one-step":
             with t.inference() as policy:
-                found = t._score_views(policy, t.rollout, EVERYONE)[0]
+                found = t.score_views(policy, t.rollout, EVERYONE)[0]
             first = t.rollout.trajectory.committed(0)
             assert torch.allclose(found[first], t.rollout.trajectory.logprob[first], atol=1e-4)
     assert gaps["cj"] < 1e-4 < 0.1 < min(gaps["one-step"], gaps["diffu"], gaps["coupled"])
-
-
-def test_guidance_belongs_to_the_policy(tmp_path: Path) -> None:
-    t = trainer(tmp_path, decoder="eoser-ass:cfg_scale=0.5")
-    t.rollout = t.sample(ROWS)
-    t.update(t.model, t.rollout, 0)
-    assert t._pending_metrics["replay_gap"] < 1e-4
 
 
 def test_a_policy_that_did_not_sample_is_refused(tmp_path: Path) -> None:
@@ -300,29 +285,7 @@ def test_a_policy_that_did_not_sample_is_refused(tmp_path: Path) -> None:
         t.update(t.model, t.rollout, 0)
 
 
-def test_sampled_steps(tmp_path: Path) -> None:
-    t = trainer(tmp_path, decoder="full")
-    t.rollout = t.sample(ROWS)
-    views = t._views(t.rollout, 0)
-    logprob = torch.where(views[3].scored, -5.0, torch.where(views[1].scored, -5.0, -1e-9))
-    for draw in range(20):
-        uniform = scored_steps(sample_views(views, logprob, 2, "uniform", t.rollout.seeds, draw))
-        assert (uniform.sum(0) == 2).all() and len({tuple(x) for x in uniform.T.tolist()}) > 1  # each row has its own
-        certain = scored_steps(sample_views(views, logprob, 2, "entropy", t.rollout.seeds, draw))
-        assert certain[[1, 3]].all()
-    short = trainer(tmp_path, decoder="full", steps_per_update=2)
-    short.rollout = short.sample(ROWS)
-    short.update(short.model, short.rollout, 0)
-    assert any(p.grad.abs().sum() > 0 for p in short.lm.model.parameters())
-
-
-def scored_steps(views: list[View]) -> torch.Tensor:
-    """(views, B) bool: which views score anything in which row."""
-    return torch.stack([v.scored.any(1) for v in views])
-
-
-@pytest.mark.parametrize("how", ["uniform", "entropy"])
-def test_sampled_steps_favor_no_row(how: Any) -> None:
+def test_sampled_steps_favor_no_row_and_no_step() -> None:
     """A row cut after two tokens has the weight of a whole one, and of a row's steps each is as likely as another."""
     rows, steps = 400, 16
     step = torch.arange(steps).expand(rows, steps)
@@ -330,12 +293,21 @@ def test_sampled_steps_favor_no_row(how: Any) -> None:
     views = [
         View(torch.zeros(rows, steps, dtype=torch.int64), (step == s) & (step < kept[:, None])) for s in range(steps)
     ]
-    chosen = sample_views(views, torch.full((rows, steps), -1.0), 4, how, torch.arange(rows) * 2, 0)
-    for normalisation in ("step", "token"):
-        weights = torch.stack(token_weights([v.scored for v in chosen], normalisation)).sum((0, 2))  # type: ignore[arg-type]
+    chosen = sample_views(views, 4, torch.arange(rows) * 2, 0)
+    for normalization in ("step", "token"):
+        weights = torch.stack(token_weights([v.scored for v in chosen], normalization)).sum((0, 2))  # type: ignore[arg-type]
         assert torch.allclose(weights, torch.ones(rows))
-    counts = scored_steps(chosen)[:, 1::2].sum(1).float()  # 200 whole rows choose 4 of 16 steps: 50 a step
+    scored = torch.stack([v.scored.any(1) for v in chosen])  # (views, B)
+    assert (scored.sum(0) == kept.clamp(max=4)).all() and len({tuple(x) for x in scored.T.tolist()}) > 100
+    counts = scored[:, 1::2].sum(1).float()  # 200 whole rows choose 4 of 16 steps: 50 a step
     assert counts.sum() == 800 and ((counts - 50).abs() < 25).all()
+
+
+def test_an_update_of_sampled_steps(tmp_path: Path) -> None:
+    t = trainer(tmp_path, decoder="full", steps_per_update=2)
+    t.rollout = t.sample(ROWS)
+    t.update(t.model, t.rollout, 0)
+    assert any(p.grad.abs().sum() > 0 for p in t.lm.model.parameters())
 
 
 @pytest.mark.parametrize("objective", ["one-step", "coupled"])
@@ -346,9 +318,10 @@ def test_passes_that_only_keep_ranks_together_change_nothing(
     for idle in (0, 3):
         t = trainer(tmp_path, objective=objective, beta=0.1)
         t.rollout = t.sample(ROWS)
-        jobs = t._jobs
+        passes = t.microbatches
         assert t.rollout.active[0]  # row 0 stands in for nothing
-        monkeypatch.setattr(t, "_jobs", lambda views, rows: jobs(views, rows) + [(torch.tensor([0]), False)] * idle)  # noqa: B023
+        more = [(torch.tensor([0]), False)] * idle
+        monkeypatch.setattr(t, "microbatches", lambda views, rows: passes(views, rows) + more)  # noqa: B023
         t.update(t.model, t.rollout, 0)
         gradients.append(torch.cat([p.grad.flatten() for p in t.lm.model.parameters()]))
     assert torch.equal(*gradients)
@@ -366,7 +339,7 @@ def test_kl_counts_for_rows_at_their_groups_mean(tmp_path: Path) -> None:
     assert t.rollout.active.all() and (t.rollout.advantages == 0).sum() == 8
     disturb(t.lm.model, 0.01)
     t.rollout.advantages = torch.zeros(16)
-    t.args.max_replay_gap = 10.0
+    t.config.max_logprob_mismatch = 10.0
     loss = t.update(t.model, t.rollout, 0)
     assert float(loss) > 0 and float(loss) == pytest.approx(0.1 * mean_kl(t), rel=1e-4)
 
@@ -375,7 +348,7 @@ def mean_kl(t: DiffusionGRPOTrainer) -> float:
     """Every row's KL: mean over a step's tokens, then over steps; then over rows."""
     assert t.rollout is not None and t.rollout.reference is not None
     with t.inference() as policy:
-        new = t._score_views(policy, t.rollout, EVERYONE)[0].double()
+        new = t.score_views(policy, t.rollout, EVERYONE)[0].double()
     values = k3(new, t.rollout.reference[0].double())
     step = t.rollout.trajectory.step
     return float(
@@ -385,17 +358,12 @@ def mean_kl(t: DiffusionGRPOTrainer) -> float:
 
 @pytest.mark.parametrize("adapter", [False, True])
 def test_activation_checkpointing_recomputes_and_changes_nothing(tmp_path: Path, adapter: bool) -> None:
-    from peft import LoraConfig
-
-    from unmask.config import LORA_TARGETS
-
     gradients, calls = [], [0]
     for on in (False, True):
         lm = toy()
         inside = lm.model.model.transformer["blocks"][0].attn_norm
         inside.register_forward_pre_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
-        lora = LoraConfig(r=2, target_modules=LORA_TARGETS) if adapter else None
-        t = trainer(tmp_path, lm, objective="one-step", peft_config=lora)
+        t = trainer(tmp_path, lm, objective="one-step", lora_r=2 if adapter else None)
         if on:
             t.model.activation_checkpointing_enable({"use_reentrant": False})
         t.rollout = t.sample(ROWS)
@@ -407,13 +375,9 @@ def test_activation_checkpointing_recomputes_and_changes_nothing(tmp_path: Path,
 
 
 def test_lora_reference_is_the_model_without_its_adapter(tmp_path: Path) -> None:
-    from peft import LoraConfig
-
-    from unmask.config import LORA_TARGETS
-
     lm = toy()
     before = {k: v.clone() for k, v in lm.model.state_dict().items()}
-    t = trainer(tmp_path, lm, beta=0.1, peft_config=LoraConfig(r=4, target_modules=LORA_TARGETS))
+    t = trainer(tmp_path, lm, beta=0.1, lora_r=4)
     trainable = [n for n, p in t.model.named_parameters() if p.requires_grad]
     assert len(trainable) == 2 * 2 * 7 and all("lora" in n for n in trainable)  # 2 layers, 7 matrices, A and B
     t.rollout = t.sample(ROWS)
@@ -427,48 +391,7 @@ def test_lora_reference_is_the_model_without_its_adapter(tmp_path: Path) -> None
     plain = toy()
     plain_trainer = trainer(tmp_path, plain)
     with plain_trainer.inference() as policy:
-        found = plain_trainer._score_views(policy, again, again.active)[0]
+        found = plain_trainer.score_views(policy, again, again.active)[0]
         assert torch.allclose(found, again.reference[0], atol=1e-4)
     base = {k: v for k, v in t.model.get_base_model().state_dict().items() if "lora" not in k}
     assert all(torch.equal(v, before[k.replace(".base_layer", "")]) for k, v in base.items())
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"num_generations": 3}, "num_generations=3 does not divide the batch of 16"),
-        ({"decoder": "semi-ar:block_length=8,cache=dual"}, "samples from an approximation"),
-        ({"decoder": "threshold:block_length=8", "compile": True}, "compile needs batches of one shape"),
-        ({"temperature": 0.0}, "temperature is 0"),
-        ({"decoder": "full:temperature=0"}, "temperature is 0"),
-        ({"num_generations": 1}, "num_generations is 1"),
-        ({"objective": "one_step"}, "unknown objective 'one_step': did you mean 'one-step'"),
-        ({"decoder": "eosr"}, "did you mean 'eoser'"),
-        ({"objective": "one-step", "steps_per_update": 2}, "needs objective cj"),
-        ({"steps_per_update": 0}, "steps_per_update is 0"),
-        ({"gradient_accumulation_steps": 2}, "raise per_device_train_batch_size"),
-        ({"max_steps": -1}, "max_steps is -1"),
-        ({"epsilon": 0.0}, "positive epsilon"),
-        ({"rows": []}, "the train data set is empty"),
-        ({"rows": [{"text": "x"}]}, "prompt None"),
-        ({"rows": [{"prompt": "x"}, {"prompt": "y", "more": 1}]}, r"different columns \(\['more'\]\)"),
-        ({"rows": [{"prompt": "x" * 2000}]}, "shorten the prompt"),
-        ({"rewards": []}, "no reward function"),
-        ({"reward_weights": [1.0, 2.0]}, "2 reward_weights for the reward functions digits"),
-    ],
-)
-def test_wrong_settings_name_the_fix(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        trainer(tmp_path, **settings)
-
-
-def test_dropout_in_the_adapter_is_refused(tmp_path: Path) -> None:
-    from peft import LoraConfig
-
-    with pytest.raises(UserError, match=r"lora_dropout is 0\.05"):
-        trainer(tmp_path, peft_config=LoraConfig(r=2, lora_dropout=0.05, target_modules=["q_proj"]))
-
-
-def test_messages_go_through_the_chat_template(tmp_path: Path) -> None:
-    t = trainer(tmp_path, rows=[{"prompt": [{"role": "user", "content": "make 5"}]}])
-    assert t.train_dataset[0]["prompt"] == "<|user|>make 5<|assistant|>"

@@ -3,52 +3,50 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from unmask import UserError, load
+from unmask import DiffusionGRPOConfig, UserError, load
 from unmask.cli import main
 from unmask.config import read_config
 from unmask.io.files import read_lines
-from unmask.rl.run import RLConfig, train
+from unmask.rl.run import train
 
 ROOT = Path(__file__).parent.parent
 TASKS = ["sudoku:style=compact", "countdown:style=compact,max_value=6"]
 
 
-def config(output: Path, model: str, **changes: object) -> RLConfig:
-    values = {
-        "output": str(output),
+def config(output: Path, model: str, **changes: Any) -> DiffusionGRPOConfig:
+    values: dict[str, Any] = {
         "model": model,
         "tasks": TASKS,
         "problems": 6,
         "validation_problems": 3,
-        "reward": ["rewards_for_tests:digits"],
+        "reward_funcs": ["rewards_for_tests:digits"],
         "max_completion_length": 16,
-        "batch_size": 8,
+        "per_device_train_batch_size": 8,
         "num_generations": 4,
         "num_iterations": 2,
-        "steps": 5,
+        "max_steps": 5,
         "learning_rate": 1e-3,
         "beta": 0.01,
-        "eval_every": 3,
-        "save_every": 1,
+        "eval_steps": 3,
+        "save_steps": 1,
         "bf16": False,
         "report_to": [],
     }
-    return RLConfig(**{**values, **changes})  # type: ignore[arg-type]
+    return DiffusionGRPOConfig(output_dir=str(output), **{**values, **changes})
 
 
 @pytest.fixture
@@ -77,7 +75,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def write(path: Path, c: RLConfig) -> str:
+def write(path: Path, c: DiffusionGRPOConfig) -> str:
     path.write_text(yaml.safe_dump(dataclasses.asdict(c)))
     return str(path)
 
@@ -85,17 +83,12 @@ def write(path: Path, c: RLConfig) -> str:
 def start(
     arguments: list[str], folder: Path, processes: int = 1, module: Sequence[str] = ("-m", "unmask")
 ) -> subprocess.Popen[str]:
-    launcher = (
-        ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"] if processes > 1 else []
-    )
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone"]
+    path = f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
     return subprocess.Popen(
-        [sys.executable, *launcher, *module, *arguments],
+        [sys.executable, *(launcher if processes > 1 else []), *module, *arguments],
         cwd=folder,
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        },
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -110,35 +103,34 @@ def test_a_run_leaves_what_it_promises(rewards: Path, toy_folder: str, capsys: p
     assert [e["step"] for e in lines if "eval_reward" in e] == [0, 3, 5]  # before, on the way, at the end
     sampled = [e for e in lines if "reward" in e]
     assert [e["step"] for e in sampled] == [1, 3, 5]  # a rollout serves two updates
-    assert all(e["nfe"] == 4 and 0 <= e["replay_gap"] < 1e-4 for e in sampled)  # log2(16) passes
+    assert all(e["nfe"] == 4 and 0 <= e["logprob_mismatch"] < 1e-4 for e in sampled)  # log2(16) passes
     assert all({"kl", "clip_fraction", "entropy", "ratio", "grad_norm"} <= set(e) for e in lines if "loss" in e)
     kl = [e["kl"] for e in lines if "kl" in e]
     assert kl[0] == pytest.approx(0, abs=1e-6) and kl[-1] > 0
     completions = read_lines(rewards / "run" / "completions.jsonl")
     assert len(completions) == 3 * 4 and {"prompt", "completion", "reward", "advantage", "step"} == set(completions[0])
+    kept = {p.name: (p / "rollout-0.safetensors").exists() for p in (rewards / "run").glob("checkpoint-*")}
+    assert kept == {"checkpoint-4": False, "checkpoint-5": True}  # only where a rollout is still in use
     before, after = load(toy_folder), load(str(final))
     assert any(not torch.equal(a, b) for a, b in zip(before.model.parameters(), after.model.parameters(), strict=True))
+    said = capsys.readouterr().out
+    assert "'eval_reward': " in said and "'logprob_mismatch': " in said  # a log file gets every line
     assert main(["report", str(rewards / "run")]) == 0
     assert "| countdown |" in capsys.readouterr().out
-    assert (rewards / "run" / "curves.png").stat().st_size > 10_000
-    again = time.time()
     train(config(rewards / "run", toy_folder))  # a finished run is only finished again
-    assert time.time() - again < 60 and read_lines(rewards / "run" / "metrics.jsonl") == lines
+    assert read_lines(rewards / "run" / "metrics.jsonl") == lines
     with pytest.raises(UserError, match="run with other objective, beta"):
         train(config(rewards / "run", toy_folder, beta=0.0, objective="diffu"))
 
 
 def test_an_adapter_is_trained_merged_and_exported(rewards: Path, toy_folder: str) -> None:
     final = train(config(rewards / "run", toy_folder, lora_r=4))
-    merged = load(str(final))
     checkpoint = rewards / "run" / "checkpoint-5"
     assert not (checkpoint / "model.safetensors").exists()  # the adapter alone
     assert main(["export", str(checkpoint), str(rewards / "exported")]) == 0
-    exported = load(str(rewards / "exported"))
-    direct = load(str(checkpoint))
-    base = load(toy_folder)
+    models = [load(str(f)) for f in (final, rewards / "exported", checkpoint, toy_folder)]
     moved = 0.0
-    for a, b, c, d in zip(*(lm.model.parameters() for lm in (merged, exported, direct, base)), strict=True):
+    for a, b, c, d in zip(*(lm.model.parameters() for lm in models), strict=True):
         assert torch.equal(b, c) and torch.allclose(a, b, atol=1e-6)
         moved = max(moved, float((a - d).detach().abs().max()))
     assert moved > 1e-5
@@ -149,12 +141,12 @@ def test_an_adapter_is_trained_merged_and_exported(rewards: Path, toy_folder: st
 def test_killed_and_resumed_equals_uninterrupted(
     rewards: Path, toy_folder: str, lora: int | None, stop_at: int
 ) -> None:
-    """kill -9 at a random moment, between inner iterations or not; metrics and weights are the same to the bit."""
-    settings = {
+    """kill -9 between inner iterations or not; metrics and weights are the same to the bit."""
+    settings: dict[str, Any] = {
         "lora_r": lora,
         "num_iterations": 3,
-        "save_every": 2,  # so that a killed run has written lines that its checkpoint does not know
-        "steps": 7,
+        "save_steps": 2,  # so that a killed run has written lines that its checkpoint does not know
+        "max_steps": 7,
         "objective": "diffu" if lora else "cj",
         "bf16": bool(lora),
         "dtype": "bfloat16" if lora else "float32",
@@ -166,37 +158,28 @@ def test_killed_and_resumed_equals_uninterrupted(
     deadline = time.time() + 300
     while process.poll() is None and time.time() < deadline:
         if any(e["step"] >= stop_at for e in read_lines(metrics)):
-            time.sleep(random.Random(stop_at).random() * 0.1)
             break
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait(200)
-    last = start(["rl", file], rewards)
-    assert last.wait(300) == 0, last.stdout and last.stdout.read()
+    assert main(["rl", file]) == 0
     for name in ("metrics.jsonl", "completions.jsonl"):
         assert (rewards / "part" / name).read_bytes() == (rewards / "whole" / name).read_bytes()
     a, b = weights(rewards / "whole" / "final"), weights(rewards / "part" / "final")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_resuming_between_inner_iterations_needs_the_rollout(rewards: Path, toy_folder: str) -> None:
-    train(config(rewards / "run", toy_folder, steps=3))
-    kept = {p.name: (p / "rollout-0.safetensors").exists() for p in (rewards / "run").glob("checkpoint-*")}
-    assert kept == {"checkpoint-2": False, "checkpoint-3": True}  # only where a rollout is still in use
-
-
 def test_two_processes_equal_one(rewards: Path, toy_folder: str) -> None:
-    """The same global batch on one process and on two (gloo): the same parameters after five updates, for each objective.
+    """The same global batch on one process and on two (gloo): the same parameters after five updates.
 
     Half the groups have no variance, so the ranks have different numbers of forward passes of their own.
     """
-    settings = {"steps": 5, "save_every": 5, "rows_per_forward": 2, "reward": ["rewards_for_tests:some"]}
+    settings: dict[str, Any] = {"save_steps": 5, "rows_per_forward": 2, "reward_funcs": ["rewards_for_tests:some"]}
+    objectives = ("cj", "coupled")
 
-    def runs(name: str, batch_size: int) -> dict[str, RLConfig]:
-        return {
-            o: config(rewards / f"{name}-{o}", toy_folder, objective=o, batch_size=batch_size, **settings)
-            for o in ("cj", "diffu", "coupled")
-        }
+    def runs(name: str, batch_size: int) -> dict[str, DiffusionGRPOConfig]:
+        settings["per_device_train_batch_size"] = batch_size
+        return {o: config(rewards / f"{name}-{o}", toy_folder, objective=o, **settings) for o in objectives}
 
     (rewards / "all.py").write_text("import sys; from unmask.cli import main; [main(['rl', f]) for f in sys.argv[1:]]")
     files = [write(rewards / f"{o}.yaml", c) for o, c in runs("two", 8).items()]
@@ -205,17 +188,18 @@ def test_two_processes_equal_one(rewards: Path, toy_folder: str) -> None:
         train(one)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    for objective in runs("two", 8):
+    for objective in objectives:
         one, two = (rewards / f"{n}-{objective}" for n in ("one", "two"))
         a, b = weights(one / "final"), weights(two / "final")
         assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-5
         for x, y in zip(read_lines(one / "metrics.jsonl"), read_lines(two / "metrics.jsonl"), strict=True):
             assert x.keys() == y.keys()
-            assert all(x[k] == pytest.approx(y[k], rel=1e-3, abs=1e-5) for k in x if k not in ("loss", "replay_gap"))
+            kept = (k for k in x if k not in ("loss", "logprob_mismatch"))
+            assert all(x[k] == pytest.approx(y[k], rel=1e-3, abs=1e-5) for k in kept)
 
 
 def test_a_lost_rank_ends_the_run(rewards: Path, toy_folder: str) -> None:
-    c = config(rewards / "run", toy_folder, reward=["rewards_for_tests:dies"], steps=50, save_every=50)
+    c = config(rewards / "run", toy_folder, reward_funcs=["rewards_for_tests:dies"], max_steps=50, save_steps=50)
     process = start(["rl", write(rewards / "c.yaml", c)], rewards, processes=2)
     output, _ = process.communicate(timeout=300)
     assert process.returncode not in (0, None) and "exitcode" in output
@@ -226,54 +210,53 @@ def test_mistakes_on_the_command_line(rewards: Path, toy_folder: str, capsys: py
     for flags, message in (
         (["--num-generations", "3"], "does not divide the batch of 8"),
         (["--temperature", "0"], "temperature is 0"),
-        (["--reward", "rewards_for_tests:nothing"], "cannot be imported"),
+        (["--reward-funcs", "rewards_for_tests:nothing"], "cannot be imported"),
         (["--tasks", "sudok"], "did you mean 'sudoku'"),
-        (["--attention", "flash"], "give sdpa or eager"),
-        (["--learning-rate", "-1"], "positive number"),
-        (["--lr-scheduler", "linea"], "did you mean 'linear'"),
-        (["--adam-beta2", "1.5"], "adam_beta2=1.5"),
-        (["--tasks", "sudoku", "sudoku:max_empty=4"], "names a task twice"),
+        (["--attn-implementation", "flash"], "eager"),
+        (["--steps", "3"], "unrecognized"),
         (["--report-to", "nowhere"], "unknown logger in report_to 'nowhere'"),
         (["--model", "nothing"], "unknown model 'nothing'"),
         (["--max-completion-length", "1020"], "shorten the prompt"),
         (["--reward-weights", "1", "2"], "2 reward_weights for the reward functions digits"),
+        (["--lora-r", "4", "--lora-target-modules", "("], "does not fit"),
+        (["--output-dir", "/proc/nothing"], "cannot write to /proc/nothing"),
     ):
         assert main(["rl", file, *flags]) == 2
         assert message in capsys.readouterr().err
         assert not (rewards / "run").exists()
-    assert main(["rl", file, "--output", "/proc/nothing"]) == 2
-    assert "cannot write to /proc/nothing" in capsys.readouterr().err
-    for pattern in ("nothing", "("):
-        with pytest.raises(UserError, match="does not fit"):
-            train(config(rewards / "run", toy_folder, lora_r=4, lora_target_modules=pattern))
-    with pytest.raises(UserError, match="lora_r is 0"):
-        config(rewards / "run", toy_folder, lora_r=0)
     assert main(["report", str(rewards)]) == 2
     assert "holds no reinforcement-learning run" in capsys.readouterr().err
 
 
-RL_CONFIGS = sorted(p for p in ROOT.glob("configs/tiny/*.yaml") if "objective:" in p.read_text())
-
-
-@pytest.mark.parametrize("file", RL_CONFIGS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
-def test_every_rl_config_loads_and_runs(file: Path, tmp_path: Path, toy_folder: str) -> None:
+@pytest.mark.parametrize("name", ["cj_sudoku", "coupled_countdown", "diffu_sudoku", "one_step_countdown"])
+def test_rl_configs_of_the_shipped_model_run(name: str, tmp_path: Path, toy_folder: str) -> None:
     """Two updates on a toy model."""
-    c = read_config(RLConfig, file)
+    c = read_config(DiffusionGRPOConfig, ROOT / "configs" / "tiny" / f"{name}.yaml")
     small = dataclasses.replace(
         c,
-        output=str(tmp_path / "run"),
+        output_dir=str(tmp_path / "run"),
         model=toy_folder,
         tasks=[f"{task}:style=compact" for task in c.tasks],
         compile=False,
         problems=4,
         validation_problems=2,
         max_completion_length=16,
-        batch_size=c.num_generations,
-        steps=2,
+        per_device_train_batch_size=c.num_generations,
+        max_steps=2,
         report_to=[],
     )
-    assert (train(small) / "model.safetensors").exists()
-    json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (train(small) / "model.safetensors").exists() and read_lines(tmp_path / "run" / "metrics.jsonl")
+
+
+def test_the_grid_of_configs_differs_in_what_it_names() -> None:
+    for task in ("sudoku", "countdown"):
+        found = []
+        for objective in ("cj", "one-step", "diffu", "coupled"):
+            file = ROOT / "configs" / "tiny" / f"{objective.replace('-', '_')}_{task}.yaml"
+            c = read_config(DiffusionGRPOConfig, file)
+            assert (c.objective, c.tasks) == (objective, [task])
+            found.append(dataclasses.replace(c, objective="cj", output_dir="x"))
+        assert all(c == found[0] for c in found)
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "zero2", "two_nodes"])

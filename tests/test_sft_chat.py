@@ -1,4 +1,4 @@
-"""Fine-tuning on chat data: what is learned, adapters, accumulation, resume, the recipe."""
+"""Fine-tuning on chat data: what is learned, adapters, accumulation, resume, the recipe, the way in from Python."""
 
 from __future__ import annotations
 
@@ -14,54 +14,35 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from conftest import SHAPE, toy
 from test_sft_data import WIDTH, chat, no_shared_cache, read, turns, write  # noqa: F401  (a fixture for every test)
-from unmask import UserError, load
+from unmask import SFTConfig, SFTTrainer, UserError, load
 from unmask.config import read_config
 from unmask.models.adapters import LORA_TARGETS, adapter_config, add_adapter
-from unmask.models.masked_lm import MaskedLM
 from unmask.training.noise import sample_times
-from unmask.training.sft import DiffusionTrainer, SFTConfig, _arguments, _set_length, train
-from unmask.training.sft_data import ChatRows, FillCollate
+from unmask.training.sft import train
 
 ROOT = Path(__file__).parent.parent
 
 
-def config(output: Path, data: str, **changes: Any) -> SFTConfig:
+def config(output: Path, data: str | None = None, **changes: Any) -> SFTConfig:
     values: dict[str, Any] = {
-        "output": str(output),
-        "data": data,
         "max_length": WIDTH,
         "validation_share": 0.1,
-        "steps": 4,
-        "batch_size": 2,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
-        "optimizer": "adamw",
         "learning_rate": 1e-2,
         "warmup_steps": 0,
-        "prompt_masking": 0.0,
-        "log_every": 1,
-        "eval_every": 2,
-        "save_every": 2,
+        "logging_steps": 1,
+        "eval_steps": 2,
+        "save_steps": 2,
         "report_to": [],
         "bf16": False,
     }
-    return SFTConfig(**{**values, **changes})
-
-
-def trainer(tmp_path: Path, lm: MaskedLM, c: SFTConfig, rows: ChatRows, **settings: Any) -> DiffusionTrainer:
-    return DiffusionTrainer(
-        lm,
-        c,
-        0,
-        train_dataset=rows.training,
-        data_collator=FillCollate(lm.eos_id, c.max_length),
-        args=TrainingArguments(
-            output_dir=str(tmp_path / "t"), use_cpu=True, report_to="none", remove_unused_columns=False, **settings
-        ),
-    )
+    return SFTConfig(output_dir=output, data=data, **{**values, **changes})
 
 
 # ---- the loss --------------------------------------------------------------------------------------------------------
@@ -74,14 +55,13 @@ def test_loss_and_gradient_by_hand(tmp_path: Path, eos_in_loss: bool) -> None:
     The softmax by hand runs over the whole vocabulary, the mask token included.
     """
     lm = toy()
-    c = config(tmp_path, "x", eos_in_loss=eos_in_loss, model="tiny")
-    rows = read(lm, chat(tmp_path))
-    batch = FillCollate(lm.eos_id, WIDTH)(rows.training[:4])
-    lengths = [(len(r["prompt"]), len(r["response"])) for r in rows.training[:4]]
+    trainer = SFTTrainer(lm, config(tmp_path / "t", chat(tmp_path), eos_in_loss=eos_in_loss))
+    rows: Any = trainer.train_dataset
+    batch = trainer.data_collator(rows[:4])
+    lengths = [(len(r["prompt"]), len(r["response"])) for r in rows[:4]]
     assert len({p for p, _ in lengths}) > 2
     t = torch.tensor([0.3, 0.9, 0.5, 0.7])
-    lm.model.zero_grad()
-    found = trainer(tmp_path, lm, c, rows).loss_at(lm.model, batch, t, WIDTH, 0.0, torch.Generator().manual_seed(3))
+    found = trainer.loss_at(lm.model, batch, t, WIDTH, 0.0, torch.Generator().manual_seed(3))
     found.backward()
     gradient = {n: p.grad.clone() for n, p in lm.model.named_parameters() if p.grad is not None}
 
@@ -93,7 +73,7 @@ def test_loss_and_gradient_by_hand(tmp_path: Path, eos_in_loss: bool) -> None:
     kinds = set()
     for i, (prompt, response) in enumerate(lengths):
         ids = batch["ids"][i]
-        assert ids[:prompt].tolist() == rows.training[i]["prompt"].tolist()
+        assert ids[:prompt].tolist() == rows[i]["prompt"].tolist()
         assert ids[prompt + response - 1] == lm.eot_id and set(ids[prompt + response :].tolist()) == {lm.eos_id}
         hidden = [j for j in range(prompt, WIDTH) if draws[i, j] < t[i]]
         last = WIDTH if eos_in_loss else prompt + response
@@ -102,32 +82,21 @@ def test_loss_and_gradient_by_hand(tmp_path: Path, eos_in_loss: bool) -> None:
         tokens += last - prompt
         noisy = ids.clone()
         noisy[hidden] = lm.mask_id
-        logits = lm.model(noisy[None]).logits[0]
-        total = total + F.cross_entropy(logits[masked], ids[masked], reduction="sum") / t[i]
+        total = total + F.cross_entropy(lm.model(noisy[None]).logits[0][masked], ids[masked], reduction="sum") / t[i]
     (total / tokens).backward()
     assert kinds == ({lm.eos_id, lm.eot_id} if eos_in_loss else {lm.eot_id})
     assert float(found.detach()) == pytest.approx(float(total.detach()) / tokens, rel=1e-5)
     for name, p in lm.model.named_parameters():
         assert p.grad is not None and torch.allclose(gradient[name], p.grad, rtol=1e-3, atol=1e-5), name
-
-
-def test_nothing_masked_is_no_loss(tmp_path: Path) -> None:
-    lm = toy()
-    rows = read(lm, chat(tmp_path))
-    batch = FillCollate(lm.eos_id, WIDTH)(rows.training[:2])
-    t = torch.full((2,), 1e-9)
-    c = config(tmp_path, "x", model="tiny")
-    loss = trainer(tmp_path, lm, c, rows).loss_at(lm.model, batch, t, WIDTH, 0.0, torch.Generator().manual_seed(0))
-    loss.backward()
-    assert float(loss.detach()) == 0.0
-    assert all(p.grad is not None and not p.grad.any() for p in lm.model.parameters())
+    lm.model.zero_grad()
+    nothing = trainer.loss_at(lm.model, batch, torch.full((4,), 1e-9), WIDTH, 0.0, generator)
+    nothing.backward()  # nothing is masked
+    assert float(nothing.detach()) == 0.0 and not any(p.grad.any() for p in lm.model.parameters())  # type: ignore[union-attr]
 
 
 def test_micro_batches_draw_from_one_generator_in_turn(tmp_path: Path) -> None:
     """The gradient of an update of 2 micro-batches: the mean of their losses, noise of the step's generator in sequence."""
     lm = toy()
-    c = config(tmp_path, "x", model="tiny", seed=7)
-    rows = read(lm, chat(tmp_path))
     seen: list[dict[str, Any]] = []
     gradients: list[dict[str, Any]] = []
 
@@ -135,21 +104,14 @@ def test_micro_batches_draw_from_one_generator_in_turn(tmp_path: Path) -> None:
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             gradients.append({n: p.grad.clone() for n, p in lm.model.named_parameters()})
 
-    settings = {
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 2,
-        "max_grad_norm": 0.0,
-    }
-    t = trainer(tmp_path, lm, c, rows, learning_rate=0.0, save_strategy="no", **settings)
-    t.add_callback(Grads())
-    compute = t.compute_loss
+    class Seen(SFTTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append({k: v.clone() for k, v in inputs.items()})
+            return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def spy(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        seen.append({k: v.clone() for k, v in inputs.items()})
-        return compute(model, inputs, *args, **kwargs)
-
-    t.compute_loss = spy  # type: ignore[method-assign]
+    extra = {"save_strategy": "no", "eval_strategy": "no", "max_grad_norm": 0.0}
+    c = config(tmp_path / "t", chat(tmp_path), seed=7, learning_rate=1e-30, max_steps=2, trainer_args=extra)
+    t = Seen(lm, c, callbacks=[Grads()])
     t.train()
     assert len(seen) == 4 and len(gradients) == 2
     for step in (0, 1):
@@ -169,7 +131,7 @@ def test_an_adapter_run_resumes_exactly_and_ends_merged(
 ) -> None:
     """With dropout, accumulation and more than one epoch: killed and resumed is uninterrupted, bit for bit."""
     settings: dict[str, Any] = {"model": toy_folder, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.3}
-    settings |= {"steps": 8, "save_every": 5}
+    settings |= {"max_steps": 8, "save_steps": 5}
     data = chat(tmp_path)
     final = train(config(tmp_path / "whole", data, **settings))
     assert "11 training and 1 validation rows, 0 of them cut" in capsys.readouterr().err
@@ -179,58 +141,51 @@ def test_an_adapter_run_resumes_exactly_and_ends_merged(
     again = train(part)
     whole, resumed = (load_file(f / "model.safetensors") for f in (final, again))
     assert all(torch.equal(whole[k], resumed[k]) for k in whole) and whole.keys() == resumed.keys()
+    shutil.rmtree(again)  # a finished run is only finished again
+    assert all(torch.equal(whole[k], v) for k, v in load_file(train(part) / "model.safetensors").items())
 
     assert not (final / "adapter_config.json").exists()
     low = load_file(tmp_path / "whole" / "checkpoint-8" / "adapter_model.safetensors")
-    base = load_file(Path(toy_folder) / "model.safetensors")
     moved = 0
-    for key, weight in base.items():
+    for key, weight in load_file(Path(toy_folder) / "model.safetensors").items():
         stem = f"base_model.model.{key.removesuffix('.weight')}.lora_"
         if f"{stem}A.weight" in low:
             change = low[f"{stem}B.weight"] @ low[f"{stem}A.weight"] * (8 / 4)
-            assert change.abs().max() > 1e-4
-            assert torch.allclose(whole[key], weight + change, atol=1e-6), key
+            assert change.abs().max() > 1e-4 and torch.allclose(whole[key], weight + change, atol=1e-6), key
             moved += 1
         else:
             assert torch.equal(whole[key], weight), key
     adapter = json.loads((tmp_path / "whole" / "checkpoint-8" / "adapter_config.json").read_text())
     assert adapter["lora_dropout"] == 0.3 and Path(adapter["base_model_name_or_path"]) == Path(toy_folder)
     assert moved == 7 * SHAPE["n_layers"]  # type: ignore[operator]
-    assert load(str(final)).name == str(final)
 
 
 def test_accumulation_is_part_of_the_run(tmp_path: Path, toy_folder: str) -> None:
     """The number of updates of epochs, and the learning rate that ends at zero on the last of them."""
-    data = chat(tmp_path, 24)
-    c = config(tmp_path / "run", data, model=toy_folder, steps=None, epochs=1.5, lr_scheduler="linear", save_every=100)
+    half: dict[str, Any] = {"max_steps": None, "num_train_epochs": 1.5, "lr_scheduler_type": "linear"}
+    c = config(tmp_path / "run", chat(tmp_path, 24), model=toy_folder, save_steps=100, **half)
     train(c)
     state = json.loads((tmp_path / "run" / "checkpoint-9" / "trainer_state.json").read_text())
     # 22 training rows are 11 batches, hence 6 updates an epoch (the last of one batch), 9 in all.
     assert state["global_step"] == state["max_steps"] == math.ceil(1.5 * math.ceil(11 / 2)) == 9
-    assert state["epoch"] == pytest.approx(1 + 6 / 11)
     rates = [e["learning_rate"] for e in state["log_history"] if "learning_rate" in e]
     assert rates == pytest.approx([1e-2 * (9 - i) / 9 for i in range(9)])
     assert [e["step"] for e in state["log_history"] if "eval_loss" in e] == [2, 4, 6, 8, 9]
-    with pytest.raises(UserError, match="run with other batch_size, gradient_accumulation_steps"):
-        train(dataclasses.replace(c, batch_size=1, gradient_accumulation_steps=4))
+    with pytest.raises(UserError, match="run with other per_device_train_batch_size, gradient_accumulation_steps"):
+        train(dataclasses.replace(c, per_device_train_batch_size=1, gradient_accumulation_steps=4))
 
 
-def test_fine_tuning_learns_when_to_stop(tmp_path: Path, toy_folder: str) -> None:
+def test_fine_tuning_from_python_learns_when_to_stop(tmp_path: Path, toy_folder: str) -> None:
     """One exchange, learned by an adapter: greedy decoding gives it back with its end of turn and the filling behind it."""
-    from unmask.decoding import decode, make_decoder
-
-    data = write(tmp_path / "one.jsonl", [{"messages": turns("say", "it is so")}] * 8)
-    changes = {
-        "model": toy_folder,
-        "lora_r": 16,
-        "max_length": 24,
-        "validation_share": 0.0,
-        "gradient_checkpointing": True,
-    }
-    changes |= {"batch_size": 8, "gradient_accumulation_steps": 1, "steps": 100, "log_every": 100, "save_every": 100}
-    lm = load(str(train(config(tmp_path / "run", data, lr_scheduler="linear", **changes))))
-    tokens = decode(lm, *lm.encode([lm.chat("say")]), make_decoder("full", max_new_tokens=19, steps=19)).tokens
-    assert lm.tokenizer.decode(tokens[0]) == "it is so<|eot_id|>" + "<|endoftext|>" * 10
+    lm = load(toy_folder)
+    sizes: dict[str, Any] = {"max_length": 24, "validation_share": 0.0, "per_device_train_batch_size": 8}
+    sizes |= {"gradient_accumulation_steps": 1, "max_steps": 100, "logging_steps": 100, "save_steps": 100}
+    c = config(tmp_path / "run", lora_r=16, lr_scheduler_type="linear", activation_checkpointing=True, **sizes)
+    trainer = SFTTrainer(lm, c, [{"messages": turns("say", "it is so")}] * 8)
+    trainer.train()
+    out = trainer.lm.generate("say", decoder="full:steps=19", max_new_tokens=19)
+    expected = "it is so<|eot_id|>" + "<|endoftext|>" * 10
+    assert out.trajectory.tokens[0].tolist() == lm.tokenizer(expected, add_special_tokens=False)["input_ids"]
 
 
 def test_adapters_reach_every_matrix_of_every_block() -> None:
@@ -245,43 +200,19 @@ def test_adapters_reach_every_matrix_of_every_block() -> None:
         assert re.fullmatch(LORA_TARGETS, f"model.layers.11.{name}")
     for name in ("lm_head", "model.transformer.ff_out", "model.layers.1.input_layernorm", "model.embed_tokens"):
         assert not re.fullmatch(LORA_TARGETS, name)
-    with pytest.raises(UserError, match="the adapter does not fit the model"):
-        add_adapter(toy(), adapter_config(2, 4, "nothing"), 0)
-    with pytest.raises(UserError, match="the adapter does not fit the model"):
-        add_adapter(toy(), adapter_config(2, 4, "("), 0)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": ["sudoku"]}, "give either tasks .* or data"),
-        ({"data": None, "tasks": []}, "give either tasks .* or data"),
-        ({"epochs": 2.0}, "steps is 4, epochs 2.0: give one"),
-        ({"steps": None}, "steps is None, epochs None: give one"),
-        ({"steps": None, "epochs": 0.0}, "epochs is 0.0: give a positive"),
-        ({"overlong": "cut"}, "overlong is 'cut': give refuse, truncate or drop"),
-        ({"lr_scheduler": "wsd"}, "lr_scheduler is 'wsd': give warmup_stable_decay, "),
-        ({"lora_r": 0}, "lora_r is 0"),
-        ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
-        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
-        ({"validation_share": 1.5}, "validation_share is 1.5"),
-        ({"report_to": ["nowhere"]}, "unknown logger in report_to 'nowhere'"),
-        ({"model": None, "new_model": {}, "lora_r": 2}, "a new_model trains whole"),
+        ({"max_length": 4096}, r"max_length is 4096, but .* takes 1024 tokens: lower it"),
+        ({"per_device_train_batch_size": 12}, r"11 training examples do not fill a batch of 12"),
+        ({"validation_share": 1.0}, "leaves 0 rows to train on"),
     ],
 )
-def test_wrong_settings_name_the_fix(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_runs_refuse_what_does_not_fit(tmp_path: Path, toy_folder: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        config(tmp_path, **{"data": "x.jsonl", "model": "tiny", **changes})
-
-
-def test_runs_refuse_what_does_not_fit(tmp_path: Path, toy_folder: str) -> None:
-    data = chat(tmp_path)
-    with pytest.raises(UserError, match=r"max_length is 4096, but .* takes 1024 tokens: lower it"):
-        train(config(tmp_path / "a", data, model=toy_folder, max_length=4096))
-    with pytest.raises(UserError, match=r"11 training examples do not fill a batch of 12: .*lower batch_size"):
-        train(config(tmp_path / "b", data, model=toy_folder, batch_size=12))
-    with pytest.raises(UserError, match="leaves 0 rows to train on"):
-        train(config(tmp_path / "c", data, model=toy_folder, validation_share=1.0))
+        train(config(tmp_path / "a", chat(tmp_path), model=toy_folder, **changes))
 
 
 # ---- the recipe ------------------------------------------------------------------------------------------------------
@@ -300,15 +231,16 @@ def test_the_s1k_recipe_is_the_published_one(tmp_path: Path, toy_folder: str) ->
         "lora_r": 128,
         "lora_alpha": 256,
         "lora_dropout": 0.05,
-        "epochs": 20,
-        "batch_size": 1,
+        "num_train_epochs": 20,
+        "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 4,
         "learning_rate": 1e-5,
-        "lr_scheduler": "linear",
+        "lr_scheduler_type": "linear",
         "warmup_steps": 0,
         "weight_decay": 0.1,
         "max_grad_norm": 1.0,
         "optimizer": "adamw",
+        "adam_beta2": 0.999,
         "prompt_masking": 0.0,
         "eos_in_loss": True,
         "bf16": True,
@@ -318,34 +250,15 @@ def test_the_s1k_recipe_is_the_published_one(tmp_path: Path, toy_folder: str) ->
     names = [n for n, m in toy().model.named_modules() if isinstance(m, torch.nn.Linear)]
     reached = {n.rsplit(".", 1)[1] for n in names if re.fullmatch(c.lora_target_modules, n)}
     assert reached == {"q_proj", "k_proj", "v_proj"}
-    args = _arguments(c)
-    _set_length(args, c, 990)  # 1,000 rows, 1 % of them for validation, here on one process
-    assert args.max_steps == 20 * math.ceil(990 / 4) and (args.adam_beta1, args.adam_beta2) == (0.9, 0.999)
 
     rows = [{"question": f"{i}?", "thinking_trajectories": ["well " * 60], "attempt": str(i)} for i in range(3)]
-    small = {"output": tmp_path / "run", "data": write(tmp_path / "s1k.jsonl", rows), "model": toy_folder}
-    small |= {"epochs": 1.0, "max_length": 256, "dtype": "float32", "bf16": "False", "lora-r": 4}
-    flags = [part for name, value in small.items() for part in (f"--{name}", str(value))]
-    flags[flags.index("--bf16") : flags.index("--bf16") + 2] = ["--no-bf16"]
-    c = read_config(SFTConfig, file, [*flags, "--report-to"])
-    assert (train(c) / "model.safetensors").exists()
-
-
-def test_a_finished_run_stays_as_it_is(toy_folder: str, tmp_path: Path) -> None:
-    rows = [{"prompt": f"{n}?", "completion": "ab"} for n in range(20)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    c = SFTConfig(
-        output=str(tmp_path / "run"),
-        model=toy_folder,
-        data=str(tmp_path / "rows.jsonl"),
-        max_length=32,
-        steps=2,
-        batch_size=2,
-        prompt_masking=0.0,
-        report_to=[],
-    )
-    before = load_file(train(c) / "model.safetensors")
-    shutil.rmtree(tmp_path / "run" / "final")
-    after = load_file(train(c) / "model.safetensors")  # made again from the last checkpoint
-    assert [p.name for p in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
-    assert all(torch.equal(before[k], after[k]) for k in before)
+    flags = [
+        "--output-dir",
+        str(tmp_path / "run"),
+        "--data",
+        write(tmp_path / "s1k.jsonl", rows),
+        "--model",
+        toy_folder,
+    ]
+    flags += ["--num-train-epochs", "1.0", "--max-length", "256", "--dtype", "float32", "--no-bf16", "--lora-r", "4"]
+    assert (train(read_config(SFTConfig, file, [*flags, "--report-to"])) / "model.safetensors").exists()

@@ -14,7 +14,7 @@ from conftest import toy
 from unmask import UserError
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.scratch import CHAT_TEMPLATE
-from unmask.training.sft_data import ChatRows, read_chat
+from unmask.training.sft_data import Data, chat_data
 
 WIDTH = 64
 
@@ -38,11 +38,11 @@ def chat(tmp_path: Path, count: int = 12) -> str:
     return write(tmp_path / "chat.jsonl", rows)
 
 
-def read(lm: MaskedLM, name: str, width: int = WIDTH, overlong: str = "refuse", share: float = 0.0) -> ChatRows:
-    return read_chat(lm, name, width, overlong, share)
+def read(lm: MaskedLM, name: str, width: int = WIDTH, overlong: str = "refuse", share: float = 0.0) -> Data:
+    return chat_data(lm, name, width, overlong, share)
 
 
-def texts(lm: MaskedLM, rows: ChatRows) -> list[tuple[str, str]]:
+def texts(lm: MaskedLM, rows: Data) -> list[tuple[str, str]]:
     return [(lm.tokenizer.decode(r["prompt"]), lm.tokenizer.decode(r["response"])) for r in rows.training]
 
 
@@ -122,11 +122,11 @@ def test_overlong_rows(tmp_path: Path) -> None:
         read(lm, name, 10)
     cut = read(lm, name, 10, "truncate")
     assert texts(lm, cut) == [("pppp", "rrrrr<|eot_id|>"), ("pppp", "rrrrrr")]
-    assert (cut.cut, cut.left_out) == (1, 1)  # of the third only the prompt would be left
+    assert "1 of them cut to 10 tokens, 1 too long" in cut.notice  # of the third only the prompt would be left
     dropped = read(lm, name, 10, "drop")
-    assert texts(lm, dropped) == [("pppp", "rrrrr<|eot_id|>")] and (dropped.cut, dropped.left_out) == (0, 2)
+    assert texts(lm, dropped) == [("pppp", "rrrrr<|eot_id|>")] and "0 of them cut to 10 tokens, 2 too" in dropped.notice
     whole = read(lm, name, 12)
-    assert len(whole.training) == 3 and (whole.cut, whole.left_out) == (0, 0)
+    assert len(whole.training) == 3 and "0 of them cut to 12 tokens, 0 too long" in whole.notice
     with pytest.raises(UserError, match=r"leaves 0 rows to train on .*3 are longer than max_length 4"):
         read(lm, name, 4, "truncate")
 
@@ -161,7 +161,7 @@ GOOD = {"messages": turns("a", "b")}
         ([GOOD, {"messages": turns("a<|endoftext|>", "b")}], r"jsonl:2.*holds the control token <\|endoftext\|>"),
         ([{"prompt": "a<|mdm_mask|>", "completion": "b"}], r"jsonl:1.*holds the control token <\|mdm_mask\|>"),
         ([{"prompt": "a", "completion": None}], "jsonl:1: the response is empty"),
-        ([{"prompt": "a", "completion": 3}], "jsonl:1: completion is int: give text"),
+        ([{"prompt": "a", "completion": 3}], "jsonl:1: completion is int: write text"),
         ([{"prompt": "a", "completion": turns("", "b")[1:]}], "jsonl:1.*write both alike"),
         ([{"prompt": turns("a"), "completion": turns("b", "c")}], "jsonl:1.*completion holds 2 messages"),
         (

@@ -22,15 +22,15 @@ from unmask.config import read_config
 from unmask.evaluation.records import read_records
 from unmask.io.files import read_lines
 from unmask.results.summary import read_cells
-from unmask.rl.run import RLConfig
+from unmask.rl.config import DiffusionGRPOConfig
 from unmask.study.grid import StudyConfig, _key, jobs_of, labels
 from unmask.study.run import _defer_sigint, training_budget
 
 ROOT = Path(__file__).parent.parent
 RL = {
     "tasks": ["countdown"],
-    "steps": 1,
-    "batch_size": 4,
+    "max_steps": 1,
+    "per_device_train_batch_size": 4,
     "num_generations": 2,
     "max_completion_length": 16,
     "problems": 8,
@@ -72,7 +72,7 @@ def test_axes_are_multiplied_and_equal_cells_are_one(tmp_path: Path) -> None:
 
 
 def test_trainings_by_seed_each_evaluated_everywhere(tmp_path: Path) -> None:
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump({"output": "x", "learning_rate": 0.5, **RL}))
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump({"output_dir": "x", "learning_rate": 0.5, **RL}))
     train = [
         {"base": "base.yaml", "objective": ["cj", "one-step"], "seed": [0, 1]},
         {"base": "base.yaml", "objective": "cj", "seed": [0, 1], "tasks": [["countdown"], ["sudoku"]]},
@@ -116,7 +116,7 @@ MISTAKES = [
     ({"evaluate": [{"decoder": "full", "gamma_min": []}]}, "gamma_min is an empty list"),
     ({"evaluate": [{"decoder": "full", "gamma_min": [2]}]}, "gamma_min of decoder"),
     ({"evaluate": [{"output": "x"}]}, "unknown key in evaluate 'output'"),
-    ({"evaluate": [{}], "train": [{"output": "x"}]}, "unknown key in train 'output'"),
+    ({"evaluate": [{}], "train": [{"output_dir": "x"}]}, "unknown key in train 'output_dir'"),
     ({"evaluate": [{}], "train": [{"base": "none.yaml"}]}, "cannot read the config"),
     ({"evaluate": [{}], "train": [{"objective": "cj"}]}, "train lacks tasks"),
     ({"evaluate": [{"model": "tiny"}], "train": [{"tasks": ["countdown"]}]}, "names a model beside train"),
@@ -124,7 +124,7 @@ MISTAKES = [
     ({"evaluate": [{"decoder": ["ass", "full"]}], "baselines": ["eoser"]}, "unknown decoder of baselines 'eoser'"),
     ({"evaluate": [{}], "train": [{**RL, "model": ["a", "b"]}]}, "train starts from a and b"),
     ({"evaluate": [{"seed": [0, 1]}], "train": [RL]}, "evaluate varies the seed beside train"),
-    ({"evaluate": [{}], "train": [{**RL, "batch_size": 5}]}, "num_generations"),
+    ({"evaluate": [{}], "train": [{**RL, "per_device_train_batch_size": 5}]}, "num_generations"),
     ({"evaluate": [{"decoder": "ass"}], "jobs": 0}, "jobs is 0"),
     ({"evaluate": [{"decoder": "ass"}], "output": "."}, "output is '.'"),
 ]
@@ -265,7 +265,7 @@ def test_nothing_outlives_a_study(number: signal.Signals, tmp_path: Path) -> Non
 
 def test_a_study_grows(model: str, tmp_path: Path) -> None:
     """Cells and a new axis join; what is finished is neither trained nor evaluated again."""
-    train = {**RL, "model": model, "steps": 1}
+    train = {**RL, "model": model, "max_steps": 1}
     table = {"task": "countdown", "limit": 3, "max_new_tokens": 16}
     path = write(tmp_path, train=[train], evaluate=[{**table, "decoder": "ass"}])
     assert main(["study", str(path)]) == 0
@@ -313,12 +313,12 @@ def test_what_cannot_be_had_is_said_before_anything_starts(
 
 
 def test_training_budget_by_hand() -> None:
-    values = {**RL, "output": "x", "steps": 6, "num_iterations": 2, "decoder": "full:steps=5", "beta": 0.1}
-    cj = training_budget(RLConfig(**values, objective="cj"))  # type: ignore[arg-type]
+    values = {**RL, "output_dir": "x", "max_steps": 6, "num_iterations": 2, "decoder": "full:steps=5", "beta": 0.1}
+    cj = training_budget(DiffusionGRPOConfig(**values, objective="cj"))  # type: ignore[arg-type]
     # 3 rollouts of 4 completions: 5 passes to sample, 5 for the reference; 6 updates of 5 views.
     assert cj == {"updates": 6, "completions": 12, "training_passes": 4 * (3 * (5 + 5) + 6 * 5)}
-    one = training_budget(RLConfig(**values, objective="one-step"))  # type: ignore[arg-type]
+    one = training_budget(DiffusionGRPOConfig(**values, objective="one-step"))  # type: ignore[arg-type]
     # One view; the old policy's probabilities are computed too, as the sampled ones belong to other views.
     assert one["training_passes"] == 4 * (3 * (5 + 1 + 1) + 6 * 1)
-    anew = training_budget(RLConfig(**values, objective="cj", old_logprobs="recomputed"))  # type: ignore[arg-type]
+    anew = training_budget(DiffusionGRPOConfig(**values, objective="cj", old_logprobs="recomputed"))  # type: ignore[arg-type]
     assert anew["training_passes"] == 4 * (3 * (5 + 5 + 5) + 6 * 5)

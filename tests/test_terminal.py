@@ -18,7 +18,6 @@ from unmask.cli import main
 from unmask.evaluation import demo
 from unmask.evaluation.progress import bar_columns, progress_bars
 from unmask.io.terminal import console, fitting_table
-from unmask.rl.run import Bar
 
 SAYS = {
     "usage": ["--help"],
@@ -127,15 +126,6 @@ def test_a_bar_leaves_room_for_its_name(width: int) -> None:
     bar.add_task(f"countdown · {NAME}", total=256, completed=7)
     to.print(bar)
     assert "7/256" in shown(to, of=NAME)
-
-
-@pytest.mark.parametrize("width", [40, 60, 80, 132])
-def test_metrics_stand_under_the_bar(width: int) -> None:
-    bar, metrics = Bar(), "reward 0.512  kl 0.0123  length 45.2  nfe 7  replay_gap 6.1e-08  sudoku_solved 71.2%"
-    bar.progress.add_task("", total=60, completed=7, shown=metrics)
-    to = screen(width)
-    to.print(bar.progress.get_renderable())
-    assert "7/60" in shown(to, of=metrics.replace(" ", ""))
 
 
 def test_without_a_terminal_progress_is_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,10 +1,11 @@
-"""Noise and supervised training: the loss by hand, exact resume, Muon in one optimiser."""
+"""Noise and supervised training on tasks: the loss by hand, exact resume, Muon in one optimizer, defaults and mistakes."""
 
 from __future__ import annotations
 
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,37 +14,37 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from conftest import SHAPE, toy
-from unmask import UserError, load
+from test_sft_data import chat, no_shared_cache  # noqa: F401  (a fixture for every test)
+from unmask import SFTConfig, SFTTrainer, UserError, load, make_task
 from unmask.config import read_config
-from unmask.training.noise import corrupt, diffusion_loss, sample_times
+from unmask.training.noise import corrupt, sample_times
 from unmask.training.optim import MuonAdamW
-from unmask.training.sft import Collate, Examples, SFTConfig, train
+from unmask.training.sft import train
 
-TASKS = {
+TASKS: dict[str, dict[str, Any]] = {
     "sudoku": {"style": "compact", "max_empty": 6, "min_empty": 4},
     "countdown": {"style": "compact", "max_value": 6},
 }
+SHORT: dict[str, Any] = {"validation_share": 0.1, "max_steps": 2, "per_device_train_batch_size": 2, "bf16": False}
 
 
-def config(output: Path, **changes: object) -> SFTConfig:
-    shape = {**SHAPE, "init_std": 0.02, "task_defaults": TASKS}
-    values = {
-        "output": str(output),
+def config(output: Path, **changes: Any) -> SFTConfig:
+    values: dict[str, Any] = {
         "tasks": ["sudoku", "countdown"],
-        "new_model": shape,
+        "new_model": {**SHAPE, "init_std": 0.02, "task_defaults": TASKS},
         "problems": [24, 12],
         "validation_problems": 8,
         "canvas": [96, 128],
-        "steps": 6,
-        "batch_size": 8,
+        "max_steps": 6,
+        "per_device_train_batch_size": 8,
         "warmup_steps": 2,
-        "log_every": 2,
-        "eval_every": 3,
-        "save_every": 3,
+        "logging_steps": 2,
+        "eval_steps": 3,
+        "save_steps": 3,
         "report_to": [],
         "bf16": False,
     }
-    return SFTConfig(**{**values, **changes})  # type: ignore[arg-type]
+    return SFTConfig(output_dir=str(output), **{**values, **changes})
 
 
 def test_times_are_stratified() -> None:
@@ -58,102 +59,65 @@ def test_times_are_stratified() -> None:
 def test_corruption_masks_only_what_it_may_at_rate_t() -> None:
     ids = torch.randint(10, 50, (400, 200), generator=torch.Generator().manual_seed(0))
     maskable = torch.arange(200)[None].expand(400, -1) >= 50
-    t = torch.full((400,), 0.3)
-    noisy, masked = corrupt(ids, t, maskable, 7, torch.Generator().manual_seed(1))
+    noisy, masked = corrupt(ids, torch.full((400,), 0.3), maskable, 7, torch.Generator().manual_seed(1))
     assert not masked[:, :50].any()
     assert torch.equal(noisy == 7, masked) and torch.equal(noisy[~masked], ids[~masked])
     assert abs(float(masked[:, 50:].float().mean()) - 0.3) < 0.01
 
 
-def test_loss_by_hand() -> None:
-    logits = torch.tensor([[2.0, 0.0, 1.0], [0.0, 0.0, 0.0], [1.0, 3.0, 0.0]])
-    targets, t = torch.tensor([0, 2, 1]), torch.tensor([0.5, 0.5, 0.25])
-    by_hand = 0.0
-    for row, y, time in zip(logits.tolist(), targets.tolist(), t.tolist(), strict=True):
-        p = torch.tensor(row, dtype=torch.float64).exp()
-        by_hand += -float((p[y] / p.sum()).log()) / time
-    logprob = logits.log_softmax(-1)[torch.arange(3), targets]
-    assert float(diffusion_loss(logprob, t, 20)) == pytest.approx(by_hand / 20, rel=1e-6)
-
-
-def test_collation_and_loss_regions() -> None:
-    lm = toy(task_defaults=TASKS)
-    rows = Examples(lm, ["sudoku", "countdown"], "train", [4, 2], 0)
-    assert len(rows) == 8 and rows[1] == rows[5]  # the smaller set repeats
-    batch = Collate(lm, rows.prompt_width, 128)([rows[i] for i in range(4)])
-    for i in range(4):
-        start = rows.prompt_width - len(rows[i]["prompt"])
-        assert batch["visible"][i].tolist() == [False] * start + [True] * (len(rows[i]["prompt"]) + 128)
-        response = batch["ids"][i, rows.prompt_width :].tolist()
-        n = len(rows[i]["response"])
-        assert response[:n] == rows[i]["response"] and response[n - 1] == lm.eot_id
-        assert set(response[n:]) == {lm.eos_id}
-
-
 @pytest.mark.parametrize("eos_in_loss", [True, False])
 def test_trainer_loss_equals_restatement(tmp_path: Path, eos_in_loss: bool) -> None:
-    """The trainer's loss of a batch, row by row: only canvas tokens (with or without filling), weighted by 1/t."""
-    from transformers import TrainingArguments
-
-    from unmask.training.sft import DiffusionTrainer
-
-    lm = toy(task_defaults=TASKS)
-    c = config(tmp_path, eos_in_loss=eos_in_loss)
-    rows = Examples(lm, c.tasks, "train", [4, 4], 0)
-    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    trainer = DiffusionTrainer(lm, c, rows.prompt_width, args=arguments)
-    batch = Collate(lm, rows.prompt_width, 128)([rows[i] for i in range(4)])
+    """The loss of a batch of tasks, row by row: only canvas tokens (with or without filling), weighted by 1/t."""
+    lm = toy()
+    tasks = [make_task(name, TASKS) for name in TASKS]
+    c = config(tmp_path, new_model=None, problems=[8, 4], eos_in_loss=eos_in_loss, canvas=[128])
+    trainer = SFTTrainer(lm, c, tasks)
+    rows: Any = trainer.train_dataset
+    width = max(len(row["prompt"]) for row in rows)
+    assert len(rows) == 16 and rows[1] is rows[9]  # the smaller set repeats
+    batch = trainer.data_collator([rows[i] for i in range(4)])
+    for i in range(4):
+        prompt, response = rows[i]["prompt"].tolist(), rows[i]["response"].tolist()
+        start = trainer.prompt_width - len(prompt)
+        assert batch["visible"][i].tolist() == [False] * start + [True] * (len(prompt) + 128)
+        ids = batch["ids"][i, start:].tolist()
+        assert ids[: len(prompt) + len(response)] == prompt + response and response[-1] == lm.eot_id
+        assert set(ids[len(prompt) + len(response) :]) == {lm.eos_id}
+    assert trainer.prompt_width >= width
     t = torch.tensor([0.2, 0.9, 0.5, 0.7])
     found = trainer.loss_at(lm.model, batch, t, 128, 0.0, torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
     torch.rand(4, generator=generator)  # the draw that decides on prompt masking
-    draws = torch.rand(4, rows.prompt_width + 128, generator=generator)
-    total, tokens = 0.0, 0
+    draws = torch.rand(batch["ids"].shape, generator=generator)
+    total, tokens, first = 0.0, 0, trainer.prompt_width
     for i in range(4):
-        hidden = [j for j in range(rows.prompt_width, rows.prompt_width + 128) if draws[i, j] < t[i]]
-        last = rows.prompt_width + (128 if eos_in_loss else len(rows[i]["response"]))
+        hidden = [j for j in range(first, first + 128) if draws[i, j] < t[i]]
+        last = first + (128 if eos_in_loss else len(rows[i]["response"]))
         masked = [j for j in hidden if j < last]
-        tokens += last - rows.prompt_width
+        tokens += last - first
         noisy = batch["ids"][i].clone()
         noisy[hidden] = lm.mask_id
         logits = lm.model(noisy[None], batch["visible"][i][None]).logits[0]
-        loss = F.cross_entropy(logits[masked], batch["ids"][i, masked], reduction="sum").detach()
-        total += float(loss) / float(t[i])
+        total += float(F.cross_entropy(logits[masked], batch["ids"][i, masked], reduction="sum").detach()) / float(t[i])
     assert float(found.detach()) == pytest.approx(total / tokens, rel=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_resume_equals_uninterrupted(tmp_path: Path, optimizer: str) -> None:
-    whole = load_file(train(config(tmp_path / "whole", optimizer=optimizer)) / "model.safetensors")
-    part = train(config(tmp_path / "part", optimizer=optimizer))
+def test_resume_equals_uninterrupted(tmp_path: Path) -> None:
+    whole = load_file(train(config(tmp_path / "whole")) / "model.safetensors")
+    part = train(config(tmp_path / "part"))
     shutil.rmtree(part)  # as if killed after step 3
     shutil.rmtree(tmp_path / "part" / "checkpoint-6")
-    again = load_file(train(config(tmp_path / "part", optimizer=optimizer)) / "model.safetensors")
-    assert whole.keys() == again.keys()
-    assert all(torch.equal(whole[k], again[k]) for k in whole)
-    assert load(str(tmp_path / "part" / "final")).model.config.task_defaults == TASKS
-
-
-def test_a_run_folder_belongs_to_one_run(tmp_path: Path) -> None:
-    train(config(tmp_path))
-    with pytest.raises(UserError, match="run with other canvas, steps, seed"):
-        train(config(tmp_path, seed=1, steps=9, canvas=[128]))
-    cut = tmp_path / "checkpoint-9"  # a checkpoint cut off while it was written is passed over
-    shutil.copytree(tmp_path / "checkpoint-6", cut)
-    (cut / "trainer_state.json").unlink()
-    assert (train(config(tmp_path)) / "model.safetensors").exists()
-    with pytest.raises(UserError, match="cannot write"):
-        train(config(Path("/proc/nothing")))
-    with pytest.raises(UserError, match="did you mean 'n_layers'"):
-        train(config(tmp_path / "b", new_model={"n_layer": 2}))
+    again = load_file(train(config(tmp_path / "part")) / "model.safetensors")
+    assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
+    assert load(str(part)).model.config.task_defaults == TASKS
+    with pytest.raises(UserError, match="run with other max_steps, seed, canvas"):
+        train(config(tmp_path / "part", seed=1, max_steps=9, canvas=[128]))
 
 
 def test_training_learns(tmp_path: Path) -> None:
     """Forty steps on one problem a task bring the loss down by more than half."""
-    c = config(
-        tmp_path, problems=[1], batch_size=2, steps=40, learning_rate=5e-3, warmup_steps=5, eval_every=40, save_every=40
-    )
-    train(c)
+    few: dict[str, Any] = {"problems": [1], "per_device_train_batch_size": 2, "eval_steps": 40, "save_steps": 40}
+    train(config(tmp_path, max_steps=40, learning_rate=5e-3, warmup_steps=5, **few))
     state = yaml.safe_load((tmp_path / "checkpoint-40" / "trainer_state.json").read_text())
     losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
     assert losses[-1] < 0.5 * losses[0]
@@ -181,38 +145,71 @@ def test_muon_updates_matrices_only_and_restores_its_state() -> None:
     assert other.param_groups[0]["lr"] == muon.param_groups[0]["lr"]
 
 
-def test_every_config_loads_and_runs(tmp_path: Path) -> None:
-    """Each file in configs/, at toy size for two steps."""
-    configs = Path(__file__).parent.parent.glob("configs/**/*.yaml")
-    files = sorted(f for f in configs if "new_model:" in f.read_text())  # test_rl_runs has the others
-    assert files
-    for number, file in enumerate(files):
-        c = read_config(SFTConfig, file)
-        assert c.new_model is not None
-        small = dataclasses.replace(
-            c,
-            output=str(tmp_path / str(number)),
-            new_model={**c.new_model, "d_model": 16, "n_layers": 1, "n_heads": 2, "mlp_hidden_size": 16},
-            problems=[8],
-            validation_problems=4,
-            steps=2,
-            batch_size=4,
-            compile=False,
-            report_to=[],
-        )
-        assert (train(small) / "model.safetensors").exists()
+def test_the_config_of_the_shipped_model_runs(tmp_path: Path) -> None:
+    c = read_config(SFTConfig, Path(__file__).parent.parent / "configs" / "tiny" / "sft.yaml")
+    assert c.new_model is not None
+    shape = {**c.new_model, "d_model": 16, "n_layers": 1, "n_heads": 2, "mlp_hidden_size": 16}
+    sizes: dict[str, Any] = {"problems": [8], "validation_problems": 4, "max_steps": 2, "report_to": []}
+    sizes |= {"per_device_train_batch_size": 4, "compile": False}
+    small = dataclasses.replace(c, output_dir=str(tmp_path / "run"), new_model=shape, **sizes)
+    assert (train(small) / "model.safetensors").exists()
+
+
+# ---- what a run takes where its file leaves a setting open -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"optimizer": "adamw", "learning_rate": 1e-5, "prompt_masking": 0.0, "warmup_steps": 0}),
+        ({"lora_r": 2, "max_length": 64}, {"optimizer": "adamw", "learning_rate": 1e-4, "max_length": 64}),
+        ({"optimizer": "muon", "prompt_masking": 0.5, "warmup_steps": 1}, {"optimizer": "muon", "prompt_masking": 0.5}),
+        ({"model": None, "new_model": SHAPE}, {"optimizer": "muon", "learning_rate": 2e-3, "prompt_masking": 0.25}),
+    ],
+)
+def test_what_is_left_open_suits_the_run_and_is_written(
+    given: dict[str, Any], expected: dict[str, Any], tmp_path: Path, toy_folder: str
+) -> None:
+    data = chat(tmp_path)
+    c = SFTConfig(
+        **{"output_dir": tmp_path / "run", "data": data, "model": toy_folder, "report_to": [], **SHORT, **given}
+    )
+    train(c)
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert expected == {name: written[name] for name in expected}
+    assert written["max_length"] >= 20
+    train(read_config(SFTConfig, tmp_path / "run" / "config.yaml"))  # what is written is the same run
+
+
+@pytest.mark.parametrize(("warmup", "warned"), [(3, False), (4, True), (None, False)])
+def test_a_run_that_ends_in_its_warm_up_says_so(
+    warmup: int | None, warned: bool, tmp_path: Path, toy_folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values: dict[str, Any] = {**SHORT, "max_steps": 4, "warmup_steps": warmup, "report_to": []}
+    train(SFTConfig(output_dir=tmp_path / "run", model=toy_folder, data=chat(tmp_path), **values))
+    assert (f"all 4 updates fall into the warm-up of {warmup}" in capsys.readouterr().err) == warned
+
+
+def test_other_arguments_of_the_trainer(tmp_path: Path, toy_folder: str) -> None:
+    values: dict[str, Any] = {**SHORT, "model": toy_folder, "data": chat(tmp_path)}
+    made = SFTTrainer(toy_folder, SFTConfig(output_dir=tmp_path, trainer_args={"adam_epsilon": 1e-6}, **values))
+    assert made.args.adam_epsilon == 1e-6
+    with pytest.raises(UserError, match="did you mean 'adam_epsilon'"):
+        SFTTrainer(toy_folder, SFTConfig(output_dir=tmp_path, trainer_args={"adam_epsilom": 1e-6}, **values))
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("output: x\ntasks: [sudoku]\nnew_model: {}\nstep: 3", "did you mean 'steps'"),
-        ("output: x\ntasks: [sudoku]\nnew_model: {}\nsteps: many", "steps in .* is 'many'"),
-        ("output: x\ntasks: [sudoku]\nnew_model: {}\nsteps: 0", "steps is 0"),
-        ("output: x\ntasks: [sudoku]", "give either model"),
-        ("output: x\ntasks: [sudoku]\nnew_model: {}\nproblems: [1, 2]", "one for each of the 1 tasks"),
-        ("output: x\ntasks: [sudoku]\nnew_model: {}\noptimizer: sgd", "give muon or adamw"),
-        ("tasks: [sudoku]\nnew_model: {}", "lacks output"),
+        ("output_dir: x\ntasks: [sudoku]\nnew_model: {}\nmax_step: 3", "did you mean 'max_steps'"),
+        ("output_dir: x\ntasks: [sudoku]\nnew_model: {}\nbatch_size: 3", "unknown key in .*'batch_size'"),
+        ("output_dir: x\ntasks: [sudoku]\nnew_model: {}\nmax_steps: many", "max_steps in .* is 'many'"),
+        ("output_dir: x\ntasks: [sudoku]\nnew_model: {}\nmax_steps: 0", "max_steps is 0"),
+        ("output_dir: x\ntasks: [sudoku]\nnew_model: {}\noptimizer: sgd", "unknown optimizer .*muon"),
+        ("tasks: [sudoku]\nnew_model: {}", "lacks output_dir"),
         ("- a\n- b", "not a table"),
         ("a: [", "not YAML"),
     ],
@@ -224,8 +221,49 @@ def test_wrong_configs_name_the_fix(tmp_path: Path, text: str, message: str) -> 
         read_config(SFTConfig, file)
 
 
-def test_too_long_responses_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="raise canvas"):
-        train(config(tmp_path, canvas=[16]))
-    with pytest.raises(UserError, match="no worked responses"):
-        train(config(tmp_path, tasks=["sudoku:style=paper"], problems=[4]))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": "x.jsonl"}, "either tasks .* or data"),
+        ({"num_train_epochs": 2.0}, "max_steps is 6, num_train_epochs is 2.0: set one"),
+        ({"max_steps": None}, "max_steps is None, num_train_epochs is None: set one"),
+        ({"max_steps": None, "num_train_epochs": 0.0}, "num_train_epochs is 0.0"),
+        ({"overlong": "cut"}, "unknown overlong 'cut': .*refuse"),
+        ({"lr_scheduler_type": "wsd"}, "unknown lr_scheduler_type 'wsd'"),
+        ({"lora_dropout": 1.5}, "lora_dropout is 1.5"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
+        ({"validation_share": 1.5}, "validation_share is 1.5"),
+        ({"report_to": ["nowhere"]}, "unknown logger in report_to 'nowhere'"),
+        ({"model": "tiny"}, "either model .* or new_model"),
+        ({"lora_r": 2}, "a new_model trains whole"),
+        ({"lora_r": 0, "new_model": None}, "lora_r is 0"),
+    ],
+)
+def test_wrong_settings_name_the_fix(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"canvas": [16]}, "raise canvas"),
+        ({"tasks": ["sudoku:style=paper"], "problems": [4]}, "no worked responses"),
+        ({"new_model": {"n_layer": 2}}, "did you mean 'n_layers'"),
+        ({"new_model": None}, "either model .* or new_model"),
+        ({"tasks": []}, "nothing to train on: choose tasks"),
+        ({"problems": [1, 2, 3]}, "one for each of the 2 tasks"),
+        ({"lora_r": 2, "lora_target_modules": "nothing"}, "does not fit the model"),
+        ({"dtype": "bfloat16"}, "would be trained in bfloat16"),
+        ({"per_device_train_batch_size": 64}, "do not fill a batch of 64"),
+        ({"output_dir": "/proc/nothing"}, "cannot write to /proc/nothing"),
+    ],
+)
+def test_what_the_config_shows_is_refused_before_the_folder_is_made(
+    changes: dict[str, Any], message: str, tmp_path: Path, toy_folder: str
+) -> None:
+    if {"lora_r", "dtype"} & set(changes):
+        changes = {"new_model": None, "model": toy_folder, "tasks": [f"{t}:style=compact" for t in TASKS], **changes}
+    with pytest.raises(UserError, match=message):
+        train(dataclasses.replace(config(tmp_path / "run"), **changes))
+    assert not (tmp_path / "run").exists()

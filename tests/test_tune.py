@@ -26,7 +26,7 @@ from unmask.evaluation.tune_command import command
 from unmask.evaluation.tune_config import TuneConfig
 from unmask.evaluation.tune_space import candidates
 from unmask.results.statistics import paired_difference
-from unmask.rl.run import RLConfig
+from unmask.rl.config import DiffusionGRPOConfig
 from unmask.tasks import Grade, Problem
 from unmask.tasks.base import bucket
 from unmask.tasks.countdown import Countdown
@@ -260,7 +260,9 @@ def test_the_decoder_file_is_the_winner(
     settings = ["--model", chosen.model, "--task", "countdown", "--limit", "2", "--output", str(tmp_path / "eval")]
     assert main(["eval", *settings, "--decoder", str(path)]) == 0
     assert main(["generate", "make 5 from 1 2 2", "--model", chosen.model, "--decoder", str(path)]) == 0
-    rollouts = RLConfig(output="x", tasks=["countdown"], decoder=str(path), max_completion_length=16).rollout_decoder()
+    rollouts = DiffusionGRPOConfig(
+        output_dir="x", tasks=["countdown"], decoder=str(path), max_completion_length=16
+    ).rollout_decoder()
     assert rollouts == winner.replace(temperature=1.0)
 
 

@@ -11,9 +11,9 @@ from unmask import make_decoder
 from unmask.config import read_config
 from unmask.io.files import as_yaml, read_yaml
 from unmask.models.scratch import new_model
-from unmask.rl.run import RLConfig
+from unmask.rl.config import DiffusionGRPOConfig
 from unmask.study.grid import StudyConfig, jobs_of
-from unmask.training.sft import SFTConfig
+from unmask.training.config import SFTConfig
 
 NUMBERS = ["1e-5", "1E-5", "+1e-5", "-2e3", "1.e-5", ".5e-3", "2.5e+3", "2.5e3", "3e0"]
 TEXTS = ["1e", "e5", "1e5x", "1e-", "1e5-2", "12e3f"]
@@ -46,11 +46,15 @@ def test_files_of_every_command(tmp_path: Path) -> None:
         return tmp_path / name
 
     shape = "{d_model: 16, n_layers: 1, n_heads: 2, mlp_hidden_size: 16, rms_norm_eps: 1e-5}"
-    sft = read_config(SFTConfig, write("sft.yaml", f"output: x\ntasks: [sudoku]\nsteps: 1e1\nnew_model: {shape}"))
+    sft = read_config(
+        SFTConfig, write("sft.yaml", f"output_dir: x\ntasks: [sudoku]\nmax_steps: 1e1\nnew_model: {shape}")
+    )
     assert sft.new_model is not None and new_model(sft.new_model, 0)[0].config.rms_norm_eps == 1e-5
-    assert sft.steps == 10
+    assert sft.max_steps == 10
     write("base.yaml", "learning_rate: 1e-5")
-    rl = read_config(RLConfig, write("rl.yaml", "base: base.yaml\noutput: x\ntasks: [sudoku]\nreward_weights: [1e-1]"))
+    rl = read_config(
+        DiffusionGRPOConfig, write("rl.yaml", "base: base.yaml\noutput_dir: x\ntasks: [sudoku]\nreward_weights: [1e-1]")
+    )
     assert (rl.learning_rate, rl.reward_weights) == (1e-5, [0.1])
     decoder = make_decoder(str(write("d.yaml", "preset: eoser\ngamma_min: 1e-2")))
     assert decoder.gamma_min == 0.01

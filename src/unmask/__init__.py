@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     from unmask.errors import UserError
     from unmask.models.load import load
     from unmask.models.masked_lm import MaskedLM
-    from unmask.rl import DiffusionGRPOConfig, DiffusionGRPOTrainer
+    from unmask.rl.config import DiffusionGRPOConfig
+    from unmask.rl.trainer import DiffusionGRPOTrainer
     from unmask.tasks import Grade, Problem, Task, make_task
+    from unmask.training.config import SFTConfig
+    from unmask.training.sft import SFTTrainer
 
 try:
     __version__ = version("unmask")
@@ -31,6 +34,8 @@ __all__ = [
     "MaskedLM",
     "Plan",
     "Problem",
+    "SFTConfig",
+    "SFTTrainer",
     "Task",
     "Trajectory",
     "UserError",
@@ -58,7 +63,10 @@ _HOMES = {
     "unmask.models.load": ("load",),
     "unmask.models.masked_lm": ("MaskedLM",),
     "unmask.errors": ("UserError",),
-    "unmask.rl": ("DiffusionGRPOConfig", "DiffusionGRPOTrainer"),
+    "unmask.rl.config": ("DiffusionGRPOConfig",),
+    "unmask.rl.trainer": ("DiffusionGRPOTrainer",),
+    "unmask.training.config": ("SFTConfig",),
+    "unmask.training.sft": ("SFTTrainer",),
     "unmask.tasks": ("Grade", "Problem", "Task", "make_task"),
     "unmask.decoding.trajectory": ("Trajectory",),
 }

@@ -24,11 +24,14 @@ if TYPE_CHECKING:
 # Heavy imports stand inside the commands, so that --help and a typo answer at once.
 
 
+ONLY_IN_FILE = "Only in the file: trainer_args, a table of other fields of transformers.TrainingArguments."
+
+
 def sft(arguments: list[str]) -> None:
     from unmask.config import command_config
-    from unmask.training.sft_config import SFTConfig
+    from unmask.training.config import SFTConfig
 
-    about = "Supervised training with the masked diffusion loss."
+    about = f"Supervised training with the masked diffusion loss. {ONLY_IN_FILE}"
     config = command_config(SFTConfig, arguments, "unmask sft", about)
     from unmask.training.sft import train
 
@@ -47,13 +50,13 @@ def _say_where(final: Path) -> None:
 
 def rl(arguments: list[str]) -> None:
     from unmask.config import command_config
-    from unmask.rl.config import RLConfig
+    from unmask.rl.config import DiffusionGRPOConfig
 
     dry = "--dry-run" in arguments
     arguments = [a for a in arguments if a != "--dry-run"]
-    about = "Reinforcement learning (GRPO) along the trajectories of any decoder."
+    about = f"Reinforcement learning (GRPO) along the trajectories of any decoder. {ONLY_IN_FILE}"
     switch = "Print what the run would do (batches, forward passes, memory) and stop; no weights are read."
-    config = command_config(RLConfig, arguments, "unmask rl", about, dry_run=switch)
+    config = command_config(DiffusionGRPOConfig, arguments, "unmask rl", about, dry_run=switch)
     if not dry:
         from unmask.rl.run import train
 

@@ -286,7 +286,7 @@ def read_config(cls: type[T], path: str | Path, arguments: list[str] | None = No
     ]
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: add it")
-    prog = f"unmask {cls.__name__.removesuffix('Config').lower()} {path}"
+    prog = f"unmask {getattr(cls, 'command', cls.__name__.removesuffix('Config').lower())} {path}"
     draft = object.__new__(cls)  # unchecked: a check may take long, and a flag may mend what the file says
     given = {f.name: default_of(f) for f in dataclasses.fields(cls) if f.name not in values}  # type: ignore[arg-type]
     vars(draft).update(given | values)

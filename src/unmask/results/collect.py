@@ -23,7 +23,7 @@ from unmask.results.summary import groups_of, read_cells, run_lines, summarize_s
 Curve = dict[int, float]
 _FIX = "give a whole folder"
 _FOLDERS = "a folder of unmask rl, unmask eval or unmask study"
-_NOT_SETTINGS = (*SEEDS, "output", "eval_every", "save_every", "report_to", "log_completions", "rows_per_forward")
+_NOT_SETTINGS = (*SEEDS, "output_dir", "eval_steps", "save_steps", "report_to", "log_completions", "rows_per_forward")
 
 
 @dataclass(frozen=True)
@@ -216,13 +216,16 @@ def _by_update(entries: Sequence[dict[str, Any]], path: Path) -> dict[str, Curve
 
 
 def _read_run(folder: Path, name: str, material: Material) -> None:
-    schema = {"objective": str, "decoder": str, "seed": COUNT, "batch_size": POSITIVE}
+    schema = {"objective": str, "decoder": str, "seed": COUNT, "per_device_train_batch_size": POSITIVE}
     config = read_yaml(folder / "config.yaml", "the config", schema)
     entries = read_lines(folder / "metrics.jsonl", METRICS, _FIX)
     if not entries:
         raise UserError(f"{folder / 'metrics.jsonl'} is empty: let the run make its first update")
     rollouts = sum("reward" in entry for entry in entries)
-    costs = {"updates": max(e["step"] for e in entries), "completions": rollouts * config["batch_size"]}
+    costs = {
+        "updates": max(e["step"] for e in entries),
+        "completions": rollouts * config["per_device_train_batch_size"],
+    }
     times = read_lines(folder / "times.jsonl", TIMES, _FIX)
     if times:
         costs |= {key: sum(t.get(key, 0) for t in times) for key in ("seconds_rollout", "seconds_update")}

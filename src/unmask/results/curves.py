@@ -15,7 +15,7 @@ _PANELS = (
     ("eval_reward", "validation: mean reward"),
     ("reward", "mean reward of the rollouts"),
     ("length", "tokens before the first end token"),
-    ("replay_gap", "replay gap (nats a token)"),
+    ("logprob_mismatch", "log-prob mismatch (nats a token)"),
     ("entropy", "entropy of scored tokens (nats)"),
     ("groups_without_variance", "groups without variance"),
     ("kl", "KL to the starting policy (nats a token)"),
@@ -23,7 +23,7 @@ _PANELS = (
 
 
 _EXACT = 1e-6
-"""Replay gaps below it are rounding."""
+"""Mismatches below it are rounding."""
 
 
 def task_of(key: str) -> str:
@@ -46,7 +46,7 @@ def band(seeds: Sequence[Curve]) -> tuple[list[int], list[float], list[float], l
 
 
 def curves(runs: Sequence[Run]) -> Picture:
-    """Validation accuracy, reward, length, replay gap and more over the updates; the mean over seeds and their range."""
+    """Validation accuracy, reward, length, log-prob mismatch and more over the updates; the mean over seeds and their range."""
     names = list(dict.fromkeys(k for run in runs for k in run.curves))
     shown = [(k, f"{task_of(k)}: validation solved") for k in names if k.endswith("_solved")]
     shown += [(k, title) for k, title in _PANELS if k in names]
@@ -66,11 +66,11 @@ def curves(runs: Sequence[Run]) -> Picture:
         axis.set_title(title)
         axis.set_xlabel("update")
         if (
-            key == "replay_gap" and axis.get_ylim()[1] > _EXACT
+            key == "logprob_mismatch" and axis.get_ylim()[1] > _EXACT
         ):  # else all is rounding, and a linear axis has round ticks
             axis.set_yscale("symlog", linthresh=_EXACT)
             axis.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
-        if key in ("replay_gap", "kl"):
+        if key in ("logprob_mismatch", "kl"):
             axis.set_ylim(bottom=0)
         if key.endswith("_solved") or key == "groups_without_variance":
             share_axis(axis)

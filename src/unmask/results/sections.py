@@ -54,8 +54,8 @@ def _sections(material: Material) -> Iterator[Section]:
     yield Section(
         "training",
         "Training",
-        "The replay gap is the mean difference between the log-probability of a sampled token as it was recorded and as the "
-        "objective scores it.",
+        "The log-prob mismatch is the mean difference between the log-probability of a sampled token as it was recorded and as "
+        "the objective scores it.",
         [tables.runs_table(runs)] if runs else [],
         [curves(runs)] if runs else [],
     )

@@ -9,24 +9,14 @@ from dataclasses import dataclass
 
 import torch
 
-from unmask.decoding import Decoder
 from unmask.decoding.trajectory import Trajectory
 from unmask.io.files import as_yaml
 from unmask.models.adapters import check_precision
 from unmask.models.load import load_meta
 from unmask.models.memory import GIB, Workload, training_memory
-from unmask.rl.config import RLConfig
-from unmask.rl.objectives import OBJECTIVES
-from unmask.rl.rewards import check_weights, reward_functions, reward_names
-from unmask.rl.run import problem_rows
-from unmask.tasks import make_task
-
-
-def _filled(decoder: Decoder) -> Trajectory:
-    """One row as the plan commits it, to count an objective's views on."""
-    plan = torch.tensor([s for s, n in enumerate(decoder.plan.commits) for _ in range(n)], dtype=torch.int16)[None]
-    tokens, prompt = torch.zeros_like(plan, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
-    return Trajectory(prompt, prompt == 0, tokens, plan, torch.zeros(plan.shape), 1, decoder.config())
+from unmask.rl.config import DiffusionGRPOConfig
+from unmask.rl.data import rl_data
+from unmask.rl.objectives import find_objective
 
 
 @dataclass(frozen=True)
@@ -48,30 +38,33 @@ class Work:
     joint: int
     copies: int
 
+    @classmethod
+    def of(cls, config: DiffusionGRPOConfig) -> Work:
+        """The work of a run with these settings; views are counted on one row as the decoder's plan commits it."""
+        decoder, objective = config.rollout_decoder(), find_objective(config.objective)
+        step = torch.tensor([s for s, n in enumerate(decoder.plan.commits) for _ in range(n)], dtype=torch.int16)[None]
+        tokens, prompt = torch.zeros_like(step, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
+        row = Trajectory(prompt, prompt == 0, tokens, step, torch.zeros(step.shape), 1, decoder.config())
+        views = list(objective.views(row, torch.zeros(1, dtype=torch.int64), 0))
+        every, mu = len(views), config.num_iterations
+        fresh = mu if objective.fresh else 1
+        return cls(
+            steps=decoder.plan.steps,
+            every=every,
+            views=min(every, config.steps_per_update or every),
+            old=0 if config.uses_recorded or mu == 1 else fresh,
+            reference=fresh if config.beta > 0 else 0,
+            joint=0 if views[0].share is None else mu - 1 if mu > 1 else int(config.beta > 0),
+            copies=decoder.copies,
+        )
+
     def passes(self, updates: int, rollouts: int) -> int:
         """Forward passes (NFE) of one completion of every rollout, in all."""
         scored = self.every * (self.old + self.reference + self.joint)
         return self.copies * (rollouts * (self.steps + scored) + updates * self.views)
 
 
-def work_of(config: RLConfig) -> Work:
-    """The work of a run with these settings."""
-    decoder, objective = config.rollout_decoder(), OBJECTIVES[config.objective]
-    views = list(objective.views(_filled(decoder), torch.zeros(1, dtype=torch.int64), 0))
-    every, mu = len(views), config.num_iterations
-    fresh = mu if objective.fresh else 1
-    return Work(
-        steps=decoder.plan.steps,
-        every=every,
-        views=min(every, config.steps_per_update or every),
-        old=0 if config.uses_recorded or mu == 1 else fresh,
-        reference=fresh if config.beta > 0 else 0,
-        joint=0 if views[0].share is None else mu - 1 if mu > 1 else int(config.beta > 0),
-        copies=decoder.copies,
-    )
-
-
-def dry_run(config: RLConfig) -> str:
+def dry_run(config: DiffusionGRPOConfig) -> str:
     """The resolved configuration, batch arithmetic, forward passes an update and memory of one process, as text.
 
     The number of processes is that of the launcher (``WORLD_SIZE``). Weights are not read.
@@ -79,65 +72,57 @@ def dry_run(config: RLConfig) -> str:
     Raises:
         UserError: for what would stop the run before its first update and can be seen without weights.
     """
-    world, mu = int(os.environ.get("WORLD_SIZE", "1")), config.num_iterations
-    config.check_batch(config.batch_size)
-    lm = load_meta(config.model, config.dtype)
+    config.check_batch()
+    lm = load_meta(str(config.model), config.dtype)
     check_precision(lm, config.lora_r)
-    tasks = [make_task(spec, lm.task_defaults) for spec in config.tasks]
-    rows = problem_rows(lm, tasks, "train", config.problems, config.seed + 1)
-    validation = problem_rows(lm, tasks, "validation", config.validation_problems, 0)
-    rewards = reward_names([f for f, _ in reward_functions(config.reward, tasks)])
-    check_weights(config.reward_weights, rewards)
-    texts = [row["prompt"] for row in (*rows, *validation)]
-    prompt = lm.encode(texts, config.max_completion_length)[0].shape[1]
-    decoder, work = config.rollout_decoder(), work_of(config)
-    groups = config.batch_size // config.num_generations * world
-    rollouts = math.ceil(config.steps / mu)
+    data = rl_data(lm, config)
+    prompt = data.widest(lm, config.max_completion_length)
+    decoder, work = config.rollout_decoder(), Work.of(config)
+    world, mu, batch = int(os.environ.get("WORLD_SIZE", "1")), config.num_iterations, config.per_device_train_batch_size
+    groups, rollouts = batch // config.num_generations * world, math.ceil(config.max_steps / mu)
 
     def passes(sequences: int) -> int:
-        return math.ceil(sequences * config.batch_size / config.rows_per_forward)
+        return math.ceil(sequences * batch / config.rows_per_forward)
 
     old, reference, joint = (passes(work.every) * n for n in (work.old, work.reference, work.joint))
-    steps, views, copies = work.steps, work.views, work.copies
+    sampling, update = passes(1) * work.steps, passes(work.views)
+    size = config.rows_per_forward * work.copies
     need = training_memory(
         lm,
         Workload(
             lm.model.dtype,
-            min(config.rows_per_forward, views * config.batch_size) * copies,
+            min(config.rows_per_forward, work.views * batch) * work.copies,
             prompt,
             config.max_completion_length,
             lora=config.lora_r or 0,
             targets=config.lora_target_modules,
             autocast=config.bf16,
-            checkpointing=config.gradient_checkpointing,
+            checkpointing=config.activation_checkpointing,
             reference=config.beta > 0,
-            completions=config.batch_size,
-            steps=views,
+            completions=batch,
+            steps=work.views,
             processes=world,
             cuda=torch.cuda.is_available() or config.dtype != "float32",
         ),
     )
     parts = ", ".join(f"{k} {v / GIB:.2f}" for k, v in dataclasses.asdict(need).items() if v)
-    sampling = passes(1) * steps
-    all_passes = (sampling + old + reference + joint) / mu + passes(views)
-    size = config.rows_per_forward * copies
-    lines = [
-        as_yaml(dataclasses.asdict(config)).rstrip(),
-        "",
-        f"model      {lm.name}: {lm.model.config.model_type}, {sum(p.numel() for p in lm.model.parameters()):,} parameters",
-        f"rewards    {', '.join(rewards)}",
-        f"prompts    {len(rows)}, {rollouts * groups} drawn in the run ({rollouts * groups / len(rows):.2f} epochs); "
-        f"{len(validation)} for validation; the longest has {prompt} tokens",
-        f"batch      {world} processes × {config.batch_size} completions = {config.batch_size * world} an update: {groups} "
-        f"prompts × {config.num_generations}",
-        f"updates    {config.steps}, {mu} on each of {rollouts} rollouts",
-        f"rollout    {steps} steps for {config.max_completion_length} tokens ({decoder.name}, T = {decoder.temperature:g}): "
-        f"NFE {steps * copies} a completion, {sampling} forward passes of up to {size} rows",
-        f"scoring    {old} forward passes for the old policy, {reference} for the reference, {joint} for the loss, once a "
-        "rollout",
-        f"update     {views} views × {config.batch_size} rows: {passes(views)} forward and backward passes of up to {size} "
+    drawn = rollouts * groups
+    lines = {
+        "model": f"{lm.name}: {lm.model.config.model_type}, {sum(p.numel() for p in lm.model.parameters()):,} parameters",
+        "rewards": ", ".join(data.names),
+        "prompts": f"{len(data.training)}, {drawn} drawn in the run ({drawn / len(data.training):.2f} epochs); "
+        f"{len(data.validation)} for validation; the longest has {prompt} tokens",
+        "batch": f"{world} processes × {batch} completions = {batch * world} an update: {groups} prompts × "
+        f"{config.num_generations}",
+        "updates": f"{config.max_steps}, {mu} on each of {rollouts} rollouts",
+        "rollout": f"{work.steps} steps for {config.max_completion_length} tokens ({decoder.name}, T = "
+        f"{decoder.temperature:g}): NFE {work.steps * work.copies} a completion, {sampling} forward passes of up to {size} "
         "rows",
-        f"in all     {all_passes:.1f} forward passes an update and process, {passes(views)} of them with a backward pass",
-        f"memory     {need.total / GIB:.2f} GiB a process without sharding ({parts})",
-    ]
-    return "\n".join(lines)
+        "scoring": f"{old} forward passes for the old policy, {reference} for the reference, {joint} for the loss, once a "
+        "rollout",
+        "update": f"{work.views} views × {batch} rows: {update} forward and backward passes of up to {size} rows",
+        "in all": f"{(sampling + old + reference + joint) / mu + update:.1f} forward passes an update and process, {update} of "
+        "them with a backward pass",
+        "memory": f"{need.total / GIB:.2f} GiB a process without sharding ({parts})",
+    }
+    return f"{as_yaml(dataclasses.asdict(config))}\n" + "\n".join(f"{k:<11}{v}" for k, v in lines.items())

@@ -1,4 +1,4 @@
-"""Objectives: which views of a trajectory are scored. One clipped surrogate serves them all.
+"""Objectives: which views of a trajectory are scored, and with what advantages. One clipped surrogate serves them all.
 
 A *view* is a partly masked sequence and the canvas positions whose recorded tokens are scored in it. An objective is a short
 function that yields views; everything else (loss, weights, batching, old log-probabilities) is shared. Where a token's
@@ -11,17 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from unmask.config import Registry
 from unmask.decoding.sampling import uniform_noise
 from unmask.decoding.trajectory import Trajectory
+from unmask.errors import UserError
 
 PROMPT_MASKING = 0.15  # diffu-GRPO (d1, arXiv 2504.12216)
+STD_EPSILON = 1e-4  # beside the standard deviation of a group's rewards, as in TRL
 COUPLED_SHARE = (0.2, 0.8)  # bounds of the share that coupled-GRPO's first view masks (DiffuCoder, arXiv 2506.20639)
-Normalisation = Literal["step", "token", "batch"]
+Normalization = Literal["step", "token", "batch"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,7 @@ class View:
 
 @dataclass(frozen=True)
 class ViewRows:
-    """Rows of any views below each other, so that a forward pass takes as many as fit, whatever view they come from.
+    """Rows of any views concatenated along the batch: a forward pass takes as many as fit, whatever view they come from.
 
     Attributes:
         ids: (M, P+L) int64. scored: (M, L) bool. row: (M,) int64, the trajectory's row of each. share: (M,) float32 or None.
@@ -92,18 +96,43 @@ class Objective:
     fresh: bool = False
 
 
-def _cj(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[View]:
+OBJECTIVES: Registry[Any] = Registry("objective")
+
+
+def find_objective(name: str) -> Objective:
+    """A registered objective, or one's own as ``package.module:name``: an Objective, or a function that yields views.
+
+    Raises:
+        UserError: for a name that stands for neither.
+    """
+    found = OBJECTIVES.resolve(name)
+    if isinstance(found, Objective):
+        return found
+    if not callable(found) or isinstance(found, type):
+        raise UserError(
+            f"objective {name!r} is {type(found).__name__}: name an Objective, or a function that yields views"
+        )
+    return Objective(found)
+
+
+@OBJECTIVES.register("cj")
+@partial(Objective, recorded=True)
+def cj(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[View]:
     """CJ-GRPO (arXiv 2509.23924, Eq. 7): every recorded state with the tokens that were committed in it."""
     for s in range(trajectory.steps):
         yield View(torch.cat([trajectory.prompt, trajectory.state(s)], 1), trajectory.committed(s))
 
 
-def _one_step(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[View]:
+@OBJECTIVES.register("one-step")
+@Objective
+def one_step(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[View]:
     """All tokens from the fully masked canvas, in one jump."""
     yield View(torch.cat([trajectory.prompt, trajectory.state(0)], 1), trajectory.step >= 0)
 
 
-def _diffu(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[View]:
+@OBJECTIVES.register("diffu")
+@partial(Objective, fresh=True)
+def diffu(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[View]:
     """diffu-GRPO (d1): one jump, with a fresh 15 % of the prompt masked in every inner iteration."""
     width = trajectory.prompt.shape[1]  # counted from the end, so that padding does not matter
     place = (torch.arange(width, device=seeds.device) - width).expand_as(trajectory.prompt)
@@ -112,7 +141,9 @@ def _diffu(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[Vi
     yield View(torch.cat([prompt, trajectory.state(0)], 1), trajectory.step >= 0)
 
 
-def _coupled(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[View]:
+@OBJECTIVES.register("coupled")
+@partial(Objective, fresh=True)
+def coupled(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[View]:
     """coupled-GRPO (DiffuCoder): the fully masked canvas and two complementary random masks.
 
     A token's log-probability is the mean of that under the full mask and of 1/t times that under the mask of the pair that
@@ -128,15 +159,28 @@ def _coupled(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[
         yield View(torch.cat([trajectory.prompt, canvas], 1), hidden, (0.5 / t[:, 0]).float())
 
 
-OBJECTIVES: dict[str, Objective] = {
-    "cj": Objective(_cj, recorded=True),
-    "one-step": Objective(_one_step),
-    "diffu": Objective(_diffu, fresh=True),
-    "coupled": Objective(_coupled, fresh=True),
-}
+def has_reward_variance(rewards: Tensor, num_generations: int) -> Tensor:
+    """Which rows stand in a group whose rewards are not all equal. (B,) -> (B,) bool."""
+    groups = rewards.view(-1, num_generations)
+    return (groups != groups[:, :1]).any(1).repeat_interleave(num_generations)
 
 
-def token_weights(scored: list[Tensor], normalisation: Normalisation) -> list[Tensor]:
+def group_advantages(rewards: Tensor, num_generations: int, scale: Literal["group", "none"]) -> Tensor:
+    """Each reward minus its group's mean, for ``scale="group"`` divided by the group's standard deviation; (B,) -> (B,).
+
+    GRPO (arXiv 2402.03300, section 4.1); without the division Dr. GRPO (arXiv 2503.20783). ``num_generations`` rows in turn are
+    a group; one whose rewards are all equal gets exactly 0.
+    """
+    groups = rewards.view(-1, num_generations)
+    centered = groups - groups.mean(1, keepdim=True)
+    unequal = has_reward_variance(rewards, num_generations).view_as(groups)
+    centered = torch.where(unequal, centered, 0.0)  # no rounding left of equal rewards
+    if scale == "group":
+        centered = centered / (groups.std(1, keepdim=True) + STD_EPSILON)
+    return centered.view(-1)
+
+
+def token_weights(scored: list[Tensor], normalization: Normalization) -> list[Tensor]:
     """What each scored token contributes to the sum over rows; over all views and rows the weights sum to the number of rows.
 
     ``step`` (the paper): mean over a view's tokens, then over the views that score any. ``token``: mean over all of a row's
@@ -146,9 +190,9 @@ def token_weights(scored: list[Tensor], normalisation: Normalisation) -> list[Te
         scored: one (B, L) bool a view. Returns one (B, L) float32 a view.
     """
     counts = torch.stack([s.sum(1) for s in scored])  # (views, B)
-    if normalisation == "batch":
+    if normalization == "batch":
         each = (counts.shape[1] / counts.sum().clamp(min=1)).expand_as(counts)
-    elif normalisation == "token":
+    elif normalization == "token":
         each = (1 / counts.sum(0).clamp(min=1)).expand_as(counts)
     else:
         each = 1 / (counts.clamp(min=1) * (counts > 0).sum(0).clamp(min=1))
@@ -167,23 +211,13 @@ def k3(new: Tensor, reference: Tensor) -> Tensor:
     return d.exp() - d - 1
 
 
-def sample_views(
-    views: list[View], logprob: Tensor, count: int, how: Literal["uniform", "entropy"], seeds: Tensor, iteration: int
-) -> list[View]:
-    """The views with only ``count`` of them scored in each row, chosen without replacement among those that score anything.
+def sample_views(views: list[View], count: int, seeds: Tensor, iteration: int) -> list[View]:
+    """The views with only ``count`` of them scored in each row, drawn without replacement among those that score anything.
 
-    Every row has its own choice, so that a row cut after its end token weighs as much as any other. ``uniform``, or
-    ``entropy``: in proportion to the mean of -``logprob`` ((B, L), recorded) over what a view scores; the loss stays a plain
-    mean over the chosen views, so it leans towards uncertain steps on purpose. seeds: (B,) int64.
+    Every row has its own choice, so that a row cut after its end token weighs as much as any other. seeds: (B,) int64.
     """
-    scored = torch.stack([v.scored for v in views], 1)  # (B, views, L)
-    counts = scored.sum(2)
-    weights = torch.ones_like(counts, dtype=torch.float64)
-    if how == "entropy":
-        surprise = (scored * -logprob[:, None].double()).sum(2) / counts.clamp(min=1)
-        weights = surprise.clamp(min=1e-6)
-    place = torch.arange(len(views), device=seeds.device).expand_as(counts)
-    # An exponential race: the smallest of -log(u) / w are a draw without replacement in proportion to w.
-    arrival = -torch.log1p(-uniform_noise(seeds[:, None], iteration, place, 0)) / weights
-    rank = arrival.masked_fill(counts == 0, torch.inf).argsort(1).argsort(1)
+    empty = torch.stack([~v.scored.any(1) for v in views], 1)  # (B, views)
+    place = torch.arange(len(views), device=seeds.device).expand_as(empty)
+    noise = uniform_noise(seeds[:, None], iteration, place, 0)
+    rank = noise.masked_fill(empty, torch.inf).argsort(1).argsort(1)
     return [replace(v, scored=v.scored & (rank[:, i, None] < count)) for i, v in enumerate(views)]

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import math
-import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from unmask.config import Registry
 from unmask.errors import UserError
 from unmask.tasks.base import Judge, Problem, Reward, Task
 
 Row = dict[str, Any]
-RELEASED = "released"
-"""Stands in ``reward`` for the released trainer's own reward functions of the tasks."""
+REWARDS: Registry[Reward | None] = Registry("reward")
+REWARDS["released"] = None  # stands for the released trainer's own reward functions of the tasks
+
+
+@REWARDS.register("solved")
+def solved(
+    prompts: list[str], completions: list[str], problem: list[Problem], task: list[Task], **_: Any
+) -> list[float | None]:
+    """1 where the task's grader finds everything right, else 0."""
+    return [float(t.grade(p, c).solved) for t, p, c in zip(task, problem, completions, strict=True)]
 
 
 def reward_name(function: Reward) -> str:
@@ -47,55 +53,34 @@ def _named(function: Reward, name: str) -> Reward:
     return reward
 
 
-def load_reward(spec: str) -> Reward:
-    """The function named ``package.module:function``; modules of the working folder are found too."""
-    module, colon, name = spec.partition(":")
-    if not colon or not module or not name:
-        raise UserError(f"reward {spec!r} names no function: write package.module:function, or released")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except Exception as error:  # noqa: BLE001  (a user's module may raise anything)
-        raise UserError(f"reward {spec!r} cannot be imported: {type(error).__name__}: {error}") from None
-    finally:
-        sys.path.remove(here)
-    if not callable(found):
-        raise UserError(f"reward {spec!r} is not a function but {type(found).__name__}")
-    if isinstance(found, type):
-        raise UserError(f"reward {spec!r} is a class: name an object of it, or a function")
-    return _named(found, name)
+def reward_functions(rewards: Sequence[str | Reward], tasks: Sequence[Task]) -> list[tuple[Reward, float]]:
+    """The reward functions of a run with their weights; the tasks' own where there are none.
 
-
-def load_rewards(specs: Sequence[str]) -> list[Reward]:
-    """``load_reward`` of each; functions of one name in several modules are called ``package.module.function``."""
-    names = [spec.partition(":")[2] for spec in dict.fromkeys(specs)]
-    return [
-        load_reward(spec)
-        if names.count(spec.partition(":")[2]) < 2
-        else _named(load_reward(spec), spec.replace(":", "."))
-        for spec in specs
-    ]
-
-
-def solved(
-    prompts: list[str], completions: list[str], problem: list[Problem], task: list[Task], **_: Any
-) -> list[float | None]:
-    """1 where the task's grader finds everything right, else 0."""
-    return [float(t.grade(p, c).solved) for t, p, c in zip(task, problem, completions, strict=True)]
-
-
-def reward_functions(specs: Sequence[str], tasks: Sequence[Task]) -> list[tuple[Reward, float]]:
-    """The reward functions that a run names, with their weights; the tasks' own where it names none.
+    Args:
+        rewards: functions, or their names: registered ones, ``package.module:name``, or ``released``. Functions of one name in
+            several modules are called ``package.module.name``.
 
     Raises:
         UserError: for a function that cannot be imported, and for ``released`` with a task that has no released reward.
     """
-    if not specs:
+    if not rewards:
         return task_rewards(tasks)
-    own = iter(load_rewards([s for s in specs if s != RELEASED]))
-    found = [task_rewards(tasks, released=True) if s == RELEASED else [(next(own), 1.0)] for s in specs]
-    return [pair for pairs in found for pair in pairs]
+    last = {spec: spec.rpartition(":")[2] for spec in rewards if isinstance(spec, str)}
+    found: list[tuple[Reward, float]] = []
+    for spec in rewards:
+        function = REWARDS.resolve(spec) if isinstance(spec, str) else spec
+        if function is None:
+            found += task_rewards(tasks, released=True)
+        elif not callable(function):
+            raise UserError(f"reward {spec!r} is not a function but {type(function).__name__}")
+        elif isinstance(function, type):
+            raise UserError(f"reward {spec!r} is a class: name an object of it, or a function")
+        elif isinstance(spec, str):
+            alone = list(last.values()).count(last[spec]) == 1
+            found.append((_named(function, last[spec] if alone else spec.replace(":", ".")), 1.0))
+        else:
+            found.append((function, 1.0))
+    return found
 
 
 def task_rewards(tasks: Sequence[Task], released: bool = False) -> list[tuple[Reward, float]]:
@@ -124,12 +109,6 @@ def task_rewards(tasks: Sequence[Task], released: bool = False) -> list[tuple[Re
     ]
 
 
-def check_weights(weights: Sequence[float] | None, names: Sequence[str]) -> None:
-    """Raises UserError where there are weights, but not one for each reward function."""
-    if weights is not None and len(weights) != len(names):
-        raise UserError(f"{len(weights)} reward_weights for the reward functions {', '.join(names)}: give one each")
-
-
 def score(functions: Sequence[Reward], rows: list[Row], completions: list[str]) -> Tensor:
     """Every function's reward for every completion.
 
@@ -143,27 +122,22 @@ def score(functions: Sequence[Reward], rows: list[Row], completions: list[str]) 
         UserError: where a function raises, returns the wrong number of values or something that is no finite number, or
             where every function returned None for a row.
     """
-    columns = {key: [row[key] for row in rows] for key in rows[0] if key != "prompt"}
-    prompts = [row["prompt"] for row in rows]
-    table = torch.full((len(rows), len(functions)), torch.nan)
-    for j, function in enumerate(functions):
-        table[:, j] = torch.tensor(_call(function, prompts, completions, columns))
+    columns = {f"{key}s" if key == "prompt" else key: [row[key] for row in rows] for key in rows[0]}
+    table = torch.stack([torch.tensor(_call(function, completions, columns)) for function in functions], 1)
     silent = table.isnan().all(1).nonzero()
     if len(silent):
         names = ", ".join(map(reward_name, functions))
         raise UserError(
-            f"every reward function ({names}) returned None for the prompt {prompts[int(silent[0])][:60]!r}: "
+            f"every reward function ({names}) returned None for the prompt {rows[int(silent[0])]['prompt'][:60]!r}: "
             "one of them must judge it"
         )
     return table
 
 
-def _call(
-    function: Callable[..., Any], prompts: list[str], completions: list[str], columns: dict[str, Any]
-) -> list[float]:
+def _call(function: Reward, completions: list[str], columns: dict[str, Any]) -> list[float]:
     name = reward_name(function)
     try:
-        values = list(function(prompts=prompts, completions=completions, **columns))
+        values = list(function(completions=completions, **columns))
     except Exception as error:  # a user's function may raise anything
         raise UserError(f"reward function {name} raised {type(error).__name__}: {error}; repair it") from error
     if len(values) != len(completions):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +17,6 @@ from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
 from unmask.models.masked_lm import MaskedLM
 from unmask.rl.objectives import ViewRows
-from unmask.rl.rewards import Row
-from unmask.training.resume import reading
 
 
 @dataclass
@@ -48,17 +46,12 @@ class Rollout:
 
     @classmethod
     def load(cls, folder: Path, rank: int, device: torch.device) -> Rollout:
-        """What ``save`` wrote. Raises UserError where a file is damaged or missing, or they do not belong together."""
-        with reading(folder, f"trajectory-{rank}.safetensors"):
-            trajectory = Trajectory.load(folder / f"trajectory-{rank}.safetensors").to(device)
-        with reading(folder, f"rollout-{rank}.safetensors"):
-            found = cls(trajectory, **load_file(folder / f"rollout-{rank}.safetensors", device=str(device)))
-            rows, scores = (found.advantages, found.active, found.seeds), (found.old, found.reference)
-            if any(t.shape != trajectory.tokens.shape[:1] for t in rows) or any(
-                t is not None and t.shape[1:] != trajectory.tokens.shape for t in scores
-            ):
-                raise ValueError("its tensors do not have the rows of the trajectory")
-        return found
+        """What ``save`` wrote. Raises UserError where there is none of this rank."""
+        file = folder / f"rollout-{rank}.safetensors"
+        if not file.is_file():
+            raise UserError(f"{folder} has no rollout of process {rank}: go on with as many processes as before")
+        trajectory = Trajectory.load(folder / f"trajectory-{rank}.safetensors").to(device)
+        return cls(trajectory, **load_file(file, device=str(device)))
 
 
 class RolloutSampler(Sampler[list[int]]):
@@ -128,34 +121,17 @@ def score_rows(policy: MaskedLM, trajectory: Trajectory, rows: ViewRows) -> tupl
 
 
 @torch.no_grad()
-def score_all(policy: MaskedLM, trajectory: Trajectory, rows: ViewRows, jobs: Iterable[tuple[Tensor, bool]]) -> Tensor:
+def score_all(
+    policy: MaskedLM, trajectory: Trajectory, rows: ViewRows, microbatches: Iterable[tuple[Tensor, bool]]
+) -> Tensor:
     """Log-probabilities (B, L) of the recorded tokens, summed over views by their shares; 0 where nothing is scored.
 
-    jobs: (indexes of view rows, whether they count), each one forward pass.
+    microbatches: (indexes of view rows, whether they count), each one forward pass.
     """
     out = torch.zeros_like(trajectory.logprob)
-    for part, counted in jobs:
+    for part, counted in microbatches:
         taken = rows.take(part)
         logprob, _, row, column = score_rows(policy, trajectory, taken)
         if counted:
             out.index_put_((row, column), taken.share_of(logprob).to(out), accumulate=True)
     return out
-
-
-def prompt_rows(lm: MaskedLM, rows: Sequence[Row], split: str) -> list[Row]:
-    """Rows whose ``prompt`` is text; messages go through the chat template."""
-    if not len(rows):
-        raise UserError(f"the {split} data set is empty: give at least one row")
-    found = []
-    for row in rows:
-        if row.keys() != rows[0].keys():
-            raise UserError(
-                f"rows of the {split} data set have different columns ({sorted(row.keys() ^ rows[0].keys())}): give all"
-            )
-        prompt = row.get("prompt")
-        if isinstance(prompt, list):
-            prompt = lm.render(prompt)
-        if not isinstance(prompt, str):
-            raise UserError(f"a row of the {split} data set has the prompt {prompt!r}: give text or a list of messages")
-        found.append({**row, "prompt": prompt})
-    return found

@@ -4,106 +4,120 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import IntervalStrategy, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
+from unmask.decoding import Decoder
 from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
 from unmask.models.adapters import add_adapter
-from unmask.models.load import as_masked_lm
 from unmask.models.masked_lm import MaskedLM
-from unmask.rl.advantages import group_advantages, has_reward_variance
-from unmask.rl.arguments import DiffusionGRPOConfig
-from unmask.rl.metrics import ROLLOUT, UPDATE, rollout_values, update_sums, validation_sums
+from unmask.rl.config import DiffusionGRPOConfig
+from unmask.rl.data import rl_data
+from unmask.rl.metrics import UPDATE, rollout_metrics, update_sums, validation_metrics, validation_sums
 from unmask.rl.objectives import (
-    OBJECTIVES,
     Objective,
     View,
     ViewRows,
     clipped_surrogate,
+    find_objective,
+    group_advantages,
+    has_reward_variance,
     k3,
     sample_views,
     token_weights,
 )
-from unmask.rl.rewards import Row, check_weights, reward_names, score
-from unmask.rl.rollout import Rollout, RolloutSampler, prompt_rows, row_seeds, sample_trajectory, score_all, score_rows
+from unmask.rl.rewards import Row, score
+from unmask.rl.rollout import (
+    Rollout,
+    RolloutSampler,
+    row_seeds,
+    sample_trajectory,
+    score_all,
+    score_rows,
+)
+from unmask.tasks import Task
 from unmask.tasks.base import Reward
-from unmask.training.resume import ResumableTrainer, reading
+from unmask.training.trainer import Model, RunTrainer, load_model, lora_config, training_arguments
+
+Microbatch = tuple[Tensor, bool]
+"""Indexes of view rows for one forward pass, and whether they count."""
 
 
-class DiffusionGRPOTrainer(ResumableTrainer):
+class DiffusionGRPOTrainer(RunTrainer):
     """GRPO for masked diffusion language models; objective and decoder are chosen independently of each other.
 
     Args:
         model: a MaskedLM, a name or path that ``load`` takes, or a PreTrainedModel with ``processing_class``.
-        reward_funcs: functions ``f(prompts, completions, **columns) -> list[float | None]`` (TRL's signature).
-        args: a DiffusionGRPOConfig.
-        train_dataset, eval_dataset: sequences of rows with ``prompt`` (text, or messages for the chat template); other
-            columns go to the reward functions. Rows with ``problem`` and ``task`` are also graded in validation.
-        processing_class: the tokenizer, where ``model`` is a PreTrainedModel.
-        peft_config: train this adapter instead of all weights; the reference policy is the model without it.
-        callbacks: further TrainerCallbacks.
+        reward_funcs: a Task or several, whose problems are the prompts and whose own rewards are paid; or reward functions
+            ``f(prompts, completions, **columns) -> list[float | None]`` (TRL's signature), or their names.
+        train_dataset: a Task or several, or rows with ``prompt`` (text, or messages for the chat template), whose other columns
+            go to the reward functions. Without it and without reward_funcs, ``args`` names both.
+        eval_dataset: rows like these; by default the tasks' validation problems. Rows with ``problem`` and ``task`` are graded.
+        peft_config: train this adapter (by default that of ``args.lora_r``); the reference policy is the model without it.
 
     Raises:
         UserError: for a data set without rows or prompts, no reward function, a wrong number of weights, or dropout in the
-            adapter (the policy that is optimised must be the one that sampled).
+            adapter (the policy that is optimized must be the one that sampled).
     """
 
-    args: DiffusionGRPOConfig
+    config: DiffusionGRPOConfig
 
     def __init__(
         self,
-        model: MaskedLM | PreTrainedModel | str,
-        reward_funcs: Reward | Sequence[Reward],
+        model: Model,
+        reward_funcs: Task | Reward | str | Sequence[Task | Reward | str] | None,
         args: DiffusionGRPOConfig,
-        train_dataset: Sequence[Row],
-        eval_dataset: Sequence[Row] | None = None,
+        train_dataset: Task | Sequence[Task] | Sequence[Mapping[str, Any]] | None = None,
+        eval_dataset: Sequence[Mapping[str, Any]] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        self.reward_funcs = [reward_funcs] if callable(reward_funcs) else list(reward_funcs)
-        weights = args.reward_weights or [1.0] * len(self.reward_funcs)
-        if not self.reward_funcs:
-            raise UserError("no reward function: give at least one")
-        self.reward_names = reward_names(self.reward_funcs)
-        check_weights(weights, self.reward_names)
-        self.reward_weights = torch.tensor(weights)
-        self.lm = as_masked_lm(model, processing_class)
+        args.check_batch()
+        arguments = training_arguments(
+            args,
+            logging_steps=1,  # with more, the updates between would go unreported
+            logging_nan_inf_filter=False,
+            ddp_find_unused_parameters=False,
+        )
+        lm = load_model(model, args, processing_class)
+        self.config = replace(args, model=lm.name)
+        with arguments.main_process_first():  # one process fetches a data set, the others find it
+            data = rl_data(lm, args, reward_funcs, train_dataset, eval_dataset)
+        if data.validation:
+            arguments.eval_strategy, arguments.eval_on_start = IntervalStrategy.STEPS, True
+        self.reward_funcs, self.reward_names = data.reward_funcs, data.names
+        self.reward_weights = torch.tensor(data.weights)
         self.decoder = args.rollout_decoder()
-        self.objective: Objective = OBJECTIVES[args.objective]
-        train_dataset = prompt_rows(self.lm, train_dataset, "train")
-        if eval_dataset is not None:
-            eval_dataset = prompt_rows(self.lm, eval_dataset, "validation")
-        prompts = [row["prompt"] for row in (*train_dataset, *(eval_dataset or ()))]
-        widest = self.lm.encode(prompts, args.max_completion_length)[0].shape[1]  # refuses what does not fit
+        self.objective: Objective = find_objective(args.objective)
+        widest = data.widest(lm, args.max_completion_length)
         self.prompt_width = widest if args.compile else 0
         if args.compile:
-            self.lm.model.base_model.compile()
-        if peft_config is not None:
-            if getattr(peft_config, "lora_dropout", 0):
+            lm.model.base_model.compile()
+        adapter = lora_config(args) if peft_config is None else peft_config
+        if adapter is not None:
+            if getattr(adapter, "lora_dropout", 0):
                 raise UserError(
-                    f"lora_dropout is {peft_config.lora_dropout}: set it to 0, or the policy that is optimised is not the one "
+                    f"lora_dropout is {adapter.lora_dropout}: set it to 0, or the policy that is optimized is not the one "
                     "that sampled"
                 )
-            self.lm = add_adapter(self.lm, peft_config, args.seed)
+            lm = add_adapter(lm, adapter, args.seed)
         # Trainer's own validation wants data sets of tensors; rows of text and problems go through ours.
         super().__init__(
-            model=self.lm.model,
-            args=args,
-            data_collator=list,  # type: ignore[arg-type]
-            train_dataset=train_dataset,  # type: ignore[arg-type]
-            eval_dataset=eval_dataset,  # type: ignore[arg-type]
-            processing_class=self.lm.tokenizer,
+            lm,
+            arguments,
+            data_collator=list,
+            train_dataset=data.training,
+            eval_dataset=data.validation or None,
             callbacks=callbacks,
         )
         if self.is_fsdp_enabled and self.decoder.threshold is not None:
@@ -111,43 +125,35 @@ class DiffusionGRPOTrainer(ResumableTrainer):
                 "a threshold decoder takes other numbers of steps on every rank, which FSDP cannot follow: use DDP"
             )
         self.reference_model: Any = None
-        if args.beta > 0 and peft_config is None:
-            self.reference_model = copy.deepcopy(self.lm.model).eval().requires_grad_(False).to(args.device)
+        if args.beta > 0 and adapter is None:
+            self.reference_model = copy.deepcopy(lm.model).eval().requires_grad_(False).to(arguments.device)
             if args.compile:
                 self.reference_model.base_model.compile()  # a copy is not compiled
         self.rollout: Rollout | None = None
-        self._pending_metrics: dict[str, float] = {}  # joins the next log line
+        self.pending_metrics: dict[str, float] = {}  # joins the next log line
         self.completions: list[dict[str, Any]] = []  # of the newest rollout's first group
-
-    # ---- data ------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader[list[Row]]:
         """One batch of prompts an update. Every rank cuts its own share, so the loader is not prepared by accelerate."""
-        args = self.args
+        args, config = self.args, self.config
+        groups = args.per_device_train_batch_size // config.num_generations
+        rows: Any = self.train_dataset
         sampler = RolloutSampler(
-            len(self.train_dataset),  # type: ignore[arg-type]
-            args.per_device_train_batch_size // args.num_generations,
-            args.num_iterations,
-            args.max_steps,
-            args.seed,
-            args.process_index,
-            args.world_size,
+            len(rows), groups, config.num_iterations, args.max_steps, args.seed, args.process_index, args.world_size
         )
-        return DataLoader(self.train_dataset, batch_sampler=sampler, collate_fn=list)  # type: ignore[arg-type]
-
-    # ---- one update ------------------------------------------------------------------------------------------------
+        return DataLoader(rows, batch_sampler=sampler, collate_fn=list)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Sample (at the first inner iteration), then accumulate the gradient of one update. Returns the loss."""
-        iteration = self.state.global_step % self.args.num_iterations
+        iteration = self.state.global_step % self.config.num_iterations
         start = time.perf_counter()
         if iteration == 0:
             self.rollout = self.sample(inputs)
         assert self.rollout is not None
         sampled = time.perf_counter()
         loss = self.update(model, self.rollout, iteration)
-        self._pending_metrics["seconds_rollout"] = sampled - start
-        self._pending_metrics["seconds_update"] = time.perf_counter() - sampled
+        self.pending_metrics["seconds_rollout"] = sampled - start
+        self.pending_metrics["seconds_update"] = time.perf_counter() - sampled
         return loss
 
     @contextmanager
@@ -164,74 +170,78 @@ class DiffusionGRPOTrainer(ResumableTrainer):
         finally:
             model.train(training)
 
+    def _decode(self, rows: list[Row], decoder: Decoder, seeds: Tensor) -> Trajectory:
+        prompts = [row["prompt"] for row in rows]
+        with self.inference() as policy:
+            return sample_trajectory(policy, prompts, decoder, seeds, self.config.rows_per_forward, self.prompt_width)
+
     def sample(self, rows: list[Row]) -> Rollout:
         """Expand prompts to groups, decode, reward, and score under the old and the reference policy where needed."""
-        args = self.args
-        rows = [row for row in rows for _ in range(args.num_generations)]
-        number = self.state.global_step // args.num_iterations
-        seeds, view_seeds = row_seeds(args.seed, number, args.process_index * len(rows), len(rows))
-        with self.inference() as policy:
-            trajectory = sample_trajectory(
-                policy, [row["prompt"] for row in rows], self.decoder, seeds, args.rows_per_forward, self.prompt_width
-            )
+        config = self.config
+        rows = [row for row in rows for _ in range(config.num_generations)]
+        number = self.state.global_step // config.num_iterations
+        seeds, view_seeds = row_seeds(config.seed, number, self.args.process_index * len(rows), len(rows))
+        trajectory = self._decode(rows, self.decoder, seeds)
         texts = self.lm.text(trajectory.tokens)
         table = score(self.reward_funcs, rows, texts)
         rewards = (table * self.reward_weights).nansum(1)
-        advantages = group_advantages(rewards, args.num_generations, args.scale_rewards)
-        self._record_rollout(rows, texts, trajectory, table, rewards, advantages)
+        advantages = group_advantages(rewards, config.num_generations, config.scale_rewards)
+        self._record_rollout(trajectory, table, rewards)
+        self.completions = [
+            {"prompt": row["prompt"], "completion": text, "reward": float(r), "advantage": float(a)}
+            for row, text, r, a in zip(rows, texts, rewards, advantages, strict=True)
+        ][: config.num_generations]
         device = trajectory.tokens.device
-        active = has_reward_variance(rewards, args.num_generations).to(device)
+        active = has_reward_variance(rewards, config.num_generations).to(device)
         rollout = Rollout(trajectory, advantages.to(device), active, view_seeds.to(device))
-        if args.uses_recorded:
+        if config.uses_recorded:
             rollout.old = trajectory.logprob[None]
-        elif args.num_iterations > 1:
+        elif config.num_iterations > 1:
             with self.inference() as policy:
-                rollout.old = self._score_views(policy, rollout, active)
-        if args.beta > 0:
+                rollout.old = self.score_views(policy, rollout, active)
+        if config.beta > 0:
             with self.inference() as policy, self._reference(policy) as reference:
-                rollout.reference = self._score_views(reference, rollout, active)
+                rollout.reference = self.score_views(reference, rollout, active)
         return rollout
 
     @contextmanager
     def _reference(self, policy: MaskedLM) -> Iterator[MaskedLM]:
-        if self.reference_model is not None:
+        if self.reference_model is None:
+            with cast(Any, policy.model).disable_adapter():
+                yield policy
+        else:
             with self.accelerator.autocast():  # the policy's own forward has it from accelerate
                 yield replace(policy, model=self.reference_model)
-        else:
-            model: Any = policy.model
-            with model.disable_adapter():
-                yield policy
 
-    def _views(self, rollout: Rollout, iteration: int) -> list[View]:
+    def views(self, rollout: Rollout, iteration: int) -> list[View]:
         """The objective's views, without what the loss leaves out."""
         trajectory = rollout.trajectory
         views = list(self.objective.views(trajectory, rollout.seeds, iteration))
-        if self.args.mask_after_eos:
-            length = trajectory.tokens.shape[1]
-            inside = (
-                torch.arange(length, device=trajectory.tokens.device) <= self.lm.lengths(trajectory.tokens)[:, None]
-            )
+        if self.config.mask_after_eos:
+            place = torch.arange(trajectory.tokens.shape[1], device=trajectory.tokens.device)
+            inside = place <= self.lm.lengths(trajectory.tokens)[:, None]
             views = [replace(v, scored=v.scored & inside) for v in views]
         return views
 
-    def _score_views(self, policy: MaskedLM, rollout: Rollout, active: Tensor) -> Tensor:
+    def score_views(self, policy: MaskedLM, rollout: Rollout, active: Tensor) -> Tensor:
         """Log-probabilities of the recorded tokens in all views, (iterations, B, L); 0 in rows that are not ``active`` (B,)."""
         found = []
-        for i in range(self.args.num_iterations if self.objective.fresh else 1):
-            rows = ViewRows.of(self._views(rollout, i))
-            found.append(score_all(policy, rollout.trajectory, rows, self._jobs(rows, active)))
+        for i in range(self.config.num_iterations if self.objective.fresh else 1):
+            rows = ViewRows.of(self.views(rollout, i))
+            found.append(score_all(policy, rollout.trajectory, rows, self.microbatches(rows, active)))
         return torch.stack(found)
 
-    def _jobs(self, rows: ViewRows, active: Tensor) -> list[tuple[Tensor, bool]]:
-        """(indexes of view rows, whether they count), each one forward pass.
+    def microbatches(self, rows: ViewRows, active: Tensor) -> list[Microbatch]:
+        """The forward passes over view rows of ``active`` (B,) trajectories.
 
         Every rank gets the same number, so that collectives meet; where one has less to do, the rest does not count.
         """
-        jobs = [(part, True) for part in rows.parts(self.args.rows_per_forward, active)]
-        count = torch.tensor([len(jobs)], device=self.accelerator.device)
-        most = int(self.accelerator.gather(count).max()) if self.args.world_size > 1 else len(jobs)
+        found = [(part, True) for part in rows.parts(self.config.rows_per_forward, active)]
+        most = len(found)
+        if self.args.world_size > 1:
+            most = int(self.accelerator.gather(torch.tensor([most], device=self.accelerator.device)).max())
         idle = (torch.zeros(1, dtype=torch.int64, device=active.device), False)
-        return jobs + [idle] * (max(most, 1) - len(jobs))
+        return found + [idle] * (max(most, 1) - len(found))
 
     def _token_losses(
         self, rollout: Rollout, iteration: int, new: Tensor, row: Tensor, column: Tensor
@@ -239,20 +249,20 @@ class DiffusionGRPOTrainer(ResumableTrainer):
         """Of the tokens at (row, column), all (N,): surrogate plus KL penalty, the ratio's logarithm, KL."""
         stored = iteration if self.objective.fresh else 0
         old = new.detach() if rollout.old is None else rollout.old[stored][row, column]
-        loss = clipped_surrogate(new, old, rollout.advantages[row], self.args.epsilon)
+        loss = clipped_surrogate(new, old, rollout.advantages[row], self.config.epsilon)
         kl = torch.zeros_like(new)
         if rollout.reference is not None:
             kl = k3(new, rollout.reference[stored][row, column])
-            loss = loss + self.args.beta * kl
+            loss = loss + self.config.beta * kl
         return loss, new - old, kl
 
     def _joint_gradient(
-        self, rollout: Rollout, iteration: int, views: list[View], jobs: list[tuple[Tensor, bool]]
+        self, rollout: Rollout, iteration: int, views: list[View], microbatches: list[Microbatch]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The loss of log-probabilities that are sums over views, and what it takes from each of them.
 
         Two passes are exact with the memory of one view: the sums without gradient, then (in ``update``) a backward pass of
-        gradient · log-probability for each job.
+        gradient · log-probability for each forward pass.
 
         Returns:
             This rank's loss, its gradient with respect to the sums, the ratio's logarithm and KL, the last three (B, L).
@@ -264,9 +274,9 @@ class DiffusionGRPOTrainer(ResumableTrainer):
             new = rollout.old[0]
         elif rollout.old is not None or rollout.reference is not None:
             with self.inference() as policy:
-                new = score_all(policy, rollout.trajectory, ViewRows.of(views), jobs)
+                new = score_all(policy, rollout.trajectory, ViewRows.of(views), microbatches)
         leaf = new[row, column].requires_grad_()
-        weight = token_weights([scored], self.args.normalisation)[0][row, column] / len(rollout.active)
+        weight = token_weights([scored], self.config.normalization)[0][row, column] / len(rollout.active)
         losses, *values = self._token_losses(rollout, iteration, leaf, row, column)
         loss = (weight * losses).sum()
         found = (torch.autograd.grad(loss, leaf)[0] if len(leaf) else leaf, *values)
@@ -275,23 +285,21 @@ class DiffusionGRPOTrainer(ResumableTrainer):
 
     def update(self, model: Any, rollout: Rollout, iteration: int) -> Tensor:
         """Accumulate the gradient of one inner iteration, one backward a forward pass; returns this rank's loss."""
-        args, trajectory = self.args, rollout.trajectory
-        views = self._views(rollout, iteration)
-        if args.steps_per_update is not None:
-            views = sample_views(
-                views, trajectory.logprob, args.steps_per_update, args.step_sampling, rollout.seeds, iteration
-            )
-        weights = torch.cat(token_weights([v.scored for v in views], args.normalisation))
+        config, trajectory = self.config, rollout.trajectory
+        views = self.views(rollout, iteration)
+        if config.steps_per_update is not None:
+            views = sample_views(views, config.steps_per_update, rollout.seeds, iteration)
+        weights = torch.cat(token_weights([v.scored for v in views], config.normalization))
         table = ViewRows.of(views)
-        jobs = self._jobs(table, rollout.active)
+        microbatches = self.microbatches(table, rollout.active)
         total = torch.zeros((), device=trajectory.tokens.device)
         if table.share is not None:
-            total, *joint = self._joint_gradient(rollout, iteration, views, jobs)
+            total, *joint = self._joint_gradient(rollout, iteration, views, microbatches)
         sums = torch.zeros(len(UPDATE), dtype=torch.float64, device=total.device)
         model.train()  # activation checkpointing asks for it; there is no dropout
         policy = replace(self.lm, model=model)
-        for number, (part, counted) in enumerate(jobs):
-            last = number == len(jobs) - 1
+        for number, (part, counted) in enumerate(microbatches):
+            last = number == len(microbatches) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed reads it in backward
             with nullcontext() if last else self.accelerator.no_sync(model), self.compute_loss_context_manager():
                 rows = table.take(part)
@@ -304,13 +312,13 @@ class DiffusionGRPOTrainer(ResumableTrainer):
                     loss = (weights[part][rows.scored] * counted / len(rollout.active) * losses).sum()
                     total = total + loss.detach()
                 self.accelerator.backward(loss)
-            gap = new - trajectory.logprob[row, column]
+            mismatch = new - trajectory.logprob[row, column]
             advantages = rollout.advantages[row]
-            sums += counted * update_sums(gap, log_ratio, kl, entropy, advantages, args.epsilon)
+            sums += counted * update_sums(mismatch, log_ratio, kl, entropy, advantages, config.epsilon)
         self._record_update(total, sums, iteration)
         return total
 
-    # ---- what is told ----------------------------------------------------------------------------------------------
+    # ---- logging ---------------------------------------------------------------------------------------------------
 
     def _mean(self, values: Sequence[float] | Tensor) -> list[float]:
         """The mean of each value over the ranks."""
@@ -319,27 +327,15 @@ class DiffusionGRPOTrainer(ResumableTrainer):
             tensor = self.accelerator.reduce(tensor, "mean")
         return tensor.tolist()
 
-    def _record_rollout(
-        self,
-        rows: list[Row],
-        texts: list[str],
-        trajectory: Trajectory,
-        table: Tensor,
-        rewards: Tensor,
-        advantages: Tensor,
-    ) -> None:
-        values = rollout_values(self.lm, trajectory, rewards, self.args.num_generations)
+    def _record_rollout(self, trajectory: Trajectory, table: Tensor, rewards: Tensor) -> None:
+        values = rollout_metrics(self.lm, trajectory, rewards, self.config.num_generations)
         judged = torch.stack([table.nan_to_num().sum(0), (~table.isnan()).sum(0).float()])
-        means = self._mean([*values, *judged.flatten().tolist()])
-        self._pending_metrics.update(zip(ROLLOUT, means, strict=False))
-        totals, counts = torch.tensor(means[len(ROLLOUT) :]).view(2, -1).tolist()
+        means = self._mean([*values.values(), *judged.flatten().tolist()])
+        self.pending_metrics.update(zip(values, means, strict=False))
+        totals, counts = torch.tensor(means[len(values) :]).view(2, -1).tolist()
         for name, total, count in zip(self.reward_names, totals, counts, strict=True):
             if count:
-                self._pending_metrics[f"reward_{name}"] = total / count
-        self.completions = [
-            {"prompt": row["prompt"], "completion": text, "reward": float(r), "advantage": float(a)}
-            for row, text, r, a in zip(rows, texts, rewards, advantages, strict=True)
-        ][: self.args.num_generations]
+                self.pending_metrics[f"reward_{name}"] = total / count
 
     def _record_update(self, loss: Tensor, sums: Tensor, iteration: int) -> None:
         finite, *means = self._mean([float(loss.isfinite()), *sums.tolist()])
@@ -350,84 +346,55 @@ class DiffusionGRPOTrainer(ResumableTrainer):
         if not tokens:  # no group had variance
             return
         found = {k: v / tokens for k, v in found.items()}
-        gap = found.pop("replay_gap")
+        mismatch = found.pop("logprob_mismatch")
         if iteration == 0:
-            self._pending_metrics["replay_gap"] = gap
+            self.pending_metrics["logprob_mismatch"] = mismatch
             rounded = self.args.bf16 or self.args.fp16 or self.lm.model.dtype != torch.float32
             exact = self.objective.recorded and not rounded
-            if exact and gap > self.args.max_replay_gap:
+            if exact and mismatch > self.config.max_logprob_mismatch:
                 raise UserError(
                     f"the update does not see the policy that sampled: recorded and recomputed log-probabilities differ "
-                    f"by {gap:.2g} nats a token (at most {self.args.max_replay_gap:g}); switch dropout off, or raise "
-                    "max_replay_gap"
+                    f"by {mismatch:.2g} nats a token (at most {self.config.max_logprob_mismatch:g}); switch dropout off, or "
+                    "raise max_logprob_mismatch"
                 )
-        if self.args.beta == 0:
+        if self.config.beta == 0:
             del found["kl"]
-        self._pending_metrics.update(found)
+        self.pending_metrics.update(found)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what rollout and update found to Trainer's line."""
         if "loss" in logs:
-            logs.update(self._pending_metrics)
-            self._pending_metrics = {}
+            logs.update(self.pending_metrics)
+            self.pending_metrics = {}
         super().log(logs, start_time)
-
-    # ---- validation ------------------------------------------------------------------------------------------------
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Greedy decoding of the validation rows under the run's decoder: mean reward, and accuracy for rows of tasks."""
         rows: list[Row] = list(self.eval_dataset if eval_dataset is None else eval_dataset)  # type: ignore[arg-type]
-        world = self.args.world_size
-        # As many rows on every rank, so that FSDP's collectives meet; what is beyond the end is decoded but not counted.
-        share = [i * world + self.args.process_index for i in range(-(-len(rows) // world))]
+        share = self.rank_share(len(rows))
         counted = sum(i < len(rows) for i in share)
         mine = [rows[i % len(rows)] for i in share]
-        seeds, _ = row_seeds(self.args.seed, 0, 0, len(rows))
-        with self.inference() as policy:
-            trajectory = sample_trajectory(
-                policy,
-                [row["prompt"] for row in mine],
-                self.decoder.replace(temperature=0.0),
-                seeds[torch.tensor(share) % len(rows)],
-                self.args.rows_per_forward,
-                self.prompt_width,
-            )
+        seeds, _ = row_seeds(self.config.seed, 0, 0, len(rows))
+        greedy = self.decoder.replace(temperature=0.0)
+        trajectory = self._decode(mine, greedy, seeds[torch.tensor(share) % len(rows)])
         texts = self.lm.text(trajectory.tokens)
         rewards = (score(self.reward_funcs, mine, texts) * self.reward_weights).nansum(1).tolist()
         names = list(dict.fromkeys(row["task"].label for row in rows if "task" in row))
         sums = validation_sums(mine[:counted], texts[:counted], rewards[:counted], names)
-        count, solved, points, possible = torch.tensor(self._mean(sums.flatten())).view(-1, 4).T.tolist()
-        metrics = {f"{metric_key_prefix}_reward": solved[-1] / count[-1]}
-        for i, name in enumerate(names):
-            metrics[f"{metric_key_prefix}_{name}_solved"] = solved[i] / count[i]
-            metrics[f"{metric_key_prefix}_{name}_score"] = points[i] / possible[i]
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    # ---- checkpoints -----------------------------------------------------------------------------------------------
+        metrics = validation_metrics(self._mean(sums.flatten()), names)
+        return self.report({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Between inner iterations the rollout belongs to the checkpoint. (trainer_state.json is written last.)"""
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.rollout is not None and self.state.global_step % self.args.num_iterations:
+        """Between inner iterations the rollout belongs to the checkpoint."""
+        if self.rollout is not None and self.state.global_step % self.config.num_iterations:
+            folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
             folder.mkdir(parents=True, exist_ok=True)
             self.rollout.save(folder, self.args.process_index)
-        self.accelerator.wait_for_everyone()  # a checkpoint counts as whole only with every rank's rollout
         super()._save_checkpoint(model, trial)
 
-    def train(self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: Any = None) -> Any:
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint:
-            folder, rank = Path(resume_from_checkpoint), self.args.process_index
-            with reading(folder, "trainer_state.json"):
-                step = TrainerState.load_from_json(str(folder / "trainer_state.json")).global_step
-            if step % self.args.num_iterations:
-                self.rollout = Rollout.load(folder, rank, self.args.device)
-                with reading(folder, f"trajectory-{rank}.safetensors"):
-                    if len(self.rollout.active) != self.args.per_device_train_batch_size:
-                        raise ValueError(f"it has {len(self.rollout.active)} rows")
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+    def restore(self, checkpoint: Path) -> None:
+        step = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).global_step
+        if step % self.config.num_iterations:
+            self.rollout = Rollout.load(checkpoint, self.args.process_index, self.args.device)

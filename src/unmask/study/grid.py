@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,10 @@ from unmask.errors import UserError, unknown
 from unmask.evaluation.config import EvalConfig
 from unmask.io.files import expand_home, slug
 from unmask.results.axes import PLAN, SEEDS, Table, distinct
-from unmask.rl.config import MAY_CHANGE, RLConfig
+from unmask.rl.config import DiffusionGRPOConfig
 from unmask.study.config import StudyConfig
 from unmask.tasks import make_task
+from unmask.training.config import MAY_CHANGE
 
 _NAMES = ("name", "decoder", "batch_size")
 """Settings of an evaluation that change no record."""
@@ -39,7 +39,7 @@ class Cell:
     decoder: Decoder
     named: Table
     """The settings as the study's file names them, ``decoder`` without what other axes add to it."""
-    training: RLConfig | None
+    training: DiffusionGRPOConfig | None
     key: str
 
     @property
@@ -54,7 +54,7 @@ class Job:
     """What one process does: train, where there is something to train, then evaluate the cells."""
 
     name: str
-    training: RLConfig | None
+    training: DiffusionGRPOConfig | None
     cells: list[Cell]
 
 
@@ -72,16 +72,16 @@ def _product(table: Mapping[str, Any], is_axis: Mapping[str, bool]) -> Iterator[
         yield {**table, **dict(zip(axes, values, strict=True))}
 
 
-def _trainings(config: StudyConfig, beside: Path) -> list[RLConfig]:
-    hints = typing.get_type_hints(RLConfig)
-    found: dict[str, RLConfig] = {}
+def _trainings(config: StudyConfig, beside: Path) -> list[DiffusionGRPOConfig]:
+    hints = {f.name: f.type for f in dataclasses.fields(DiffusionGRPOConfig)}
+    found: dict[str, DiffusionGRPOConfig] = {}
     for table in config.train:
         table = dict(table)
         base = table.pop("base", None)
         values = _base(beside / expand_home(str(base))) if base is not None else {}
         for key in table:
-            if key not in hints or key == "output":
-                raise unknown("key in train", key, [h for h in hints if h != "output"])
+            if key not in hints or key == "output_dir":
+                raise unknown("key in train", key, [h for h in hints if h != "output_dir"])
         takes_list = {k: "list" in str(hints[k]) for k in table}
         axes = {
             k: isinstance(v, list) and (not takes_list[k] or (bool(v) and all(isinstance(e, list) for e in v)))
@@ -90,16 +90,16 @@ def _trainings(config: StudyConfig, beside: Path) -> list[RLConfig]:
         for settings in _product(table, axes):
             if "tasks" not in {**values, **settings}:
                 raise UserError("train lacks tasks: add it, or a base that has it")
-            run = build(RLConfig, {**values, **settings, "output": "none"}, "train")
-            run.check_batch(run.batch_size)
+            run = build(DiffusionGRPOConfig, {**values, **settings, "output_dir": "none"}, "train")
+            run.check_batch()
             found.setdefault(_key(_training_part(run)), run)
     if len(models := {run.model for run in found.values()}) > 1:
-        raise UserError(f"train starts from {' and '.join(sorted(models))}: make a study of each")
+        raise UserError(f"train starts from {' and '.join(sorted(map(str, models)))}: make a study of each")
     return list(found.values())
 
 
 def _base(path: Path) -> Table:
-    return dataclasses.asdict(read_config(RLConfig, path))
+    return dataclasses.asdict(read_config(DiffusionGRPOConfig, path))
 
 
 def _evaluations(config: StudyConfig) -> list[tuple[EvalConfig, Decoder, Table]]:
@@ -146,7 +146,7 @@ def jobs_of(config: StudyConfig, beside: Path) -> list[Job]:
             if training is not None:
                 evaluation = dataclasses.replace(evaluation, model="(trained)")
             elif trainings:
-                evaluation = dataclasses.replace(evaluation, model=trainings[0].model)
+                evaluation = dataclasses.replace(evaluation, model=str(trainings[0].model))
             key = _cell_key(training, evaluation, decoder)
             if key not in seen:
                 seen.add(key)
@@ -159,7 +159,7 @@ def jobs_of(config: StudyConfig, beside: Path) -> list[Job]:
     return jobs
 
 
-def _cell_key(training: RLConfig | None, evaluation: EvalConfig, decoder: Decoder) -> str:
+def _cell_key(training: DiffusionGRPOConfig | None, evaluation: EvalConfig, decoder: Decoder) -> str:
     """Names do not count: ``full`` and ``full:cfg_scale=0`` are one decoder."""
     evaluated, decoded = (
         {k: v for k, v in _changed(settings).items() if k not in _NAMES} for settings in (evaluation, decoder)
@@ -167,7 +167,7 @@ def _cell_key(training: RLConfig | None, evaluation: EvalConfig, decoder: Decode
     return _key(_training_part(training), evaluated, decoded)
 
 
-def _training_part(training: RLConfig | None) -> Table:
+def _training_part(training: DiffusionGRPOConfig | None) -> Table:
     """The settings of a training that decide what comes out."""
     return {} if training is None else {k: v for k, v in _changed(training).items() if k not in MAY_CHANGE}
 

@@ -32,7 +32,7 @@ from unmask.results.pivot import pivots
 from unmask.study.grid import Job, StudyConfig, check_compared, jobs_of, labels, settings_of, training_labels
 
 if TYPE_CHECKING:
-    from unmask.rl.config import RLConfig
+    from unmask.rl.config import DiffusionGRPOConfig
 
 _START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 Progress = Callable[[int, int, list[str]], None]
@@ -70,14 +70,14 @@ def run_job(job: Job, folder: Path, done: set[str], report: Callable[[str, Table
         report("cell", {"key": cell.key, "budget": {"nfe": cell.decoder.passes, **budget}, **found})
 
 
-def _trained(config: RLConfig, folder: Path) -> tuple[str, Table]:
+def _trained(config: DiffusionGRPOConfig, folder: Path) -> tuple[str, Table]:
     """The trained checkpoint, made now or before, and the line of its training. What only serves to go on is removed."""
     from unmask.rl.run import train
-    from unmask.training.resume import checkpoints
+    from unmask.training.checkpoints import checkpoints
 
     final = folder / "final"  # whole, if it is there
     if not final.is_dir():
-        train(dataclasses.replace(config, output=str(folder)))
+        train(dataclasses.replace(config, output_dir=str(folder)))
     for checkpoint in checkpoints(folder):
         shutil.rmtree(checkpoint)
     fix = f"remove {folder}, and it is trained again"
@@ -85,20 +85,20 @@ def _trained(config: RLConfig, folder: Path) -> tuple[str, Table]:
         read_lines(folder / f"{name}.jsonl", schema, fix) for name, schema in (("times", TIMES), ("metrics", METRICS))
     )
     seconds = {k: round(sum(t.get(f"seconds_{k}", 0) for t in times), 3) for k in ("rollout", "update")}
-    settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "output"}
+    settings = {k: v for k, v in dataclasses.asdict(config).items() if k != "output_dir"}
     return str(final), {"settings": settings, "metrics": metrics, "seconds": seconds}
 
 
-def training_budget(config: RLConfig) -> dict[str, int]:
+def training_budget(config: DiffusionGRPOConfig) -> dict[str, int]:
     """Updates, sampled completions, and the most forward passes of one row that sampling and updates together take: groups
     without variance are not computed, a threshold may need fewer steps, and validation is not counted."""
-    from unmask.rl.dry_run import work_of
+    from unmask.rl.dry_run import Work
 
-    rollouts = math.ceil(config.steps / config.num_iterations)
+    rollouts = math.ceil(config.max_steps / config.num_iterations)
     return {
-        "updates": config.steps,
-        "completions": rollouts * config.batch_size,
-        "training_passes": work_of(config).passes(config.steps, rollouts) * config.batch_size,
+        "updates": config.max_steps,
+        "completions": rollouts * config.per_device_train_batch_size,
+        "training_passes": Work.of(config).passes(config.max_steps, rollouts) * config.per_device_train_batch_size,
     }
 
 

@@ -164,7 +164,7 @@ class Task(ABC):
 
     def released_rewards(self) -> dict[str, tuple[Judge, float]]:
         """The rewards of the released trainer as its code runs. UserError where it has none."""
-        fix = "set reward to other functions than 'released', or choose other tasks"
+        fix = "set reward_funcs to other functions than 'released', or choose other tasks"
         raise UserError(f"task {self.name} has no released reward: {fix}")
 
     def reward(

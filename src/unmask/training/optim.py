@@ -1,4 +1,4 @@
-"""Muon for the weight matrices and AdamW for everything else, as one optimiser."""
+"""Muon for the weight matrices and AdamW for everything else, as one optimizer."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,49 +16,73 @@ from transformers import TrainerCallback, TrainerState
 from unmask.config import read_config, save_config
 from unmask.errors import UserError, check_own_folder
 from unmask.io.files import removed, writing_to
-from unmask.models.load import load
+from unmask.models.load import load, warn_of_slow_bf16
 from unmask.models.masked_lm import MaskedLM
+from unmask.training.checkpoints import checkpoints, verify
+from unmask.training.config import MAY_CHANGE, RunConfig
 from unmask.training.model_card import model_card
-from unmask.training.resume import check_state, checkpoints, reading
+from unmask.training.trainer import RunTrainer
 
 
-def claim(output: Path, config: Any, may_change: Collection[str], write: bool = True) -> Path | None:
+def run(trainer: RunTrainer) -> Path:
+    """Train, or go on in a folder that holds a checkpoint; returns the folder of the final plain checkpoint.
+
+    Raises:
+        UserError: if the folder cannot be written, or holds checkpoints of a run with other settings or damaged ones.
+    """
+    config, args = trainer.config, trainer.args
+    output, first = Path(config.output_dir), trainer.is_world_process_zero()
+    checkpoint = claim(output, config, first)
+    if first:
+        if trainer.notice:
+            print(trainer.notice, file=sys.stderr)
+        if args.max_steps <= args.warmup_steps:
+            print(
+                f"unmask: warning: all {args.max_steps} updates fall into the warm-up of {args.warmup_steps:g}, so "
+                "learning_rate is never reached: set warmup_steps lower or train longer",
+                file=sys.stderr,
+            )
+        if config.bf16:
+            warn_of_slow_bf16(args.device)
+    trainer.add_callback(FolderCheck(output))
+    args.eval_on_start = args.eval_on_start and checkpoint is None  # a resumed run has that line already
+    last = output / f"checkpoint-{args.max_steps}"
+    if checkpoint != last:  # the Trainer would take a finished run one step further
+        with writing_run(output):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if first:
+        verify(last)
+        history = TrainerState.load_from_json(str(last / "trainer_state.json")).log_history
+        lm = load(str(last), config.dtype, "cpu")  # whole also where weights are sharded; an adapter is merged
+        with writing_run(output):
+            export(lm, output / "final", model_card(lm, config, history))
+    trainer.accelerator.wait_for_everyone()
+    return output / "final"
+
+
+def claim(output: Path, config: RunConfig, write: bool = True) -> Path | None:
     """Make the run folder this run's; returns its newest whole checkpoint, if any.
 
     Args:
-        config: the run's dataclass; saved as ``config.yaml``. may_change: fields that a resumed run may have different.
-        write: whether this process writes (only one of several may).
+        config: saved as ``config.yaml``. write: whether this process writes (only one of several may).
 
     Raises:
         UserError: if the folder cannot be written, or holds checkpoints of a run with other settings.
     """
+    found = checkpoints(output)
+    if found and (output / "config.yaml").is_file():
+        before, now = asdict(read_config(type(config), output / "config.yaml")), asdict(config)
+        changed = [k for k in now if before[k] != now[k] and k not in MAY_CHANGE]
+        if changed:
+            raise UserError(
+                f"{output} holds a run with other {', '.join(changed)}: choose another --output-dir or remove it"
+            )
     if write:
         check_own_folder(str(output))
-    # The Trainer writes trainer_state.json last, so a checkpoint without it was cut off.
-    complete = [p for p in checkpoints(output) if (p / "trainer_state.json").is_file()]
-    newest = complete[-1] if complete else None
-    if newest is not None:
-        check_state(newest)
-    if newest is not None and (output / "config.yaml").is_file():
-        before, now = asdict(read_config(type(config), output / "config.yaml")), asdict(config)
-        changed = [k for k in now if before[k] != now[k] and k not in may_change]
-        if changed:
-            raise UserError(f"{output} holds a run with other {', '.join(changed)}: give another --output or remove it")
-    if write:
-        with writing_to(output):
+        with writing_to(output, "--output-dir"):
             output.mkdir(parents=True, exist_ok=True)
             save_config(config, output / "config.yaml")
-    return newest
-
-
-def warn_of_warmup(warmup_steps: int | None, steps: int) -> None:
-    """Say so where a run ends before its learning rate is reached."""
-    if steps <= (warmup_steps or 0):
-        print(
-            f"unmask: warning: all {steps} updates fall into the warm-up of {warmup_steps}, so learning_rate is never reached: "
-            "set warmup_steps lower or train longer",
-            file=sys.stderr,
-        )
+    return found[-1] if found else None
 
 
 class FolderCheck(TrainerCallback):
@@ -82,31 +106,18 @@ def writing_run(folder: Path) -> Iterator[None]:
             raise  # of standard output
         if not (folder / "config.yaml").is_file():
             raise removed(folder) from None
-        if isinstance(error, OSError) and str(error.filename or "").startswith(str(folder)):
-            raise UserError(f"cannot write to {folder}: {error.strerror}; give another --output") from None
-        if "No space left" in str(error) or "PytorchStreamWriter" in str(error):
+        here = isinstance(error, OSError) and str(error.filename or "").startswith(str(folder))
+        if here or "No space left" in str(error) or "PytorchStreamWriter" in str(error):
+            reason = getattr(error, "strerror", None) or "no space left"
             raise UserError(
-                f"cannot write to {folder}: no space left; make room, then give the same command again"
+                f"cannot write to {folder}: {reason}; make room and start the same command again, or choose another "
+                "--output-dir"
             ) from None
         raise
 
 
-def finish(output: Path, checkpoint: Path, config: Any, command: str) -> Path:
-    """``final`` from a run's last checkpoint: whole also where the weights are sharded; an adapter is merged."""
-    with reading(checkpoint, "trainer_state.json"):
-        history = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history
-    try:
-        lm = load(str(checkpoint), config.dtype, "cpu")
-    except UserError as error:
-        raise UserError(
-            f"{error}; or remove {checkpoint}, and the same command goes on from the one before it"
-        ) from None
-    with writing_run(output):
-        return export(lm, output / "final", model_card(lm, config, command, history))
-
-
 def export(lm: MaskedLM, folder: Path, card: str = "") -> Path:
-    """Weights, tokenizer and (where it is given) a README.md as a plain checkpoint that ``load`` takes, whole or not at all."""
+    """Weights, tokenizer and (if any) a README.md as a plain checkpoint that ``load`` takes, whole or not at all."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     lm.model.save_pretrained(partial, max_shard_size="5GB")

@@ -9,43 +9,87 @@ in turn, so a resumed run continues exactly as the uninterrupted one would have.
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainingArguments
+from transformers import IntervalStrategy, PreTrainedTokenizerBase, TrainerCallback
 
 from unmask.errors import UserError
-from unmask.io.files import writing_to
-from unmask.models.adapters import adapter_config, add_adapter, check_precision
+from unmask.models.adapters import add_adapter
 from unmask.models.head import Head, score_tokens
-from unmask.models.load import load, warn_of_slow_bf16
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.scratch import new_model
+from unmask.tasks import Task, make_task
+from unmask.training.config import SFTConfig
 from unmask.training.noise import corrupt, diffusion_loss, sample_times
 from unmask.training.optim import MuonAdamW
-from unmask.training.resume import ResumableTrainer
-from unmask.training.run_folder import FolderCheck, claim, finish, warn_of_warmup, writing_run
-from unmask.training.sft_config import LONGEST, SFTConfig
-from unmask.training.sft_data import Collate, Examples, FillCollate, read_chat
+from unmask.training.run_folder import run
+from unmask.training.sft_data import Data, chat_data, task_data
+from unmask.training.trainer import Model, RunTrainer, load_model, lora_config, training_arguments
 
 EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+_NOTHING = "there is nothing to train on: choose tasks (with worked responses) or data (a chat data set)"
 
 
-class DiffusionTrainer(ResumableTrainer):
+class SFTTrainer(RunTrainer):
     """transformers.Trainer with the masked diffusion loss, exact resume and validation at fixed masking times.
 
-    ``prompt_width`` is the number of columns before the canvases: 0 where every row's canvas starts elsewhere.
+    Args:
+        model: a MaskedLM, a name or path that ``load`` takes, or a PreTrainedModel with ``processing_class``.
+        args: the run's settings.
+        train_dataset: a Task or several, whose worked responses are learned, or rows of chat data (their columns as those of
+            ``args.data``); by default what ``args`` names.
+        eval_dataset: rows of chat data; by default a share of ``train_dataset``, or the task's validation problems.
+        processing_class: the tokenizer, where ``model`` is a PreTrainedModel.
+        callbacks: further TrainerCallbacks.
+
+    Raises:
+        UserError: for an unknown model, task or data set, or responses that do not fit.
     """
 
-    def __init__(self, lm: MaskedLM, config: SFTConfig, prompt_width: int, **kwargs: Any) -> None:
-        super().__init__(model=lm.model, **kwargs)
-        self.lm, self.config, self.prompt_width = lm, config.resolved(), prompt_width
+    config: SFTConfig
+
+    def __init__(
+        self,
+        model: Model,
+        args: SFTConfig,
+        train_dataset: Task | Sequence[Task] | Sequence[Mapping[str, Any]] | None = None,
+        eval_dataset: Sequence[Mapping[str, Any]] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        config = args.resolved()
+        arguments = training_arguments(config, dataloader_drop_last=True, eval_strategy="steps")
+        lm = load_model(model, config, processing_class)
+        with arguments.main_process_first():  # one process fetches a data set, the others find it
+            data = _data(lm, config, train_dataset)
+            if eval_dataset is not None:
+                data.validation = chat_data(lm, eval_dataset, data.collate.width, config.overlong, 0.0).training
+        if not data.validation:
+            arguments.eval_strategy = IntervalStrategy.NO
+        _set_length(arguments, config, len(data.training))
+        base = None if config.new_model is not None else lm.name
+        self.config = replace(config, model=base, warmup_steps=int(arguments.warmup_steps))
+        if data.collate.prompt_width == 0:
+            self.config = replace(self.config, max_length=data.collate.width)
+        if config.compile:
+            lm.model.base_model.compile(dynamic=False)
+        if (adapter := lora_config(config)) is not None:
+            lm = add_adapter(lm, adapter, config.seed)
+        self.canvases, self.notice, self.prompt_width = data.canvases, data.notice, data.collate.prompt_width
         self._noise, self._noise_step = torch.Generator(), -1
+        super().__init__(
+            lm,
+            arguments,
+            train_dataset=data.training,
+            eval_dataset=data.validation,
+            data_collator=data.collate,
+            callbacks=callbacks,
+        )
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.config.optimizer == "adamw":
@@ -57,21 +101,16 @@ class DiffusionTrainer(ResumableTrainer):
             self.optimizer = MuonAdamW(net.parameters(), self.args.learning_rate, self.config.weight_decay, outside)
         return self.optimizer
 
-    def noise(self) -> torch.Generator:
-        """The generator of this step and rank; the micro-batches of a step draw from it in turn."""
-        step = self.state.global_step
-        if step != self._noise_step:
-            self._noise.manual_seed((self.config.seed * 1_000_003 + step) * 1009 + self.args.process_index)
-            self._noise_step = step
-        return self._noise
-
     def compute_loss(
         self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        generator = self.noise()
-        canvas = self.config.canvases[self.state.global_step % len(self.config.canvases)]
-        t = sample_times(len(inputs["ids"]), generator)
-        return self.loss_at(model, inputs, t, canvas, self.config.prompt_masking or 0.0, generator)
+        step = self.state.global_step
+        if step != self._noise_step:  # one generator a step and rank; the micro-batches of a step draw from it in turn
+            self._noise.manual_seed((self.config.seed * 1_000_003 + step) * 1009 + self.args.process_index)
+            self._noise_step = step
+        t = sample_times(len(inputs["ids"]), self._noise)
+        canvas = self.canvases[step % len(self.canvases)]
+        return self.loss_at(model, inputs, t, canvas, self.config.prompt_masking or 0.0, self._noise)
 
     def loss_at(
         self,
@@ -117,166 +156,63 @@ class DiffusionTrainer(ResumableTrainer):
         model = self.model_wrapped if self.is_fsdp_enabled else self.lm.model
         model.eval()
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        size, world = self.args.per_device_eval_batch_size, self.args.world_size
-        batches = [range(a, min(a + size, len(rows))) for a in range(0, len(rows), size)]
+        size = self.args.per_device_eval_batch_size
+        batches = [rows[a : a + size] for a in range(0, len(rows), size)]
         sums = torch.zeros(len(EVAL_TIMES), device=self.args.device)
-        # As many batches on every rank, so that FSDP's collectives meet; what is beyond the end is not counted.
-        for k in range(self.args.process_index, -(-len(batches) // world) * world, world):
+        for k in self.rank_share(len(batches)):
             number = k % len(batches)
-            batch = self._prepare_inputs(self.data_collator([rows[i] for i in batches[number]]))
+            batch = self._prepare_inputs(self.data_collator(batches[number]))
             for i, time in enumerate(EVAL_TIMES):
                 t = torch.full((len(batch["ids"]),), time)
                 generator = torch.Generator().manual_seed(number * 10 + i)
                 with self.compute_loss_context_manager():
-                    loss = self.loss_at(model, batch, t, max(self.config.canvases), 0.0, generator)
+                    loss = self.loss_at(model, batch, t, max(self.canvases), 0.0, generator)
                 sums[i] += loss.float() * len(batch["ids"]) * (k < len(batches))
         model.train()
         means = (self.accelerator.reduce(sums) / len(rows)).tolist()
         metrics = {f"{metric_key_prefix}_loss_t{t}": m for t, m in zip(EVAL_TIMES, means, strict=True)}
-        metrics[f"{metric_key_prefix}_loss"] = sum(means) / len(means)
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return self.report({**metrics, f"{metric_key_prefix}_loss": sum(means) / len(means)})
 
 
-_MAY_CHANGE = ("output", "log_every", "eval_every", "save_every", "report_to")
+def _data(lm: MaskedLM, config: SFTConfig, source: Any) -> Data:
+    """Rows of a Task, several, or a data set."""
+    if source is None:
+        source = config.data or [make_task(spec, lm.task_defaults) for spec in config.tasks]
+    tasks = [source] if isinstance(source, Task) else source
+    if not len(tasks):
+        raise UserError(_NOTHING)
+    if isinstance(tasks[0], Task):
+        return task_data(lm, tasks, config.problems, config.canvas, config.validation_problems, config.seed)
+    return chat_data(lm, source, config.max_length, config.overlong, config.validation_share)
 
 
-@dataclass
-class Data:
-    """Rows to train and to validate on, their collator, the columns before the canvas, a line to say, and of chat data the
-    number of tokens that every row is filled to."""
-
-    training: Sequence[Any]
-    validation: Sequence[Any]
-    collate: Collate | FillCollate
-    prompt_width: int = 0
-    line: str = ""
-    max_length: int | None = None
-
-
-def _task_data(lm: MaskedLM, config: SFTConfig) -> Data:
-    number, canvas = len(config.tasks), max(config.canvas)
-    counts = config.problems if len(config.problems) == number else config.problems * number
-    training = Examples(lm, config.tasks, "train", counts, config.seed)
-    validation = Examples(lm, config.tasks, "validation", [config.validation_problems] * number, 0)
-    longest = max(len(r["response"]) for r in training.rows)
-    if longest > canvas:
-        raise UserError(f"the longest response has {longest} tokens: raise canvas {config.canvas} to hold it")
-    width = max(training.prompt_width, validation.prompt_width)
-    if width + canvas > lm.max_length:
-        raise UserError(f"prompts of {width} tokens and a canvas of {canvas} exceed the model's {lm.max_length}")
-    return Data(training.rows, validation.rows, Collate(lm, width, canvas), width)
-
-
-def _chat_data(lm: MaskedLM, config: SFTConfig) -> Data:
-    if config.max_length is not None and config.max_length > lm.max_length:
-        raise UserError(f"max_length is {config.max_length}, but {lm.name} takes {lm.max_length} tokens: lower it")
-    name, most = str(config.data), config.max_length or min(LONGEST, lm.max_length)
-    found = read_chat(lm, name, most, config.overlong, config.validation_share)
-    width = config.max_length or max(
-        len(r["prompt"]) + len(r["response"]) for r in (*found.training, *found.validation)
-    )
-    line = (
-        f"{name}: {len(found.training)} training and {len(found.validation)} validation rows, {found.cut} of them cut to "
-        f"{width} tokens, {found.left_out} too long and left out"
-    )
-    return Data(found.training, found.validation, FillCollate(lm.eos_id, width), line=line, max_length=width)
-
-
-def _arguments(config: SFTConfig) -> TrainingArguments:
-    """The Trainer's settings, without what depends on the number of updates (see ``_set_length``)."""
-    config, cpu = config.resolved(), not torch.cuda.is_available()
-    return TrainingArguments(
-        output_dir=config.output,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        learning_rate=config.learning_rate or 0.0,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        lr_scheduler_type=config.lr_scheduler,
-        bf16=config.bf16,
-        activation_checkpointing=config.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        use_cpu=cpu,
-        dataloader_pin_memory=not cpu,
-        dataloader_drop_last=True,
-        remove_unused_columns=False,
-        logging_steps=config.log_every,
-        eval_strategy="steps" if config.data is None or config.validation_share else "no",
-        eval_steps=config.eval_every,
-        save_steps=config.save_every,
-        save_total_limit=2,
-        report_to=config.report_to or "none",
-        seed=config.seed,
-        data_seed=config.seed,
-    )
-
-
-def _set_length(args: TrainingArguments, config: SFTConfig, rows: int) -> None:
+def _set_length(args: Any, config: SFTConfig, rows: int) -> None:
     """The number of updates, and the part of the learning rate's rise and fall. Raises UserError for less data than a batch."""
-    together = config.batch_size * args.world_size
+    together = args.per_device_train_batch_size * args.world_size
     if rows < together:
         raise UserError(
-            f"{rows} training examples do not fill a batch of {together}: raise problems, give more data, or lower batch_size"
+            f"{rows} training examples do not fill a batch of {together}: raise problems, use more data, or lower "
+            "per_device_train_batch_size"
         )
-    updates = -(-(rows // together) // config.gradient_accumulation_steps)  # of one epoch
-    args.max_steps = config.steps if config.steps is not None else math.ceil(float(config.epochs or 0) * updates - 1e-9)
+    updates = -(-(rows // together) // args.gradient_accumulation_steps)  # of one epoch
+    if config.num_train_epochs is not None:
+        args.max_steps = math.ceil(config.num_train_epochs * updates - 1e-9)
     args.warmup_steps = min(100, args.max_steps // 10) if config.warmup_steps is None else config.warmup_steps
-    if config.lr_scheduler == "warmup_stable_decay":
+    if config.lr_scheduler_type == "warmup_stable_decay":
         decay = max(1, round(config.decay_share * args.max_steps))
         args.lr_scheduler_kwargs = {"num_decay_steps": decay, "decay_type": "linear"}
 
 
 def train(config: SFTConfig) -> Path:
-    """Run (or, if ``output`` holds a checkpoint, go on with) a supervised run; returns the final checkpoint's folder.
+    """Run (or, if the run folder holds a checkpoint, go on with) a supervised run; returns the final checkpoint's folder.
 
     Raises:
         UserError: for an unknown model, task or data set, or responses that do not fit.
     """
-    config, output = config.resolved(), Path(config.output)
-    args = _arguments(config)
-    first = args.process_index == 0
+    if not config.tasks and config.data is None:
+        raise UserError(_NOTHING)
     if config.new_model is not None:
-        lm = MaskedLM.wrap(*new_model(config.new_model, config.seed), name="new model")
-    else:
-        lm = load(str(config.model), config.dtype)
-        check_precision(lm, config.lora_r)
-    lm.model.config._attn_implementation = config.attention
-    with args.main_process_first():  # one process fetches a data set, the others find it
-        data = _task_data(lm, config) if config.data is None else _chat_data(lm, config)
-    _set_length(args, config, len(data.training))
-    config = replace(config, warmup_steps=int(args.warmup_steps), max_length=data.max_length or config.max_length)
-    if config.compile:
-        lm.model.base_model.compile(dynamic=False)
-    if config.lora_r is not None:
-        adapter = adapter_config(config.lora_r, config.lora_alpha, config.lora_target_modules, config.lora_dropout)
-        lm = add_adapter(lm, adapter, config.seed)
-    with writing_to(output):  # the Trainer makes its folder
-        trainer = DiffusionTrainer(
-            lm,
-            config,
-            data.prompt_width,
-            args=args,
-            train_dataset=data.training,
-            eval_dataset=data.validation,
-            data_collator=data.collate,
-            processing_class=lm.tokenizer,
-            callbacks=[FolderCheck(output)],
-        )
-    checkpoint = claim(output, config, _MAY_CHANGE, first)
-    if first and data.line:
-        print(data.line, file=sys.stderr)
-    if first:
-        warn_of_warmup(config.warmup_steps, args.max_steps)
-        if config.bf16:
-            warn_of_slow_bf16(args.device)
-    last = output / f"checkpoint-{args.max_steps}"
-    if checkpoint != last:  # the Trainer would take a finished run one step further
-        with writing_run(output):
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if trainer.is_world_process_zero():
-        finish(output, last, config, "sft")
-    trainer.accelerator.wait_for_everyone()
-    return output / "final"
+        return run(SFTTrainer(MaskedLM.wrap(*new_model(config.new_model, config.seed), name="new model"), config))
+    if config.model is None:
+        raise UserError("choose either model (a checkpoint to start from) or new_model (the shape of a new one)")
+    return run(SFTTrainer(config.model, config))

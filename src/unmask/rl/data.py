@@ -1,0 +1,105 @@
+"""What a run trains on: rows of prompts, the reward functions that pay for them, and their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from unmask.errors import UserError
+from unmask.models.masked_lm import MaskedLM
+from unmask.rl.config import DiffusionGRPOConfig
+from unmask.rl.rewards import Row, reward_functions, reward_names
+from unmask.tasks import Task, make_task
+from unmask.tasks.base import Reward
+
+
+@dataclass
+class Data:
+    """Rows with ``prompt`` as text to train and to validate on (none: no validation), and the rewards of a completion."""
+
+    training: list[Row]
+    validation: list[Row]
+    reward_funcs: list[Reward]
+    weights: list[float]
+    names: list[str]
+
+    def widest(self, lm: MaskedLM, canvas: int) -> int:
+        """Tokens of the longest prompt. Raises UserError where it leaves no room for a canvas."""
+        return lm.encode([row["prompt"] for row in (*self.training, *self.validation)], canvas)[0].shape[1]
+
+
+def rl_data(
+    lm: MaskedLM,
+    config: DiffusionGRPOConfig,
+    reward_funcs: Any = None,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+) -> Data:
+    """The data of a run; the arguments as ``DiffusionGRPOTrainer`` takes them.
+
+    Raises:
+        UserError: for a data set without rows or prompts, no reward function, or a wrong number of weights.
+    """
+    rewards, source = _listed(reward_funcs), _listed(train_dataset)
+    if rewards and isinstance(rewards[0], Task):
+        rewards, source = [], rewards
+    if source is None:
+        source = [make_task(spec, lm.task_defaults) for spec in config.tasks]
+    tasks = source if len(source) and isinstance(source[0], Task) else []
+    if tasks:
+        source = problem_rows(lm, tasks, "train", config.problems, config.seed + 1)
+        if eval_dataset is None:
+            eval_dataset = problem_rows(lm, tasks, "validation", config.validation_problems, 0)
+    training = prompt_rows(lm, source, "train")
+    validation = [] if eval_dataset is None else prompt_rows(lm, eval_dataset, "validation")
+    found = reward_functions(rewards or config.reward_funcs, tasks)
+    if not found:
+        raise UserError("no reward function: pass at least one as reward_funcs, or a task, which has its own")
+    functions, weights = map(list, zip(*found, strict=True))
+    names = reward_names(functions)
+    if config.reward_weights is not None and len(config.reward_weights) != len(names):
+        raise UserError(
+            f"{len(config.reward_weights)} reward_weights for the reward functions {', '.join(names)}: set one each"
+        )
+    return Data(training, validation, functions, config.reward_weights or weights, names)
+
+
+def _listed(value: Any) -> Any:
+    """One thing as a list of it."""
+    return [value] if isinstance(value, Task | str) or callable(value) else value
+
+
+def problem_rows(lm: MaskedLM, tasks: Sequence[Task], split: str, count: int | None, seed: int) -> list[Row]:
+    """``count`` problems of every task as rows of ``prompt``, ``problem`` and ``task``, tasks taken in turn.
+
+    Without a count, as many of each as the task with the fewest has. Raises UserError where a task has fewer than ``count``.
+    """
+    columns = []
+    for task in tasks:
+        problems = task.problems(split, count, seed)
+        if len(problems) < (count or 1):
+            raise UserError(f"task {task.name} has {len(problems)} {split} problems, not {count}: ask for fewer")
+        columns.append([{"prompt": task.prompt(lm, p), "problem": p, "task": task} for p in problems])
+    return [row for rows in zip(*columns, strict=False) for row in rows]
+
+
+def prompt_rows(lm: MaskedLM, rows: Sequence[Mapping[str, Any]], split: str) -> list[Row]:
+    """Rows whose ``prompt`` is text; messages go through the chat template."""
+    if not len(rows):
+        raise UserError(f"the {split} data set is empty: set tasks, or pass a Task or at least one row")
+    found = []
+    for row in rows:
+        if row.keys() != rows[0].keys():
+            raise UserError(
+                f"rows of the {split} data set have different columns ({sorted(row.keys() ^ rows[0].keys())}): fill all"
+            )
+        prompt = row.get("prompt")
+        if isinstance(prompt, list):
+            prompt = lm.render(prompt)
+        if not isinstance(prompt, str):
+            raise UserError(
+                f"a row of the {split} data set has the prompt {prompt!r}: write text or a list of messages"
+            )
+        found.append({**row, "prompt": prompt})
+    return found

@@ -1,0 +1,140 @@
+"""What supervised training and reinforcement learning share: a ``transformers.Trainer`` made from a run's settings."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+
+from unmask.errors import UserError, unknown
+from unmask.io.files import writing_to
+from unmask.models.adapters import adapter_config, check_precision
+from unmask.models.load import as_masked_lm, load
+from unmask.models.masked_lm import MaskedLM
+from unmask.training.checkpoints import checkpoints, seal, verify
+from unmask.training.config import RunConfig
+
+Model = MaskedLM | PreTrainedModel | str
+"""What a trainer trains; text is a name or path that ``load`` takes."""
+
+
+def training_arguments(config: RunConfig, **more: Any) -> TrainingArguments:
+    """The Trainer's settings: those of a run that bear its names, then ``more``, then ``trainer_args``."""
+    known = [f.name for f in fields(TrainingArguments) if f.init]
+    for name in config.trainer_args:
+        if name not in known:
+            raise unknown("field of TrainingArguments", name, known)
+    cpu = not torch.cuda.is_available()
+    values: dict[str, Any] = {name: getattr(config, name) for name in known if getattr(config, name, None) is not None}
+    values |= {
+        "per_device_eval_batch_size": config.per_device_train_batch_size,
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        "use_cpu": cpu,
+        "dataloader_pin_memory": not cpu,
+        "remove_unused_columns": False,
+        "save_total_limit": 2,
+        "report_to": config.report_to or "none",
+        "data_seed": config.seed,
+        "disable_tqdm": not sys.stderr.isatty(),  # a log file gets plain lines
+    }
+    return TrainingArguments(**{**values, **more, **config.trainer_args})
+
+
+def load_model(model: Model, config: RunConfig, processing_class: PreTrainedTokenizerBase | None = None) -> MaskedLM:
+    """What a trainer takes as ``model``, with the run's dtype and attention. Raises UserError."""
+    if isinstance(model, str):
+        lm = load(model, config.dtype)
+        check_precision(lm, config.lora_r)
+    else:
+        lm = as_masked_lm(model, processing_class)
+    lm.model.config._attn_implementation = config.attn_implementation
+    return lm
+
+
+def lora_config(config: RunConfig) -> Any:
+    """The adapter that a run trains; None where it trains all weights."""
+    if config.lora_r is None:
+        return None
+    dropout = getattr(config, "lora_dropout", 0.0)
+    return adapter_config(config.lora_r, config.lora_alpha, config.lora_target_modules, dropout)
+
+
+class RunTrainer(Trainer):
+    """transformers.Trainer that goes on from whole checkpoints only, and never deletes a copy under another name."""
+
+    config: RunConfig
+    notice = ""
+    """What a run says on standard error before it starts."""
+
+    def __init__(self, lm: MaskedLM, args: TrainingArguments, **settings: Any) -> None:
+        self.lm = lm
+        with writing_to(str(args.output_dir), "output_dir"):  # the Trainer makes its folder
+            super().__init__(model=lm.model, args=args, processing_class=lm.tokenizer, **settings)
+
+    def rank_share(self, count: int) -> list[int]:
+        """Which of ``count`` parts of a validation are this process's: as many on every one, so that FSDP's collectives meet.
+
+        A number from ``count`` on stands for another part (modulo ``count``), which is computed but not counted.
+        """
+        world = self.args.world_size
+        return [i * world + self.args.process_index for i in range(-(-count // world))]
+
+    def report(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Log the metrics of a validation, and tell the callbacks."""
+        found = dict(metrics)
+        self.log(found)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        return found
+
+    def train(self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: Any = None) -> Any:
+        """As transformers'. Raises UserError where the checkpoint to go on from is not as it was saved."""
+        if resume_from_checkpoint is True:
+            found = checkpoints(Path(str(self.args.output_dir)))
+            resume_from_checkpoint = str(found[-1]) if found else None
+        if resume_from_checkpoint:
+            if self.is_world_process_zero():
+                verify(Path(resume_from_checkpoint))
+            self.restore(Path(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take up what a checkpoint holds besides the Trainer's own files."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise UserError(
+                f"{resume_from_checkpoint} is not of this model ({str(error).partition(chr(10))[0]:.120}): remove it"
+            ) from None
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Keys that do not fit are no matter for a warning; a missing one may share its weights with one that is there."""
+        parameters = dict(cast(Any, self.model).named_parameters(remove_duplicate=False))
+        there = {id(p) for name, p in parameters.items() if name not in load_result.missing_keys}
+        missing = [name for name in load_result.missing_keys if id(parameters.get(name)) not in there]
+        if strange := [*missing, *load_result.unexpected_keys]:
+            raise ValueError(f"{len(strange)} keys differ, among them {strange[0]}")
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # the Trainer's names are not exact
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", module="peft")  # it does not know where a shipped base model lies
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if not self.args.should_save:
+            return
+        output = Path(str(self.args.output_dir))
+        seal(output / f"checkpoint-{self.state.global_step}")
+        for old in checkpoints(output)[: -limit if limit else 0]:
+            shutil.rmtree(old, ignore_errors=True)
