@@ -138,7 +138,7 @@ def measure_passes(
     flops = 0.0
     for repeat, s in product(range(-1, config.repeats), chosen):  # -1 warms up
         rows = standing_at(lm, trajectory, s, seeds)
-        open_ = loop.standing(rows)[2].flatten().nonzero()[:, 0]
+        open_ = loop.step_quota_and_mask(rows)[2].flatten().nonzero()[:, 0]
         ids = rows.ids.repeat(decoder.copies, 1)
         positions = open_ // length * ids.shape[1] + width + open_ % length
         ways: dict[str, Callable[[], Any]] = {
@@ -170,7 +170,7 @@ def boundary_ties(lm: MaskedLM, decoder: Decoder, trajectory: Trajectory, seeds:
     loop, length, ties = DecodingLoop(lm, decoder, early_stop=False), trajectory.tokens.shape[1], 0
     for s in range(trajectory.steps):
         rows = standing_at(lm, trajectory, s, seeds)
-        _, quota, open_ = loop.standing(rows)
+        _, quota, open_ = loop.step_quota_and_mask(rows)
         place = torch.arange(rows.width, rows.width + length, device=quota.device).expand(len(rows), -1)
         p = lm.logits(rows.ids, rows.attention_mask, place).softmax(-1).amax(-1).masked_fill(~open_, -1.0)
         ranked = torch.nn.functional.pad(p.sort(1, descending=True).values, (0, 1), value=-1.0)

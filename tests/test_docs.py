@@ -17,7 +17,7 @@ from checkpoints import write_llada
 from unmask.cli import COMMANDS, main
 from unmask.decoding import CONFIDENCES, PRESETS, SCHEDULES
 
-REGISTRIES = (CONFIDENCES, PRESETS, SCHEDULES)
+REGISTRIES = (CONFIDENCES, PRESETS, SCHEDULES, unmask.OBJECTIVES, unmask.REWARDS, unmask.TASKS)
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -118,9 +118,11 @@ def test_readme_make_targets_exist() -> None:
 
 
 def test_exported_names_exist() -> None:
-    homes = [name for names in unmask._HOMES.values() for name in names]
-    assert sorted(unmask.__all__) == sorted([*homes, "__version__"])
     assert all(getattr(unmask, name) is not None for name in unmask.__all__)
+    typed = re.search(r"if TYPE_CHECKING:\n(.*?)\n\n", Path(unmask.__file__).read_text(), re.DOTALL)
+    assert typed and {*re.findall(r"\w+", re.sub(r"from [\w.]+ import", "", typed[1]))} == {*unmask.__all__} - {
+        "__version__"
+    }
 
 
 def test_links_and_named_files_exist() -> None:

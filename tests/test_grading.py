@@ -14,9 +14,9 @@ import pytest
 
 from test_answers import FORM, GRID, TAGS, solved
 from unmask import UserError, make_task
+from unmask.rl.config import DiffusionGRPOConfig
 from unmask.rl.dry_run import dry_run
 from unmask.rl.rewards import reward_functions
-from unmask.rl.config import DiffusionGRPOConfig
 from unmask.tasks import bounded, released
 from unmask.tasks.math import equivalence
 from unmask.tasks.math.math500 import same
