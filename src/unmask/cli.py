@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 ONLY_IN_FILE = "Only in the file: trainer_args, a table of other fields of transformers.TrainingArguments."
 
 
+ONLY_IN_FILE = "Only in the file: trainer_args, a table of other fields of transformers.TrainingArguments."
+
+
 def sft(arguments: list[str]) -> None:
     from unmask.config import command_config
     from unmask.training.config import SFTConfig
@@ -35,45 +38,31 @@ def sft(arguments: list[str]) -> None:
     config = command_config(SFTConfig, arguments, "unmask sft", about)
     from unmask.training.sft import train
 
-    _say_where(train(config))
+    _say(f"checkpoint  {train(config)}")
 
 
-def _is_main_process() -> bool:
-    """Whether this is the one of several processes that prints."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _say_where(final: Path) -> None:
-    if _is_main_process():
-        print(f"checkpoint  {final}")
+def _say(text: str) -> None:
+    """Print, in one of several processes."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text)
 
 
 def rl(arguments: list[str]) -> None:
     from unmask.config import command_config
     from unmask.rl.config import DiffusionGRPOConfig
 
-    dry = "--dry-run" in arguments
-    arguments = [a for a in arguments if a != "--dry-run"]
     about = f"Reinforcement learning (GRPO) along the trajectories of any decoder. {ONLY_IN_FILE}"
     switch = "Print what the run would do (batches, forward passes, memory) and stop; no weights are read."
-    config = command_config(DiffusionGRPOConfig, arguments, "unmask rl", about, dry_run=switch)
-    if not dry:
-        from unmask.rl.run import train
+    given = [a for a in arguments if a != "--dry-run"]
+    config = command_config(DiffusionGRPOConfig, given, "unmask rl", about, dry_run=switch)
+    if given != arguments:
+        from unmask.rl.dry_run import dry_run
 
-        _say_where(train(config))
+        _say(dry_run(config))
         return
-    from unmask.rl.dry_run import dry_run
+    from unmask.rl.run import train
 
-    said = dry_run(config)
-    if _is_main_process():
-        print(said)
-
-
-def info(arguments: list[str]) -> None:
-    from unmask.models.info import InfoArguments
-    from unmask.models.info import info as show
-
-    show(read_flags(InfoArguments, arguments, prog="unmask info"))
+    _say(f"checkpoint  {train(config)}")
 
 
 @dataclass
@@ -159,7 +148,7 @@ def grade(arguments: list[str]) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "generate": (_elsewhere("unmask.evaluation.generate"), "decode one prompt and watch the canvas fill"),
-    "info": (info, "what a checkpoint is, its self-test, the memory that decoding and training take"),
+    "info": (_elsewhere("unmask.models.info"), "what a checkpoint is, its self-test, the memory that decoding and training take"),
     "view": (_elsewhere("unmask.view.command"), "one HTML page that shows a canvas filling, decoders side by side"),
     "eval": (_elsewhere("unmask.evaluation.command"), "score a model on tasks under decoders: records, table, figure"),
     "sft": (sft, "train on worked responses with the masked diffusion loss"),
