@@ -89,7 +89,7 @@ def test_final_opens_elsewhere(tmp_path: Path) -> None:
     assert [float(line) for line in done.stdout.split()] == pytest.approx([o[2] for o in opened], rel=1e-6)
 
 
-@pytest.mark.parametrize("command", ["sft", "sft from nothing", "sft without validation", "rl"])
+@pytest.mark.parametrize("command", ["sft", "sft from nothing without validation", "rl"])
 def test_the_card_says_what_was_done(command: str, tmp_path: Path, toy_folder: str) -> None:
     output = str(tmp_path / "my-run")
     if command == "rl":
@@ -109,9 +109,7 @@ def test_the_card_says_what_was_done(command: str, tmp_path: Path, toy_folder: s
     assert ("lora" in front["tags"]) == (command == "rl")
     assert body.startswith("\n# my-run\n") and f"`unmask {command.split()[0]}`" in body and "unmask.load" in body
     recipe = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
-    assert recipe["max_steps"] == 2 and recipe["learning_rate"] == {"rl": 1e-3, "sft from nothing": 2e-3}.get(
-        command, 1e-5
-    )
+    assert recipe["max_steps"] == 2 and recipe["learning_rate"] == {"rl": 1e-3, "sft": 1e-5}.get(command, 2e-3)
     state = json.loads((tmp_path / "my-run" / "checkpoint-2" / "trainer_state.json").read_text())
     last = [line for line in state["log_history"] if "eval_loss" in line or "eval_reward" in line]
     assert bool(last) == ("without" not in command)

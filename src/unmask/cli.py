@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 ONLY_IN_FILE = "Only in the file: trainer_args, a table of other fields of transformers.TrainingArguments."
 
 
-ONLY_IN_FILE = "Only in the file: trainer_args, a table of other fields of transformers.TrainingArguments."
-
-
 def sft(arguments: list[str]) -> None:
     from unmask.config import command_config
     from unmask.training.config import SFTConfig
@@ -148,7 +145,10 @@ def grade(arguments: list[str]) -> None:
 
 COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "generate": (_elsewhere("unmask.evaluation.generate"), "decode one prompt and watch the canvas fill"),
-    "info": (_elsewhere("unmask.models.info"), "what a checkpoint is, its self-test, the memory that decoding and training take"),
+    "info": (
+        _elsewhere("unmask.models.info"),
+        "what a checkpoint is, its self-test, the memory that decoding and training take",
+    ),
     "view": (_elsewhere("unmask.view.command"), "one HTML page that shows a canvas filling, decoders side by side"),
     "eval": (_elsewhere("unmask.evaluation.command"), "score a model on tasks under decoders: records, table, figure"),
     "sft": (sft, "train on worked responses with the masked diffusion loss"),

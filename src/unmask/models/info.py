@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from unmask.config import read_flags
 from unmask.errors import UserError, check_at_least
 from unmask.io.terminal import console
 from unmask.models.source import ModelSource
@@ -95,13 +96,14 @@ def memory(lm: MaskedLM, a: InfoArguments) -> list[tuple[str, int, MemoryEstimat
     return rows
 
 
-def info(a: InfoArguments) -> None:
-    """Print it. Raises UserError as ``load`` does."""
+def command(arguments: list[str]) -> None:
+    """``unmask info``. Raises UserError as ``load`` does."""
     from rich.table import Table
 
     from unmask.models.load import load_meta
     from unmask.models.memory import GIB
 
+    a = read_flags(InfoArguments, arguments, prog="unmask info")
     lm = a.load() if a.weights else load_meta(a.model, a.dtype, a.revision)
     screen = console()
     table = Table(box=None, show_header=False, title=lm.name, title_justify="left")

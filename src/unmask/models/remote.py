@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +33,10 @@ class RemoteLM(nn.Module):
             return getattr(super().__getattr__("inner"), name)  # config, dtype, device, embeddings
 
     def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        positions: Tensor | None = None,
-        fn: Callable[[Tensor, nn.Module, Callable[[Tensor], Tensor]], Any] | None = None,
-        cache: Any = None,
-        **_: Any,
+        self, input_ids: Tensor, attention_mask: Any = None, positions: Any = None, fn: Any = None, **how: Any
     ) -> MaskedLMOutput:
         """See ``HeadAtPositions.forward``."""
-        if cache is not None:
+        if how.get("cache") is not None:
             raise UserError("a checkpoint's own code has no cache of windows: leave cache out of the decoder")
         try:
             logits = self.inner(input_ids=input_ids, attention_mask=attention_mask).logits
