@@ -58,7 +58,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (["eval", "--max-new-tokens", "4000", "--decoder", "ass"], ["at most 2048 together"]),
         (["eval", "--task", "countdown:data=/dev/null"], ["holds no rows"]),
         (["eval", "--task", "countdown:max_value=2"], ["choose at least 5"]),
-        (["sft", "configs/tiny/sft.yaml", "--steps", "0"], ["steps is 0"]),
+        (["sft", "configs/tiny/sft.yaml", "--max-steps", "0"], ["max_steps is 0"]),
         (["eval", "--split", "tset"], ["choose from"]),
         (["eval", "--output", "/proc/nothing", "--limit", "1"], ["cannot write to /proc/nothing"]),
         (["eval", "--dtype", "float8"], ["unknown dtype"]),
@@ -75,7 +75,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: list[str], said: list[str]) -> None:
-    if arguments[0] == "sft" and "--steps" in arguments:
+    if arguments[0] == "sft" and "--max-steps" in arguments:
         arguments = ["sft", str(ROOT / arguments[1]), *arguments[2:]]
     if arguments[0] == "eval" and "--output" not in arguments:
         arguments = [*arguments, "--output", str(tmp_path / "out")]
