@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.__main__ import BENCHMARKS
 from unmask.cli import COMMANDS, main
-from unmask.evaluation.records import shard
+from unmask.io.store import shard
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,6 +14,7 @@ from unmask import UserError, make_decoder
 from unmask.config import read_flags
 from unmask.decoding.decoder import PRESETS
 from unmask.evaluation import tune_report
+from unmask.evaluation.command import tune_command
 from unmask.evaluation.tune import (
     Standing,
     best,
@@ -25,7 +26,6 @@ from unmask.evaluation.tune import (
     successive_halving,
     top_fraction,
 )
-from unmask.evaluation.tune_command import command
 from unmask.evaluation.tune_config import TuneConfig
 from unmask.evaluation.tune_space import behaviour, candidates, unfit_presets
 
@@ -366,7 +366,7 @@ def test_the_command_in_the_decoder_file_is_the_command(tmp_path: Path, task: st
 )
 def test_what_needs_no_model_is_found_without_it(flags: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        command(["--model", "/no/such/model", "--budget", "4", *flags.split()])
+        tune_command(["--model", "/no/such/model", "--budget", "4", *flags.split()])
 
 
 def test_a_typo_does_not_wait_for_torch() -> None:

@@ -16,6 +16,7 @@ import tyro
 from unmask.config import convert, overview, read_flags, split_spec
 from unmask.errors import UserError, unknown
 from unmask.io.files import each_line, writing_to
+from unmask.io.launcher import rank
 from unmask.io.terminal import standard_streams
 
 if TYPE_CHECKING:
@@ -35,13 +36,8 @@ def sft(arguments: list[str]) -> None:
     _say_where(train(config))
 
 
-def _is_main_process() -> bool:
-    """Whether this is the one of several processes that prints."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def _say_where(final: Path) -> None:
-    if _is_main_process():
+    if not rank():
         print(f"checkpoint  {final}")
 
 
@@ -62,7 +58,7 @@ def rl(arguments: list[str]) -> None:
     from unmask.rl.dry_run import dry_run
 
     said = dry_run(config)
-    if _is_main_process():
+    if not rank():
         print(said)
 
 
@@ -96,9 +92,9 @@ def export_checkpoint(arguments: list[str]) -> None:
         print(f"checkpoint  {export(load(a.checkpoint, device='cpu'), output)}")
 
 
-def _elsewhere(module: str) -> Callable[[list[str]], None]:
-    """The ``command`` of a module, imported when it is called."""
-    return lambda arguments: import_module(module).command(arguments)
+def _elsewhere(module: str, name: str = "command") -> Callable[[list[str]], None]:
+    """A function of a module that is imported when it is called."""
+    return lambda arguments: getattr(import_module(module), name)(arguments)
 
 
 def lm_eval(arguments: list[str]) -> None:
@@ -163,7 +159,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "rl": (rl, "train on rewards with GRPO along the decoder's trajectories"),
     "report": (_elsewhere("unmask.results.command"), "figures and one HTML file of evaluations, trainings and studies"),
     "tune": (
-        _elsewhere("unmask.evaluation.tune_command"),
+        _elsewhere("unmask.evaluation.command", "tune_command"),
         "the best decoder for a task within a budget of forward passes",
     ),
     "study": (_elsewhere("unmask.study.command"), "a grid of trainings and evaluations with equal budgets, resumable"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +11,7 @@ import torch
 from unmask.decoding import Decoder
 from unmask.decoding.trajectory import Trajectory
 from unmask.io.files import as_yaml
+from unmask.io.launcher import world_size
 from unmask.models.adapters import check_precision
 from unmask.models.load import load_meta
 from unmask.models.memory import GIB, Load, training_need
@@ -79,7 +79,7 @@ def dry_run(config: RLConfig) -> str:
     Raises:
         UserError: for what would stop the run before its first update and can be seen without weights.
     """
-    world, mu = int(os.environ.get("WORLD_SIZE", "1")), config.num_iterations
+    world, mu = world_size(), config.num_iterations
     config.check_batch(config.batch_size)
     lm = load_meta(config.model, config.dtype)
     check_precision(lm, config.lora_r)

@@ -15,7 +15,7 @@ from rich.text import Text
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from unmask.errors import UserError
-from unmask.io.files import read_lines, whole, writing_to
+from unmask.io.files import atomic_write, read_lines, writing_to
 from unmask.io.schema import COUNT
 from unmask.models.adapters import adapter_config, check_precision
 from unmask.models.load import load, warn_of_slow_bf16
@@ -64,7 +64,7 @@ class RunLog(TrainerCallback):
             # The validation before the first update belongs to step 0 of a fresh start only.
             lines = read_lines(path, {"step": COUNT}, "remove it, and the run goes on without what it held")
             kept = [e for e in lines if e["step"] <= state.global_step] if state.global_step else []
-            with whole(path) as partial:
+            with atomic_write(path) as partial:
                 partial.write_text("".join(json.dumps(e) + "\n" for e in kept), encoding="utf-8")
 
     def _append(self, name: str, entry: dict[str, Any]) -> None:

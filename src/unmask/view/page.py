@@ -23,7 +23,7 @@ from unmask.decoding import Decoder
 from unmask.decoding.stream import END, MASK
 from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
-from unmask.io.files import whole
+from unmask.io.files import atomic_write
 from unmask.models.masked_lm import MaskedLM
 
 LIMIT = 5_000_000  # bytes of a page
@@ -203,6 +203,6 @@ def write_page(path: Path, lm: MaskedLM, prompt: str, panels: Sequence[Panel], l
             f"the page takes {len(found) / 1e6:.1f} MB even where masked cells keep the candidates of one step only, and at "
             f"most {limit / 1e6:g} MB are written: give fewer --candidates or fewer decoders"
         )
-    with whole(path) as partial_file:
+    with atomic_write(path) as partial_file:
         partial_file.write_bytes(found)
     return len(found), every
