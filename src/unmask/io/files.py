@@ -156,7 +156,7 @@ def read_yaml(path: Path, what: str, schema: Any = dict) -> dict[str, Any]:
         says = str(error.problem or error.context)
     except (yaml.YAMLError, ValueError) as error:
         says = " ".join(str(error).split())
-    raise UserError(f"{what} {path}{line} is not a table of settings ({says:.200}): write lines of key: value")
+    raise UserError(f"{what} {path}{line} is not a table of settings ({says:.150}): write lines of key: value")
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def claim(
 
 
 def _grows(before: Any, now: Any) -> bool:
-    if isinstance(before, dict):
+    if isinstance(before, dict) and isinstance(now, dict):
         return all(before[key] == now[key] for key in before.keys() & now.keys())
     return isinstance(before, int) and (now is None or before < now)
 
