@@ -50,7 +50,7 @@ def claim(
 def _grows(before: Any, now: Any) -> bool:
     if isinstance(before, dict) and isinstance(now, dict):
         return all(before[key] == now[key] for key in before.keys() & now.keys())
-    return isinstance(before, int) and (now is None or before < now)
+    return type(before) is int and (now is None or before < now)
 
 
 def shard(path: Path, rank: int) -> Path:
