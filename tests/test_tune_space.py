@@ -305,12 +305,10 @@ def test_advice_by_hand() -> None:
         return tune_report.verdict({**both, "difference": difference, "difference_interval": [low, high]}, 8)
 
     assert said(0.1, 0.01, 0.2) == "The winner is better. Take W."
-    assert "may be chance. Take W, and expect little." in said(0.1, -0.01, 0.2)
-    assert "may be chance" in said(0.1, 0.0, 0.2)
-    assert said(-0.1, -0.2, 0.1).endswith("does not show on unseen problems. Take the preset P.")
+    assert said(0.1, 0.0, 0.2).endswith("it may be chance. Take W.")
+    assert said(-0.1, -0.2, 0.1) == "What the search found does not show on unseen problems. Take the preset P."
     assert said(0.0, 0.0, 0.0).endswith("Take the preset P.")
-    assert said(-0.1, -0.2, -0.01) == "On unseen problems the preset is better. Take the preset P."
-    assert said(-0.1, -0.2, -0.01, 4.0).endswith("P, or the winner for 4.0 passes instead of 8.0.")
+    assert said(-0.1, -0.2, -0.01) == "The preset is better on unseen problems. Take the preset P."
     # over the budget of 8
     over = "more than the budget of 8: where that matters,"
     assert said(0.1, 0.01, 0.2, ours=8.2).endswith(f"Take W. On test W takes 8.2 passes a problem, {over} take P.")
@@ -339,10 +337,8 @@ def test_presets_that_do_not_fit_the_canvas_are_said() -> None:
     assert not any("Not tried" in sentence for sentence in tune_report.sentences(fitting))
 
 
-@pytest.mark.parametrize(
-    "task", ["countdown", " countdown  ", "countdown:\tnumbers=3,\n max_value=9", "countdown:\u2028 "]
-)
-@pytest.mark.parametrize("folder", ["a  b\tc", "it's \\ \n# a\x07: 'b", "\x85é\u2029\ufeff\x1b[1m"])
+@pytest.mark.parametrize("task", ["countdown", " countdown  ", "countdown: numbers=3, max_value=9"])
+@pytest.mark.parametrize("folder", ["a  b", "it's \\ # a 'b$(c)", "é: &"])
 def test_the_command_in_the_decoder_file_is_the_command(tmp_path: Path, task: str, folder: str) -> None:
     chosen = TuneConfig(task=task, budget=4, output=folder)
     text = tune_report.decoder_file(RESULT, chosen)
