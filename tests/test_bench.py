@@ -65,7 +65,7 @@ def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
         BenchDecode(decoder=("eosr",))
     with pytest.raises(UserError, match="dtype"):
         BenchDecode(dtype="float8")
-    with pytest.raises(UserError, match=r"no eval/generate\.py: give a checkout"):
+    with pytest.raises(UserError, match=r"no eval/generate\.py: use a checkout"):
         BenchDecode(reference="/nowhere")
     with pytest.raises(UserError, match="d_model=30 is no multiple"):
         BenchDecode(d_model=30)

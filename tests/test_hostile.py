@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,14 +27,7 @@ FLAGS = [f"--{key.replace('_', '-')}={value}" for key, value in TABLE.items()]
 @pytest.fixture
 def command(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
     """The shortest run of a command that writes ``out``."""
-    of_tune = [
-        "--budget=4",
-        "--max-new-tokens=32",
-        "--task=countdown",
-        "--limit=2",
-        "--run-off-limit=2",
-        "--test-limit=2",
-    ]
+    of_tune = shlex.split("--budget=4 --max-new-tokens=32 --task=countdown --limit=2 --run-off-limit=2 --test-limit=2")
     few = (["ass", "full:steps=4", "eoser"], ["semi-ar:steps=4", "ass:temperature=0.5"])
     monkeypatch.setattr(tune, "candidates", lambda *_: few)
     tables = [{**TABLE, "model": model}]

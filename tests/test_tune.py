@@ -222,20 +222,9 @@ def test_names_with_brackets_are_shown_as_they_are(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "[b]$x_^$").symlink_to(model)
-    settings = [
-        "--model",
-        "[b]$x_^$",
-        "--budget",
-        "1",
-        "--limit",
-        "2",
-        "--run-off-limit",
-        "3",
-        "--test-limit",
-        "2",
-        "--max-new-tokens",
-        "16",
-    ]
+    settings = shlex.split(
+        "--model '[b]$x_^$' --budget 1 --limit 2 --run-off-limit 3 --test-limit 2 --max-new-tokens 16"
+    )
     tune_command(["--task", "countdown", "--output", "out[/b][bold] :smile:", *settings])
     said = capsys.readouterr()
     assert "out[/b][bold] :smile:/decoder.yaml" in said.out and "[b]$x_^$, countdown" in " ".join(said.out.split())
@@ -252,7 +241,7 @@ def test_names_with_brackets_are_shown_as_they_are(
     [
         ("--task countdown --budget 0", "budget is 0: give 1 or more"),
         ("--task countdown --budget 1 --cfg-scale 1", "budget is 1, and guidance takes 2 passes at least"),
-        ("--task countdown --budget 4 --cfg-scale -1", "cfg_scale is -1.0: give positive numbers"),
+        ("--task countdown --budget 4 --cfg-scale -1", "cfg_scale is -1.0: use positive numbers"),
         ("--task cuontdown --budget 4", "did you mean 'countdown'"),
         ("--task countdown:data=/dev/null --budget 4", "split 'validation' is only generated"),
         ("--task countdown --budget 4 --run-off-limit 0", "run_off_limit is 0"),
