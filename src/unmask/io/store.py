@@ -50,7 +50,9 @@ def claim(
 def _grows(before: Any, now: Any) -> bool:
     if isinstance(before, dict) and isinstance(now, dict):
         return all(before[key] == now[key] for key in before.keys() & now.keys())
-    return type(before) is int and (now is None or before < now)
+    if type(before) is not int or before < 1:
+        return False
+    return now is None or (type(now) is int and before < now)
 
 
 def shard(path: Path, rank: int) -> Path:
