@@ -29,7 +29,7 @@ from unmask.evaluation.curves import curves, kept_trajectories
 from unmask.evaluation.distributed import Processes, init_distributed, take_own_gpu
 from unmask.evaluation.progress import Progress
 from unmask.evaluation.prompts import row_seeds, task_prompts
-from unmask.evaluation.records import FIX, compare_to_best, matches, summarize
+from unmask.evaluation.records import FIX, check_problem, compare_to_best, summarize
 from unmask.io.files import removed, slug, write_json, writing_to
 from unmask.io.schema import COUNT, RECORD, Number
 from unmask.io.store import Record, RecordStore, claim
@@ -127,7 +127,7 @@ def _store(config: EvalConfig, name: str, decoder: Decoder, problems: list[Probl
         for key, kind in {"tokens": COUNT, "steps": step, "logprobs": Number()}.items():
             schema[key] = [kind, decoder.max_new_tokens]
     path = Path(config.output) / "records" / name
-    return RecordStore(path, schema, lambda r: r["index"], FIX, lambda r: matches(r, problems))
+    return RecordStore(path, schema, lambda r: r["index"], FIX, lambda r: check_problem(r, problems))
 
 
 def run_cell(

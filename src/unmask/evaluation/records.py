@@ -20,7 +20,7 @@ def read_records(path: Path) -> list[Record]:
     return sorted(read_lines(path, RECORD, FIX), key=lambda r: r["index"])
 
 
-def matches(record: Record, problems: Sequence[Problem]) -> None:
+def check_problem(record: Record, problems: Sequence[Problem]) -> None:
     """Raises ValueError where a record is not of the problem at its index."""
     index, found = record["index"], record["id"]
     if index >= len(problems) or found != problems[index].id:

@@ -22,7 +22,7 @@ from unmask.evaluation.config import EvalConfig
 from unmask.evaluation.evaluate import Cell, PreparedEvaluation, environment, prepare, run_cell
 from unmask.evaluation.progress import Progress
 from unmask.evaluation.prompts import task_prompts
-from unmask.evaluation.records import FIX, matches, summarize
+from unmask.evaluation.records import FIX, check_problem, summarize
 from unmask.evaluation.tune_config import TuneConfig
 from unmask.evaluation.tune_space import candidates
 from unmask.io.files import write_json, writing_to
@@ -219,7 +219,7 @@ def prepare_trials(config: TuneConfig, names: Sequence[str], progress: Progress 
     def check(record: Record) -> None:
         if (record["split"], record["decoder"]) not in cells:
             raise ValueError(f"decoder is {record['decoder']!r:.60}, split {record['split']!r:.60}")
-        matches(record, problems[record["split"]])
+        check_problem(record, problems[record["split"]])
 
     def key(record: Record) -> tuple[str, str, int]:
         return record["split"], record["decoder"], record["index"]
