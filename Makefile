@@ -45,7 +45,7 @@ results: $(READY)
 		full semi-ar eoser full:steps=7 ass eoser-ass hybrid
 	$(BIN)/unmask eval --limit 256 --batch-size 64 --no-early-stop --output runs/heldout --split heldout --task sudoku \
 		--decoder full:steps=7 ass eoser-ass
-	$(BIN)/unmask eval --limit 16 --batch-size 16 --output runs/diagnostics --diagnostics --task countdown \
+	$(BIN)/unmask eval --limit 16 --batch-size 16 --output runs/eos --trajectories --task countdown \
 		--decoder full semi-ar eoser
 
 # Reinforcement learning on the shipped model: objectives x tasks x seeds (four to eleven minutes each on two cores), then tests.

@@ -51,7 +51,7 @@ def run_in_subprocess(module: str, what: str, request: dict[str, Any]) -> dict[s
     found_from = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": found_from}
     run = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment)
-    if run.returncode == 2:  # the user's mistake, in the sentence of ``answer``
+    if run.returncode == 2:  # the user's mistake, in the sentence of ``subprocess_main``
         raise UserError(run.stderr.strip().splitlines()[-1])
     if run.returncode:
         last = (run.stderr.strip().splitlines() or ["no message"])[-1]
@@ -60,7 +60,7 @@ def run_in_subprocess(module: str, what: str, request: dict[str, Any]) -> dict[s
     return found
 
 
-def answer(work: Callable[[dict[str, Any]], Any]) -> None:
+def subprocess_main(work: Callable[[dict[str, Any]], Any]) -> None:
     """The other side of ``run_in_subprocess``: print what ``work`` makes of the request in the command line."""
     try:
         print(json.dumps(work(json.loads(sys.argv[1]))))
@@ -76,14 +76,14 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def seconds(work: Callable[[], Any], device: str) -> float:
     """Wall time of one call, the device's work included."""
-    synchronize_device(device)
+    synchronize(device)
     start = time.perf_counter()
     work()
-    synchronize_device(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 
-def synchronize_device(device: str) -> None:
+def synchronize(device: str) -> None:
     """Wait for the device."""
     if device != "cpu":
         torch.cuda.synchronize()

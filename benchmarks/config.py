@@ -35,7 +35,7 @@ class Shape:
         import torch
 
         if not torch.cuda.is_available():
-            raise UserError(f"device is {device}, but there is no GPU here: give --device cpu")
+            raise UserError(f"device is {device}, but there is no GPU here: use --device cpu")
 
 
 @dataclass
@@ -120,7 +120,7 @@ class BenchRL(Shape):
         check_at_least(self, 1, "rows", "rows_per_forward", "prompt", "length", "repeats")
         check_at_least(self, 0, "lora")
         if not self.steps or not all(1 <= s <= self.length for s in self.steps):
-            raise UserError(f"steps {self.steps} do not fit a canvas of {self.length}: give 1 to {self.length}")
+            raise UserError(f"steps {self.steps} do not fit a canvas of {self.length}: choose 1 to {self.length}")
 
     @property
     def dtype(self) -> str:
@@ -158,10 +158,10 @@ class BenchMemory(Shape):
         self.check(self.device)
         check_at_least(self, 1, "steps", "rows_per_forward", "prompt", "lora")
         if not set(self.work) <= set(WORKS):
-            raise UserError(f"work is {self.work}: give some of {', '.join(WORKS)}")
+            raise UserError(f"work is {self.work}: choose some of {', '.join(WORKS)}")
         if min((0, *self.length, *self.completions)[1:], default=0) < 1 or self.steps > min(self.length):
             raise UserError(
-                f"length={self.length}, completions={self.completions}, steps={self.steps}: give 1 or more, and no more "
+                f"length={self.length}, completions={self.completions}, steps={self.steps}: choose 1 or more, and no more "
                 "steps than tokens"
             )
 

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import (
-    answer,
     gemm_peak,
     pass_flops,
     peak_bytes,
@@ -22,6 +21,7 @@ from benchmarks.common import (
     seconds,
     spread,
     stand_in,
+    subprocess_main,
 )
 from benchmarks.config import STAND_IN, BenchDecode
 from benchmarks.reference import load_reference, reference_decode
@@ -190,4 +190,6 @@ def standing_at(lm: MaskedLM, trajectory: Trajectory, s: int, seeds: Tensor) -> 
 
 
 if __name__ == "__main__":
-    answer(lambda request: measure(BenchDecode(**{k: v for k, v in request.items() if k != "cell"}), *request["cell"]))
+    subprocess_main(
+        lambda request: measure(BenchDecode(**{k: v for k, v in request.items() if k != "cell"}), *request["cell"])
+    )

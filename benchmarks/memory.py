@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import answer, peak_bytes, reset_peak, run_in_subprocess, stand_in
+from benchmarks.common import peak_bytes, reset_peak, run_in_subprocess, stand_in, subprocess_main
 from benchmarks.config import BenchMemory, BenchRL
 from benchmarks.update import bench_trainer, random_rollout
 from unmask.decoding import decode, make_decoder
@@ -121,4 +121,6 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 if __name__ == "__main__":
-    answer(lambda request: measure(BenchMemory(**{k: v for k, v in request.items() if k != "cell"}), *request["cell"]))
+    subprocess_main(
+        lambda request: measure(BenchMemory(**{k: v for k, v in request.items() if k != "cell"}), *request["cell"])
+    )

@@ -23,7 +23,7 @@ def load_reference(folder: str) -> ModuleType:
     """The module ``eval/generate.py`` of a checkout. Raises UserError where it is not there or cannot be imported."""
     path = Path(folder) / "eval" / "generate.py"
     if not path.is_file():
-        raise UserError(f"{folder} holds no eval/generate.py: give a checkout of EOSER-ASS-RL")
+        raise UserError(f"{folder} holds no eval/generate.py: use a checkout of EOSER-ASS-RL")
     specification = importlib.util.spec_from_file_location("released_generate", path)
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)

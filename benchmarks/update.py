@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import (
-    answer,
     free_bytes,
     gemm_peak,
     pass_flops,
@@ -22,6 +21,7 @@ from benchmarks.common import (
     seconds,
     spread,
     stand_in,
+    subprocess_main,
 )
 from benchmarks.config import BenchRL
 from unmask.decoding import make_decoder
@@ -203,4 +203,4 @@ def bare_update(trainer: DiffusionGRPOTrainer, model: Any, rollout: Rollout) -> 
 
 if __name__ == "__main__":
     own = ("way", "at")
-    answer(lambda r: measure(BenchRL(**{k: v for k, v in r.items() if k not in own}), *(r[k] for k in own)))
+    subprocess_main(lambda r: measure(BenchRL(**{k: v for k, v in r.items() if k not in own}), *(r[k] for k in own)))

@@ -16,7 +16,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stab
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 
 
-def page_data(page: str) -> dict[str, Any]:
+def data_of(page: str) -> dict[str, Any]:
     """The JSON that a page carries in ``<script id="data">``, if it is valid HTML5 and asks for no other file."""
     root = html5lib.HTMLParser(strict=True, namespaceHTMLElements=False).parse(page)
     assert not [e for e in root.iter() if e.get("src") or not (e.get("href") or "#").startswith(("#", "data:"))]

@@ -9,8 +9,9 @@ from typing import Any
 
 import yaml
 
-from unmask.evaluation.records import as_lines, summarize
+from unmask.evaluation.records import summarize
 from unmask.io.files import slug, write_json
+from unmask.io.store import as_lines
 from unmask.results.collect import Result
 
 HOSTILE = "full:note=<b>&\"'</script><script>x</script>"

@@ -17,7 +17,7 @@ import tyro
 
 from benchmarks.__main__ import BENCHMARKS
 from unmask.cli import COMMANDS, main
-from unmask.evaluation.records import shard
+from unmask.io.store import shard
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,7 +98,7 @@ FILES = {
     [
         (["eval", "--task", "gsm8k", "--data", "deep.json", "--output", "out"], ["deep.json is not JSON"]),
         (["eval", "--task", "countdown", "--data", "deep.json", "--output", "out"], ["deep.json is not JSON"]),
-        (["rl", "deep.yaml"], ["the config deep.yaml is not YAML"]),
+        (["rl", "deep.yaml"], ["the config deep.yaml is not a table of settings"]),
         (["rl", "twice.yaml"], ["the key 'steps' stands twice", "line 3"]),
         (["rl", "no_base.yaml"], ["cannot read the base of no_base.yaml, nothing.yaml"]),
         (["generate", "x", "--decoder", "twice.yaml"], ["the decoder file twice.yaml", "stands twice"]),

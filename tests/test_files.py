@@ -23,8 +23,8 @@ from unmask import Trajectory, make_decoder
 from unmask.cli import grade_file, main
 from unmask.errors import UserError
 from unmask.evaluation.evaluate import EvalConfig, evaluate, prepare
-from unmask.evaluation.records import merge
-from unmask.evaluation.tune import Measurements
+from unmask.evaluation.tune import prepare_trials
+from unmask.evaluation.tune_config import TuneConfig
 from unmask.io.files import as_yaml, read_yaml
 from unmask.io.schema import MEASURED
 from unmask.results.collect import collect
@@ -44,29 +44,20 @@ STRANGE_YAML = {
     "alias to itself": "steps: &a [*a]\n",
     "tab": "steps:\n\t- 1\n",
     "key twice": "steps: 1\nsteps: 2\n",
-    "nested key twice": "a:\n  steps: 1\n  steps: 2\n",
     "number as key": "1: 2\n",
-    "switch as key": "on: 2\n",
     "list as key": "? [a]\n: 1\n",
     "long key twice": f"? {'k' * 9_999}\n? {'k' * 9_999}\n",
     "long alias": "steps: *" + "k" * 9_999 + "\n",
     "long tag": "steps: !" + "k" * 9_999 + " 1\n",
     "python object": "steps: !!python/object/apply:os.system [touch executed]\n",
-    "python name": "steps: !!python/name:os.system\n",
     "binary": "steps: !!binary aGVsbG8=\n",
-    "broken binary": "steps: !!binary '###'\n",
     "set": "steps: !!set {a, b}\n",
     "int tag": "steps: !!int seven\n",
-    "empty int tag": "steps: !!int ''\n",
-    "float tag": "steps: !!float seven\n",
-    "bool tag": "steps: !!bool seven\n",
     "own tag": "steps: !mine 7\n",
     "deep": "steps: " + "[" * 1_000,
     "40 levels": "steps: " + "[" * 40 + "]" * 40 + "\n",
     "digits": "steps: " + "9" * 5_000 + "\n",
-    "no digits": "steps: 0x_\n",
     "empty": "",
-    "comment": "# steps: 1\n",
     "list": "- steps\n",
     "text": "steps\n",
     "two documents": "steps: 1\n---\nsteps: 2\n",
@@ -77,7 +68,7 @@ STRANGE_YAML = {
 
 
 @pytest.mark.parametrize("text", STRANGE_YAML.values(), ids=STRANGE_YAML)
-@pytest.mark.parametrize("command", [["generate", "x", "--decoder"], ["sft"], ["rl", "--dry-run"], ["study"]])
+@pytest.mark.parametrize("command", [["generate", "x", "--decoder"], ["study"]])
 def test_strange_yaml_is_one_sentence(
     command: list[str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,7 +91,6 @@ def test_a_yaml_file_that_is_not_utf8(tmp_path: Path) -> None:
     ("text", "value"),
     [
         ("1e-5", 1e-5),
-        ("1E5", 1e5),
         ("-1.5e+3", -1500.0),
         (".5", 0.5),
         ("3", 3),
@@ -108,9 +98,7 @@ def test_a_yaml_file_that_is_not_utf8(tmp_path: Path) -> None:
         (".inf", math.inf),
         ("2024-12-31", "2024-12-31"),
         ("2024-13-45", "2024-13-45"),
-        ("2024-01-01 12:30:00", "2024-01-01 12:30:00"),
         ("12:30", "12:30"),
-        ("1:30:00.5", "1:30:00.5"),
         ("=", "="),
         ("1e", "1e"),
         ("'1e-5'", "1e-5"),
@@ -146,34 +134,12 @@ def test_yaml_that_is_written_is_read_back(value: dict[str, Any], tmp_path_facto
 # ---- what runs have written, read back -------------------------------------------------------------------------------------
 
 DELETED = object()
-WRONG: dict[str, Any] = {
-    "text": "<script>alert(1)</script>",
-    "null": None,
-    "a list": [1, ["x"]],
-    "an object": {"a": 1},
-    "true": True,
-    "NaN": math.nan,
-    "infinity": math.inf,
-    "a huge number": 10**400,
-    "a number too large": 1e300,
-    "a negative number": -7,
-    "deep lists": functools.reduce(lambda inner, _: [inner], range(900), 1),
-    "half a character": "\ud800",
-    "missing": DELETED,
-}
-BAD = [
-    b"[]",
-    b"1",
-    b"null",
-    b'"x"',
-    b"{",
-    b"{}",
-    b"\xff",
-    b"\0",
-    b"NaN",
-    b"[" * 100_000,
-    b'{"index": ' + b"9" * 5_000 + b"}",
+WRONG: list[Any] = [
+    *("<script>alert(1)</script>", "\ud800", None, [1, ["x"]], {"a": 1}, True, math.nan, 10**400, -7),
+    functools.reduce(lambda inner, _: [inner], range(900), 1),
+    DELETED,
 ]
+BAD = [b"[]", b'"x"', b"{", b"\xff", b"\0", b"NaN", b"[" * 100_000, b'{"index": ' + b"9" * 5_000 + b"}"]
 
 
 @dataclass
@@ -193,7 +159,7 @@ class Store:
         except UserError as error:
             said = str(error)
             assert str(self.path.parent) in said and "\n" not in said and len(said) < 600
-            assert re.search(r"[:;] (remove|give|write|run|evaluate|let) ", said)
+            assert re.search(r"[:;] (remove|give|choose|write|run|evaluate|let) ", said)
             return said
         finally:
             self.path.write_bytes(before)
@@ -210,38 +176,41 @@ class Store:
 def stores(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Store]:
     """A file of every kind, as a run leaves it."""
     at = tmp_path_factory.mktemp("stores")
-    config = EvalConfig(
-        model=model, task=["countdown"], decoder=["ass"], limit=2, max_new_tokens=16, output=f"{at}/eval"
-    )
-    config.trajectories = True
+    few: dict[str, Any] = {"task": ["countdown"], "decoder": ["ass"], "limit": 2, "max_new_tokens": 16}
+    config = EvalConfig(model=model, **few, trajectories=True, output=f"{at}/eval")
     evaluate(config)
-    request = prepare(config)
-    (cell,) = request.cells
+    prepared = prepare(config)
+    (cell,) = prepared.cells
     run, study = report_folders.run(at / "run", 0), report_folders.study(at / "study")
+    limits = {"limit": 1, "run_off_limit": 2, "test_limit": 1}
+    tuned = TuneConfig(model=model, task="countdown", budget=4, max_new_tokens=16, **limits, output=str(at))
+    trials = prepare_trials(tuned, ["ass"], None)
     measured = {key: value for key, value in report_folders.records(1, 1, 4)[0].items() if key in MEASURED}
-    measurements, completions = at / "measurements.jsonl", at / "completions.jsonl"
-    measurements.write_text(json.dumps({"split": "validation", "decoder": "ass", "records": [measured]}) + "\n")
+    measured |= {"split": "validation", "decoder": "ass", "id": trials.cells["validation", "ass"].problems[0].id}
+    trials.store.append([measured])
+    completions = at / "completions.jsonl"
     completions.write_text(json.dumps({"completion": "8*3+5", "ground_truth": [[8, 3, 5], 29]}) + "\n")
 
     def go_on() -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("unmask.evaluation.evaluate.prepare", lambda _: request)
+            patch.setattr("unmask.evaluation.evaluate.prepare", lambda _: prepared)
             evaluate(config)
 
     def report_of(folder: Path) -> Callable[[], Any]:
         return lambda: collect([folder])
 
     def view() -> None:
-        from_records(ViewArguments(prompt=[str(cell.path)]))
+        from_records(ViewArguments(prompt=[str(records)]))
 
+    records = cell.store.path
     counts = ("index", "points", "possible", "nfe", "committed", "length", "seconds")
     return {
-        "records": Store(cell.path, lambda: merge(cell.path, cell.problems, 1, cell.record(config)), counts),
+        "records": Store(records, cell.store.merge, counts),
         "config.json": Store(at / "eval" / "config.json", go_on, ("limit", "max_new_tokens")),
         "summary.json": Store(at / "eval" / "summary.json", report_of(at / "eval")),
-        "records in a page": Store(cell.path, view, counts),
+        "records in a page": Store(records, view, counts),
         "config.json in a page": Store(at / "eval" / "config.json", view, ("seed",)),
-        "measurements": Store(measurements, lambda: Measurements(measurements, None, None)),  # type: ignore[arg-type]
+        "measurements": Store(trials.store.path, trials.store.merge, counts),
         "metrics": Store(run / "metrics.jsonl", report_of(run), ("step",)),
         "times": Store(run / "times.jsonl", report_of(run), ("step",)),
         "cells": Store(study / "cells.jsonl", report_of(study), ("seconds",)),
@@ -273,27 +242,27 @@ def changed(value: Any, at: tuple[Any, ...], new: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize("store", STORES)
-def test_a_wrong_value_anywhere_is_one_sentence(stores: dict[str, Store], store: str, wrong: Any) -> None:
+def test_a_wrong_value_anywhere_is_one_sentence(stores: dict[str, Store], store: str) -> None:
     """No value at any place ends in anything but a result or a sentence; for numbers it is a sentence that says where."""
     found = stores[store]
     value, rest = found.lines()
     assert found.says(found.path.read_bytes()) == ""
-    for at in places(value):
-        said = found.says(changed(value, at, wrong) + b"\n" + rest)
-        if at in [(key,) for key in found.numbers]:
-            assert said, f"{wrong!r} was taken for {at[0]}"
+    for wrong in WRONG:
+        for at in places(value):
+            said = found.says(changed(value, at, wrong) + b"\n" + rest)
+            if at in [(key,) for key in found.numbers]:
+                assert said, f"{wrong!r} was taken for {at[0]}"
 
 
-@pytest.mark.parametrize("raw", BAD, ids=lambda raw: repr(raw[:12]))
 @pytest.mark.parametrize("store", STORES)
-def test_a_bad_line_is_named(stores: dict[str, Store], store: str, raw: bytes) -> None:
+def test_a_bad_line_is_named(stores: dict[str, Store], store: str) -> None:
     found = stores[store]
     _, rest = found.lines()
-    if found.path.suffix == ".json":
-        assert f"{found.path.name} is damaged (" in found.says(raw + b"\n")
-    else:
+    for raw in BAD:
+        if found.path.suffix == ".json":
+            assert f"{found.path.name} is damaged (" in found.says(raw + b"\n")
+            continue
         assert f"{found.path.name}:1 " in found.says(raw + b"\n" + rest)
         whole = found.path.read_bytes()
         number = whole.count(b"\n") + 1

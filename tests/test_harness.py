@@ -82,17 +82,6 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 # ---- the bound -------------------------------------------------------------------------------------------------------
 
 
-def test_one_token_is_the_log_softmax(toy_lm: MaskedLM) -> None:
-    """For every character; exactly one of them is what greedy decoding writes, the most likely one."""
-    characters = [c for c in map(chr, range(33, 127)) if tokens(toy_lm, c)[0] != [toy_lm.tokenizer.unk_token_id]]
-    found = UnmaskLM(toy_lm, mc_samples=1).loglikelihood(instances("loglikelihood", *((TEXT, c) for c in characters)))
-    (context,) = tokens(toy_lm, TEXT)
-    hand = [by_hand(toy_lm, context, tokens(toy_lm, c)[0], (0,)) for c in characters]
-    assert [bound for bound, _ in found] == pytest.approx(hand, abs=1e-5)
-    first = decode(toy_lm, *toy_lm.encode([TEXT], 1), make_decoder("full:max_new_tokens=1")).tokens[0].tolist()
-    assert [greedy for _, greedy in found] == [tokens(toy_lm, c)[0] == first for c in characters]
-
-
 @pytest.mark.parametrize("w", [0.0, 1.5])
 def test_few_tokens_are_exact(toy_lm: MaskedLM, w: float) -> None:
     context, three, two = tokens(toy_lm, TEXT, "1+4", "12")
@@ -101,7 +90,7 @@ def test_few_tokens_are_exact(toy_lm: MaskedLM, w: float) -> None:
         assert bounds(toy_lm, [(context, text)], 7, 0, 32, w) == pytest.approx([hand], abs=1e-4)
 
 
-@pytest.mark.parametrize("samples", [1, 2, 5, 6])
+@pytest.mark.parametrize("samples", [1, 5])
 def test_sampled_masks_have_the_expectation_of_all(toy_lm: MaskedLM, samples: int) -> None:
     context, text = tokens(toy_lm, TEXT, "1+4")
     value = {s: by_hand(toy_lm, context, text, s) for s in subsets(3)}
@@ -113,20 +102,6 @@ def test_sampled_masks_have_the_expectation_of_all(toy_lm: MaskedLM, samples: in
     found = torch.tensor(estimates, dtype=torch.float64)
     error = float(found.std()) / math.sqrt(len(found))
     assert abs(float(found.mean()) - expectation(toy_lm, context, text)) < 4 * error
-
-
-def test_every_number_of_masks_is_met_equally_often() -> None:
-    masks, weights = mask_sets(9, 27, seed=3)
-    assert masks.sum(1).bincount().tolist() == [0] + [3] * 9 and torch.equal(weights, 9 / (masks.sum(1) * 27).double())
-    assert torch.equal(mask_sets(9, 27, 3)[0], masks) and not torch.equal(mask_sets(9, 27, 4)[0], masks)
-
-
-def test_a_large_sample_comes_near_the_exact_bound(toy_lm: MaskedLM) -> None:
-    pair = tuple(tokens(toy_lm, TEXT, "1+2+2=5"))
-    (exact,) = bounds(toy_lm, [pair], 127, 0, 64)
-    found = torch.tensor([bounds(toy_lm, [pair], 126, seed, 63)[0] for seed in range(24)], dtype=torch.float64)
-    assert 0 < float(found.std()) < 0.1 * abs(exact)
-    assert abs(float(found.mean()) - exact) < 4 * float(found.std()) / math.sqrt(24)
 
 
 def mixed(lm: MaskedLM) -> list[tuple[str, str]]:
@@ -147,9 +122,17 @@ def test_neither_batch_nor_order_matters(toy_lm: MaskedLM) -> None:
     assert changed == [len(c) > 4 for _, c in mixed(toy_lm)]  # what is exact knows no seed
 
 
-def test_choices_behind_one_context_share_a_pass(toy_lm: MaskedLM, passes: list[int]) -> None:
-    UnmaskLM(toy_lm).loglikelihood(instances("loglikelihood", *((TEXT, c) for c in "ABCD")))
+def test_one_token_is_the_log_softmax_in_a_shared_pass(toy_lm: MaskedLM, passes: list[int]) -> None:
+    """For every character; exactly one of them is what greedy decoding writes, the most likely one."""
+    characters = [c for c in map(chr, range(33, 127)) if tokens(toy_lm, c)[0] != [toy_lm.tokenizer.unk_token_id]]
+    model = UnmaskLM(toy_lm, mc_samples=1, batch_size=len(characters))
+    found = model.loglikelihood(instances("loglikelihood", *((TEXT, c) for c in characters)))
     assert passes == [1, 1]  # one for the bounds, one for greedy decoding
+    (context,) = tokens(toy_lm, TEXT)
+    hand = [by_hand(toy_lm, context, tokens(toy_lm, c)[0], (0,)) for c in characters]
+    assert [bound for bound, _ in found] == pytest.approx(hand, abs=1e-5)
+    first = decode(toy_lm, *toy_lm.encode([TEXT], 1), make_decoder("full:max_new_tokens=1")).tokens[0].tolist()
+    assert [greedy for _, greedy in found] == [tokens(toy_lm, c)[0] == first for c in characters]
 
 
 def test_greedy_is_what_decoding_writes(toy_lm: MaskedLM, passes: list[int]) -> None:
@@ -163,9 +146,7 @@ def test_greedy_is_what_decoding_writes(toy_lm: MaskedLM, passes: list[int]) -> 
         pairs += [(context, [*text[:i], (text[i] + 1) % 90 + 10, *text[i + 1 :]]) for i in range(length)]
     expected = [p in list(zip(contexts, written, strict=True)) for p in pairs]
     assert sum(expected) == len(PROMPTS) and is_greedy(toy_lm, pairs) == expected
-    passes.clear()
-    wrong = [(context, [(t + 1) % 90 + 10 for t in text]) for context, text in zip(contexts, written, strict=True)]
-    assert is_greedy(toy_lm, wrong) == [False] * len(wrong) and len(passes) == 1
+    assert len(passes) == 2 * length  # equal contexts share a row
 
 
 def test_long_contexts_lose_their_beginning(toy_lm: MaskedLM, caplog: pytest.LogCaptureFixture) -> None:
@@ -253,14 +234,6 @@ def test_long_prompts_lose_their_beginning(toy_lm: MaskedLM) -> None:
         UnmaskLM(short, decoder="full", max_new_tokens=64).generate_until(requests_for([TEXT]))
 
 
-def test_the_chat_template_is_ours(tiny_lm: MaskedLM) -> None:
-    model = UnmaskLM(tiny_lm)
-    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    assert model.apply_chat_template(turns) == tiny_lm.chat("c", examples=[("a", "b")])
-    assert model.apply_chat_template(turns[:2], add_generation_prompt=False) == tiny_lm.chat("a", "b")
-    assert model.chat_template(True) == tiny_lm.tokenizer.chat_template and "/" not in model.tokenizer_name
-
-
 def test_arguments_reach_the_model() -> None:
     line = "pretrained=tiny,decoder=eoser-ass:blocks=4;temperature=0.7,max_new_tokens=64,batch_size=5,dtype=float32"
     model = UnmaskLM.create_from_arg_string(line, {"batch_size": "1", "device": "cuda:0", "max_batch_size": None})
@@ -276,13 +249,11 @@ def test_arguments_reach_the_model() -> None:
     [
         ("decoder=ass:blocks=4,temperature=0.7", "decoder=eoser-ass:blocks=4;temperature=0.7"),
         ("decoder=asss", "did you mean 'ass'"),
-        ("pretrained=tiny,model=tiny", "give one"),
+        ("pretrained=tiny,model=tiny", "use one"),
         ("batchsize=4", "did you mean 'batch_size'"),
-        ("batch_size=auto", "give a number"),
-        ("mc_samples=0", "give 1 or more"),
-        ("mc_samples=many", "give a whole number"),
+        ("batch_size=auto", "use a number"),
+        ("mc_samples=0", "mc_samples is 0"),
         ("pretrained=nowhere", "unknown model"),
-        ("dtype=int8", "unknown dtype"),
     ],
 )
 def test_mistakes_are_sentences(line: str, sentence: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import yaml
 
 from unmask.cli import main
-from unmask.evaluation import evaluate, tune_report, tune_space
+from unmask.evaluation import evaluate, tune, tune_report
 from unmask.results import accuracy as report
 from unmask.study import run as study
 
@@ -26,16 +27,9 @@ FLAGS = [f"--{key.replace('_', '-')}={value}" for key, value in TABLE.items()]
 @pytest.fixture
 def command(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
     """The shortest run of a command that writes ``out``."""
-    of_tune = [
-        "--budget=4",
-        "--max-new-tokens=32",
-        "--task=countdown",
-        "--limit=2",
-        "--run-off-limit=2",
-        "--test-limit=2",
-    ]
+    of_tune = shlex.split("--budget=4 --max-new-tokens=32 --task=countdown --limit=2 --run-off-limit=2 --test-limit=2")
     few = (["ass", "full:steps=4", "eoser"], ["semi-ar:steps=4", "ass:temperature=0.5"])
-    monkeypatch.setattr(tune_space, "candidates", lambda *_: few)
+    monkeypatch.setattr(tune, "candidates", lambda *_: few)
     tables = [{**TABLE, "model": model}]
     (tmp_path / "study.yaml").write_text(yaml.safe_dump({"output": str(tmp_path / "out"), "evaluate": tables}))
     known = {
@@ -52,9 +46,9 @@ def command(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
 @pytest.mark.parametrize(
     ("name", "place", "moment", "says"),
     [
-        ("eval", evaluate, "as_lines", "was removed while the run wrote to it"),
+        ("eval", evaluate, "kept_trajectories", "was removed while the run wrote to it"),
         ("eval", report, "accuracy_figure", "cannot write to"),
-        ("tune", evaluate, "run_cell", "cannot write to"),
+        ("tune", tune, "run_cell", "cannot write to"),
         ("tune", tune_report, "front_figure", "cannot write to"),
         ("study", study, "wait", "was removed while the run wrote to it"),
     ],
@@ -78,8 +72,8 @@ def test_a_folder_removed_meanwhile_is_one_sentence(
 
     monkeypatch.setattr(place, moment, without_folder)
     arguments = command(name)
-    if moment == "as_lines":
-        arguments.append("--batch-size=1")
+    if moment == "kept_trajectories":
+        arguments += ["--batch-size=1", "--trajectories"]
     assert main(arguments) == 2
     said = capsys.readouterr().err
     assert f"unmask: {tmp_path / 'out'} {says}" in said or f"unmask: {says} {tmp_path / 'out'}" in said
@@ -88,8 +82,7 @@ def test_a_folder_removed_meanwhile_is_one_sentence(
 # ---- standard output -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("closed", [False, True], ids=["no reader", "closed"])
-@pytest.mark.parametrize("name", ["eval", "tune", "study"])
+@pytest.mark.parametrize(("name", "closed"), [("eval", False), ("eval", True), ("tune", False), ("study", True)])
 def test_a_lost_output_loses_no_result(
     name: str,
     closed: bool,

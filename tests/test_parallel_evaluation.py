@@ -16,9 +16,8 @@ import pytest
 from unmask import UserError
 from unmask.evaluation.distributed import take_own_gpu
 from unmask.evaluation.evaluate import EvalConfig, evaluate
-from unmask.evaluation.records import Record, merge, shard
 from unmask.io.files import read_lines
-from unmask.tasks import Problem
+from unmask.io.store import Record
 
 SETTINGS = {
     "task": ["countdown:style=compact,max_value=9", "sudoku:style=compact"],
@@ -126,10 +125,8 @@ def test_a_killed_rank_loses_one_batch_and_any_number_goes_on(alone: Path, toy_f
     assert code != 0, said
     shards = {p.name: p.read_text().splitlines() for p in (tmp_path / "a" / "records").iterdir()}
     assert all(".jsonl.rank-" in name for name in shards)
-    assert sorted(len(lines) for name, lines in shards.items() if name.endswith("rank-1")) == [
-        2,
-        5,
-    ]  # 3 batches, 1 batch
+    lengths = sorted(len(lines) for name, lines in shards.items() if name.endswith("rank-1"))
+    assert lengths == [2, 5]  # 3 batches, 1 batch
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     resumed = start(toy_folder, tmp_path / "b", tmp_path)
     evaluate(config(toy_folder, tmp_path / "a"))
@@ -156,80 +153,12 @@ def test_interrupting_the_launcher_leaves_a_folder_to_go_on_with(alone: Path, to
 
 
 def test_a_mistake_ends_all_with_one_sentence(toy_folder: str, tmp_path: Path) -> None:
-    said = "give an --output that they all share"
+    said = "choose an --output that they all share"
     begun = time.time()
     code, text = end(start(toy_folder, tmp_path / "run-RANK", tmp_path, mode="plain"))
     assert code != 0 and text.count("unmask: ") == text.count(said) == 1, text
     assert time.time() - begun < 200 and "terminate called" not in text
     assert not list(tmp_path.glob("run*/records/*"))
-
-
-def record(index: int) -> Record:
-    counts = {"points": 0.0, "possible": 1.0, "nfe": 1, "committed": 1, "length": 1, "seconds": 0.0}
-    return {"index": index, "id": f"p{index}", "prompt": "", "completion": "", "solved": False, **counts}
-
-
-def test_shards_of_any_number_of_processes_merge(tmp_path: Path) -> None:
-    """Also those of a merge that a crash cut off, with a line that another crash cut off; nothing twice, nothing lost."""
-    problems = [Problem(f"p{i}", "", {}) for i in range(9)]
-    path = tmp_path / "cell.jsonl"
-
-    def write(to: Path, indexes: list[int]) -> None:
-        to.write_text("".join(json.dumps({**record(i), "from": to.name}) + "\n" for i in indexes))
-
-    write(path, [5, 1])
-    write(shard(path, 0), [6, 0])
-    write(shard(path, 1), [5, 7])  # 5 was merged already
-    write(shard(path, 12), [8])
-    with shard(path, 12).open("a") as file:
-        file.write('{"index": 2, "id": "p')
-    write(tmp_path / "cell.jsonl-other.jsonl.rank-0", [4])
-    assert list(merge(path, problems, 1)) == [0, 1, 5, 6, 7, 8]
-    assert [(r["index"], r["from"].removeprefix(path.name)) for r in read_lines(path)] == [
-        (0, ".rank-0"),
-        (1, ""),
-        (5, ""),
-        (6, ".rank-0"),
-        (7, ".rank-1"),
-        (8, ".rank-12"),
-    ]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cell.jsonl", "cell.jsonl-other.jsonl.rank-0"]
-    shard(path, 2).write_text(json.dumps({**record(2), "id": "p3"}) + "\n")
-    before = path.read_bytes()
-    with pytest.raises(UserError, match=r"rank-2 holds records of other problems"):
-        merge(path, problems, 1)
-    shard(path, 2).write_text("[]\n")
-    with pytest.raises(UserError, match=r"rank-2:1 is damaged .*: remove it"):
-        merge(path, problems, 1)
-    assert path.read_bytes() == before and shard(path, 2).exists()
-
-
-def test_a_merge_that_cannot_write_keeps_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    problems = [Problem("p0", "", {})]
-    path = tmp_path / "cell.jsonl"
-    line = json.dumps(record(0)) + "\n"
-    shard(path, 0).write_text(line)
-
-    def full(*_: object) -> None:
-        raise OSError("disk full")
-
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr("unmask.io.files.os.replace", full)
-        merge(path, problems, 1)
-    assert not path.exists() and shard(path, 0).read_text() == line
-    merge(path, problems, 1)
-    assert path.read_text() == line and not shard(path, 0).exists()
-
-
-def test_records_that_another_run_took_away_are_missed(
-    toy_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def steal(label: str, done: int, total: int) -> None:
-        for path in tmp_path.glob("records/*.rank-0"):
-            path.unlink()
-
-    with pytest.raises(UserError, match="lacks 11 of 11 records"):
-        evaluate(config(toy_folder, tmp_path, task=["sudoku:style=compact"], decoder=["ass"]), steal)
 
 
 def test_data_names_the_file_of_one_task(toy_folder: str, tmp_path: Path) -> None:
@@ -242,7 +171,7 @@ def test_data_names_the_file_of_one_task(toy_folder: str, tmp_path: Path) -> Non
     long = {**short, "task": [f"countdown:style=compact,data={file}"]}
     evaluate(config(toy_folder, tmp_path / "run", **long))  # the same evaluation, so the folder takes it
     assert records(tmp_path / "run") == before
-    with pytest.raises(UserError, match="for 2 tasks: give one --task"):
+    with pytest.raises(UserError, match="for 2 tasks: choose one --task"):
         config(toy_folder, tmp_path, data=str(file))
     with pytest.raises(UserError, match="without a comma"):
         config(toy_folder, tmp_path, task=["countdown"], data="a,b")

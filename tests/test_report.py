@@ -336,7 +336,7 @@ def test_a_mistake_is_one_sentence(tmp_path: Path) -> None:
         ([sft], "no rewards among the metrics"),
         ([no_cells], "holds no finished cell of a study"),
         ([twice], "cells.jsonl holds a cell twice: give a whole study"),
-        ([good, "--output", "/proc/nothing"], "cannot write to /proc/nothing.*; give another --output"),
+        ([good, "--output", "/proc/nothing"], "cannot write to /proc/nothing.*; choose another --output"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             command([*map(str, arguments)])

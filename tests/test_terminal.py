@@ -69,19 +69,18 @@ def test_a_full_disk_is_one_sentence(folder: Path) -> None:
     assert process.returncode == 1 and said.startswith("unmask: cannot write the output: ") and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "gbk"])
+@pytest.mark.parametrize("encoding", ["ascii", "gbk"])
 @pytest.mark.parametrize("name", ["usage", "mistake"])
 def test_what_a_terminal_cannot_show_is_escaped(folder: Path, name: str, encoding: str) -> None:
     process = run(SAYS[name], folder, stdout=subprocess.PIPE, env={"PYTHONIOENCODING": encoding})
     out, err = process.communicate(timeout=200)
     assert process.returncode == (2 if name == "mistake" else 0) and "Traceback" not in err
-    if encoding != "gbk":  # which has both
+    if encoding == "ascii":  # gbk has both
         assert ("\\u2026" in out) if name == "usage" else ("\\u2192" in err)
 
 
-@pytest.mark.parametrize("text", ["a[/]b", "[bold]x", ":smile:", r"\[x]", "$_^", "{a}"])
-def test_a_console_shows_text_as_it_is(text: str) -> None:
-    screen = console()
+def test_a_console_shows_text_as_it_is() -> None:
+    screen, text = console(), r"a[/]b [bold]x :smile: \[x] $_^ {a}"
     screen.file = io.StringIO()
     table = Table(title=text)
     table.add_column(text)
@@ -108,7 +107,7 @@ def shown(to: Console, *, of: str) -> str:
     return text
 
 
-@pytest.mark.parametrize("width", [30, 60, 80, 132])
+@pytest.mark.parametrize("width", [30, 80, 132])
 def test_a_table_drops_columns_and_cuts_no_name(width: int) -> None:
     to = screen(width)
     rows = [["countdown", NAME, "7", "12.9 [9.3, 17.5]", "20.1", "3.2"], ["sudoku", "full", "64", "1.0", "2.0", "3.0"]]
@@ -119,7 +118,7 @@ def test_a_table_drops_columns_and_cuts_no_name(width: int) -> None:
     assert max(map(len, text.splitlines())) <= width
 
 
-@pytest.mark.parametrize("width", [40, 60, 80, 132])
+@pytest.mark.parametrize("width", [40, 80])
 def test_a_bar_leaves_room_for_its_name(width: int) -> None:
     to = screen(width)
     bar = Progress(*bar_columns(to), console=to)
@@ -141,7 +140,9 @@ def test_the_demo_says_how_long_and_what_is_right(
     monkeypatch.setattr(demo, "DECODERS", ["full:steps=2", "eoser-ass"])
     monkeypatch.setattr(demo, "CANVASES", [("sudoku", "full:steps=32", 0.0), ("countdown", "full:steps=1", 0.0)])
     assert main(["demo", "--limit", "1", "--output", str(tmp_path / "demo")]) == 0
-    said = capsys.readouterr().out
+    said, progress = capsys.readouterr()
     assert "minutes" in said.splitlines()[0]
-    assert said.index("✓ solved") < said.index("✗ not solved") < said.index("2.0 passes") < said.index("to best")
+    assert said.index("✓ solved") < said.index("✗ not solved") < said.index("to best")
+    for cell in ("sudoku · full:steps=2", "countdown · eoser-ass"):  # no terminal: a line a part, and now and then
+        assert f"{cell}: 0 of 1\n{cell}: 1 of 1\n" in progress
     assert (tmp_path / "demo" / "accuracy.png").exists()

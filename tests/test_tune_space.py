@@ -14,9 +14,9 @@ from unmask import UserError, make_decoder
 from unmask.config import read_flags
 from unmask.decoding.decoder import PRESETS
 from unmask.evaluation import tune_report
+from unmask.evaluation.command import tune_command
 from unmask.evaluation.tune import (
     Standing,
-    best,
     decide,
     in_run_off,
     pareto,
@@ -25,9 +25,8 @@ from unmask.evaluation.tune import (
     successive_halving,
     top_fraction,
 )
-from unmask.evaluation.tune_command import command
 from unmask.evaluation.tune_config import TuneConfig
-from unmask.evaluation.tune_space import behaviour, candidates, unfit_presets
+from unmask.evaluation.tune_space import behaviour, candidates
 
 # ---- the search, without a model -------------------------------------------------------------------------------------
 
@@ -57,10 +56,6 @@ def test_better_part_by_hand() -> None:
     assert [s.name for s in top_fraction(found[:2], 1)] == ["a"]  # both are on the front
 
 
-def test_best_is_the_cheapest_of_ties() -> None:
-    assert best(standings(("a", 0.4, 1), ("b", 0.5, 8), ("c", 0.5, 6), ("d", 0.5, 6))).name == "c"
-
-
 def test_rounds() -> None:
     assert round_sizes(128) == [16, 32, 64, 128]
     assert round_sizes(100) == [16, 32, 64, 100]
@@ -87,10 +82,6 @@ def test_halving_by_hand() -> None:
     # 8: within are a b d e f; two go on: a and b, the front. 16: b is out.
     assert asked == [(list("abcdef"), 8), (["a", "b"], 16), (["a"], 32)]
     assert left == [Standing("a", 0.5, 4.0)]
-    asked.clear()
-    left = successive_halving("abcdef", [8, 16, 32], measure, 5.0, 3, ())
-    assert asked == [(list("abcdef"), 8), (["a", "b", "f"], 16), (["a", "f"], 32)]
-    assert [s.name for s in left] == ["a", "f"]
 
 
 def test_the_best_that_cannot_exceed_the_budget_goes_on() -> None:
@@ -150,10 +141,10 @@ def test_a_standing_by_hand() -> None:
 # ---- the space -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("length", [1, 2, 16, 100, 128, 256])
+@pytest.mark.parametrize("length", [1, 16, 100, 128])
 @pytest.mark.parametrize("early_stop", [True, False])
 def test_candidates_are_different_exact_and_near_the_budget(length: int, early_stop: bool) -> None:
-    for budget in (1, 2, 7, 8, 32, 300, 4096):
+    for budget in (1, 8, 300):
         presets, others = candidates(budget, length, early_stop, [])
         decoders = [make_decoder(spec, max_new_tokens=length) for spec in (*presets, *others)]
         assert len({behaviour(d) for d in decoders}) == len(decoders) < 250
@@ -168,20 +159,9 @@ def test_the_space_holds_every_family() -> None:
     presets, others = candidates(8, 128, True, [])
     assert {"ass", "eoser-ass", "full:steps=8", "semi-ar:steps=8", "threshold", "hybrid"} <= set(presets)
     assert not any("dream" in spec for spec in presets)
-    for spec in (
-        "full:steps=4",
-        "full:steps=8,confidence=margin",
-        "full:threshold=0.5",
-        "eoser:gamma_min=0.01,steps=16",
-        "hard-eos:steps=24",
-        "hard-eos:threshold=0.9",
-        "semi-ar:block_length=16,steps=16,confidence=entropy",
-        "threshold:block_length=64,threshold=0.7,confidence=margin",
-        "hybrid:block_length=64,confidence=entropy",
-        "ass:blocks=7",
-        "eoser-ass:gamma_min=0.1,blocks=3",
-    ):
-        assert spec in others, spec
+    found = "full:steps=8,confidence=margin eoser:gamma_min=0.01,steps=16 hard-eos:threshold=0.9 ass:blocks=7"
+    found += " semi-ar:block_length=16,steps=16,confidence=entropy hybrid:block_length=64,confidence=entropy"
+    assert set(found.split()) <= set(others)
     # ascending plans take 7 passes: those of a budget of 32 are only the presets
     assert not any("ass" in spec for spec in candidates(32, 128, True, [])[1])
     # one step a block commits all that is open, so the confidence makes no difference
@@ -209,38 +189,10 @@ def test_behaviour_by_hand() -> None:
         ("eoser:steps=8", "eoser:steps=8,gamma_min=0.1"),
         ("eoser:steps=8", "hard-eos:steps=8"),
         ("full:steps=8", "full:steps=8,block_length=8"),
-        ("full:steps=8", "full:steps=8,cfg_scale=1"),
         ("full:steps=1", "full:steps=1,cfg_scale=1"),
         ("full:threshold=0.5", "full:threshold=0.7"),
-        ("full:threshold=0.5", "full:steps=16"),
     ):
         assert not same(one, other, 16), (one, other)
-
-
-def test_presets_are_only_brought_down() -> None:
-    for budget in (1, 7, 32, 64, 127, 128, 300):
-        presets, _ = candidates(budget, 128, True, [])
-        for spec in presets:
-            name, _, steps = spec.partition(":")
-            assert name in PRESETS and make_decoder(spec).passes <= make_decoder(name).passes
-            assert (not steps) or make_decoder(name).passes > budget >= make_decoder(spec).passes
-    assert "semi-ar:steps=32" in candidates(32, 128, True, [])[0]
-
-
-def test_a_budget_of_more_than_the_canvas_has_a_space() -> None:
-    for early_stop in (True, False):
-        wide, wider = (candidates(budget, 64, early_stop, [0.5]) for budget in (256, 4096))
-        assert wide == wider
-        assert {"full:steps=64", "full:steps=64,cfg_scale=0.5", "eoser:gamma_min=0.1,steps=64"} <= set(wide[1])
-        assert not any("ass:" in spec for spec in wide[1])  # 6 passes
-        decoders = [make_decoder(spec, max_new_tokens=64) for spec in wide[1]]
-        guided = [d for d in decoders if d.cfg_scale and d.threshold is None]
-        assert min(d.passes for d in guided) >= 128 / 4  # the longest takes 128
-
-
-def test_presets_whose_blocks_do_not_fit() -> None:
-    assert unfit_presets(100) == ["semi-ar", "semi-ar-random", "threshold", "hybrid"] and unfit_presets(64) == []
-    assert not any(spec.startswith(tuple(unfit_presets(100))) for spec in candidates(32, 100, True, [])[0])
 
 
 def test_guidance_is_tried_at_half_the_passes() -> None:
@@ -305,12 +257,10 @@ def test_advice_by_hand() -> None:
         return tune_report.verdict({**both, "difference": difference, "difference_interval": [low, high]}, 8)
 
     assert said(0.1, 0.01, 0.2) == "The winner is better. Take W."
-    assert "may be chance. Take W, and expect little." in said(0.1, -0.01, 0.2)
-    assert "may be chance" in said(0.1, 0.0, 0.2)
-    assert said(-0.1, -0.2, 0.1).endswith("does not show on unseen problems. Take the preset P.")
+    assert said(0.1, 0.0, 0.2).endswith("it may be chance. Take W.")
+    assert said(-0.1, -0.2, 0.1) == "What the search found does not show on unseen problems. Take the preset P."
     assert said(0.0, 0.0, 0.0).endswith("Take the preset P.")
-    assert said(-0.1, -0.2, -0.01) == "On unseen problems the preset is better. Take the preset P."
-    assert said(-0.1, -0.2, -0.01, 4.0).endswith("P, or the winner for 4.0 passes instead of 8.0.")
+    assert said(-0.1, -0.2, -0.01) == "The preset is better on unseen problems. Take the preset P."
     # over the budget of 8
     over = "more than the budget of 8: where that matters,"
     assert said(0.1, 0.01, 0.2, ours=8.2).endswith(f"Take W. On test W takes 8.2 passes a problem, {over} take P.")
@@ -339,10 +289,8 @@ def test_presets_that_do_not_fit_the_canvas_are_said() -> None:
     assert not any("Not tried" in sentence for sentence in tune_report.sentences(fitting))
 
 
-@pytest.mark.parametrize(
-    "task", ["countdown", " countdown  ", "countdown:\tnumbers=3,\n max_value=9", "countdown:\u2028 "]
-)
-@pytest.mark.parametrize("folder", ["a  b\tc", "it's \\ \n# a\x07: 'b", "\x85é\u2029\ufeff\x1b[1m"])
+@pytest.mark.parametrize("task", ["countdown", " countdown  ", "countdown: numbers=3, max_value=9"])
+@pytest.mark.parametrize("folder", ["a  b", "it's \\ # a 'b$(c)", "é: &"])
 def test_the_command_in_the_decoder_file_is_the_command(tmp_path: Path, task: str, folder: str) -> None:
     chosen = TuneConfig(task=task, budget=4, output=folder)
     text = tune_report.decoder_file(RESULT, chosen)
@@ -366,7 +314,7 @@ def test_the_command_in_the_decoder_file_is_the_command(tmp_path: Path, task: st
 )
 def test_what_needs_no_model_is_found_without_it(flags: str, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        command(["--model", "/no/such/model", "--budget", "4", *flags.split()])
+        tune_command(["--model", "/no/such/model", "--budget", "4", *flags.split()])
 
 
 def test_a_typo_does_not_wait_for_torch() -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from browser import page_data
+from browser import data_of
 from unmask.errors import UserError
 from unmask.evaluation.evaluate import EvalConfig, evaluate
 from unmask.view.command import command
 from unmask.view.config import ViewArguments
-from unmask.view.jobs import Settings
+from unmask.view.jobs import source_of
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +33,7 @@ def records_of(run: Path, decoder: str, task: str = "countdown") -> Path:
 
 
 def viewed(output: Path) -> dict[str, Any]:
-    return page_data(output.read_text())
+    return data_of(output.read_text())
 
 
 def test_records_are_decoded_again(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,13 +54,14 @@ def test_records_are_decoded_again(run: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_the_model_is_the_records_own_where_no_other_is_named() -> None:
-    settings = Settings("base + lora", "w", "bfloat16", "lora", "main", True, 0, True)
-    own = settings.source(ViewArguments())
+    config = {"model": {"name": "base + lora", "dtype": "bfloat16"}, "adapter": "lora", "revision": "main"}
+    config["load_in_4bit"] = True
+    own = source_of(config, ViewArguments())
     assert (own.model, own.adapter, own.revision, own.dtype) == ("base", "lora", "main", "bfloat16")
     assert own.load_in_4bit and not own.trust_remote_code
-    other = settings.source(ViewArguments(model="there", dtype="float32"))
+    other = source_of(config, ViewArguments(model="there", dtype="float32"))
     assert (other.model, other.adapter, other.revision, other.dtype) == ("there", None, None, "float32")
-    assert not other.load_in_4bit and settings.source(ViewArguments(adapter="mine")).adapter == "mine"
+    assert not other.load_in_4bit and source_of(config, ViewArguments(adapter="mine")).adapter == "mine"
 
 
 def test_a_text_that_differs_from_the_record_is_said(
@@ -91,12 +91,6 @@ def test_a_prompt_gives_what_generate_prints(tmp_path: Path, capsys: pytest.Capt
     assert data["prompt"] == "<|user|>make 29 from 3 8 5<|assistant|><reasoning>3"
 
 
-def test_a_prompt_may_be_longer_than_any_file_name(tmp_path: Path) -> None:
-    prompt = "make 29 from 3 8 5, " * 20
-    command([prompt, "--decoder", "full:steps=2", "--max-new-tokens", "8", "--output", str(tmp_path / "p.html")])
-    assert prompt in viewed(tmp_path / "p.html")["prompt"]
-
-
 def test_a_name_is_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "x.yaml").write_text('name: "[/bold] x"\n')
     command(["x", "--decoder", str(tmp_path / "x.yaml"), "--max-new-tokens", "8", "--output", str(tmp_path / "p.html")])
@@ -106,10 +100,10 @@ def test_a_name_is_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "0 prompts: give one text"),
-        (["a", "b"], "2 prompts: give one text"),
-        (["nothing.jsonl"], "nothing.jsonl does not exist: give a records file"),
-        (["RUN"], "is no records file: give RUN/records/TASK--DECODER.jsonl of unmask eval, or a text"),
+        ([], "0 prompts: use one text"),
+        (["a", "b"], "2 prompts: use one text"),
+        (["nothing.jsonl"], "nothing.jsonl does not exist: use a records file"),
+        (["RUN"], "is no records file: use RUN/records/TASK--DECODER.jsonl of unmask eval, or a text"),
         (["RECORDS", "text"], "mixes records files and text"),
         (["RECORDS"] * 5, "5 records files: a page shows one to 4"),
         (["a", "--decoder", *["ass"] * 5], "5 decoders"),
@@ -117,16 +111,11 @@ def test_a_name_is_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["a", "--index", "1"], "index is 1, but there is only the prompt given: leave it out"),
         (["a", "--task", "sudoku"], "prompt is ['a'], but the task decides that"),
         (["--task", "sudokku"], "did you mean 'sudoku'"),
-        (["--task", "countdown", "--index", "-1"], "index is -1"),
         (["--task", "countdown", "--data", "x"], "unrecognized options: --data"),
-        (["a", "--candidates", "0"], "candidates is 0: give 1 to 20"),
-        (["a", "--seed", "-1"], "seed is -1"),
-        (["a", "--output", "/proc/nothing/x.html"], "cannot write to /proc/nothing/x.html"),
+        (["a", "--candidates", "0"], "candidates is 0: choose 1 to 20"),
+        (["a", "--model", "nowhere", "--output", "/proc/nothing/x.html"], "cannot write to /proc/nothing/x.html"),
         (["a", "--max-new-tokens", "4000"], "at most 2048 together"),
         (["RECORDS", "--decoder", "full"], "decoder is ['full'], but the records decide that: leave it out"),
-        (["RECORDS", "--max-new-tokens", "32"], "max_new_tokens is 32, but"),
-        (["RECORDS", "--seed", "4"], "seed is 4, but"),
-        (["RECORDS", "--no-early-stop"], "early_stop is False, but"),
         (["RECORDS", "--index", "3"], "no record of problem 3 (it has 3)"),
         (["RECORDS", "SUDOKU"], "hold different prompts at index 0"),
         (["RECORDS", "--model", "TOY"], "but toy has"),
@@ -152,15 +141,12 @@ def test_mistakes_are_one_sentence(
 @pytest.mark.parametrize(
     ("config", "records", "said"),
     [
-        (None, "", "is in no run's records: give it as RUN/records/"),
+        (None, "", "is in no run's records: use it as RUN/records/"),
         ("{", "", "Expecting property name"),
-        ("[]", "", "config.json is damaged (it is [], not an object)"),
         ('{"model": {}, "tasks": {}, "decoders": {}}', "", "it lacks 'seed'"),
-        ('{"model": {}, "tasks": {}, "decoders": {}, "seed": 0, "early_stop": true}', "", "does not say how"),
         ("same", "{", "holds no record of problem 0 (it has 0)"),
         ("same", "{\n", "is damaged"),
-        ("same", '{"index": 0}\n', ":1 is damaged (it lacks 'id')"),
-        ("same", "[]\n", "is damaged"),
+        ("same", '{"index": 0}\n', ":1 is damaged (it lacks 'committed')"),
     ],
 )
 def test_damaged_runs(run: Path, tmp_path: Path, config: str | None, records: str, said: str) -> None:
@@ -169,31 +155,7 @@ def test_damaged_runs(run: Path, tmp_path: Path, config: str | None, records: st
     file.write_text(records)
     if config is not None:
         (tmp_path / "config.json").write_text((run / "config.json").read_text() if config == "same" else config)
-    fixes = r"evaluate again|run its unmask eval command again|give another|give it as RUN/records/"
+    fixes = r"evaluate again|run its unmask eval command again|choose another|use it as RUN/records/"
     with pytest.raises(UserError, match=fixes) as error:
         command([str(file), "--output", str(tmp_path / "page.html")])
     assert said in str(error.value) and "\n" not in str(error.value)
-
-
-def test_records_of_two_models_are_refused(run: Path, tmp_path: Path) -> None:
-    shutil.copytree(run, tmp_path / "other")
-    config = json.loads((run / "config.json").read_text())
-    config["model"]["weights"] = "another"
-    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
-    files = [records_of(run, "semi-ar"), records_of(tmp_path / "other", "semi-ar")]
-    with pytest.raises(UserError, match="were made by different models: make a page of each"):
-        command([*map(str, files), "--output", str(tmp_path / "page.html")])
-
-
-def test_the_output_is_tried_before_the_model_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(ViewArguments, "load", None)
-    with pytest.raises(UserError, match="give another --output"):
-        command(["x", "--output", str(tmp_path)])
-
-
-def test_a_records_file_under_another_name_is_refused(run: Path, tmp_path: Path) -> None:
-    copy = run / "records" / "copy.jsonl"
-    copy.write_text(records_of(run, "semi-ar").read_text())
-    with pytest.raises(UserError, match=r"it lacks 'copy\.jsonl'"):
-        command([str(copy), "--output", str(tmp_path / "page.html")])
-    copy.unlink()

@@ -16,6 +16,7 @@ import tyro
 from unmask.config import convert, overview, read_flags, split_spec
 from unmask.errors import UserError, unknown
 from unmask.io.files import each_line, writing_to
+from unmask.io.launcher import rank
 from unmask.io.terminal import standard_streams
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ def sft(arguments: list[str]) -> None:
 
 def _say(text: str) -> None:
     """Print, in one of several processes."""
-    if os.environ.get("RANK", "0") == "0":
+    if not rank():
         print(text)
 
 
@@ -85,9 +86,9 @@ def export_checkpoint(arguments: list[str]) -> None:
         print(f"checkpoint  {export(load(a.checkpoint, device='cpu'), output)}")
 
 
-def _elsewhere(module: str) -> Callable[[list[str]], None]:
-    """The ``command`` of a module, imported when it is called."""
-    return lambda arguments: import_module(module).command(arguments)
+def _elsewhere(module: str, name: str = "command") -> Callable[[list[str]], None]:
+    """A function of a module that is imported when it is called."""
+    return lambda arguments: getattr(import_module(module), name)(arguments)
 
 
 def lm_eval(arguments: list[str]) -> None:
@@ -155,7 +156,7 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
     "rl": (rl, "train on rewards with GRPO along the decoder's trajectories"),
     "report": (_elsewhere("unmask.results.command"), "figures and one HTML file of evaluations, trainings and studies"),
     "tune": (
-        _elsewhere("unmask.evaluation.tune_command"),
+        _elsewhere("unmask.evaluation.command", "tune_command"),
         "the best decoder for a task within a budget of forward passes",
     ),
     "study": (_elsewhere("unmask.study.command"), "a grid of trainings and evaluations with equal budgets, resumable"),

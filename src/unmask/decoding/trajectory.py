@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unmask.errors import UserError
-from unmask.io.files import whole
+from unmask.io.files import atomic_write
 from unmask.io.schema import AMOUNT, check
 
 _TENSORS = {
@@ -101,7 +101,7 @@ class Trajectory:
     def save(self, path: str | Path) -> None:
         """Write as safetensors, whole or not at all."""
         meta = {"mask_id": str(self.mask_id), "decoder": json.dumps(self.decoder)}
-        with whole(Path(path)) as partial:
+        with atomic_write(Path(path)) as partial:
             save_file({k: getattr(self, k).cpu().contiguous() for k in _TENSORS}, partial, metadata=meta)
 
     @classmethod

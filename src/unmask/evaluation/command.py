@@ -1,13 +1,13 @@
-"""The command line of ``unmask eval``."""
+"""The command lines of ``unmask eval`` and ``unmask tune``, read without torch."""
 
 from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import Any
 
 from unmask.config import read_flags
 from unmask.evaluation.config import EvalConfig
+from unmask.evaluation.tune_config import TuneConfig
 from unmask.io.files import write_text, writing_to
 from unmask.io.terminal import console
 
@@ -18,11 +18,13 @@ def command(arguments: list[str]) -> None:
 
 
 def run_evaluation(config: EvalConfig) -> None:
-    from unmask.evaluation.distributed import AgreedError, join
+    """Evaluate with progress bars, then write the figures and the table of the folder and print the table."""
+    from unmask.evaluation.distributed import AgreedError, init_distributed
     from unmask.evaluation.evaluate import evaluate
     from unmask.evaluation.progress import progress_bars
+    from unmask.results import accuracy as report
 
-    processes = join()
+    processes = init_distributed()
     if processes.rank:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C comes to all, and rank 0 has a word for it
     elif processes.world > 1:  # another rank's end comes as SIGTERM; the terminal shall have its cursor back
@@ -33,14 +35,9 @@ def run_evaluation(config: EvalConfig) -> None:
     except AgreedError:
         processes.exit_after_rank0()
         raise
-    if not processes.rank:
-        show_evaluation(summary, Path(config.output))
-
-
-def show_evaluation(summary: dict[str, Any], output: Path) -> None:
-    """Write the figures and the table of an evaluation's folder and print the table."""
-    from unmask.results import accuracy as report
-
+    if processes.rank:
+        return
+    output = Path(config.output)
     with writing_to(output):
         figures = report.write_figures(summary, output)
         write_text(output / "table.md", report.markdown_table(summary))
@@ -49,3 +46,15 @@ def show_evaluation(summary: dict[str, Any], output: Path) -> None:
     print(f"records  {output / 'records'}\nsummary  {output / 'summary.json'}")
     for figure in (f for f in figures if f.suffix == ".png"):
         print(f"figure   {figure}")
+
+
+def tune_command(arguments: list[str]) -> None:
+    """``unmask tune``."""
+    config = read_flags(TuneConfig, arguments, prog="unmask tune")
+    from unmask.evaluation.progress import progress_bars
+    from unmask.evaluation.tune import tune
+    from unmask.evaluation.tune_report import show, write
+
+    with progress_bars() as progress:
+        result = tune(config, progress)
+    show(result, write(result, config))

@@ -16,7 +16,7 @@ class EvalConfig(ModelSource):
     task: list[str] = field(default_factory=lambda: ["sudoku", "countdown"])
     """Task specs, e.g. ``sudoku countdown:numbers=4 gsm8k math500``."""
     data: str | None = None
-    """A file of test problems for the only task given: the same as ``--task NAME:data=PATH``."""
+    """A file of test problems for the only task: the same as ``--task NAME:data=PATH``."""
     decoder: list[str] = field(default_factory=lambda: ["full", "semi-ar", "eoser", "ass", "eoser-ass", "hybrid"])
     """Decoder specs, e.g. ``full eoser-ass:blocks=4``, or YAML files."""
     limit: int | None = 256
@@ -39,8 +39,6 @@ class EvalConfig(ModelSource):
     """Run folder. A second call with the same settings goes on or just prints the result."""
     trajectories: bool = False
     """Records also keep every token, the step that committed it and its log-probability; ``unmask report`` draws them."""
-    diagnostics: bool = False
-    """Also measure EOS confidence and the EOS share of commits over the steps, and draw them."""
 
     def __post_init__(self) -> None:
         expand_paths(self)
@@ -49,7 +47,7 @@ class EvalConfig(ModelSource):
         check_seed(self)
         check_own_folder(self.output)
         if not self.task or not self.decoder:
-            raise UserError("give at least one task and one decoder")
+            raise UserError("task and decoder each need at least one value")
         self.task_specs()
 
     def task_specs(self) -> list[str]:
@@ -57,9 +55,8 @@ class EvalConfig(ModelSource):
         if self.data is None:
             return self.task
         if len(self.task) > 1:
-            raise UserError(
-                f"data is {self.data!r} for {len(self.task)} tasks: give one --task, or --task NAME:data=PATH"
-            )
+            many = f"data is {self.data!r} for {len(self.task)} tasks"
+            raise UserError(f"{many}: choose one --task, or use --task NAME:data=PATH")
         if not self.data.strip() or "," in self.data:
-            raise UserError(f"data is {self.data!r}: give the path of a file, without a comma")
+            raise UserError(f"data is {self.data!r}: use the path of a file, without a comma")
         return [with_parameters(self.task[0], data=self.data)]

@@ -1,18 +1,14 @@
-"""``unmask demo``: the shipped model under seven decoders, canvases first, then a table that grows."""
+"""``unmask demo``: the shipped model under seven decoders, canvases first, then the table of an evaluation."""
 
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 from unmask.config import read_flags
-from unmask.evaluation.command import show_evaluation
+from unmask.evaluation.command import run_evaluation
 from unmask.evaluation.config import EvalConfig
 from unmask.evaluation.generate import GenerateArguments, run
-from unmask.io.terminal import console
 
 DECODERS = ["full", "semi-ar", "eoser", "full:steps=7", "ass", "eoser-ass", "hybrid"]
 """At L/2 passes, then at the logarithmic budget."""
@@ -40,8 +36,8 @@ def command(arguments: list[str]) -> None:
         flush=True,
     )
     show_canvases()
-    print()
-    show_evaluation(grow_table(config), Path(config.output))
+    print(flush=True)
+    run_evaluation(config)
 
 
 def show_canvases() -> None:
@@ -57,25 +53,3 @@ def show_canvases() -> None:
         prompt = task.instruction(problem)
         [text] = run(GenerateArguments(prompt=prompt, decoder=decoder, delay=delay if sys.stdout.isatty() else 0))
         print("✓ solved" if task.grade(problem, text).solved else "✗ not solved", flush=True)
-
-
-def grow_table(config: EvalConfig) -> dict[str, Any]:
-    """The summary of all decoders, evaluated one by one; a terminal sees one table grow, anything else a line a result."""
-    from rich.live import Live
-
-    from unmask.evaluation.evaluate import evaluate
-    from unmask.results.accuracy import percent, terminal_table
-
-    screen = console()
-    with Live(console=screen, transient=True) if screen.is_terminal else nullcontext() as live:
-        for count in range(1, len(DECODERS) + 1):
-            summary = evaluate(replace(config, decoder=DECODERS[:count]))
-            if live is not None:
-                live.update(terminal_table(summary, screen), refresh=True)
-                continue
-            for cell in (c for c in summary["cells"] if c["decoder"] == DECODERS[count - 1]):
-                solved = percent(cell["solved"], cell["solved_interval"])
-                print(
-                    f"{cell['task']:<10} {cell['decoder']:<13} {cell['nfe']:5.1f} passes  solved {solved} %", flush=True
-                )
-    return summary

@@ -7,7 +7,6 @@ then occupies a GPU, and several processes may share one. Started by torchrun or
 from __future__ import annotations
 
 import atexit
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from unmask.errors import UserError
+from unmask.io.launcher import local_rank, world_size
 
 T = TypeVar("T")
 
@@ -64,7 +64,7 @@ class Processes:
             if found:
                 raise AgreedError(found)
 
-    def first(self, action: Callable[[], T]) -> T:
+    def on_rank0(self, action: Callable[[], T]) -> T:
         """``action()`` of rank 0, which alone runs it; the result, or its UserError, on every process."""
         result: Any = None
         with self.sync_errors():
@@ -84,9 +84,9 @@ class Processes:
 
 
 @cache
-def join() -> Processes:
+def init_distributed() -> Processes:
     """This process's place among those that a launcher started; alone, no process group is made."""
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if world_size() == 1:
         return Processes()
     if not dist.is_initialized():
         dist.init_process_group("gloo")
@@ -97,4 +97,4 @@ def join() -> Processes:
 def take_own_gpu() -> None:
     """Make device ``cuda`` this process's GPU; more processes than GPUs share them in turn."""
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())

@@ -20,9 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unmask.decoding.canvas import Canvases
-from unmask.decoding.decode import DecodingLoop
-from unmask.decoding.decoder import Decoder
+from unmask.decoding import Decoder, decode
 from unmask.decoding.score import score_states
 from unmask.errors import UserError
 from unmask.models.masked_lm import MaskedLM
@@ -76,8 +74,8 @@ def truncate_context(lm: MaskedLM, pair: Pair) -> Pair:
 def batches(pairs: Sequence[Pair], size: int) -> Iterator[list[int]]:
     """Indexes of at most ``size`` pairs with continuations of one length; like contexts stand next to each other."""
     order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][1]), len(pairs[i][0]), pairs[i][0]))
-    for _, members in itertools.groupby(order, lambda i: len(pairs[i][1])):
-        alike = list(members)
+    for _, group in itertools.groupby(order, lambda i: len(pairs[i][1])):
+        alike = list(group)
         yield from (alike[a : a + size] for a in range(0, len(alike), size))
 
 
@@ -138,32 +136,13 @@ def bounds(
 def is_greedy(lm: MaskedLM, pairs: Sequence[Pair], cfg_scale: float = 0.0) -> list[bool]:
     """Whether greedy decoding of as many tokens, one a pass and the surest first, writes the continuation.
 
-    The pairs' continuations are of one length. A row ends with its first wrong token, which would stand; equal contexts
-    share a row.
+    The pairs' continuations are of one length; equal contexts are decoded once.
     """
     length = len(pairs[0][1])
     if not length:
         return [True] * len(pairs)
-    contexts = {tuple(context): 0 for context, _ in pairs}
-    number = {context: n for n, context in enumerate(contexts)}
-    homes = [number[tuple(context)] for context, _ in pairs]
-    targets = torch.tensor([continuation for _, continuation in pairs], device=lm.device)
-    prompt, visible = (t.to(lm.device) for t in _left_padded(lm, list(contexts)))
-    seeds = torch.zeros(len(contexts), dtype=torch.int64, device=lm.device)
-    right = list(range(len(pairs)))
-
-    class Loop(DecodingLoop):
-        def finished(self, rows: Canvases) -> list[int]:
-            nonlocal right
-            place = {n: i for i, n in enumerate(rows.numbers)}
-            at = torch.tensor([place[homes[p]] for p in right], device=lm.device)
-            agrees = ((rows.canvas[at] == targets[right]) | (rows.step[at] < 0)).all(1).tolist()
-            right = [p for p, fine in zip(right, agrees, strict=True) if fine]
-            pending = {homes[p] for p in right}
-            return [i for i, n in enumerate(rows.numbers) if n not in pending or rows.passes[i] == length]
-
-    loop = Loop(lm, Decoder(max_new_tokens=length, steps=length, cfg_scale=cfg_scale), early_stop=False)
-    canvas = torch.full((len(contexts), length), lm.mask_id, device=lm.device)
-    for _ in loop.run(Canvases.new(prompt, visible, canvas, lm.mask_id, seeds, range(len(contexts)))):
-        pass
-    return [p in right for p in range(len(pairs))]
+    contexts = list(dict.fromkeys(tuple(context) for context, _ in pairs))
+    prompt, visible = (t.to(lm.device) for t in _left_padded(lm, contexts))
+    decoder = Decoder(max_new_tokens=length, steps=length, cfg_scale=cfg_scale)
+    written = dict(zip(contexts, decode(lm, prompt, visible, decoder).tokens.tolist(), strict=True))
+    return [written[tuple(context)] == continuation for context, continuation in pairs]

@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from unmask import __version__
 from unmask.config import build
 from unmask.decoding import Decoder, decode_each, make_decoder
 from unmask.errors import UserError, check_at_least
-from unmask.evaluation.distributed import join
+from unmask.evaluation.distributed import init_distributed
 from unmask.evaluation.likelihood import Pair, batches, bounds, content_seed, is_greedy, truncate_context
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.source import ModelSource
@@ -31,12 +31,7 @@ try:
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs
-    from lm_eval.utils import (
-        get_rolling_token_windows,
-        make_disjoint_window,
-        simple_parse_args_string,
-        warning_once,
-    )
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string, warning_once
 except ImportError:
     raise UserError("lm-evaluation-harness 0.4.13 or later is not installed: pip install unmask[lm-eval]") from None
 
@@ -67,19 +62,13 @@ class HarnessSettings(ModelSource):
     def read(cls, arguments: dict[str, Any]) -> HarnessSettings:
         """From lm-eval's model arguments, whose values it has guessed types for. Raises UserError."""
         if "pretrained" in arguments and "model" in arguments:
-            raise UserError(
-                f"pretrained={arguments['pretrained']} and model={arguments['model']} are one thing: give one"
-            )
+            names = f"pretrained={arguments['pretrained']} and model={arguments['model']}"
+            raise UserError(f"{names} are one thing: use one of them")
         if str(arguments.get("batch_size", "")).startswith("auto"):
-            raise UserError("batch_size is 'auto', which unmask does not know: give a number")
-        given = {("model" if k == "pretrained" else k): v for k, v in arguments.items()}
-        strays = [k for k in given if k in {f.name for f in fields(Decoder)} - {f.name for f in fields(cls)}]
-        if strays:
-            raise UserError(
-                f"{strays[0]} is a parameter of a decoder, not of the model: write it into the decoder, with semicolons "
-                "where there are several, decoder=eoser-ass:blocks=4;temperature=0.7, or name a YAML file there"
-            )
-        return build(cls, {k: None if v is None else str(v) for k, v in given.items()}, "--model unmask")
+            raise UserError("batch_size is 'auto', which unmask does not know: use a number")
+        values = {"model" if k == "pretrained" else k: v if v is None else str(v) for k, v in arguments.items()}
+        hint = "a decoder's own go into it with semicolons, decoder=eoser-ass:blocks=4;temperature=0.7"
+        return build(cls, values, f"--model unmask ({hint})")
 
 
 @register_model("unmask")
@@ -101,13 +90,14 @@ class UnmaskLM(TemplateLM):
         self.settings = HarnessSettings.read(arguments)
         self.spec = self.settings.decoder.replace(";", ",")
         self.decoder = make_decoder(self.spec, max_new_tokens=self.settings.max_new_tokens)
-        self.processes = join()
+        self.processes = init_distributed()
         if self.processes.world > 1 and self.settings.device != "cpu":
             self.settings = replace(self.settings, device="auto")  # each process its own
         self.lm = pretrained if isinstance(pretrained, MaskedLM) else self.settings.load()
         self.tokenizer: Any = self.lm.tokenizer
         self._device = self.lm.device
         self._rank, self._world_size = self.processes.rank, self.processes.world
+        self.batch_size, self.max_length = self.settings.batch_size, self.lm.max_length
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> UnmaskLM:
@@ -123,18 +113,6 @@ class UnmaskLM(TemplateLM):
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     # ---- what lm-eval asks about a model ---------------------------------------------------------------------------
-
-    @property
-    def max_length(self) -> int:
-        return self.lm.max_length
-
-    @property
-    def max_gen_toks(self) -> int:
-        return self.decoder.max_new_tokens
-
-    @property
-    def batch_size(self) -> int:
-        return self.settings.batch_size
 
     @property
     def eot_token_id(self) -> int:
@@ -163,14 +141,9 @@ class UnmaskLM(TemplateLM):
     def get_model_info(self) -> dict[str, Any]:
         """For lm-eval's results file: everything that a figure depends on here."""
         info = self.lm.info()
-        ours = {k: getattr(self.settings, k) for k in ("batch_size", "mc_samples", "seed")}
-        return {
-            "model_num_parameters": info["parameters"],
-            "model_dtype": info["dtype"],
-            "unmask": {"version": __version__, "model": info, "decoder": self.decoder.config(), **ours},
-        }
-
-    # ---- several processes -----------------------------------------------------------------------------------------
+        ours = {"version": __version__, "model": info, "decoder": self.decoder.config()}
+        ours |= {k: getattr(self.settings, k) for k in ("batch_size", "mc_samples", "seed")}
+        return {"model_num_parameters": info["parameters"], "model_dtype": info["dtype"], "unmask": ours}
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         return torch.tensor(self.processes.gather(tensor.tolist()))
@@ -224,9 +197,8 @@ class UnmaskLM(TemplateLM):
                 decoder = decoder.replace(temperature=float(kwargs["temperature"]))
             return decoder
         except UserError as error:
-            raise UserError(
-                f"{error}; the canvas is the task's max_gen_toks, which --gen_kwargs max_gen_toks=N sets"
-            ) from None
+            hint = "the canvas is the task's max_gen_toks, which --gen_kwargs max_gen_toks=N sets"
+            raise UserError(f"{error}; {hint}") from None
 
     def _fitted(self, context: str, canvas: int) -> str:
         """A context that leaves room for the canvas, cut from the left where it must be. Raises UserError."""
@@ -256,50 +228,46 @@ class UnmaskLM(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """(lower bound on the log-likelihood, whether greedy decoding writes the continuation) for each request."""
-        pairs = self._fitted_pairs([(context, continuation) for _, context, continuation in requests])
-        found = [(0.0, True)] * len(pairs)
-        with self._bar(len(pairs), "loglikelihood", disable_tqdm) as bar:
-            for members in batches(pairs, self.batch_size):
-                chosen = [pairs[i] for i in members]
-                greedy = is_greedy(self.lm, chosen, self.decoder.cfg_scale)
-                for i, bound, hit in zip(members, self._bounds(chosen), greedy, strict=True):
-                    found[i] = bound, hit
-                    self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
-                bar.update(len(members))
+        found = [(0.0, True)] * len(requests)
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        for members, chosen, bound in self._bounds(pairs, "loglikelihood", disable_tqdm):
+            greedy = is_greedy(self.lm, chosen, self.decoder.cfg_scale)
+            for i, result in zip(members, zip(bound, greedy, strict=True), strict=True):
+                found[i] = result
+                self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
         return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Lower bounds on the log-likelihood of whole texts: the sum over windows, each behind what comes before it."""
-        pairs: list[Pair] = []
-        owner: list[int] = []
+        windows: list[tuple[int, Pair]] = []  # with the request that each belongs to
         for i, request in enumerate(requests):
-            windows = get_rolling_token_windows(
-                self.tok_encode(request.args[0]), self.prefix_token_id, self.max_length - 1, context_len=1
-            )
-            for window in map(make_disjoint_window, windows):
-                pairs.append(window)
-                owner.append(i)
-        pairs = self._fitted_pairs(pairs)
+            text, most = self.tok_encode(request.args[0]), self.max_length - 1
+            found = get_rolling_token_windows(text, self.prefix_token_id, most, context_len=1)
+            windows += [(i, make_disjoint_window(window)) for window in found]
         totals = [0.0] * len(requests)
-        with self._bar(len(pairs), "loglikelihood_rolling", disable_tqdm) as bar:
-            for members in batches(pairs, self.batch_size):
-                for i, bound in zip(members, self._bounds([pairs[i] for i in members]), strict=True):
-                    totals[owner[i]] += bound
-                bar.update(len(members))
+        for members, _, bound in self._bounds([w for _, w in windows], "loglikelihood_rolling", disable_tqdm):
+            for i, value in zip(members, bound, strict=True):
+                totals[windows[i][0]] += value
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
 
-    def _bounds(self, pairs: list[Pair]) -> list[float]:
+    def _bounds(
+        self, pairs: list[Pair], what: str, disable_tqdm: bool
+    ) -> Iterator[tuple[list[int], list[Pair], list[float]]]:
+        """Batches of pairs that fit: their indexes, the pairs, their bounds."""
+        fitting = [truncate_context(self.lm, pair) for pair in pairs]
+        self._tell_cut(sum(a != b for a, b in zip(fitting, pairs, strict=True)), len(pairs))
         s = self.settings
-        return bounds(self.lm, pairs, s.mc_samples, s.seed, s.batch_size, self.decoder.cfg_scale)
-
-    def _fitted_pairs(self, pairs: list[Pair]) -> list[Pair]:
-        found = [truncate_context(self.lm, pair) for pair in pairs]
-        self._tell_cut(sum(a != b for a, b in zip(found, pairs, strict=True)), len(pairs))
-        return found
-
-    # ---- what both tell the user -----------------------------------------------------------------------------------
+        with self._bar(len(pairs), what, disable_tqdm) as bar:
+            for members in batches(fitting, self.batch_size):
+                chosen = [fitting[i] for i in members]
+                yield (
+                    members,
+                    chosen,
+                    bounds(self.lm, chosen, s.mc_samples, s.seed, s.batch_size, self.decoder.cfg_scale),
+                )
+                bar.update(len(members))
 
     def _tell_cut(self, cut: int, of: int) -> None:
         if cut:

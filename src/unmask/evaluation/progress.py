@@ -5,45 +5,34 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Column
 
 from unmask.io.terminal import console
 
-if TYPE_CHECKING:
-    from unmask.evaluation.evaluate import Progress as Report
-
+Progress = Callable[[str, int, int], None]
+"""Called with (label of a part, done, total)."""
 SECONDS_BETWEEN_LINES = 20.0
 """Where standard error is no terminal."""
 
 
-def bar_columns(screen: Console) -> tuple[ProgressColumn, ...]:
+def bar_columns(screen: Console) -> tuple[bars.ProgressColumn, ...]:
     """What it is, a bar that leaves it room (a name that still does not fit is folded, not cut), how far, how long."""
-    text = TextColumn("{task.description:<28}", markup=False, table_column=Column(overflow="fold"))
-    bar = BarColumn(bar_width=max(5, min(40, screen.width - 72)))
-    return text, bar, MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    text = bars.TextColumn("{task.description:<28}", markup=False, table_column=Column(overflow="fold"))
+    bar = bars.BarColumn(bar_width=max(5, min(40, screen.width - 72)))
+    return text, bar, bars.MofNCompleteColumn(), bars.TimeElapsedColumn(), bars.TimeRemainingColumn()
 
 
 @contextmanager
-def progress_bars() -> Iterator[Report]:
+def progress_bars() -> Iterator[Progress]:
     """A function (label, done, total) that draws a line a label; nothing is drawn before its first call."""
     screen = console(stderr=True)
-    bar = Progress(*bar_columns(screen), console=screen)
-    lines: dict[str, TaskID] = {}
+    bar = bars.Progress(*bar_columns(screen), console=screen)
+    lines: dict[str, bars.TaskID] = {}
     said: dict[str, float] = {}
 
     def report(label: str, done: int, total: int) -> None:

@@ -1,60 +1,30 @@
-"""Records of an evaluation: one JSON line a problem, in a file a cell, and a shard a process while they are being made."""
+"""Records of an evaluation: one JSON line a problem, in a file a cell; what they come to."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from unmask.errors import UserError
-from unmask.io.files import read_lines, whole
+from unmask.io.files import read_lines
 from unmask.io.schema import RECORD
+from unmask.io.store import Record
 from unmask.results.statistics import paired_difference, pooled_bootstrap, wilson
 from unmask.tasks import Problem
 
-Record = dict[str, Any]
-_FIX = "remove it, and its problems are decoded again"
+FIX = "remove it, and its problems are decoded again"
 
 
 def read_records(path: Path) -> list[Record]:
     """A records file by index. Raises UserError where it is damaged."""
-    return sorted(read_lines(path, RECORD, _FIX), key=lambda r: r["index"])
+    return sorted(read_lines(path, RECORD, FIX), key=lambda r: r["index"])
 
 
-def shard(path: Path, rank: int) -> Path:
-    """Where a process writes what belongs into the records file ``path``."""
-    return path.with_name(f"{path.name}.rank-{rank}")
-
-
-def as_lines(records: Sequence[Record]) -> str:
-    return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
-
-
-def merge(path: Path, problems: Sequence[Problem], world: int, schema: Any = RECORD) -> dict[int, Record]:
-    """Take all shards, of whatever number of processes, into ``path``; returns its records by index, in order.
-
-    The file is in place, whole and sorted, before a shard goes, and an index counts once: a crash at any moment neither loses
-    nor doubles a record. Shards of ranks below ``world`` are looked for by name, since a network file system may list late.
-
-    Raises:
-        UserError: where a file is damaged or holds records of other problems; everything then stays as it is.
-    """
-    shards = {*path.parent.glob(f"{path.name}.rank-*"), *(shard(path, rank) for rank in range(world))}
-    parts = sorted(p for p in shards if p.exists())
-    records: dict[int, Record] = {}
-    for part in (path, *parts):
-        found = {r["index"]: r for r in read_lines(part, schema, _FIX)}
-        if any(i >= len(problems) or r["id"] != problems[i].id for i, r in found.items()):
-            raise UserError(f"{part} holds records of other problems: give another --output")
-        records = {**found, **records}
-    records = dict(sorted(records.items()))
-    if parts:
-        with whole(path) as partial:
-            partial.write_text(as_lines(list(records.values())), encoding="utf-8")
-        for part in parts:
-            part.unlink()
-    return records
+def check_problem(record: Record, problems: Sequence[Problem]) -> None:
+    """Raises ValueError where a record is not of the problem at its index."""
+    index, found = record["index"], record["id"]
+    if index >= len(problems) or found != problems[index].id:
+        raise ValueError(f"index {index} is {found!r:.60}")
 
 
 def summarize(records: Sequence[Record]) -> dict[str, Any]:

@@ -10,37 +10,38 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Container, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from unmask.errors import TooFewProblems, UserError
+from unmask.evaluation.config import EvalConfig
+from unmask.evaluation.evaluate import Cell, PreparedEvaluation, environment, prepare, run_cell
+from unmask.evaluation.progress import Progress
+from unmask.evaluation.prompts import task_prompts
+from unmask.evaluation.records import FIX, check_problem, summarize
 from unmask.evaluation.tune_config import TuneConfig
-from unmask.io.files import read_json, read_lines, whole, write_json, writing_to
-from unmask.io.schema import CONFIG, MEASURED
-
-if TYPE_CHECKING:
-    from unmask.evaluation.config import EvalConfig
-    from unmask.evaluation.evaluate import Cell, PreparedEvaluation, Progress
-    from unmask.evaluation.records import Record
-
-# Heavy imports stand inside the functions, so that --help and a typo answer at once.
+from unmask.evaluation.tune_space import candidates
+from unmask.io.files import write_json, writing_to
+from unmask.io.launcher import world_size
+from unmask.io.schema import MEASURED
+from unmask.io.store import Record, RecordStore, claim
+from unmask.results.statistics import paired_difference
+from unmask.tasks import make_task
 
 FIRST_ROUND = 16
 """Problems of the first round."""
 ONE_IN = 3
 """One candidate in so many goes on after a round."""
-FINALISTS = 8
+MIN_SURVIVORS = 8
 """So many candidates go on at least, as far as they may be within the budget. Of the presets all do."""
 NUM_FINALISTS = 6
 """So many go into the run-off, the best preset besides, and the best preset that cannot exceed the budget."""
 STDERR_TOLERANCE = 2
 """Before the last round, a mean that is over the budget by no more than so many standard errors may still be within it."""
-KEPT = tuple(MEASURED)
 
 
 # ---- the search, without a model -------------------------------------------------------------------------------------
@@ -66,10 +67,10 @@ def pareto(standings: Sequence[Standing]) -> list[Standing]:
 
 def best(standings: Sequence[Standing]) -> Standing:
     """The largest value; of ties the fewest passes, then the first."""
-    return min(standings, key=_merit)
+    return min(standings, key=_rank)
 
 
-def _merit(standing: Standing) -> tuple[float, float]:
+def _rank(standing: Standing) -> tuple[float, float]:
     return -standing.value, standing.nfe
 
 
@@ -92,7 +93,7 @@ def in_run_off(finalists: Sequence[Standing], presets: Container[str], safe: Con
         finalists: standings on the problems of the last round. presets, safe: which names are presets, and which cannot
             exceed the budget; one at least is both.
     """
-    ranked = sorted(finalists, key=_merit)
+    ranked = sorted(finalists, key=_rank)
     known = [s for s in ranked if s.name in presets]
     chosen = [*ranked[:NUM_FINALISTS], known[0], next(s for s in known if s.name in safe)]
     return [s.name for s in ranked if s in chosen]
@@ -106,12 +107,10 @@ def decide(run_off: Sequence[Standing], budget: float, presets: Container[str]) 
 
 def round_sizes(last: int) -> list[int]:
     """Problems of each round: 16, 32, 64, … and ``last``."""
-    sizes = [last]
-    size = FIRST_ROUND
-    while size < last:
-        sizes.insert(-1, size)
-        size *= 2
-    return sizes
+    sizes = [FIRST_ROUND]
+    while sizes[-1] < last:
+        sizes.append(2 * sizes[-1])
+    return [*sizes[:-1], last]
 
 
 def successive_halving(
@@ -143,47 +142,45 @@ def successive_halving(
 # ---- the search on a model -------------------------------------------------------------------------------------------
 
 
-class Measurements:
-    """What has been decoded: records by split, decoder and index, and a file of JSON lines, one a finished batch."""
+@dataclass
+class Trials:
+    """Decoders on validation and test problems: the cells, and the records that there are, both by (split, decoder)."""
 
-    def __init__(self, path: Path, request: PreparedEvaluation, config: EvalConfig) -> None:
-        """Raises UserError where the file is damaged."""
-        self.path, self.request, self.config = path, request, config
-        self.found: dict[tuple[str, str], dict[int, Record]] = {}
-        schema = {"split": str, "decoder": str, "records": [MEASURED]}
-        lines = read_lines(path, schema, "remove it, and the search starts again")
-        for line in lines:
-            self._add(line)
-        with whole(path) as partial:  # without what a killed run left of its last line
-            partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    prepared: PreparedEvaluation
+    config: EvalConfig
+    metric: str
+    progress: Progress
+    cells: dict[tuple[str, str], Cell]
+    store: RecordStore
+    found: dict[tuple[str, str], dict[int, Record]]
 
-    def _add(self, line: dict[str, Any]) -> None:
-        known = self.found.setdefault((line["split"], line["decoder"]), {})
-        known |= {record["index"]: record for record in line["records"]}
+    def open(self) -> None:
+        """Read what an interrupted search has measured. Raises UserError where the file is damaged."""
+        self._add(list(self.store.merge().values()))
 
-    def so_far(self, split: str, name: str) -> list[Record]:
-        """The records of a decoder, by index."""
-        return [record for _, record in sorted(self.found[split, name].items())]
+    def _add(self, records: Sequence[Record]) -> None:
+        for r in records:
+            self.found[r["split"], r["decoder"]][r["index"]] = r
 
-    def records(self, split: str, cell: Cell, size: int) -> list[Record]:
-        """The first ``size`` records of a cell; those that are missing are decoded, and each batch becomes a line of the file.
+    def records(self, split: str, name: str, most: int | None = None) -> list[Record]:
+        """The (first ``most``) records of a decoder, by index."""
+        return [record for _, record in sorted(self.found[split, name].items())][:most]
 
-        Raises UserError where the file holds records of other problems.
-        """
-        from unmask.evaluation.evaluate import run_cell
-
-        known = self.found.setdefault((split, cell.decoder_spec), {})
-        ids = dict(enumerate(p.id for p in cell.problems))
-        if any(ids.get(index) != record["id"] for index, record in known.items()):
-            raise UserError(f"{self.path} holds records of other problems: give another --output")
-        todo = [i for i in cell.todo(set(known)) if i < size]
-        for batch in run_cell(self.request, cell, todo, self.config) if todo else ():
-            records = [{key: record[key] for key in KEPT} for record in batch]
-            line = {"split": split, "decoder": cell.decoder_spec, "records": records}
-            with writing_to(self.path.parent), self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-            self._add(line)
-        return [known[i] for i in range(size)]
+    def measure(self, what: str, split: str, names: Sequence[str], size: int) -> list[Standing]:
+        """Standings on the first ``size`` problems of a split; what is missing is decoded, each batch written at once."""
+        standings: list[Standing] = []
+        for name in names:
+            self.progress(f"{what}, {size} problems", len(standings), len(names))
+            cell = self.cells[split, name]
+            todo = [i for i in cell.todo(set(self.found[split, name])) if i < size]
+            for batch in run_cell(self.prepared, cell, todo, self.config) if todo else ():
+                records = [{"split": split, "decoder": name, **{key: r[key] for key in MEASURED}} for r in batch]
+                with writing_to(self.store.path.parent):
+                    self.store.append(records)
+                self._add(records)
+            standings.append(standing(name, self.records(split, name, size), self.metric))
+        self.progress(f"{what}, {size} problems", len(names), len(names))
+        return standings
 
 
 def standing(name: str, records: Sequence[Record], metric: str) -> Standing:
@@ -201,6 +198,38 @@ def shares(records: Sequence[Record], metric: str) -> tuple[list[float], list[fl
     return [r["points"] for r in records], [r["possible"] for r in records]
 
 
+def prepare_trials(config: TuneConfig, names: Sequence[str], progress: Progress | None) -> Trials:
+    """The model, the problems of both splits and the decoders. Raises UserError for anything wrong in the request."""
+    evaluation = config.evaluation([*names])
+    try:
+        prepared = prepare(evaluation)
+    except TooFewProblems as error:
+        asked = f"--limit {config.limit} and --run-off-limit {config.run_off_limit} ask for the larger number"
+        raise UserError(f"{error} ({asked})") from None
+    task = prepared.cells[0].task
+    problems = {
+        "validation": prepared.cells[0].problems,
+        "test": task.problems("test", config.test_limit, config.seed),
+    }
+    prompts = task_prompts(prepared.lm, task, problems["test"])
+    prepared.lm.encode(prompts, config.max_new_tokens)  # refuses now what is too long
+    cells = {("validation", c.decoder_spec): c for c in prepared.cells}
+    cells |= {("test", c.decoder_spec): replace(c, problems=problems["test"], prompts=prompts) for c in prepared.cells}
+
+    def check(record: Record) -> None:
+        if (record["split"], record["decoder"]) not in cells:
+            raise ValueError(f"decoder is {record['decoder']!r:.60}, split {record['split']!r:.60}")
+        check_problem(record, problems[record["split"]])
+
+    def key(record: Record) -> tuple[str, str, int]:
+        return record["split"], record["decoder"], record["index"]
+
+    schema = {"split": str, "decoder": str, **MEASURED}
+    store = RecordStore(Path(config.output) / "measurements.jsonl", schema, key, FIX, check)
+    quiet: Progress = lambda label, done, total: None  # noqa: E731
+    return Trials(prepared, evaluation, config.metric, progress or quiet, cells, store, {place: {} for place in cells})
+
+
 def tune(config: TuneConfig, progress: Progress | None = None) -> dict[str, Any]:
     """Run or resume a search, and write its folder.
 
@@ -213,71 +242,48 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> dict[str, Any]
     Raises:
         UserError: for anything wrong in the request, and where ``output`` holds a search with other settings.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         raise UserError("a search runs as one process: start it without torchrun or accelerate")
-    from unmask.evaluation.evaluate import environment, prepare
-    from unmask.evaluation.prompts import task_prompts
-    from unmask.evaluation.records import summarize
-    from unmask.evaluation.tune_space import candidates
-    from unmask.results.statistics import paired_difference
-    from unmask.tasks import make_task
-
-    make_task(config.task, {})  # a typo is refused before the model is loaded, and so is a folder that cannot be had
+    make_task(
+        config.task, {}
+    )  # a typo is refused before the model is loaded, and so is a folder that cannot be written
     output = Path(config.output)
-    _check_folder(output)
-    presets, others = candidates(config.budget, config.max_new_tokens, config.early_stop, config.cfg_scale)
-    evaluation = config.evaluation([*presets, *others])
-    try:
-        request = prepare(evaluation)
-    except TooFewProblems as error:
-        asked = f"--limit {config.limit} and --run-off-limit {config.run_off_limit} ask for the larger number"
-        raise UserError(f"{error} ({asked})") from None
-    cells = {("validation", cell.decoder_spec): cell for cell in request.cells}
-    task, seen = request.cells[0].task, request.cells[0].problems
-    unseen = task.problems("test", config.test_limit, config.seed)
-    prompts = task_prompts(request.lm, task, unseen)
-    request.lm.encode(prompts, config.max_new_tokens)  # refuses now what is too long
-    cells |= {("test", c.decoder_spec): replace(c, problems=unseen, prompts=prompts) for c in request.cells}
-    mine = ("budget", "metric", "cfg_scale", "limit", "run_off_limit", "test_limit")
-    settings = {**request.resolved, **{key: getattr(config, key) for key in mine}}
     with writing_to(output):
-        output.mkdir(parents=True, exist_ok=True)
-        _claim(output / "config.json", json.loads(json.dumps(settings)))
-        done = Measurements(output / "measurements.jsonl", request, evaluation)
+        TemporaryDirectory(dir=next(f for f in (output, *output.parents) if f.exists())).cleanup()
+    presets, others = candidates(config.budget, config.max_new_tokens, config.early_stop, config.cfg_scale)
+    trials = prepare_trials(config, [*presets, *others], progress)
+    mine = ("budget", "metric", "cfg_scale", "limit", "run_off_limit", "test_limit")
+    settings = json.loads(json.dumps({**trials.prepared.settings, **{key: getattr(config, key) for key in mine}}))
+    with writing_to(output):
+        claim(output, settings)
+        trials.open()
 
-    decoders = {cell.decoder_spec: cell.decoder for cell in request.cells}
+    decoders = {cell.decoder_spec: cell.decoder for cell in trials.prepared.cells}
     safe = {name for name, d in decoders.items() if d.threshold is None and d.passes <= config.budget}
+    seen, unseen = (len(trials.cells[split, presets[0]].problems) for split in ("validation", "test"))
+    sizes = round_sizes(min(config.limit, seen))
 
-    def measure(what: str, split: str, names: Sequence[str], size: int) -> list[Standing]:
-        found: list[Standing] = []
-        for name in names:
-            if progress:
-                progress(f"{what}, {size} problems", len(found), len(names))
-            found.append(standing(name, done.records(split, cells[split, name], size), config.metric))
-        if progress:
-            progress(f"{what}, {size} problems", len(names), len(names))
-        return found
+    def halve(what: str, names: list[str], least: int) -> list[Standing]:
+        def measure(names: Sequence[str], size: int) -> list[Standing]:
+            return trials.measure(what, "validation", names, size)
 
-    sizes = round_sizes(min(config.limit, len(seen)))
+        return successive_halving(names, sizes, measure, config.budget, least, safe)
 
-    def search(what: str, names: list[str], least: int) -> list[Standing]:
-        def of_round(names: Sequence[str], size: int) -> list[Standing]:
-            return measure(what, "validation", names, size)
-
-        return successive_halving(names, sizes, of_round, config.budget, least, safe)
-
-    known = search("presets", presets, len(presets))
-    finalists = [*known, *search("candidates", others, FINALISTS)]
+    finalists = halve("presets", presets, len(presets)) + halve("candidates", others, MIN_SURVIVORS)
     leaders = in_run_off(finalists, presets, safe)
-    winner, preset = decide(measure("run-off", "validation", leaders, len(seen)), config.budget, presets)
-    measure("test", "test", list(dict.fromkeys((winner, preset))), len(unseen))
+    winner, preset = decide(trials.measure("run-off", "validation", leaders, seen), config.budget, presets)
+    trials.measure("test", "test", list(dict.fromkeys((winner, preset))), unseen)
 
     def entry(split: str, name: str, most: int | None = None) -> dict[str, Any]:
         facts = {"decoder": name, "preset": name in presets, "plan": decoders[name].passes}
-        return facts | summarize(done.so_far(split, name)[:most])
+        return facts | summarize(trials.records(split, name, most))
 
-    (ours, possible), (theirs, _) = (shares(done.so_far("test", name), config.metric) for name in (winner, preset))
+    (ours, possible), (theirs, _) = (shares(trials.records("test", name), config.metric) for name in (winner, preset))
     difference, interval = paired_difference(ours, theirs, possible)
+    test = {"winner": entry("test", winner), "best_preset": entry("test", preset)}
+    passes = {"validation": 0, "test": 0}
+    for (split, _), records in trials.found.items():
+        passes[split] += sum(r["nfe"] for r in records.values())
     result = {
         "config": settings,
         "environment": environment(),
@@ -288,38 +294,9 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> dict[str, Any]
         "run_off": [entry("validation", name) for name in leaders],
         "winner": entry("validation", winner),
         "best_preset": entry("validation", preset),
-        "test": {
-            "winner": entry("test", winner),
-            "best_preset": entry("test", preset),
-            "difference": difference,
-            "difference_interval": list(interval),
-        },
-        "forward_passes": {
-            split: sum(r["nfe"] for (where, name) in done.found if where == split for r in done.so_far(split, name))
-            for split in ("validation", "test")
-        },
+        "test": {**test, "difference": difference, "difference_interval": list(interval)},
+        "forward_passes": passes,
     }
     with writing_to(output):
         write_json(output / "front.json", result)
     return result
-
-
-def _check_folder(output: Path) -> None:
-    """Raises UserError where ``output`` cannot be written or holds measurements of unknown settings; leaves no trace."""
-    with writing_to(output):
-        there = next(folder for folder in (output, *output.parents) if folder.exists())
-        TemporaryDirectory(dir=there).cleanup()
-        if (output / "measurements.jsonl").exists() and not (output / "config.json").exists():
-            raise UserError(
-                f"{output} holds measurements without the config.json they belong to: give another --output"
-            )
-
-
-def _claim(path: Path, settings: dict[str, Any]) -> None:
-    """Make the folder this search's, or refuse one that belongs to other settings."""
-    if not path.exists():
-        write_json(path, settings)
-        return
-    before = read_json(path, CONFIG, "give another --output")
-    if changed := sorted(k for k in {*before, *settings} if before.get(k) != settings.get(k)):
-        raise UserError(f"{path.parent} holds a search with other {', '.join(changed)}: give another --output")

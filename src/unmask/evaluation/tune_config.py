@@ -46,10 +46,10 @@ class TuneConfig(ModelSource):
         check_at_least(self, 1, "budget", "limit", "run_off_limit", "test_limit", "max_new_tokens", "batch_size")
         for scale in self.cfg_scale:
             if not 0 < scale < float("inf"):
-                raise UserError(f"cfg_scale is {scale}: give positive numbers")
+                raise UserError(f"cfg_scale is {scale}: use positive numbers")
         if self.cfg_scale and self.budget < 2:
             raise UserError(
-                "budget is 1, and guidance takes 2 passes at least: give a budget of 2 or more, or leave --cfg-scale out"
+                "budget is 1, and guidance takes 2 passes at least: choose a budget of 2 or more, or leave --cfg-scale out"
             )
         self.evaluation(["full"])  # checks the settings that the two have in common
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from unmask.config import default_of
@@ -18,7 +15,7 @@ from unmask.evaluation.tune_config import TuneConfig
 from unmask.evaluation.tune_space import unfit_presets
 from unmask.io.files import as_yaml, write_text, writing_to
 from unmask.io.terminal import console, fitting_table
-from unmask.results.accuracy import COLORS, markdown, percent, save_figure
+from unmask.results.accuracy import COLORS, accuracy_figure, markdown, percent, points, save_figure
 
 Result = dict[str, Any]
 HEADINGS = ["decoder", "plan", "NFE", "solved % [95 %]", "score % [95 %]", "problems", "what it is"]
@@ -101,10 +98,9 @@ def sentences(result: Result) -> list[str]:
         f"winner on {winner['problems']} unseen test problems: {said(winner)}.",
     ]
     if winner["decoder"] != preset["decoder"]:
-        low, high = test["difference_interval"]
-        points = f"{100 * test['difference']:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
+        difference = points(test["difference"], test["difference_interval"])
         lines.append(f"best preset on the same: {preset['decoder']}: {said(preset)}.")
-        lines.append(f"winner - best preset, paired: {points}. {verdict(test, budget)}")
+        lines.append(f"winner - best preset, paired: {difference} points. {verdict(test, budget)}")
     else:
         taken = f"Take {winner['decoder']}.{_over(winner, preset, budget)}"
         lines.append(f"No candidate was better than this preset on validation. {taken}")
@@ -122,19 +118,10 @@ def verdict(test: Result, budget: int) -> str:
     low, high = test["difference_interval"]
     winner, preset = test["winner"], test["best_preset"]
     if test["difference"] > 0:
-        taken, other, advice = winner, preset, f"Take {winner['decoder']}"
-        found = "The winner is better."
-        if low <= 0:
-            found, advice = (
-                "The winner is ahead, but the interval holds 0: it may be chance.",
-                f"{advice}, and expect little",
-            )
-    else:
-        taken, other, advice = preset, winner, f"Take the preset {preset['decoder']}{_passes(test)}"
-        found = "On unseen problems the preset is better."
-        if high >= 0:
-            found = "What the search found does not show on unseen problems."
-    return f"{found} {advice}.{_over(taken, other, budget)}"
+        found = "The winner is better" if low > 0 else "The winner is ahead, but the interval holds 0: it may be chance"
+        return f"{found}. Take {winner['decoder']}.{_over(winner, preset, budget)}"
+    found = "The preset is better" if high < 0 else "What the search found does not show"
+    return f"{found} on unseen problems. Take the preset {preset['decoder']}.{_over(preset, winner, budget)}"
 
 
 def _over(taken: Result, other: Result, budget: int) -> str:
@@ -146,12 +133,6 @@ def _over(taken: Result, other: Result, budget: int) -> str:
         f" On test {taken['decoder']} takes {taken['nfe']:g} passes a problem, more than the budget of {budget}: "
         f"where that matters, {instead}."
     )
-
-
-def _passes(test: Result) -> str:
-    """What speaks for the winner all the same."""
-    ours, theirs = test["winner"]["nfe"], test["best_preset"]["nfe"]
-    return f", or the winner for {ours:.1f} passes instead of {theirs:.1f}" if ours < theirs else ""
 
 
 def decoder_file(result: Result, config: TuneConfig) -> str:
@@ -168,94 +149,40 @@ def decoder_file(result: Result, config: TuneConfig) -> str:
         "test": f"{metric} {share} % of {test['problems']} unseen problems, {test['nfe']:.1f} passes each",
         "command": command_line(config),
     }
-    header = "".join(f"# {key}: {_printable(value)}\n" for key, value in facts.items())
-    return header + as_yaml(chosen)
-
-
-def _printable(text: str) -> str:
-    """The same text with what would end a comment, or may not stand in YAML, as an escape."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    lines = (f"# {key}: {value}" for key, value in facts.items())
+    return "".join("".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) + "\n" for line in lines) + as_yaml(
+        chosen
+    )
 
 
 def command_line(config: TuneConfig) -> str:
-    """The command that repeats a search: one line for bash or zsh, of printable characters alone."""
+    """The command that repeats a search."""
     words = ["unmask", "tune"]
     for f in fields(config):
-        value = getattr(config, f.name)
-        default = default_of(f)
-        if value == default:
+        value, flag = getattr(config, f.name), f.name.replace("_", "-")
+        if value == default_of(f):
             continue
-        flag = f.name.replace("_", "-")
         if isinstance(value, bool):
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
-    return " ".join(map(_quoted, words))
+    return shlex.join(words)
 
 
-def _quoted(word: str) -> str:
-    """A word of a command line; one with line breaks or control characters in the form $'…', their bytes as escapes."""
-    if word.isprintable():
-        return shlex.quote(word)
-    plain = (c if c.isprintable() and c not in "\\'" else "".join(f"\\x{b:02x}" for b in os.fsencode(c)) for c in word)
-    return f"$'{''.join(plain)}'"
-
-
-@matplotlib.rc_context({"text.parse_math": False})  # a name may have dollar signs
 def front_figure(result: Result) -> Figure:
-    """Value against passes: who came to the last round, the front through them, and what two of them reach on test."""
+    """Value against passes: the front, and what winner and best preset reach on test."""
     metric, budget = result["config"]["metric"], result["config"]["budget"]
     found = {entry["decoder"]: entry for entry in result["candidates"]}
-    front = [found[name] for name in result["front"]]
-    figure = Figure(figsize=(9.5, 4.6))
-    axis = figure.subplots()
-    axis.axvline(budget, color=COLORS[7], linestyle=":", label=f"budget, {budget} passes")
-    rest = [found[name] for name in result["finalists"] if name not in result["front"]]
-    places = [(e["nfe"], 100 * e[metric]) for e in rest if not e["preset"]]
-    axis.scatter(
-        *zip(*places, strict=True) if places else ([], []), color=COLORS[7], alpha=0.6, label="other finalists"
-    )
-    _points(axis, [e for e in rest if e["preset"]], metric, COLORS[1], "s", "presets")
-    for name, color, marker in (("winner", COLORS[3], "*"), ("best_preset", COLORS[2], "D")):
-        if name == "winner" or result["winner"] != result["best_preset"]:
-            _points(axis, [result["test"][name]], metric, color, marker, f"{name.replace('_', ' ')} on test")
-    axis.plot([e["nfe"] for e in front], [100 * e[metric] for e in front], color=COLORS[0])
-    _points(axis, front, metric, COLORS[0], "o", "Pareto front:")
-    for number, entry in enumerate(front, 1):
-        place = (entry["nfe"], 100 * entry[metric])
-        axis.annotate(str(number), place, (5, 5), textcoords="offset points", weight="bold", color=COLORS[0])
-        axis.plot([], [], linestyle="none", marker=f"${number}$", color=COLORS[0], label=entry["decoder"])
-    axis.set_xscale("log", base=2)
-    axis.set_xlim(left=min(axis.get_xlim()[0], budget / 4))  # so that there are ticks
-    axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("forward passes a problem (mean), log scale")
-    axis.set_ylabel(f"{metric} (%), {result['rounds'][-1]} validation problems")
-    axis.set_title(title(result), fontsize=10, parse_math=False)
-    axis.grid(alpha=0.3)
-    drawn = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    last = ["Pareto front:", *(entry["decoder"] for entry in front)]
-    order = [label for label in drawn if label not in last] + last
-    axis.legend([drawn[label] for label in order], order, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    figure.tight_layout()
+    shown = [(name, found[name]) for name in result["front"]]
+    shown += [(f"{name.replace('_', ' ')} on test", result["test"][name]) for name in ("winner", "best_preset")]
+    cells = [
+        {"task": title(result), "decoder": name, "solved": e[metric], "solved_interval": e[f"{metric}_interval"]}
+        | {key: e[key] for key in ("nfe", "problems")}
+        for name, e in shown
+    ]
+    figure = accuracy_figure({"cells": cells})
+    (axis,) = figure.axes
+    axis.axvline(budget, color=COLORS[7], linestyle=":")
+    axis.set_ylabel(f"{metric} (%)")
+    axis.set_title(title(result), fontsize=9, parse_math=False)
     return figure
-
-
-def _points(axis: Axes, entries: list[Result], metric: str, color: str, marker: str, label: str) -> None:
-    """Points with their 95 % intervals; none, no mark in the legend."""
-    if not entries:
-        return
-    values = [e[metric] for e in entries]
-    intervals = [e[f"{metric}_interval"] for e in entries]
-    errors = [[100 * abs(v - i[side]) for v, i in zip(values, intervals, strict=True)] for side in (0, 1)]
-    axis.errorbar(
-        [e["nfe"] for e in entries],
-        [100 * v for v in values],
-        yerr=errors,
-        fmt=marker,
-        color=color,
-        elinewidth=1,
-        capsize=2,
-        markersize=12 if marker == "*" else 6,
-        label=label,
-    )

@@ -34,9 +34,6 @@ LEAST = 0.25
 """A plan of fewer passes than this share of the budget belongs to the search of a smaller budget."""
 
 
-Behaviour = tuple[Any, ...]
-
-
 def candidates(budget: int, length: int, early_stop: bool, cfg_scales: list[float]) -> tuple[list[str], list[str]]:
     """The decoders that may take ``budget`` passes a problem or less on a canvas of ``length`` tokens.
 
@@ -48,10 +45,10 @@ def candidates(budget: int, length: int, early_stop: bool, cfg_scales: list[floa
         Specs of the presets, and of all others. A preset whose plan is too long is also there with its steps brought down
         to the budget; those of ``unfit_presets`` are not. No two decode alike.
     """
-    presets, others = list(_presets(budget, length)), list(_space(budget, length, early_stop))
+    presets, others = list(_presets(budget, length)), list(_space(budget, length))
     for scale in cfg_scales:
-        others += [with_parameters(spec, cfg_scale=scale) for spec in _space(budget // 2, length, early_stop)]
-    seen: set[Behaviour] = set()
+        others += [with_parameters(spec, cfg_scale=scale) for spec in _space(budget // 2, length)]
+    seen: set[tuple[Any, ...]] = set()
 
     def fitting(specs: list[str], least: float) -> list[str]:
         found = []
@@ -81,19 +78,18 @@ def _presets(budget: int, length: int) -> Iterator[str]:
             yield from (with_parameters(name, steps=steps) for steps in _steps(budget, length, parts, (1.0,)))
 
 
-def _space(passes: int, length: int, early_stop: bool) -> Iterator[str]:
-    blocks = [length // parts for parts in PARTS if length % parts == 0]
-    for start in ("full", *EOS_RULES):
-        for steps in _steps(passes, length, 1):
-            yield from _compared(
-                with_parameters(start, steps=steps), steps in _steps(passes, length, 1, COMPARED_PACES)
-            )
-        yield from (with_parameters(start, threshold=threshold) for threshold in THRESHOLDS)
-    for block in blocks:
-        parts = length // block
+def _space(passes: int, length: int) -> Iterator[str]:
+    def uniform(start: str, parts: int) -> Iterator[str]:
+        compared = _steps(passes, length, parts, COMPARED_PACES)
         for steps in _steps(passes, length, parts):
-            spec = with_parameters("semi-ar", block_length=block, steps=steps)
-            yield from _compared(spec, steps in _steps(passes, length, parts, COMPARED_PACES))
+            yield from _compared(with_parameters(start, steps=steps), steps in compared)
+
+    for start in ("full", *EOS_RULES):
+        yield from uniform(start, 1)
+        yield from (with_parameters(start, threshold=threshold) for threshold in THRESHOLDS)
+    for parts in (n for n in PARTS if length % n == 0):
+        block = length // parts
+        yield from uniform(with_parameters("semi-ar", block_length=block), parts)
         for threshold in THRESHOLDS:
             spec = with_parameters("threshold", block_length=block, threshold=threshold)
             yield from _compared(spec, threshold in COMPARED_THRESHOLDS)
@@ -129,7 +125,7 @@ def _may_fit(decoder: Decoder, budget: int, early_stop: bool, least: float) -> b
     return least * longest <= decoder.passes <= budget * (PACES[-1] if stops else 1)
 
 
-def behaviour(decoder: Decoder) -> Behaviour:
+def behaviour(decoder: Decoder) -> tuple[Any, ...]:
     """The same for two decoders of the space if and only if they do the same: what their names and settings come to.
 
     A step that commits all that is open asks neither the confidence nor the EOS rule; a plan of such steps asks none.

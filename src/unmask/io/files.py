@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary name to write to; it takes ``path``'s place only if the block ends well."""
     partial = path.with_name(path.name + ".partial")
     try:
@@ -38,20 +38,16 @@ def writing_to(output: Path | str, instead: str = "--output") -> Iterator[None]:
     except BrokenPipeError:
         raise  # what it says meanwhile finds no reader: no fault of the output
     except (OSError, UnicodeEncodeError) as error:  # the latter: a name that the locale does not have
-        raise UserError(
-            f"cannot write to {output}: {getattr(error, 'strerror', error)}; give another {instead}"
-        ) from None
+        reason = getattr(error, "strerror", error)
+        raise UserError(f"cannot write to {output}: {reason}; choose another {instead}") from None
 
 
 def removed(folder: Path) -> UserError:
-    return UserError(f"{folder} was removed while the run wrote to it: give the same command again, which starts anew")
+    return UserError(f"{folder} was removed while the run wrote to it: run the same command again, which starts anew")
 
 
 def check_writable(output: Path) -> None:
-    """Try a result file before anything is measured for it; an earlier result stays until there is a new one.
-
-    Raises UserError where it cannot be written.
-    """
+    """Raises UserError where a result file cannot be written: before anything is measured for it. An earlier result stays."""
     with writing_to(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         there = output.exists()
@@ -79,7 +75,7 @@ def read_text(path: Path | str, what: str = "") -> str:
 
 def write_text(path: Path, text: str) -> None:
     """A UTF-8 text file, whole or not at all. Bytes of a file name that the locale could not read are escaped, also in JSON."""
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
@@ -90,19 +86,42 @@ def write_json(path: Path, value: Any) -> None:
 
 # ---- YAML ------------------------------------------------------------------------------------------------------------------
 
-_KIND = "tag:yaml.org,2002:"
 _POWER = r"[eE][-+]?[0-9]+"
 _NUMBERS = {
     "int": r"[-+]?(?:0b[01_]+|0[0-7_]*|[1-9][0-9_]*|0x[0-9a-fA-F_]+)",
     "float": rf"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*(?:{_POWER})?|{_POWER})|\.[0-9][0-9_]*(?:{_POWER})?|\.(?:inf|Inf|INF))"
     r"|\.(?:nan|NaN|NAN)",
 }
+_PREFIX = "tag:yaml.org,2002:"
+_TAGS = {_PREFIX + kind for kind in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
 MOST_VALUES = 100_000
 """Values of a YAML file, with every alias written out."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML with numbers as in YAML 1.2 (1e-5 is one, 12:30 is not); dates are text."""
+    """Plain YAML with numbers as in YAML 1.2 (1e-5 is one, 12:30 is not); dates are text, other types are refused."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        """The document. Raises YAMLError for what settings do not need and what would not end well: keys that are no text or
+        stand twice, other types, and more or deeper values than MOST_VALUES and DEEPEST, aliases written out."""
+        root = super().get_single_node()
+        waiting, count = [(root, 1)] if root is not None else [], 0
+        while waiting:
+            node, level = waiting.pop()
+            count += 1
+            if level > DEEPEST or count > MOST_VALUES:
+                raise yaml.YAMLError(f"it holds more than {DEEPEST} levels or {MOST_VALUES:,} values")
+            if node.tag not in _TAGS:
+                raise yaml.MarkedYAMLError(None, None, f"the tag {node.tag:.60} is not read", node.start_mark)
+            if isinstance(node, yaml.MappingNode):
+                keys = [key.value if key.tag in (_PREFIX + "str", _PREFIX + "merge") else None for key, _ in node.value]
+                if wrong := [i for i, key in enumerate(keys) if key is None or key in keys[:i]]:
+                    said = f"the key {keys[wrong[0]]!r:.60} stands twice" if keys[wrong[0]] else "a key is no text"
+                    raise yaml.MarkedYAMLError(None, None, said, node.value[wrong[0]][0].start_mark)
+                waiting += [(value, level + 1) for _, value in node.value]
+            elif isinstance(node, yaml.SequenceNode):
+                waiting += [(child, level + 1) for child in node.value]
+        return root
 
 
 class _Dumper(yaml.SafeDumper):
@@ -110,11 +129,11 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Loader.yaml_implicit_resolvers = _Dumper.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in known if tag.removeprefix(_KIND) in ("bool", "null", "merge")]
+    first: [(tag, pattern) for tag, pattern in known if tag.removeprefix(_PREFIX) in ("bool", "null", "merge")]
     for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _name, _pattern in _NUMBERS.items():
-    _Loader.add_implicit_resolver(_KIND + _name, re.compile(f"(?:{_pattern})$"), list("-+.0123456789"))
+    _Loader.add_implicit_resolver(_PREFIX + _name, re.compile(f"(?:{_pattern})$"), list("-+.0123456789"))
 
 
 def as_yaml(value: Any) -> str:
@@ -124,80 +143,34 @@ def as_yaml(value: Any) -> str:
 
 def read_yaml(path: Path, what: str, schema: Any = dict) -> dict[str, Any]:
     """A YAML file of settings. Raises UserError, which calls the file ``what``, where it is none or not as ``schema`` says."""
+    line = ""
     try:
-        loader = _Loader(read_text(path, what))
-        root = loader.get_single_node()
-        if root is not None:
-            _check_node(loader, root)
-        found = None if root is None else loader.construct_document(root)
-    except yaml.MarkedYAMLError as error:
-        place = error.problem_mark or error.context_mark
-        line = f" at line {place.line + 1}" if place else ""
-        raise UserError(f"{what} {path} is not YAML of settings{line}: {error.problem or error.context:.200}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        says = (
-            f"more than {DEEPEST} levels" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
-        )
-        raise UserError(f"{what} {path} is not YAML of settings ({says}): write lines of key: value") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{what} {path} is not a table of settings: write lines of key: value")
-    try:
+        found: dict[str, Any] = yaml.load(read_text(path, what), Loader=_Loader)
         check(found, schema)
-    except ValueError as error:
-        raise UserError(f"{what} {path} has a wrong setting ({error}): correct it") from None
-    return found
-
-
-def _check_node(loader: _Loader, root: yaml.Node) -> None:
-    """Raises YAMLError for what settings do not need and what would not end well: keys that are no text or stand twice, tags
-    that make other objects, and more or deeper values than DEEPEST and MOST_VALUES, aliases written out."""
-
-    def wrong(node: yaml.Node, says: str) -> yaml.YAMLError:
-        return yaml.constructor.ConstructorError(None, None, says, node.start_mark)
-
-    waiting, count = [(root, 1)], 0
-    while waiting:
-        node, level = waiting.pop()
-        count += 1
-        if level > DEEPEST or count > MOST_VALUES:
-            raise wrong(node, f"it holds more than {DEEPEST} levels or {MOST_VALUES:,} values: write a smaller table")
-        if isinstance(node, yaml.MappingNode):
-            seen = set()
-            for key, value in node.value:
-                named = f"the key {key.value!r:.60}" if isinstance(key, yaml.ScalarNode) else "a key"
-                if key.tag not in (_KIND + "str", _KIND + "merge"):
-                    raise wrong(key, f"{named} is no text: put it in quotes")
-                if key.value in seen:
-                    raise wrong(key, f"{named} stands twice: give it once")
-                seen.add(key.value)
-                waiting.append((value, level + 1))
-            usual = _KIND + "map"
-        elif isinstance(node, yaml.SequenceNode):
-            waiting += [(child, level + 1) for child in node.value]
-            usual = _KIND + "seq"
-        else:
-            usual = loader.resolve(yaml.ScalarNode, node.value, (True, False))
-        if node.tag not in (usual, _KIND + "str" if isinstance(node, yaml.ScalarNode) else usual):
-            raise wrong(node, f"the tag {node.tag.replace(_KIND, '!!'):.60} is not read: write the plain value")
+        return found
+    except RecursionError:
+        says = f"more than {DEEPEST} levels"
+    except yaml.MarkedYAMLError as error:
+        if mark := error.problem_mark or error.context_mark:
+            line = f", line {mark.line + 1}"
+        says = str(error.problem or error.context)
+    except (yaml.YAMLError, ValueError) as error:
+        says = " ".join(str(error).split())
+    raise UserError(f"{what} {path}{line} is not a table of settings ({says:.150}): write lines of key: value")
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------------
 
 
 def read_json(path: Path, schema: Any, fix: str, make: Callable[[Any], Any] = lambda value: value) -> Any:
-    """The value in a JSON file that is as its schema (``schema.py``) says.
+    """The value in a JSON file that is as its schema (``schema.py``) says, ``fix`` and ``make`` as for ``each_line``.
 
-    Args:
-        fix, make: as for ``each_line``.
-
-    Raises:
-        UserError: for a file that cannot be read, or holds something else.
+    Raises UserError for a file that cannot be read, or holds something else.
     """
     try:
-        raw = path.read_bytes()
+        return _parse(path.read_bytes(), schema, f"{path} is damaged", fix, make)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; {fix}") from None
-    return _parsed(raw, schema, f"{path} is damaged", fix, make)
 
 
 def each_line(
@@ -219,7 +192,7 @@ def each_line(
             for number, raw in enumerate(file, 1):
                 if raw.endswith(b"\n") if own else raw.strip():
                     wrong = "is damaged" if own else "cannot be used"
-                    yield _parsed(raw, schema, f"{path}:{number} {wrong}", fix, make)
+                    yield _parse(raw, schema, f"{path}:{number} {wrong}", fix, make)
     except OSError as error:
         if not own or not isinstance(error, FileNotFoundError):
             raise UserError(f"cannot read {path}: {error.strerror}; {fix}") from None
@@ -230,7 +203,7 @@ def read_lines(path: Path, schema: Any = dict, fix: str = "remove it") -> list[d
     return list(each_line(path, schema, fix))
 
 
-def _parsed(raw: bytes, schema: Any, wrong: str, fix: str, make: Callable[[Any], Any]) -> Any:
+def _parse(raw: bytes, schema: Any, wrong: str, fix: str, make: Callable[[Any], Any]) -> Any:
     try:
         value = json.loads(raw.decode("utf-8-sig"))
         check(value, schema)

@@ -30,39 +30,31 @@ class Number:
 def _fits(value: Any, schema: Any) -> bool:
     """Whether a value is of a schema's kind, whatever is in it."""
     if isinstance(schema, Number):
-        number = type(value) is int or (type(value) is float and not schema.whole)
-        return number and schema.low <= value <= schema.high
+        kinds = (int,) if schema.whole else (int, float)
+        return type(value) in kinds and schema.low <= value <= schema.high
     if schema is float:
         return type(value) is float or (type(value) is int and abs(value) < 2**63)
-    kind = schema if isinstance(schema, type) else type(schema)
-    return isinstance(value, kind)
+    return isinstance(value, schema if isinstance(schema, type) else type(schema))
 
 
-def _said(schema: Any) -> str:
-    if isinstance(schema, Number):
-        return str(schema)
-    kind = schema if isinstance(schema, type) or schema is None else type(schema)
-    words: dict[Any, str] = {
-        str: "text",
-        bool: "true or false",
-        None: "null",
-        float: "a number",
-        list: "a list",
-        dict: "an object",
-    }
-    return words[kind]
+def _name(schema: Any) -> str:
+    if isinstance(schema, Number) or schema is None:
+        return "null" if schema is None else str(schema)
+    names = {str: "text", bool: "true or false", float: "a number", list: "a list", dict: "an object"}
+    return names[schema if isinstance(schema, type) else type(schema)]
 
 
 def check(value: Any, schema: Any, where: str = "it", level: int = 0) -> None:
-    """Raises ValueError, which says what is wrong at which place, unless a value read from JSON is as its schema says."""
+    """Raises ValueError, which names the place, unless a value read from a file is as its schema says, is no more than
+    DEEPEST levels deep and holds no half of a character (``\\ud800``), which no file and no terminal takes."""
     kinds = schema if isinstance(schema, tuple) else (schema,)
     kind = next((k for k in kinds if _fits(value, k)), ...)
     if kind is ...:
-        raise ValueError(f"{where} is {reprlib.repr(value)}, not {' or '.join(map(_said, kinds))}")
+        raise ValueError(f"{where} is {reprlib.repr(value)}, not {' or '.join(map(_name, kinds))}")
     if level > DEEPEST:
         raise ValueError(f"{where} lies more than {DEEPEST} levels deep")
     if isinstance(value, str):
-        _check_text(value, where)
+        value.encode()
     elif isinstance(value, list):
         inner, *count = kind if isinstance(kind, list) else [object]
         if count and len(value) != count[0]:
@@ -71,27 +63,17 @@ def check(value: Any, schema: Any, where: str = "it", level: int = 0) -> None:
             check(entry, inner, f"{where}[{i}]", level + 1)
     elif isinstance(value, dict):
         known = kind if isinstance(kind, dict) else {}
-        for key in known:
-            if key is not ... and not key.endswith("?") and key not in value:
-                raise ValueError(f"{where} lacks {key!r}")
+        if missing := [k for k in known if k is not ... and not k.endswith("?") and k not in value]:
+            raise ValueError(f"{where} lacks {missing[0]!r}")
         for key, entry in value.items():
-            _check_text(key, "a key")
+            key.encode()
             inside = f"{key:.60}" if where == "it" else f"{where}.{key:.60}"
             check(entry, known.get(key, known.get(f"{key}?", known.get(..., object))), inside, level + 1)
 
 
-def _check_text(text: str, where: str) -> None:
-    """Raises ValueError for half a character (``\\ud800``), which no file and no terminal takes."""
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{where} holds half a character") from None
-
-
-def check_alike(value: dict[str, Any], *keys: str) -> None:
+def check_same_length(value: dict[str, Any], *keys: str) -> None:
     """Raises ValueError unless what stands under all of the keys is equally long."""
-    sizes = {key: len(value[key]) for key in keys}
+    sizes = {key: len(value[key]) for key in keys if key in value}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"{', '.join(f'{k} has {n} entries' for k, n in sizes.items())}: not as many each")
 
@@ -102,106 +84,51 @@ COUNT, POSITIVE = Number(0, whole=True), Number(1, whole=True)
 AMOUNT, SHARE = Number(0), Number(0, 1)
 _MAYBE = [(SHARE, None)]
 
+
+def _each(schema: Any, *keys: str) -> dict[str, Any]:
+    return dict.fromkeys(keys, schema)
+
+
 METRICS = {"step": COUNT, ...: float}
 """A line of an ``rl`` run's metrics.jsonl; what a diverging run logs may not be finite."""
 TIMES = {"step": COUNT, "seconds_rollout?": AMOUNT, "seconds_update?": AMOUNT}
 MEASURED = {
-    "index": COUNT,
-    "id": str,
-    "solved": bool,
-    "points": AMOUNT,
-    "possible": Number(1e-6),
-    "nfe": POSITIVE,
-    "committed": COUNT,
-    "length": COUNT,
-    "seconds": AMOUNT,
+    **_each(COUNT, "index", "committed", "length"),
+    **_each(AMOUNT, "points", "seconds"),
+    **{"id": str, "solved": bool, "possible": Number(1e-6), "nfe": POSITIVE},
 }
-"""What is counted of a problem: the records of ``tune``'s measurements.jsonl."""
+"""What is counted of a problem: with split and decoder, a line of ``tune``'s measurements.jsonl."""
 RECORD = {**MEASURED, "task?": str, "decoder?": str, "prompt": str, "completion": str}
 """A line of ``eval``'s records."""
-CONFIG = {
-    "model": dict,
-    "tasks": {...: dict},
-    "decoders": {...: dict},
-    "limit?": (POSITIVE, None),
-}
-"""``eval``'s and ``tune``'s config.json."""
-CURVES = {
-    "commits": [AMOUNT],
-    "eos_share": _MAYBE,
-    "end_confidence": _MAYBE,
-    "other_confidence": _MAYBE,
-    "order": [[(SHARE, None), 32], 16],
-}
+CONFIG = {"model": dict, "tasks": {...: dict}, "decoders": {...: dict}}
+"""``eval``'s config.json."""
 STEPS = ("commits", "eos_share", "end_confidence", "other_confidence")
 """Which curves have one entry a step."""
-_DIAGNOSED = {"task": str, "decoder": str, "eos_share": _MAYBE, "eos_confidence": _MAYBE, "other_confidence": _MAYBE}
+CURVES = {"commits": [AMOUNT], **_each(_MAYBE, *STEPS[1:]), "order": [[(SHARE, None), 32], 16]}
 SUMMARY = {
     "config": {"model": {"name": str}, "split": str},
     "environment": dict,
     "cells": [
         {
-            "task": str,
-            "decoder": str,
-            "score_name": str,
-            "problems": POSITIVE,
-            "solved": SHARE,
-            "solved_interval": [SHARE, 2],
-            "score": AMOUNT,
-            "score_interval": [AMOUNT, 2],
-            "nfe": Number(1),
-            "tokens_per_forward": AMOUNT,
-            "length": AMOUNT,
-            "seconds": AMOUNT,
-            "curves?": CURVES,
+            **_each(str, "task", "decoder", "score_name"),
+            **_each(AMOUNT, "score", "tokens_per_forward", "length", "seconds"),
+            **{"problems": POSITIVE, "solved": SHARE, "nfe": Number(1)},
+            **{"solved_interval": [SHARE, 2], "score_interval": [AMOUNT, 2], "curves?": CURVES},
         }
     ],
-    "diagnostics?": [_DIAGNOSED],
 }
 """``eval``'s summary.json."""
-
-
-def whole_summary(summary: dict[str, Any]) -> dict[str, Any]:
-    """The same. Raises ValueError where curves that belong together are not equally long."""
-    for cell in summary["cells"]:
-        if "curves" in cell:
-            check_alike(cell["curves"], *STEPS)
-    for curves in summary.get("diagnostics", []):
-        check_alike(curves, "eos_share", "eos_confidence", "other_confidence")
-    return summary
-
-
-_TRAINED = {"updates": COUNT, "completions": COUNT, "training_passes": COUNT}
+_TRAINED = _each(COUNT, "updates", "completions", "training_passes")
 CELL = {
-    "key": str,
+    **_each(str, "key", "score_name", "problems", "solved"),
+    **_each([COUNT], "length", "committed"),
+    **{"points": [AMOUNT], "possible": [Number(1e-6)], "nfe": [POSITIVE], "seconds": AMOUNT, "curves?": CURVES},
     "cell": {"task": str, "decoder": str},
     "budget": {"nfe": POSITIVE, **{f"{k}?": v for k, v in _TRAINED.items()}},
-    "score_name": str,
     "model": {"name": str, "weights": str},
-    "problems": str,
-    "solved": str,
-    "points": [AMOUNT],
-    "possible": [Number(1e-6)],
-    "nfe": [POSITIVE],
-    "length": [COUNT],
-    "committed": [COUNT],
-    "seconds": AMOUNT,
-    "curves?": CURVES,
     "environment": dict,
 }
 """A line of a study's cells.jsonl."""
-
-
-def whole_cell(cell: dict[str, Any]) -> dict[str, Any]:
-    """The same. Raises ValueError where its lists have not an entry a problem, or its curves not an entry a step."""
-    if not cell["solved"] or set(cell["solved"]) - {"0", "1"}:
-        raise ValueError("solved is not a 0 or 1 for each problem")
-    check_alike(cell, "solved", "points", "possible", "nfe", "length", "committed")
-    if "curves" in cell:
-        check_alike(cell["curves"], *STEPS)
-    return cell
-
-
 RUN = {
     "key": str,
     "train": dict,
@@ -210,3 +137,19 @@ RUN = {
     "seconds": {"rollout": AMOUNT, "update": AMOUNT},
 }
 """A line of a study's runs.jsonl."""
+
+
+def whole_summary(summary: dict[str, Any]) -> dict[str, Any]:
+    """The same. Raises ValueError where curves that belong together are not equally long."""
+    for cell in summary["cells"]:
+        check_same_length(cell.get("curves", {}), *STEPS)
+    return summary
+
+
+def whole_cell(cell: dict[str, Any]) -> dict[str, Any]:
+    """The same. Raises ValueError where its lists have not an entry a problem, or its curves not an entry a step."""
+    if not cell["solved"] or set(cell["solved"]) - {"0", "1"}:
+        raise ValueError("solved is not a 0 or 1 for each problem")
+    check_same_length(cell, "solved", "points", "possible", "nfe", "length", "committed")
+    check_same_length(cell.get("curves", {}), *STEPS)
+    return cell

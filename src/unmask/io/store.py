@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import UserError
-from unmask.io.files import each_line, read_json, whole, write_json
+from unmask.io.files import atomic_write, each_line, read_json, write_json
 
 Record = dict[str, Any]
 FORMAT = 1
@@ -48,9 +48,11 @@ def claim(
 
 
 def _grows(before: Any, now: Any) -> bool:
-    if isinstance(before, dict):
+    if isinstance(before, dict) and isinstance(now, dict):
         return all(before[key] == now[key] for key in before.keys() & now.keys())
-    return isinstance(before, int) and (now is None or before < now)
+    if type(before) is not int or before < 1:
+        return False
+    return now is None or (type(now) is int and before < now)
 
 
 def shard(path: Path, rank: int) -> Path:
@@ -105,7 +107,7 @@ class RecordStore:
                 records.setdefault(self.key(record), record)
         records = dict(sorted(records.items()))
         if records or shards:
-            with whole(self.path) as partial:
+            with atomic_write(self.path) as partial:
                 partial.write_text(as_lines(records.values()), encoding="utf-8")
         for part in shards:
             part.unlink()

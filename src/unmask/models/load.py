@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import re
 import sys
 import warnings
@@ -22,6 +21,7 @@ from transformers.utils import logging
 
 from unmask.errors import UserError, unknown
 from unmask.io.files import expand_home, read_json
+from unmask.io.launcher import local_rank, world_size
 from unmask.models import bidirectional, remote
 from unmask.models.llada import LLaDAModelLM
 from unmask.models.masked_lm import MaskedLM
@@ -236,17 +236,16 @@ def find_folder(
 
 def _placement(name: str, device: str, device_map: Any, load_in_4bit: bool) -> dict[str, Any]:
     """Keyword arguments of ``from_pretrained`` that say where the weights go and how."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if device_map is not None and world > 1:
+    if device_map is not None and world_size() > 1:
         raise UserError(
-            f"device_map={device_map} spreads one model over all devices, but {world} processes each have one: start a single "
-            "process, or leave it out"
+            f"device_map={device_map} spreads one model over all devices, but {world_size()} processes each have "
+            "one: start a single process, or leave it out"
         )
     if device_map is not None and device != "auto":
         raise UserError(f"device={device} and device_map={device_map} contradict each other: set one of them")
     if device == "auto":
         count = torch.cuda.device_count()
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % count}" if count else "cpu"
+        device = f"cuda:{local_rank() % count}" if count else "cpu"
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

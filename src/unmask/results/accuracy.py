@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
@@ -131,33 +130,6 @@ def accuracy_figure(summary: dict[str, Any]) -> Figure:
     return figure
 
 
-@matplotlib.rc_context({"text.parse_math": False})  # a name may have dollar signs
-def diagnostics_figure(summary: dict[str, Any]) -> Figure:
-    """EOS over the steps of each decoder: candidate confidence, share of EOS among commits."""
-    curves = summary["diagnostics"]
-    figure = Figure(figsize=(10, 2.6 * len(curves)))
-    axes = figure.subplots(len(curves), 2, squeeze=False)
-    for (left, right), curve in zip(axes, curves, strict=True):
-        steps = range(1, len(curve["eos_share"]) + 1)
-        for key, color, style, label in (
-            ("eos_confidence", COLORS[3], "-", "EOS candidates"),
-            ("other_confidence", COLORS[0], "--", "other candidates"),
-        ):
-            left.plot(steps, np.array(curve[key], dtype=float), style, color=color, label=label)
-        right.bar(steps, np.array(curve["eos_share"], dtype=float), color=COLORS[3])
-        left.set_ylabel("mean confidence")
-        right.set_ylabel("end-token share\nof commits")
-        for axis in (left, right):
-            axis.set_ylim(0, 1.03)
-            axis.set_title(f"{curve['task']} · {curve['decoder']}", fontsize=9)
-            axis.grid(alpha=0.3)
-    for axis in axes[-1]:
-        axis.set_xlabel("step")
-    axes[0][0].legend(fontsize=8)
-    figure.tight_layout()
-    return figure
-
-
 def save_figure(figure: Figure, stem: Path) -> list[Path]:
     """``stem``.png and .svg."""
     written = [stem.with_suffix(kind) for kind in (".png", ".svg")]
@@ -167,8 +139,5 @@ def save_figure(figure: Figure, stem: Path) -> list[Path]:
 
 
 def write_figures(summary: dict[str, Any], output: Path) -> list[Path]:
-    """accuracy.{png,svg}, and diagnostics.{png,svg} where measured."""
-    written = save_figure(accuracy_figure(summary), output / "accuracy")
-    if "diagnostics" in summary:
-        written += save_figure(diagnostics_figure(summary), output / "diagnostics")
-    return written
+    """accuracy.{png,svg}."""
+    return save_figure(accuracy_figure(summary), output / "accuracy")

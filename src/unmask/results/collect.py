@@ -76,8 +76,6 @@ class Material:
     """Tables for reading that a study's file asks for, with the folder's name."""
     notes: dict[str, str] = field(default_factory=dict)
     """Folder name -> what its study says of its comparisons."""
-    diagnostics: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Folder name -> the summary of an evaluation that has diagnostics."""
 
 
 def collect(folders: Sequence[Path]) -> Material:
@@ -132,8 +130,6 @@ def _read_evaluation(folder: Path, name: str, material: Material) -> None:
         curves = _curves([cell["curves"]]) if "curves" in cell else {}
         lengths = list(each_line(records, RECORD, _FIX, itemgetter("length")))  # not the whole records at once
         material.results.append(Result(name, cell["task"], cell["decoder"], {}, numbers, curves, lengths))
-    if "diagnostics" in summary:
-        material.diagnostics[name] = summary
     what = f"evaluation of {config['model']['name']}, {config['split']} split"
     facts = {"configuration": config, "environment": summary["environment"]}
     material.folders.append(Folder(name, what, facts))

@@ -8,11 +8,10 @@ from typing import Any
 
 from unmask.io.files import check_writable, slug, write_text, writing_to
 from unmask.results import figures, tables
-from unmask.results.accuracy import diagnostics_figure
 from unmask.results.collect import Material, collect
 from unmask.results.curves import curves
 from unmask.results.page import Section, render
-from unmask.results.style import Picture, look, picture
+from unmask.results.style import Picture, look
 
 
 def report(folders: Sequence[Path], output: Path) -> tuple[str, list[Path]]:
@@ -48,7 +47,7 @@ def _sections(material: Material) -> Iterator[Section]:
     yield Section(
         "steps",
         "End tokens and confidence over the steps",
-        pictures=[*figures.steps(results), *_diagnostics(material)],
+        pictures=list(figures.steps(results)),
     )
     yield Section("order", "Order of the commits", pictures=list(figures.order(results)))
     yield Section(
@@ -85,12 +84,3 @@ def _differences(material: Material) -> Section:
     return Section(
         "differences", "Paired differences", says, [tables.differences_table(g) for g in groups.values()], pictures
     )
-
-
-def _diagnostics(material: Material) -> Iterator[Picture]:
-    for name, summary in material.diagnostics.items():
-        caption = (
-            f"{name}: mean probability of the candidates of all positions still masked, and the share of end tokens among the "
-            "commits."
-        )
-        yield picture(f"diagnostics-{slug(name)}", caption, diagnostics_figure(summary))

@@ -13,7 +13,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from unmask.io.files import whole
+from unmask.io.files import atomic_write
 from unmask.results.accuracy import COLORS, MARKERS
 
 # The page turns these into its own colours, light and dark; no series may have them.
@@ -87,7 +87,7 @@ class Picture:
     def save(self, folder: Path) -> list[Path]:
         written = [folder / f"{self.stem}.png", folder / f"{self.stem}.svg"]
         for path, data in zip(written, (self.png, self.svg.encode()), strict=True):
-            with whole(path) as partial:
+            with atomic_write(path) as partial:
                 partial.write_bytes(data)
         return written
 

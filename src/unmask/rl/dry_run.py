@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from dataclasses import dataclass
 
 import torch
 
 from unmask.decoding.trajectory import Trajectory
 from unmask.io.files import as_yaml
+from unmask.io.launcher import world_size
 from unmask.models.adapters import check_precision
 from unmask.models.load import load_meta
 from unmask.models.memory import GIB, Workload, training_memory
@@ -78,7 +78,7 @@ def dry_run(config: DiffusionGRPOConfig) -> str:
     data = rl_data(lm, config)
     prompt = data.widest(lm, config.max_completion_length)
     decoder, work = config.rollout_decoder(), Work.of(config)
-    world, mu, batch = int(os.environ.get("WORLD_SIZE", "1")), config.num_iterations, config.per_device_train_batch_size
+    world, mu, batch = world_size(), config.num_iterations, config.per_device_train_batch_size
     groups, rollouts = batch // config.num_generations * world, math.ceil(config.max_steps / mu)
 
     def passes(sequences: int) -> int:

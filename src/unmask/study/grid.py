@@ -28,7 +28,7 @@ from unmask.training.config import MAY_CHANGE
 
 _NAMES = ("name", "decoder", "batch_size")
 """Settings of an evaluation that change no record."""
-_CHOSEN_HERE = ("output", "data", "diagnostics", "compile", "trajectories")
+_CHOSEN_HERE = ("output", "data", "compile", "trajectories")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from unmask.config import save_config
 from unmask.errors import UserError
-from unmask.io.files import read_lines, removed, whole, write_json, write_text, writing_to
+from unmask.io.files import atomic_write, read_lines, removed, write_json, write_text, writing_to
 from unmask.io.schema import METRICS, TIMES
 from unmask.results.axes import Table
 from unmask.results.pivot import pivots
@@ -175,7 +175,7 @@ class Lines:
         self._write()
 
     def _write(self) -> None:
-        with whole(self.path) as partial:
+        with atomic_write(self.path) as partial:
             partial.write_text(_text([self.lines[k] for k in self.keys if k in self.lines]), encoding="utf-8")
 
 

@@ -26,18 +26,12 @@ def likeliest(head: Head, hidden: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     found = []
     for h in hidden.split(ROWS):
-        tokens, logits, totals = [], [], []
-        for a, piece in head.pieces(h):
-            totals.append(piece.logsumexp(1).double())
-            top = piece.topk(min(count, piece.shape[1]))
-            tokens.append(top.indices + a)
-            logits.append(top.values.double())
-        finalists = torch.cat(logits, 1)
-        best = finalists.topk(min(count, finalists.shape[1]))
-        total = torch.stack(totals, 1).logsumexp(1)
-        found.append((torch.cat(tokens, 1).gather(1, best.indices), (best.values - total[:, None]).exp()))
-    chosen, probabilities = zip(*found, strict=True)
-    return torch.cat(chosen), torch.cat(probabilities)
+        logits = torch.cat([piece for _, piece in head.pieces(h)], 1)
+        best = logits.topk(min(count, logits.shape[1]))
+        total = logits.logsumexp(1, keepdim=True).double()
+        found.append((best.indices, (best.values.double() - total).exp()))
+    chosen, probs = zip(*found, strict=True)
+    return torch.cat(chosen), torch.cat(probs)
 
 
 @torch.no_grad()

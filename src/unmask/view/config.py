@@ -53,24 +53,22 @@ class ViewArguments(ModelSource):
         for text in self.prompt:
             if not text.endswith(".jsonl") and os.path.exists(text):  # unlike Path.exists, takes a text of any length
                 raise UserError(
-                    f"{text} is no records file: give RUN/records/TASK--DECODER.jsonl of unmask eval, or a text"
+                    f"{text} is no records file: use RUN/records/TASK--DECODER.jsonl of unmask eval, or a text"
                 )
         if not 1 <= self.candidates <= 20:
-            raise UserError(f"candidates is {self.candidates}: give 1 to 20")
+            raise UserError(f"candidates is {self.candidates}: choose 1 to 20")
         if self.repeats and not all(p.endswith(".jsonl") for p in self.prompt):
-            raise UserError(
-                f"the prompt mixes records files and text ({', '.join(self.prompt)}): give one or the other"
-            )
+            raise UserError(f"the prompt mixes records files and text ({', '.join(self.prompt)}): use one or the other")
         several, what = (self.prompt, "records files") if self.repeats else (self.decoder, "decoders")
         if not 1 <= len(several) <= MOST:
-            raise UserError(f"{len(several)} {what}: a page shows one to {MOST}, so give as many")
+            raise UserError(f"{len(several)} {what}: a page shows one to {MOST}")
         if self.repeats:
             own = ("task", "decoder", "max_new_tokens", "prefill", "seed", "early_stop")
             self._leave_out("the records decide that", *own)
         elif self.task is not None:
             self._leave_out("the task decides that", "prompt", "prefill")
         elif len(self.prompt) != 1:
-            raise UserError(f"{len(self.prompt)} prompts: give one text in quotes, records files (.jsonl) or --task")
+            raise UserError(f"{len(self.prompt)} prompts: use one text in quotes, records files (.jsonl) or --task")
         else:
             self._leave_out("there is only the prompt given", "index")
 

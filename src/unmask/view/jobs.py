@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +13,25 @@ from unmask.config import build
 from unmask.decoding import Decoder, make_decoder
 from unmask.errors import UserError
 from unmask.evaluation.prompts import row_seeds
-from unmask.evaluation.records import Record
 from unmask.io.files import each_line, expand_home, read_json, slug
 from unmask.io.schema import CONFIG, RECORD, Number
+from unmask.io.store import Record
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.source import ModelSource
 from unmask.tasks import make_task
 
 if TYPE_CHECKING:
     from unmask.view.config import ViewArguments
+
+_CONFIG = {
+    **CONFIG,
+    **{
+        "model": {"name": str, "weights": str, "dtype": str},
+        "seed": Number(0, 2**30 - 1, whole=True),
+        "early_stop": bool,
+    },
+    **{"adapter": (str, None), "revision": (str, None), "load_in_4bit": bool},
+}
 
 
 @dataclass(frozen=True)
@@ -55,8 +65,8 @@ def from_flags(a: ViewArguments) -> Plan:
         task = make_task(a.task, lm.task_defaults)
         problems = task.problems("test", a.index + 1, a.seed)
         if a.index >= len(problems):
-            raise UserError(f"{a.task} has no test problem {a.index}: give --index 0 to {len(problems) - 1}")
-        problem, seeds = problems[a.index], _seeds(a.seed, a.index)
+            raise UserError(f"{a.task} has no test problem {a.index}: choose --index 0 to {len(problems) - 1}")
+        problem, seeds = problems[a.index], {"seeds": row_seeds(a.seed, [a.index])}
         jobs = [Job(d, a.early_stop, seeds, lambda text: task.grade(problem, text).solved) for d in decoders]
         return task.prompt(lm, problem), jobs
 
@@ -70,78 +80,55 @@ def from_records(a: ViewArguments) -> Plan:
         UserError: where a file, its run's config.json or a record is missing or damaged, or problems or models differ.
     """
     found = [(path, *_read(Path(expand_home(path)), a.index)) for path in a.prompt]
-    first, settings, _, record = found[0]
-    for path, others, _, another in found[1:]:
+    first, config, _, record = found[0]
+    weights = config["model"]["weights"]
+    for path, other, _, another in found[1:]:
         if (another["id"], another["prompt"]) != (record["id"], record["prompt"]):
-            raise UserError(f"{first} and {path} hold different prompts at index {a.index}: give records of one task")
-        if others.weights != settings.weights:
+            raise UserError(f"{first} and {path} hold different prompts at index {a.index}: use records of one task")
+        if other["model"]["weights"] != weights:
             raise UserError(f"{first} and {path} were made by different models: make a page of each")
 
     def plan(lm: MaskedLM) -> tuple[str, list[Job]]:
-        if lm.weights != settings.weights:
+        if lm.weights != weights:
             raise UserError(
-                f"{first} was made with weights {settings.weights}, but {lm.name} has {lm.weights}: give the evaluated "
-                "checkpoint as --model"
+                f"{first} was made with weights {weights}, but {lm.name} has {lm.weights}: choose the evaluated checkpoint as "
+                "--model"
             )
-        return record["prompt"], [
-            Job(decoder, s.early_stop, _seeds(s.seed, a.index), {r["completion"]: r["solved"]}.get, r["completion"])
-            for _, s, decoder, r in found
-        ]
+        jobs = []
+        for _, own, decoder, r in found:
+            seeds = {"seeds": row_seeds(own["seed"], [a.index])}
+            solved = {r["completion"]: r["solved"]}.get
+            jobs.append(Job(decoder, own["early_stop"], seeds, solved, r["completion"]))
+        return record["prompt"], jobs
 
-    return settings.source(a), plan
-
-
-def _seeds(seed: int, index: int) -> dict[str, Any]:
-    """The randomness of a problem in an evaluation."""
-    return {"seeds": row_seeds(seed, [index])}
+    return source_of(config, a), plan
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What a run's config.json says of the model and of all its decodes."""
-
-    name: str
-    weights: str
-    dtype: str
-    adapter: str | None
-    revision: str | None
-    load_in_4bit: bool
-    seed: int
-    early_stop: bool
-
-    def source(self, a: ViewArguments) -> ModelSource:
-        """The evaluated model where the flags name none. Foreign code runs only where they say so."""
-        dtype = self.dtype if a.dtype == "auto" else a.dtype
-        if a.model != "auto":
-            return replace(a, dtype=dtype)
-        return replace(
-            a,
-            dtype=dtype,
-            model=self.name.removesuffix(f" + {self.adapter}"),
-            adapter=a.adapter or self.adapter,
-            revision=a.revision or self.revision,
-            load_in_4bit=a.load_in_4bit or self.load_in_4bit,
-        )
+def source_of(config: dict[str, Any], a: ViewArguments) -> ModelSource:
+    """The evaluated model where the flags name none. Foreign code runs only where they say so."""
+    source = replace(a, dtype=config["model"]["dtype"] if a.dtype == "auto" else a.dtype)
+    if a.model != "auto":
+        return source
+    own = {key: getattr(a, key) or config[key] for key in ("adapter", "revision", "load_in_4bit")}
+    return replace(source, model=config["model"]["name"].removesuffix(f" + {config['adapter']}"), **own)
 
 
-def _read(path: Path, index: int) -> tuple[Settings, Decoder, Record]:
-    """A record, and how it was made."""
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: give a records file of unmask eval, RUN/records/TASK--DECODER.jsonl")
+def _read(path: Path, index: int) -> tuple[dict[str, Any], Decoder, Record]:
+    """The settings of a record's run, its decoder, and the record."""
     run = path.parent.parent / "config.json"
+    if not path.is_file():
+        raise UserError(f"{path} does not exist: use a records file of unmask eval, RUN/records/TASK--DECODER.jsonl")
     if not run.is_file():
-        raise UserError(f"{path} is in no run's records: give it as RUN/records/{path.name}, with {run.name} in RUN")
-    schema = {**CONFIG, "seed": Number(0, 2**30 - 1, whole=True), "early_stop": bool}
-    config = read_json(run, schema, "evaluate again")
+        raise UserError(f"{path} is in no run's records: use it as RUN/records/{path.name}, with {run.name} in RUN")
+    config = read_json(run, _CONFIG, "evaluate again")
+    specs = {f"{slug(t)}--{slug(d)}.jsonl": d for t in config["tasks"] for d in config["decoders"]}
+    if path.name not in specs:
+        raise UserError(f"{run} does not say how {path} was made: evaluate again")
     try:
-        values = {**config, **config["model"]}
-        settings = build(Settings, {f.name: values[f.name] for f in fields(Settings)}, "model")
-        specs = {f"{slug(t)}--{slug(d)}.jsonl": d for t in config["tasks"] for d in config["decoders"]}
         decoder = build(Decoder, config["decoders"][specs[path.name]], "decoder")
-    except (KeyError, UserError) as error:
-        what = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{run} does not say how {path} was made ({what!s:.200}): evaluate again") from None
+    except UserError as error:
+        raise UserError(f"{run} does not say how {path} was made ({error!s:.200}): evaluate again") from None
     records = {r["index"]: r for r in each_line(path, RECORD, "run its unmask eval command again")}
     if index not in records:
-        raise UserError(f"{path} holds no record of problem {index} (it has {len(records)}): give another --index")
-    return settings, decoder, records[index]
+        raise UserError(f"{path} holds no record of problem {index} (it has {len(records)}): choose another --index")
+    return config, decoder, records[index]

@@ -9,8 +9,8 @@
   const STOPS = ["#2e1e3b", "#413d7b", "#37659e", "#348fa7", "#40b7ad", "#8ad9b1", "#d5f2df"];
   const RGB = STOPS.map((hex) => [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)));
 
-  // What is shown: steps done, what the colours mean, the cell that was chosen and the one under the pointer (null: none).
-  const view = { step: last, colour: "step", cell: null, hover: null };
+  // What is shown: steps done, what the colors mean, the cell that was chosen and the one under the pointer (null: none).
+  const view = { step: last, color: "step", cell: null, hover: null };
   let timer = null;
 
   // ---- the data ----------------------------------------------------------------------------------------------------
@@ -24,8 +24,8 @@
 
   // Where a panel's candidates lie: of committed cells in `rank`, of the masked ones from `first[n]` on, n-th kept step.
   function unpack(p) {
-    p.held = integers(p.held, data.wide);
-    p.chances = integers(p.chances, false);
+    p.top = integers(p.top, data.wide);
+    p.probs = integers(p.probs, false);
     let count = 0;
     p.rank = p.step.map((step) => (step < 0 ? -1 : count++));
     p.first = [];
@@ -36,9 +36,9 @@
     p.place = [];
   }
 
-  const chance = (p, place, n) => p.chances[place * p.candidates + n] / 65535;
+  const prob = (p, place, n) => p.probs[place * p.candidates + n] / 65535;
 
-  function colour(share) {
+  function color(share) {
     const at = Math.min(Math.max(share, 0), 1) * (RGB.length - 1);
     const low = Math.min(Math.floor(at), RGB.length - 2);
     return RGB[low].map((c, k) => Math.round(c + (RGB[low + 1][k] - c) * (at - low)));
@@ -161,9 +161,9 @@
 
   function drawCell(p, cell, i, masked, place, open) {
     const step = p.step[i];
-    const byConfidence = view.colour === "confidence";
-    const share = byConfidence ? (masked ? chance(p, place, 0) : Math.exp(p.logprob[i])) : step / Math.max(1, p.steps - 1);
-    const rgb = masked && !byConfidence ? null : colour(share);
+    const byConfidence = view.color === "confidence";
+    const share = byConfidence ? (masked ? prob(p, place, 0) : Math.exp(p.logprob[i])) : step / Math.max(1, p.steps - 1);
+    const rgb = masked && !byConfidence ? null : color(share);
     const fresh = !masked && step === view.step - 1;
     const kinds = { masked, closed: masked && i >= open, fresh };
     cell.className = ["cell", ...Object.keys(kinds).filter((kind) => kinds[kind])].join(" ");
@@ -209,11 +209,11 @@
     else line.append(element("b", "", textOf(p.token[i])), ` ${howCommitted(p, i)}. Held before it:`);
     const list = element("ol");
     for (let n = 0; n < p.candidates; n++) {
-      const token = p.held[p.place[i] * p.candidates + n];
+      const token = p.top[p.place[i] * p.candidates + n];
       const row = element("li", !masked && token === p.token[i] ? "taken" : "");
       const name = signed("b", [textOf(token), data.ends[token]].join(" ").trim());
       name.title = `${textOf(token)} (token ${data.vocabulary.ids[token]})`;
-      const share = chance(p, p.place[i], n);
+      const share = prob(p, p.place[i], n);
       const bar = element("i");
       bar.style.width = `${100 * share}%`;
       row.append(name, bar, element("span", "", percent(share)));
@@ -236,10 +236,10 @@
     byId("step").value = view.step;
     byId("step").setAttribute("aria-valuetext", `step ${view.step} of ${last}`);
     byId("now").textContent = `step ${view.step} of ${last}`;
-    const byStep = view.colour === "step";
+    const byStep = view.color === "step";
     byId("low").textContent = byStep ? "first step" : "0 %";
     byId("high").textContent = byStep ? (panels.length > 1 ? "last step of each" : "last step") : "100 %";
-    for (const choice of document.getElementsByName("colour")) choice.checked = choice.value === view.colour;
+    for (const choice of document.getElementsByName("color")) choice.checked = choice.value === view.color;
     panels.forEach(drawPanel);
     drawChoice();
   }
@@ -263,7 +263,7 @@
     clearTimeout(keeping); // browsers allow few changes of the address a second
     keeping = setTimeout(() => {
       const cell = view.cell === null ? "" : `&cell=${view.cell + 1}`;
-      history.replaceState(null, "", `#step=${view.step}&colour=${view.colour}${cell}`);
+      history.replaceState(null, "", `#step=${view.step}&color=${view.color}${cell}`);
     }, 200);
   }
 
@@ -271,7 +271,7 @@
     const wanted = new URLSearchParams(location.hash.slice(1));
     const number = (key, other) => (/^\d+$/.test(wanted.get(key)) ? Number(wanted.get(key)) : other);
     pause();
-    view.colour = wanted.get("colour") === "confidence" ? "confidence" : "step";
+    view.color = wanted.get("color") === "confidence" ? "confidence" : "step";
     view.step = Math.min(number("step", last), last);
     view.cell = number("cell", 0) ? number("cell", 0) - 1 : null;
     draw();
@@ -315,7 +315,7 @@
   const combined = (event) => event.ctrlKey || event.metaKey || event.altKey;
 
   // Where an arrow leads inside a canvas: to the next cell, or to the one above or below.
-  function neighbour(p, cell, key) {
+  function neighbor(p, cell, key) {
     const i = Number(cell.dataset.cell);
     if (key in MOVES) return p.cells[Math.min(Math.max(i + MOVES[key], 0), p.cells.length - 1)];
     const box = cell.getBoundingClientRect();
@@ -338,7 +338,7 @@
       if (combined(event) || !(event.key in MOVES || event.key === "ArrowUp" || event.key === "ArrowDown")) return;
       event.preventDefault();
       event.stopPropagation();
-      neighbour(p, event.target, event.key).focus();
+      neighbor(p, event.target, event.key).focus();
     });
     p.canvas.addEventListener("pointerleave", () => hover(null));
   }
@@ -366,7 +366,7 @@
   byId("step").max = last;
   byId("step").addEventListener("input", (event) => go(Number(event.target.value)));
   byId("play").addEventListener("click", toggle);
-  byId("colour").addEventListener("change", (event) => change({ colour: event.target.value }));
+  byId("color").addEventListener("change", (event) => change({ color: event.target.value }));
   document.documentElement.style.setProperty("--scale", `linear-gradient(to right, ${STOPS.join(", ")})`);
   addEventListener("hashchange", restore);
   restore();

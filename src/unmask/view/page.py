@@ -7,10 +7,9 @@ import html
 import json
 import re
 import unicodedata
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from unmask.decoding import Decoder
 from unmask.decoding.stream import END, MASK
 from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
-from unmask.io.files import whole
+from unmask.io.files import atomic_write
 from unmask.models.masked_lm import MaskedLM
 
 LIMIT = 5_000_000  # bytes of a page
@@ -38,7 +37,7 @@ class Panel:
 
     Attributes:
         trajectory: of one row. candidates: before each step, the likeliest tokens of the masked positions (M, K) int64 and
-            their probabilities (M, K), as ``held`` yields them.
+            their probabilities (M, K), as ``top_candidates_per_step`` yields them.
         solved: None where nobody graded. recorded: the completion of the record that this decode repeats.
     """
 
@@ -68,7 +67,7 @@ def name(lm: MaskedLM, token: int) -> str:
     return f"⟨{token}⟩" if piece is None else str(piece)
 
 
-def sign(lm: MaskedLM, token: int) -> str:
+def token_glyph(lm: MaskedLM, token: int) -> str:
     """How a token is shown. Of half a character the bytes: ⟨E2 82⟩."""
     if token == lm.mask_id:
         return MASK
@@ -83,62 +82,43 @@ def sign(lm: MaskedLM, token: int) -> str:
     return visible(text or piece)
 
 
-class Contents:
-    """What the page's script reads, with the candidates of masked cells before all steps or before one step in n."""
+def page_data(lm: MaskedLM, prompt: str, panels: Sequence[Panel], every: int = 1) -> dict[str, Any]:
+    """What the page's script reads, with the candidates of masked cells before one step in ``every``.
 
-    def __init__(self, lm: MaskedLM, prompt: str, panels: Sequence[Panel]) -> None:
-        self.lm, self.prompt, self.panels = lm, prompt, panels
-        self.steps = max(panel.trajectory.steps for panel in panels)
-        self._sign, self._name = cache(partial(sign, lm)), partial(name, lm)
-        self._committed = [_committed(panel) for panel in panels]
-        self._facts = [_facts(panel) for panel in panels]
-
-    def payload(self, every: int) -> int:
-        """Bytes that the candidates alone take at least, in base64."""
-        kept = (tokens for i, p in enumerate(self.panels) for tokens, _ in self._kept(i, p, every))
-        return sum(tokens.numel() for tokens in kept) * 4 * 4 // 3
-
-    def data(self, every: int = 1) -> dict[str, Any]:
-        """As JSON has it.
-
-        A token's number is its place in ``vocabulary``; ``ends`` names those that end a text. ``held`` (such numbers) and
-        ``chances`` (probabilities times 65535) are base64 of little-endian integers, K a cell: first of the committed cells,
-        from left to right, as the model held them before the step that committed them; then before step 0, ``every``,
-        2 ``every``, … of the cells that were masked.
-        """
-        kept = [self._kept(i, panel, every) for i, panel in enumerate(self.panels)]
-        shown = [panel.trajectory.tokens[0].cpu() for panel in self.panels]
-        ids = torch.cat([*shown, *(tokens.flatten() for part in kept for tokens, _ in part)]).unique()
-        width = "<u2" if len(ids) <= 2**16 else "<u4"
-        return {
-            "model": self.lm.name,
-            "weights": self.lm.weights,
-            "prompt": self.prompt,
-            "vocabulary": {"ids": ids.tolist(), "texts": [self._sign(t) for t in ids.tolist()]},
-            "ends": {i: self._name(t) for i, t in enumerate(ids.tolist()) if t in self.lm.end_ids},
-            "every": every,
-            "wide": width == "<u4",
-            "panels": [
-                {
-                    **facts,
-                    "token": torch.searchsorted(ids, tokens).tolist(),
-                    "held": _base64(torch.searchsorted(ids, torch.cat([t for t, _ in part])), width),
-                    "chances": _base64((torch.cat([c for _, c in part]) * 65535).round(), "<u2"),
-                }
-                for facts, tokens, part in zip(self._facts, shown, kept, strict=True)
-            ],
-        }
-
-    def _kept(self, number: int, panel: Panel, every: int) -> list[tuple[Tensor, Tensor]]:
-        return [self._committed[number], *panel.candidates[::every]]
+    A token's number is its place in ``vocabulary``; ``ends`` names those that end a text. ``top`` (such numbers) and ``probs``
+    (probabilities times 65535) are base64 of little-endian integers, K a cell: first of the committed cells, from left to
+    right, before the step that committed them; then before step 0, ``every``, 2 ``every``, … of the cells that were masked.
+    """
+    shown = [panel.trajectory.tokens[0].cpu() for panel in panels]
+    kept = [[torch.cat(part) for part in zip(_committed(p), *p.candidates[::every], strict=True)] for p in panels]
+    ids = torch.cat([*shown, *(top.flatten() for top, _ in kept)]).unique()
+    width = "<u2" if len(ids) <= 2**16 else "<u4"
+    return {
+        "model": lm.name,
+        "weights": lm.weights,
+        "prompt": prompt,
+        "vocabulary": {"ids": ids.tolist(), "texts": [token_glyph(lm, t) for t in ids.tolist()]},
+        "ends": {i: name(lm, t) for i, t in enumerate(ids.tolist()) if t in lm.end_ids},
+        "every": every,
+        "wide": width == "<u4",
+        "panels": [
+            {
+                **_facts(panel),
+                "token": torch.searchsorted(ids, tokens).tolist(),
+                "top": _base64(torch.searchsorted(ids, top), width),
+                "probs": _base64((probs * 65535).round(), "<u2"),
+            }
+            for panel, tokens, (top, probs) in zip(panels, shown, kept, strict=True)
+        ],
+    }
 
 
 def _committed(panel: Panel) -> tuple[Tensor, Tensor]:
     """The candidates of the committed cells, from left to right, before the step that committed them: (C, K) twice."""
     step = panel.trajectory.step[0].cpu()
     rows = [(s, int(((step[:i] < 0) | (step[:i] >= s)).sum())) for i, s in enumerate(step.tolist()) if s >= 0]
-    tokens, chances = (torch.stack([part[s][row] for s, row in rows]) for part in zip(*panel.candidates, strict=True))
-    return tokens, chances
+    tokens, probs = (torch.stack([part[s][row] for s, row in rows]) for part in zip(*panel.candidates, strict=True))
+    return tokens, probs
 
 
 def _facts(panel: Panel) -> dict[str, Any]:
@@ -180,29 +160,27 @@ def render(data: dict[str, Any]) -> str:
 
 
 def write_page(path: Path, lm: MaskedLM, prompt: str, panels: Sequence[Panel], limit: int = LIMIT) -> tuple[int, int]:
-    """Write the page, whole or not at all. Where it would exceed ``limit`` bytes, masked cells keep their candidates of every
-    n-th step only.
+    """Write the page, whole or not at all. Where it would exceed ``limit`` bytes, masked cells keep their candidates of one
+    step in 2, 4, 8, … only.
 
     Returns:
-        The page's size in bytes, and n.
+        The page's size in bytes, and one step in how many.
 
     Raises:
         UserError: where it exceeds ``limit`` even with the masked cells' candidates of the first step only.
     """
-    contents = Contents(lm, prompt, panels)
-
-    def page(every: int) -> bytes:
-        return render(contents.data(every)).encode()
-
-    # The payload is quickly counted, so only what is near the limit is written out.
-    least = 1 + bisect_left(range(1, contents.steps), True, key=lambda n: contents.payload(n) <= limit)
-    every = least + bisect_left(range(least, contents.steps), True, key=lambda n: len(page(n)) <= limit)
-    found = page(every)
-    if len(found) > limit:
-        raise UserError(
-            f"the page takes {len(found) / 1e6:.1f} MB even where masked cells keep the candidates of one step only, and at "
-            f"most {limit / 1e6:g} MB are written: give fewer --candidates or fewer decoders"
-        )
-    with whole(path) as partial_file:
-        partial_file.write_bytes(found)
-    return len(found), every
+    every, steps = 1, max(panel.trajectory.steps for panel in panels)
+    while True:
+        # In base64 four bytes, a token's and a probability's, take 16 / 3: so a page that is far too large is not rendered.
+        least = sum(tokens.numel() for p in panels for tokens, _ in p.candidates[::every]) * 16 // 3
+        if least <= limit and len(page := render(page_data(lm, prompt, panels, every)).encode()) <= limit:
+            break
+        if every >= steps:
+            raise UserError(
+                f"the page takes more than {limit / 1e6:g} MB even where masked cells keep the candidates of one step only: "
+                "choose fewer --candidates or fewer decoders"
+            )
+        every *= 2
+    with atomic_write(path) as partial:
+        partial.write_bytes(page)
+    return len(page), every

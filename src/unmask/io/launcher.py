@@ -1,0 +1,20 @@
+"""This process among those that torchrun or accelerate started, as the environment tells it."""
+
+from __future__ import annotations
+
+import os
+
+
+def rank() -> int:
+    """0 where there is only one."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """The number of processes."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def local_rank() -> int:
+    """The place on this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
