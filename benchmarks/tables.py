@@ -17,7 +17,8 @@ from benchmarks.memory import table as memory_table
 from benchmarks.update import bench_rl
 from unmask.io.files import write_text
 from unmask.io.terminal import console, fitting_table
-from unmask.results.accuracy import COLORS, MARKERS, markdown, save_figure
+from unmask.results.style import COLORS, MARKERS, save_figure
+from unmask.results.tables import Table
 
 Row = list[str]
 _DROP_FIRST = ("% GEMM", "+GiB", "T", "trunk ms", "step ms", "passes")
@@ -31,7 +32,7 @@ def _run(config: Any, work: Callable[..., dict[str, Any]]) -> dict[str, Any]:
 def _print(title: str, headings: Row, rows: list[Row], output: str) -> None:
     screen = console()
     screen.print(fitting_table(screen, title, headings, rows, drop_first=_DROP_FIRST))
-    write_text(Path(output).with_suffix(".md"), markdown(headings, rows))
+    write_text(Path(output).with_suffix(".md"), Table(headings, rows).markdown())
     print(f"result  {output}")
 
 

@@ -39,13 +39,18 @@ def run_evaluation(config: EvalConfig) -> None:
 
 def show_evaluation(summary: dict[str, Any], output: Path) -> None:
     """Write the figures and the table of an evaluation's folder and print the table."""
-    from unmask.results import accuracy as report
+    from unmask.results.collect import evaluation_cells
+    from unmask.results.figures import accuracy, diagnostics
+    from unmask.results.style import save_figure
+    from unmask.results.tables import evaluation_for_terminal, evaluation_table
 
     with writing_to(output):
-        figures = report.write_figures(summary, output)
-        write_text(output / "table.md", report.markdown_table(summary))
+        figures = save_figure(accuracy(evaluation_cells(summary)), output / "accuracy")
+        if "diagnostics" in summary:
+            figures += save_figure(diagnostics(summary["diagnostics"]), output / "diagnostics")
+        write_text(output / "table.md", evaluation_table(summary).markdown())
     screen = console()
-    screen.print(report.terminal_table(summary, screen))
+    screen.print(evaluation_for_terminal(summary, screen))
     print(f"records  {output / 'records'}\nsummary  {output / 'summary.json'}")
     for figure in (f for f in figures if f.suffix == ".png"):
         print(f"figure   {figure}")

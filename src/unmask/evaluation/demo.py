@@ -66,14 +66,14 @@ def grow_table(config: EvalConfig) -> dict[str, Any]:
     from rich.live import Live
 
     from unmask.evaluation.evaluate import evaluate
-    from unmask.results.accuracy import percent, terminal_table
+    from unmask.results.tables import evaluation_for_terminal, percent
 
     screen = console()
     with Live(console=screen, transient=True) if screen.is_terminal else nullcontext() as live:
         for count in range(1, len(DECODERS) + 1):
             summary = evaluate(replace(config, decoder=DECODERS[:count]))
             if live is not None:
-                live.update(terminal_table(summary, screen), refresh=True)
+                live.update(evaluation_for_terminal(summary, screen), refresh=True)
                 continue
             for cell in (c for c in summary["cells"] if c["decoder"] == DECODERS[count - 1]):
                 solved = percent(cell["solved"], cell["solved_interval"])

@@ -22,6 +22,7 @@ from unmask.errors import TooFewProblems, UserError
 from unmask.evaluation.tune_config import TuneConfig
 from unmask.io.files import read_json, read_lines, whole, write_json, writing_to
 from unmask.io.schema import CONFIG, MEASURED
+from unmask.results.statistics import pareto_front
 
 if TYPE_CHECKING:
     from unmask.evaluation.config import EvalConfig
@@ -57,11 +58,7 @@ class Standing(NamedTuple):
 
 def pareto(standings: Sequence[Standing]) -> list[Standing]:
     """Those that no other reaches with as few passes, by passes; of equals the first."""
-    front: list[Standing] = []
-    for standing in sorted(standings, key=lambda s: (s.nfe, -s.value)):
-        if not front or standing.value > front[-1].value:
-            front.append(standing)
-    return front
+    return pareto_front(standings, lambda s: (s.nfe, s.value))
 
 
 def best(standings: Sequence[Standing]) -> Standing:

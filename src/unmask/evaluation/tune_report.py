@@ -8,8 +8,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from unmask.config import default_of
@@ -18,7 +16,9 @@ from unmask.evaluation.tune_config import TuneConfig
 from unmask.evaluation.tune_space import unfit_presets
 from unmask.io.files import as_yaml, write_text, writing_to
 from unmask.io.terminal import console, fitting_table
-from unmask.results.accuracy import COLORS, markdown, percent, save_figure
+from unmask.results.figures import accuracy
+from unmask.results.style import save_figure
+from unmask.results.tables import Table, percent
 
 Result = dict[str, Any]
 HEADINGS = ["decoder", "plan", "NFE", "solved % [95 %]", "score % [95 %]", "problems", "what it is"]
@@ -27,7 +27,7 @@ HEADINGS = ["decoder", "plan", "NFE", "solved % [95 %]", "score % [95 %]", "prob
 def write(result: Result, config: TuneConfig) -> list[Path]:
     """front.md, front.png, front.svg and decoder.yaml into the run folder."""
     output = Path(config.output)
-    said = f"{title(result)}\n\n{markdown(HEADINGS, rows(result))}\n" + "".join(
+    said = f"{title(result)}\n\n{Table(HEADINGS, rows(result)).markdown()}\n" + "".join(
         f"{line}\n" for line in sentences(result)
     )
     with writing_to(output):
@@ -201,61 +201,15 @@ def _quoted(word: str) -> str:
     return f"$'{''.join(plain)}'"
 
 
-@matplotlib.rc_context({"text.parse_math": False})  # a name may have dollar signs
 def front_figure(result: Result) -> Figure:
     """Value against passes: who came to the last round, the front through them, and what two of them reach on test."""
-    metric, budget = result["config"]["metric"], result["config"]["budget"]
     found = {entry["decoder"]: entry for entry in result["candidates"]}
-    front = [found[name] for name in result["front"]]
-    figure = Figure(figsize=(9.5, 4.6))
-    axis = figure.subplots()
-    axis.axvline(budget, color=COLORS[7], linestyle=":", label=f"budget, {budget} passes")
-    rest = [found[name] for name in result["finalists"] if name not in result["front"]]
-    places = [(e["nfe"], 100 * e[metric]) for e in rest if not e["preset"]]
-    axis.scatter(
-        *zip(*places, strict=True) if places else ([], []), color=COLORS[7], alpha=0.6, label="other finalists"
-    )
-    _points(axis, [e for e in rest if e["preset"]], metric, COLORS[1], "s", "presets")
-    for name, color, marker in (("winner", COLORS[3], "*"), ("best_preset", COLORS[2], "D")):
-        if name == "winner" or result["winner"] != result["best_preset"]:
-            _points(axis, [result["test"][name]], metric, color, marker, f"{name.replace('_', ' ')} on test")
-    axis.plot([e["nfe"] for e in front], [100 * e[metric] for e in front], color=COLORS[0])
-    _points(axis, front, metric, COLORS[0], "o", "Pareto front:")
-    for number, entry in enumerate(front, 1):
-        place = (entry["nfe"], 100 * entry[metric])
-        axis.annotate(str(number), place, (5, 5), textcoords="offset points", weight="bold", color=COLORS[0])
-        axis.plot([], [], linestyle="none", marker=f"${number}$", color=COLORS[0], label=entry["decoder"])
-    axis.set_xscale("log", base=2)
-    axis.set_xlim(left=min(axis.get_xlim()[0], budget / 4))  # so that there are ticks
-    axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
-    axis.set_ylim(bottom=0)
-    axis.set_xlabel("forward passes a problem (mean), log scale")
-    axis.set_ylabel(f"{metric} (%), {result['rounds'][-1]} validation problems")
-    axis.set_title(title(result), fontsize=10, parse_math=False)
-    axis.grid(alpha=0.3)
-    drawn = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    last = ["Pareto front:", *(entry["decoder"] for entry in front)]
-    order = [label for label in drawn if label not in last] + last
-    axis.legend([drawn[label] for label in order], order, fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
-    figure.tight_layout()
-    return figure
-
-
-def _points(axis: Axes, entries: list[Result], metric: str, color: str, marker: str, label: str) -> None:
-    """Points with their 95 % intervals; none, no mark in the legend."""
-    if not entries:
-        return
-    values = [e[metric] for e in entries]
-    intervals = [e[f"{metric}_interval"] for e in entries]
-    errors = [[100 * abs(v - i[side]) for v, i in zip(values, intervals, strict=True)] for side in (0, 1)]
-    axis.errorbar(
-        [e["nfe"] for e in entries],
-        [100 * v for v in values],
-        yerr=errors,
-        fmt=marker,
-        color=color,
-        elinewidth=1,
-        capsize=2,
-        markersize=12 if marker == "*" else 6,
-        label=label,
-    )
+    task = next(iter(result["config"]["tasks"]))
+    cells = []
+    for name in dict.fromkeys([*result["front"], *result["finalists"]]):
+        other = "other presets" if found[name]["preset"] else "other finalists"
+        cells.append({"task": task, "label": name if name in result["front"] else other, **found[name]})
+    for side in ("winner", "best_preset") if result["winner"] != result["best_preset"] else ("winner",):
+        entry = result["test"][side]
+        cells.append({"task": task, "label": f"{side.replace('_', ' ')} on test", "aside": True, **entry})
+    return accuracy(cells, result["config"]["metric"], result["config"]["budget"])
