@@ -45,7 +45,7 @@ class Picture:
 
 @look()
 def accuracy(cells: Sequence[Values], metric: str = "solved", budget: float | None = None) -> Figure:
-    """``metric`` against forward passes with 95 % intervals, a panel a task; the Pareto front of each as a stepped line.
+    """``metric`` against forward passes with 95 % intervals, a panel a task; the Pareto front stepped and numbered.
 
     Args:
         cells: rows with task, label, nfe, metric and its interval; those with ``aside`` are named, but on no front.
@@ -63,6 +63,8 @@ def accuracy(cells: Sequence[Values], metric: str = "solved", budget: float | No
         for cell, place in zip(own, spread_markers(passes), strict=True):
             number = labels.index(cell["label"]) + 1 if cell["label"] in labels else 0
             _point(axis, place, cell[metric], cell[f"{metric}_interval"], number, cell["label"])
+            if any(cell is best for best in fronts[task]):
+                axis.annotate(str(number), (place, 100 * cell[metric]), (-3, 5), textcoords="offset points", ha="right")
         if budget:
             axis.axvline(budget, color=SOFT, linestyle=":", label=f"budget, {budget:g} passes")
         right = max(2.1 * passes.min(), 1.4 * passes.max())
@@ -94,7 +96,6 @@ def _point(axis: Axes, place: float, value: float, interval: Sequence[float], nu
             "elinewidth": 1.1,
             "capsize": 2.5,
         }
-        axis.annotate(str(number), (place, 100 * value), (5, 3), textcoords="offset points", fontsize=7)
     ends = [
         [max(0, 100 * (value - interval[0]))],
         [max(0, 100 * (interval[1] - value))],
@@ -114,10 +115,11 @@ def passes_axis(axis: Axes) -> None:
 
 
 def spread_markers(passes: pd.Series) -> pd.Series:
-    """Passes with equal ones set slightly apart, around their middle."""
-    equal = passes.groupby(passes.round(1))
-    step = np.minimum(0.03, 0.3 / equal.transform("size"))
-    return passes * np.exp(step * (equal.cumcount() - (equal.transform("size") - 1) / 2))
+    """Passes with equal and near ones set slightly apart, in their order, around their middle."""
+    order = passes.sort_values(kind="stable")
+    near = order.groupby((order.pct_change() > 0.02).cumsum())
+    step = np.minimum(0.03, 0.3 / near.transform("size"))
+    return (order * np.exp(step * (near.cumcount() - (near.transform("size") - 1) / 2)))[passes.index]
 
 
 def _counts(cells: Sequence[Values]) -> str:
@@ -134,8 +136,8 @@ def accuracy_picture(cells: Sequence[Values]) -> Picture:
         said.append(f"{task}: {', '.join(best)}")
     caption = (
         "Problems solved against forward passes, with 95 % intervals. The stepped line is the Pareto front: what is on it "
-        f"solves more than anything measured with as few passes. On it are, for {'; '.join(said)}. Equal numbers of passes are "
-        "set slightly apart." + " Gray: what is on no front." * (len({c["label"] for c in cells}) > _NAMED)
+        f"solves more than anything measured with as few passes. On it are, for {'; '.join(said)}. Equal and near numbers of "
+        "passes are set slightly apart." + " Gray: what is on no front." * (len({c["label"] for c in cells}) > _NAMED)
     )
     return Picture("front", caption, accuracy(cells))
 
