@@ -168,7 +168,7 @@ class BenchMemory(Shape):
 
 @dataclass
 class BenchGap:
-    """Replay gap of every objective under several decoders: mean |recorded - recomputed| log-probability, nats a token."""
+    """Log-prob mismatch of every objective under several decoders: mean |recorded - recomputed|, nats a token."""
 
     model: str = "tiny"
     task: list[str] = field(default_factory=lambda: ["sudoku", "countdown"])

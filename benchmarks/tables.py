@@ -17,7 +17,8 @@ from benchmarks.memory import table as memory_table
 from benchmarks.update import bench_rl
 from unmask.io.files import write_text
 from unmask.io.terminal import console, fitting_table
-from unmask.results.accuracy import COLORS, MARKERS, markdown, save_figure
+from unmask.results.style import COLORS, MARKERS, save_figure
+from unmask.results.tables import Table
 
 Row = list[str]
 _DROP_FIRST = ("% GEMM", "+GiB", "T", "trunk ms", "step ms", "passes")
@@ -31,7 +32,7 @@ def _run(config: Any, work: Callable[..., dict[str, Any]]) -> dict[str, Any]:
 def _print(title: str, headings: Row, rows: list[Row], output: str) -> None:
     screen = console()
     screen.print(fitting_table(screen, title, headings, rows, drop_first=_DROP_FIRST))
-    write_text(Path(output).with_suffix(".md"), markdown(headings, rows))
+    write_text(Path(output).with_suffix(".md"), Table(headings, rows).markdown())
     print(f"result  {output}")
 
 
@@ -153,7 +154,7 @@ def gap(config: BenchGap) -> None:
         return "{:.2g} [{:.2g}, {:.2g}]".format(cell[key], *cell[f"{key}_interval"])
 
     rows = [[c["task"], c["decoder"], c["objective"], shown(c, "gap"), shown(c, "text_gap")] for c in result["cells"]]
-    title = f"replay gap, nats a token, {config.limit} completions, T = {config.temperature:g} [95 %]"
+    title = f"log-prob mismatch, nats a token, {config.limit} completions, T = {config.temperature:g} [95 %]"
     headings = ["task", "decoder", "objective", "all tokens", "up to the first end token"]
     _print(title, headings, rows, config.output)
 

@@ -12,7 +12,6 @@ import yaml
 from unmask.evaluation.records import summarize
 from unmask.io.files import slug, write_json
 from unmask.io.store import as_lines
-from unmask.results.collect import Result
 
 HOSTILE = "full:note=<b>&\"'</script><script>x</script>"
 STEPS = 4
@@ -152,12 +151,14 @@ def study(folder: Path) -> Path:
 CELLS = {"full": records(10, 9, 64), "ass": records(10, 4, 7), HOSTILE: records(10, 6, 20)}
 
 
-def result(nfe: float, solved: float, seeds: int = 1) -> Result:
-    numbers = {"nfe": nfe, "solved": solved, "problems": 10, "seeds": seeds, "tokens_per_forward": 1.0, "length": 1.0}
-    score = {
-        "score_name": "s",
-        "score": solved,
-        "score_interval": [solved, solved],
-        "solved_interval": [solved, solved],
+def result(nfe: float, solved: float, label: str = "d", **more: Any) -> dict[str, Any]:
+    """A row as ``figures.accuracy`` takes it."""
+    return {
+        "task": "t",
+        "label": label,
+        "nfe": nfe,
+        "solved": solved,
+        "solved_interval": [solved] * 2,
+        "problems": 9,
+        **more,
     }
-    return Result("f", "t", f"{nfe:g}-{solved:g}", {}, {**numbers, **score})

@@ -79,7 +79,7 @@ before = [*sys.path], dict(os.environ), transformers.utils.logging.is_progress_b
 for name in unmask.__all__:
     getattr(unmask, name)
 unmask.load("tiny").generate("make 5 from 2 3 9", "eoser-ass", max_new_tokens=16)
-from unmask.results import accuracy
+from unmask.results import figures
 assert ([*sys.path], dict(os.environ), transformers.utils.logging.is_progress_bar_enabled()) == before, "used"
 assert matplotlib.rcParams._get("backend") == backend and "matplotlib.pyplot" not in sys.modules, "drawing"
 """

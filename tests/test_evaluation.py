@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from unmask import MaskedLM, UserError, make_task
+from unmask.evaluation.command import show_evaluation
 from unmask.evaluation.evaluate import EvalConfig, evaluate
 from unmask.evaluation.prompts import task_prompts
 from unmask.evaluation.records import compare_to_best, read_records
-from unmask.results import accuracy as report
 from unmask.results.statistics import pooled_bootstrap, wilson
 
 
@@ -99,9 +99,10 @@ def test_summary_holds_what_a_number_needs(model: str, tmp_path: Path) -> None:
     rows = records(tmp_path)["sudoku--ass.jsonl"]
     assert cell["solved"] == sum(bool(r["solved"]) for r in rows) / 10
     assert cell["nfe"] == 5 and cell["tokens_per_forward"] == 32 / 5
-    figures = report.write_figures(summary, tmp_path)
-    assert {f.name for f in figures} == {"accuracy.png", "accuracy.svg"}
-    assert report.markdown_table(summary).count("\n") == 6
+    show_evaluation(summary, tmp_path)
+    drawn = {f.name for f in tmp_path.glob("*.[ps][nv]g")}
+    assert drawn == {"accuracy.png", "accuracy.svg"}
+    assert (tmp_path / "table.md").read_text().count("\n") == 6
 
 
 def test_cells_are_compared_with_the_best_on_the_same_problems() -> None:

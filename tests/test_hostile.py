@@ -17,7 +17,7 @@ import yaml
 
 from unmask.cli import main
 from unmask.evaluation import evaluate, tune, tune_report
-from unmask.results import accuracy as report
+from unmask.results import style
 from unmask.study import run as study
 
 TABLE = {"task": "countdown", "decoder": "ass", "limit": 2, "max_new_tokens": 16}
@@ -47,7 +47,7 @@ def command(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     ("name", "place", "moment", "says"),
     [
         ("eval", evaluate, "kept_trajectories", "was removed while the run wrote to it"),
-        ("eval", report, "accuracy_figure", "cannot write to"),
+        ("eval", style, "atomic_write", "cannot write to"),
         ("tune", tune, "run_cell", "cannot write to"),
         ("tune", tune_report, "front_figure", "cannot write to"),
         ("study", study, "wait", "was removed while the run wrote to it"),

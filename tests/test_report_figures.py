@@ -1,52 +1,58 @@
-"""Figures of a report by hand: the front, markers and labels that are seen, differences, bands."""
+"""Figures of results by hand: the front, markers and labels that are seen, differences, bands."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
+import pandas as pd
 import pytest
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
 
 from report_folders import result
 from unmask.results import figures
-from unmask.results.accuracy import accuracy_figure
-from unmask.results.collect import Run
-from unmask.results.curves import band, curves, smooth
+from unmask.results.collect import Material
+from unmask.results.statistics import pareto_front
+from unmask.results.style import color, marker, save_figure
 
 
 def test_the_front_by_hand() -> None:
     points = [(7, 0.5), (7, 0.6), (20, 0.6), (20, 0.55), (64, 0.9), (5, 0.1), (128, 0.9)]
-    best = figures.front([result(*p) for p in points])
-    assert [(r.numbers["nfe"], r.numbers["solved"]) for r in best] == [(5, 0.1), (7, 0.6), (64, 0.9)]
+    assert pareto_front(points, lambda p: p) == [(5, 0.1), (7, 0.6), (64, 0.9)]
+    figure = figures.accuracy([*(result(*p) for p in points), result(6, 0.99, aside=True)])
+    (stepped,) = (line for line in figure.axes[0].lines if line.get_label() == "Pareto front")
+    assert list(zip(*stepped.get_data(), strict=True))[:-1] == [(5, 10), (7, 60), (64, 90)]
 
 
 def test_equal_passes_are_set_apart_and_others_stay() -> None:
-    placed = figures._spread_markers([7, 64, 7, 20, 7.1])
+    placed = figures.spread_markers(pd.Series([7.0, 64, 7, 20, 7.1]))
     assert placed[1] == pytest.approx(64) and placed[3] == pytest.approx(20)
-    assert placed[0] < placed[2] < placed[4] and all(abs(p / 7 - 1) < 0.06 for p in (placed[0], placed[2], placed[4]))
-    assert np.diff(np.log([placed[i] for i in (0, 2, 4)])) == pytest.approx([0.045, 0.045])
-    assert placed[0] * placed[2] * placed[4] == pytest.approx(7 * 7 * 7.1)  # their middle is where it was
-    swept = figures._spread_markers([60, 61, 62, 63, 64, 65, 66])
-    assert swept == sorted(swept) and swept[0] > 55 and swept[-1] < 73
-    assert len(set(figures._spread_markers([7.0] * 40))) == 40 and max(figures._spread_markers([7.0] * 40)) < 10
+    assert (
+        placed[0] < placed[2] < placed[4]
+        and placed[2] == pytest.approx(7)
+        and all(abs(placed[i] / 7 - 1) < 0.06 for i in (0, 2, 4))
+    )
+    assert len(set(many := figures.spread_markers(pd.Series([7.0] * 40)))) == 40 and max(many) < 10
 
 
-def test_no_marker_and_no_label_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Results set apart stay inside the panel, and a figure is as wide as its longest label."""
-    drawn: list[Figure] = []
-    monkeypatch.setattr(figures, "picture", lambda stem, caption, figure: drawn.append(figure))
-    near = [replace(result(5.5 + i / 100, 0.5), label=f"{i}" * 90) for i in range(7)]
-    figures.accuracy(near)
-    (figure,) = drawn
+def test_no_marker_and_no_label_is_cut() -> None:
+    """Results set apart stay inside the panel, and a figure is as wide as its longest label; numbers stand for the points."""
+    figure = figures.accuracy([result(5.5, 0.5, f"{i}" * 90) for i in range(7)])
+    figure.draw_without_rendering()
     (low, high), whole = figure.axes[0].get_xlim(), figure.bbox
     places = [x for line in figure.axes[0].containers for x in line[0].get_xdata()]
     assert len(places) == 7 and low < min(places) and max(places) < high
+    assert [text.get_text() for text in figure.axes[0].texts] == ["1"]  # of equals the first is on the front
     (legend,) = figure.legends
     assert whole.x0 <= legend.get_window_extent().x0 and legend.get_window_extent().x1 <= whole.x1
+
+
+def test_of_many_only_the_front_has_names() -> None:
+    figure = figures.accuracy([result(7 + i, 0.1 * (i == 3), f"d{i}") for i in range(30)])
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["Pareto front", "on no front: see the tables", "1  d0", "2  d3"]
 
 
 def shown_ticks(axis: Any, which: str) -> list[float]:
@@ -58,28 +64,21 @@ def shown_ticks(axis: Any, which: str) -> list[float]:
     return [place for place, _ in labels]
 
 
-@pytest.mark.parametrize("passes", [[7], [20, 22], [1, 1], [33.3, 40.1], [5, 5.5, 6], [7, 20, 64], [300, 310]])
-@pytest.mark.parametrize("solved", [0.0, 0.004, 0.6, 1.0])
+@pytest.mark.parametrize(
+    ("passes", "solved"), [([7], 0.0), ([20, 22], 0.004), ([1, 1], 1.0), ([33.3, 40.1], 0.6), ([7, 20, 64], 0.6)]
+)
 def test_axes_of_an_evaluation_have_numbers(passes: list[float], solved: float) -> None:
-    cells = [
-        {"task": "t", "decoder": str(i), "nfe": n, "solved": solved, "problems": 9, "solved_interval": [solved] * 2}
-        for i, n in enumerate(passes)
-    ]
-    figure = accuracy_figure({"cells": cells})
-    plt.close(figure)
+    figure = figures.accuracy([result(n, solved, f"_$\\nothing{i}$") for i, n in enumerate(passes)])
     figure.draw_without_rendering()
     shown_ticks(figure.axes[0], "x")
     assert min(shown_ticks(figure.axes[0], "y")) == 0 and figure.axes[0].get_ylim()[1] <= 103
 
 
-@pytest.mark.parametrize("level", [0.0, 0.001, 0.5, 1.0])
-@pytest.mark.parametrize("gap", [0.0, 7.49351e-09, 3e-4, 2.0])
-def test_axes_of_a_training_have_numbers(monkeypatch: pytest.MonkeyPatch, level: float, gap: float) -> None:
-    drawn: list[Figure] = []
-    monkeypatch.setattr("unmask.results.curves.picture", lambda stem, caption, figure: drawn.append(figure))
+@pytest.mark.parametrize(("level", "gap"), [(0.0, 0.0), (0.001, 7.49351e-09), (0.5, 3e-4), (1.0, 2.0)])
+def test_axes_of_a_training_have_numbers(level: float, gap: float) -> None:
     values = {"eval_sudoku_solved": level, "groups_without_variance": level, "logprob_mismatch": gap}
-    curves([Run("f", "n", {}, {k: {1: v / 2, 2: v, 3: v} for k, v in values.items()}, {}, "cj")])
-    (figure,) = drawn
+    metrics = pd.DataFrame({k: pd.Series({1: v / 2, 2: v, 3: v}) for k, v in values.items()})
+    figure = figures.training([{"label": "_$cj", "metrics": metrics}]).figure
     figure.draw_without_rendering()
     for axis in figure.axes:
         ticks = shown_ticks(axis, "y")
@@ -89,10 +88,8 @@ def test_axes_of_a_training_have_numbers(monkeypatch: pytest.MonkeyPatch, level:
 
 def test_a_difference_is_clear_after_holm() -> None:
     row = {"axis": "decoder", "cell": {"task": "t", "decoder": "a"}, "against": {"task": "t", "decoder": "b"}}
-    rows = [
-        {**row, "solved": 0.1, "solved_interval": [0, 0.2], "solved_p": 0.01, "solved_holm": h} for h in (0.04, 0.06)
-    ]
-    (drawn,) = figures.differences(rows, "stem", "title")
+    row |= {"folder": "f", "solved": 0.1, "solved_interval": [0, 0.2]}
+    (drawn,) = figures.differences(Material(differences=[{**row, "solved_holm": h} for h in (0.04, 0.06)]))
     assert "1 of 2 are clear after Holm" in drawn.caption
 
 
@@ -101,23 +98,29 @@ def test_a_short_decode_fills_its_time() -> None:
     order = np.zeros((16, 2))
     order[[0, 4, 8, 12], 0] = [0.1, 0.2, 0.3, 0.4]
     order[:, 1] = math.nan
-    filled = figures._forward_fill(order)
+    filled = figures.forward_fill(order)
     assert filled[:, 0].tolist() == [v for v in (0.1, 0.2, 0.3, 0.4) for _ in range(4)] and np.isnan(filled[:, 1]).all()
-    stopped = order.copy()
-    stopped[12, 0] = 0  # every row was finished before the last step
-    assert figures._forward_fill(stopped)[:, 0].tolist() == [v for v in (0.1, 0.2, 0.3, 0.0) for _ in range(4)]
-    whole = np.random.default_rng(0).random((16, 32))
-    assert np.array_equal(figures._forward_fill(whole), whole)
+    order[12, 0] = 0  # every row was finished before the last step
+    assert figures.forward_fill(order)[:, 0].tolist() == [v for v in (0.1, 0.2, 0.3, 0.0) for _ in range(4)]
 
 
 def test_bands_by_hand() -> None:
-    assert smooth({1: 1.0, 2: 3.0, 3: 8.0}, 2) == {1: 1.0, 2: 2.0, 3: 5.5}
-    found = band([{0: 1.0, 2: 2.0, 4: 9.0}, {0: 3.0, 4: 1.0}])
-    assert found == ([0, 4], [2.0, 5.0], [1.0, 1.0], [3.0, 9.0])
+    one = figures.over_seeds([pd.Series({1: 1.0, 2: 3.0, 3: 8.0})], 2)
+    assert one["mean"].tolist() == one["min"].tolist() == [1.0, 2.0, 5.5]
+    found = figures.over_seeds([pd.Series({0: 1.0, 2: 2.0, 4: 9.0}), pd.Series({0: 3.0, 2: math.nan, 4: 1.0})], 1)
+    assert found.to_dict("index") == {0: {"mean": 2, "min": 1, "max": 3}, 4: {"mean": 5, "min": 1, "max": 9}}
 
 
-def test_series_are_told_apart_without_colours() -> None:
-    from unmask.results.style import color, marker
-
+def test_series_are_told_apart_without_colors() -> None:
     assert len({(color(i), marker(i)) for i in range(64)}) == 64
     assert len({marker(i) for i in range(8)}) == 8 == len({color(i) for i in range(8)})
+
+
+def test_the_readers_settings_neither_matter_nor_leak(tmp_path: Path) -> None:
+    cells = [result(7, 0.5), result(64, 0.9, "$\\nothing{$")]
+    with matplotlib.rc_context({"axes.linewidth": 5.0, "xtick.major.size": 20}):
+        own = save_figure(figures.accuracy(cells), tmp_path / "own.v1")
+        assert matplotlib.rcParams["axes.linewidth"] == 5.0
+    assert [p.name for p in own] == ["own.v1.png", "own.v1.svg"]
+    again = save_figure(figures.accuracy(cells), tmp_path / "again")
+    assert [p.read_bytes() for p in own] == [p.read_bytes() for p in again]

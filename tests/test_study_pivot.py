@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,8 @@ from report_folders import study
 from unmask import UserError
 from unmask.results import pivot
 from unmask.results.collect import collect
-from unmask.results.sections import report
+from unmask.results.report import report
 from unmask.results.summary import markdown, read_cells, summarize_study
-from unmask.results.tables import chosen_tables
 from unmask.study.grid import StudyConfig, jobs_of, labels, settings_of
 
 
@@ -54,7 +52,7 @@ def shown(cells: list[dict[str, Any]] = CELLS, baselines: tuple[str, ...] = (), 
     (chosen,) = pivot.pivots([{"title": "T", **table}], settings, baselines=baselines)
     summary = summarize_study(cells, (), baselines, [chosen])
     (table,) = pivot.tables([chosen], summary)
-    text = table.markdown()
+    text = table.titled_markdown()
     assert markdown(summary, [chosen]).startswith(f"{text}\n**All cells**\n\n| decoder |")
     return text
 
@@ -211,25 +209,11 @@ def test_a_report_begins_with_them(tmp_path: Path) -> None:
     folder = study(tmp_path / "study")
     table = {"title": "Which <objective>", "rows": ["train.objective"], "columns": ["decoder"], "against": ["training"]}
     (folder / "study.yaml").write_text(yaml.safe_dump({"tables": [table, {**table, "where": {"decoder": "none"}}]}))
-    material = collect([folder])
     (shown,) = pivot.tables([pivot.Pivot(**table)], summarize_study(read_cells(folder)))
-    assert material.tables == [("study", shown)]  # the other has no cell yet
+    (own,) = collect([folder]).folders
+    assert own.tables[0] == shown and len(own.tables) == 2  # the other has no cell yet; then all cells
     assert [row[0] for row in shown.rows] == ["untrained", "cj", "diffu"]
-    (chosen,) = chosen_tables(material.tables)
-    assert chosen.markdown() == shown.markdown().split("\n\n")[1] + "\n"
-    assert (chosen.caption, chosen.note) == (shown.title, shown.notes[0])
-    for row in chosen.rows:
-        for cell in row[1:]:
-            assert (cell.value is None) == (cell.text == "")
-            assert cell.value is None or cell.text.startswith(
-                (f"{cell.value:.1f}", f"{cell.value:+.1f}", f"{cell.value:g}")
-            )
     text, _ = report([folder], tmp_path / "out")
     page = (tmp_path / "out" / "report.html").read_text()
-    assert (
-        text.startswith(chosen.caption)
-        and "Which &lt;objective&gt;" in page
-        and chosen.note.replace("'", "&#39;") in page
-    )
-    two = chosen_tables(collect([folder, shutil.copytree(folder, tmp_path / "other")]).tables)
-    assert [table.caption.split(":")[0] for table in two] == ["study", "other"]
+    assert text.startswith(shown.titled_markdown())
+    assert "Which &lt;objective&gt;" in page and shown.notes[0].replace("'", "&#39;") in page

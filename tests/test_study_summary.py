@@ -20,8 +20,6 @@ from unmask.results.statistics import (
     Bootstrap,
     holm,
     paired_difference,
-    student_half_width,
-    student_p,
     wilson,
 )
 from unmask.results.summary import Group, markdown, summarize_study
@@ -176,15 +174,6 @@ def test_of_several_baselines_the_one_with_the_same_settings_counts() -> None:
         if d["axis"] == "equal passes"
     }
     assert found == {(2, "full:steps=32", 2): 0.25, (0, "full", 0): 0.75}
-
-
-@pytest.mark.parametrize("freedom", range(1, 9))
-def test_students_t_is_that_of_scipy(freedom: int) -> None:
-    for t in (0.0, 0.3, -1.0, 2.5, 7.0, 40.0):
-        assert student_p(t, freedom) == pytest.approx(2 * stats.t.sf(abs(t), freedom), abs=1e-12)
-    values = np.random.default_rng(0).normal(size=freedom + 1)
-    half = stats.t.ppf(0.975, freedom) * values.std(ddof=1) / math.sqrt(freedom + 1)
-    assert student_half_width(values.tolist()) == pytest.approx(half)
 
 
 def test_holm_and_p_by_hand() -> None:

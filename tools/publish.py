@@ -15,15 +15,16 @@ import sys
 from functools import cache
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from unmask.config import read_config
 from unmask.errors import UserError
 from unmask.io.files import as_yaml
 from unmask.results import figures, pivot
-from unmask.results.accuracy import markdown as table_text
-from unmask.results.accuracy import percent, points
 from unmask.results.collect import collect
-from unmask.results.style import look
+from unmask.results.style import save_figure
 from unmask.results.summary import cell_lines, markdown, read_cells, run_lines, summarize_study
+from unmask.results.tables import Table, percent, points
 from unmask.study.grid import Job, StudyConfig, jobs_of, labels, settings_of, training_labels
 from unmask.study.run import Lines
 
@@ -47,13 +48,12 @@ def tables(folder: Path) -> tuple[str, dict[str, str]]:
     config, jobs = study(folder.name)
     shown = pivot.pivots(config.tables, settings_of(jobs, labels(jobs)[0]), config.compare, config.baselines)
     summary = summarize_study(read_cells(folder), config.compare, config.baselines, shown)
-    return markdown(summary, shown), {table.title: table.markdown() for table in pivot.tables(shown, summary)}
+    return markdown(summary, shown), {table.title: table.titled_markdown() for table in pivot.tables(shown, summary)}
 
 
-def figure(folder: Path) -> str:
-    """front.svg of a study's committed cells."""
-    with look():
-        return figures.accuracy(collect([folder]).results).svg
+def figure(folder: Path) -> Figure:
+    """Accuracy against passes of a study's committed cells."""
+    return figures.accuracy(collect([folder]).cells)
 
 
 def searches() -> str:
@@ -78,7 +78,7 @@ def searches() -> str:
         for entry in (test["winner"], test["best_preset"]):
             row += [f"{entry['nfe']:.1f}", percent(entry["solved"], entry["solved_interval"])]
         rows.append([*row, points(test["difference"], test["difference_interval"])])
-    return table_text(headings, rows, left=4)
+    return Table(headings, rows, 4).markdown()
 
 
 def with_tables(text: str) -> str:
@@ -113,7 +113,8 @@ def publish(name: str) -> None:
     summarised = {"compare": config.compare, "baselines": config.baselines, "tables": config.tables}
     (folder / "study.yaml").write_text(as_yaml(summarised), encoding="utf-8")
     (folder / "table.md").write_text(tables(folder)[0], encoding="utf-8")
-    (folder / "front.svg").write_text(figure(folder), encoding="utf-8")
+    png, _ = save_figure(figure(folder), folder / "front")
+    png.unlink()
 
 
 def main(names: list[str]) -> None:

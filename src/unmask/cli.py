@@ -124,8 +124,8 @@ def grade_file(task: Task, path: str) -> list[Grade]:
 
 def grade(arguments: list[str]) -> None:
     a = read_flags(GradeArguments, arguments, prog="unmask grade")
-    from unmask.results.accuracy import percent
     from unmask.results.statistics import pooled_bootstrap, wilson
+    from unmask.results.tables import percent
     from unmask.tasks import make_task
 
     asked = make_task(a.task, {})

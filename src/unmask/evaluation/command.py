@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 from unmask.config import read_flags
 from unmask.evaluation.config import EvalConfig
@@ -22,7 +23,6 @@ def run_evaluation(config: EvalConfig) -> None:
     from unmask.evaluation.distributed import AgreedError, init_distributed
     from unmask.evaluation.evaluate import evaluate
     from unmask.evaluation.progress import progress_bars
-    from unmask.results import accuracy as report
 
     processes = init_distributed()
     if processes.rank:
@@ -35,14 +35,22 @@ def run_evaluation(config: EvalConfig) -> None:
     except AgreedError:
         processes.exit_after_rank0()
         raise
-    if processes.rank:
-        return
-    output = Path(config.output)
+    if not processes.rank:
+        show_evaluation(summary, Path(config.output))
+
+
+def show_evaluation(summary: dict[str, Any], output: Path) -> None:
+    """Write the figures and the table of an evaluation's folder and print the table."""
+    from unmask.results.collect import evaluation_cells
+    from unmask.results.figures import accuracy
+    from unmask.results.style import save_figure
+    from unmask.results.tables import evaluation_for_terminal, evaluation_table
+
     with writing_to(output):
-        figures = report.write_figures(summary, output)
-        write_text(output / "table.md", report.markdown_table(summary))
+        figures = save_figure(accuracy(evaluation_cells(summary)), output / "accuracy")
+        write_text(output / "table.md", evaluation_table(summary).markdown())
     screen = console()
-    screen.print(report.terminal_table(summary, screen))
+    screen.print(evaluation_for_terminal(summary, screen))
     print(f"records  {output / 'records'}\nsummary  {output / 'summary.json'}")
     for figure in (f for f in figures if f.suffix == ".png"):
         print(f"figure   {figure}")

@@ -29,7 +29,7 @@ from unmask.io.files import write_json, writing_to
 from unmask.io.launcher import world_size
 from unmask.io.schema import MEASURED
 from unmask.io.store import Record, RecordStore, claim
-from unmask.results.statistics import paired_difference
+from unmask.results.statistics import paired_difference, pareto_front
 from unmask.tasks import make_task
 
 FIRST_ROUND = 16
@@ -58,11 +58,7 @@ class Standing(NamedTuple):
 
 def pareto(standings: Sequence[Standing]) -> list[Standing]:
     """Those that no other reaches with as few passes, by passes; of equals the first."""
-    front: list[Standing] = []
-    for standing in sorted(standings, key=lambda s: (s.nfe, -s.value)):
-        if not front or standing.value > front[-1].value:
-            front.append(standing)
-    return front
+    return pareto_front(standings, lambda s: (s.nfe, s.value))
 
 
 def best(standings: Sequence[Standing]) -> Standing:

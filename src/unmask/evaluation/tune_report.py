@@ -15,7 +15,9 @@ from unmask.evaluation.tune_config import TuneConfig
 from unmask.evaluation.tune_space import unfit_presets
 from unmask.io.files import as_yaml, write_text, writing_to
 from unmask.io.terminal import console, fitting_table
-from unmask.results.accuracy import COLORS, accuracy_figure, markdown, percent, points, save_figure
+from unmask.results.figures import accuracy
+from unmask.results.style import save_figure
+from unmask.results.tables import Table, percent, points
 
 Result = dict[str, Any]
 HEADINGS = ["decoder", "plan", "NFE", "solved % [95 %]", "score % [95 %]", "problems", "what it is"]
@@ -24,7 +26,7 @@ HEADINGS = ["decoder", "plan", "NFE", "solved % [95 %]", "score % [95 %]", "prob
 def write(result: Result, config: TuneConfig) -> list[Path]:
     """front.md, front.png, front.svg and decoder.yaml into the run folder."""
     output = Path(config.output)
-    said = f"{title(result)}\n\n{markdown(HEADINGS, rows(result))}\n" + "".join(
+    said = f"{title(result)}\n\n{Table(HEADINGS, rows(result)).markdown()}\n" + "".join(
         f"{line}\n" for line in sentences(result)
     )
     with writing_to(output):
@@ -170,19 +172,14 @@ def command_line(config: TuneConfig) -> str:
 
 
 def front_figure(result: Result) -> Figure:
-    """Value against passes: the front, and what winner and best preset reach on test."""
-    metric, budget = result["config"]["metric"], result["config"]["budget"]
+    """Value against passes: who came to the last round, the front through them, and what two of them reach on test."""
     found = {entry["decoder"]: entry for entry in result["candidates"]}
-    shown = [(name, found[name]) for name in result["front"]]
-    shown += [(f"{name.replace('_', ' ')} on test", result["test"][name]) for name in ("winner", "best_preset")]
-    cells = [
-        {"task": title(result), "decoder": name, "solved": e[metric], "solved_interval": e[f"{metric}_interval"]}
-        | {key: e[key] for key in ("nfe", "problems")}
-        for name, e in shown
-    ]
-    figure = accuracy_figure({"cells": cells})
-    (axis,) = figure.axes
-    axis.axvline(budget, color=COLORS[7], linestyle=":")
-    axis.set_ylabel(f"{metric} (%)")
-    axis.set_title(title(result), fontsize=9, parse_math=False)
-    return figure
+    task = next(iter(result["config"]["tasks"]))
+    cells = []
+    for name in dict.fromkeys([*result["front"], *result["finalists"]]):
+        other = "other presets" if found[name]["preset"] else "other finalists"
+        cells.append({"task": task, "label": name if name in result["front"] else other, **found[name]})
+    for side in ("winner", "best_preset") if result["winner"] != result["best_preset"] else ("winner",):
+        entry = result["test"][side]
+        cells.append({"task": task, "label": f"{side.replace('_', ' ')} on test", "aside": True, **entry})
+    return accuracy(cells, result["config"]["metric"], result["config"]["budget"])

@@ -1,9 +1,7 @@
-"""Folders of ``unmask eval``, ``unmask rl`` and ``unmask study`` as plain data. Nothing is drawn here."""
+"""Folders of ``unmask eval``, ``unmask rl`` and ``unmask study`` as frames and tables. Nothing is drawn here."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
@@ -11,100 +9,74 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from unmask.config import build
 from unmask.errors import UserError, unknown
 from unmask.io.files import each_line, read_json, read_lines, read_yaml, slug
 from unmask.io.schema import COUNT, CURVES, METRICS, POSITIVE, RECORD, SUMMARY, TIMES, whole_summary
-from unmask.results.axes import PLAN, SEEDS
-from unmask.results.pivot import Pivot, RenderedTable, plain, tables
-from unmask.results.summary import groups_of, read_cells, run_lines, summarize_study
+from unmask.results import pivot, summary
+from unmask.results.pivot import PLAN, SEEDS, Values
+from unmask.results.tables import Table, evaluation_table, percent, plain
 
-Curve = dict[int, float]
-_FIX = "give a whole folder"
-_FOLDERS = "a folder of unmask rl, unmask eval or unmask study"
+_FIX = "choose a complete folder"
+_FOLDERS = "choose a folder of unmask rl, unmask eval or unmask study"
 _NOT_SETTINGS = (*SEEDS, "output_dir", "eval_steps", "save_steps", "report_to", "log_completions", "rows_per_forward")
 
 
 @dataclass(frozen=True)
 class Folder:
-    """What a folder is, in a few words, and the facts that the report lists: title -> value for JSON."""
+    """A folder as the report shows it: ``what`` it is, ``facts`` (title -> value for JSON), its main tables and a remark."""
 
     name: str
     what: str
     facts: dict[str, Any]
-
-
-@dataclass
-class Result:
-    """One task under one decoder: the numbers of a summary's cell, over all seeds of a study."""
-
-    folder: str
-    task: str
-    decoder: str
-    axes: dict[str, Any]
-    """What else tells the cell from others of its folder."""
-    numbers: dict[str, Any]
-    curves: dict[str, np.ndarray] = field(default_factory=dict)
-    """``eos_share``, ``end_confidence``, ``other_confidence``: (steps,); ``order``: (time, position). NaN: nothing there."""
-    lengths: list[int] = field(default_factory=list)
-    """Tokens before the first end token, one a problem and seed."""
-    label: str = ""
-
-
-@dataclass
-class Run:
-    """One training: its curves over the updates by name."""
-
-    folder: str
-    name: str
-    settings: dict[str, Any]
-    curves: dict[str, Curve]
-    costs: dict[str, float]
-    label: str = ""
+    tables: list[Table] = field(default_factory=list)
+    differences: list[Table] = field(default_factory=list)
+    note: str = ""
 
 
 @dataclass
 class Material:
-    """All that a report shows."""
+    """All that a report shows, rows of equal settings under one ``label``.
+
+    ``cells``: a row a task and decoder: folder, axes, the numbers of a summary, ``lengths`` (tokens before the first end token,
+    one a problem and seed) and ``curves`` (name -> array; NaN: nothing there). ``runs``: a row a training: settings, costs and
+    ``metrics``, a frame by update. ``differences``: rows of a study's summary with their ``folder``.
+    """
 
     folders: list[Folder] = field(default_factory=list)
-    results: list[Result] = field(default_factory=list)
-    runs: list[Run] = field(default_factory=list)
-    differences: list[dict[str, Any]] = field(default_factory=list)
-    tables: list[tuple[str, RenderedTable]] = field(default_factory=list)
-    """Tables for reading that a study's file asks for, with the folder's name."""
-    notes: dict[str, str] = field(default_factory=dict)
-    """Folder name -> what its study says of its comparisons."""
+    cells: list[Values] = field(default_factory=list)
+    runs: list[Values] = field(default_factory=list)
+    differences: list[Values] = field(default_factory=list)
 
 
 def collect(folders: Sequence[Path]) -> Material:
     """Read folders, which may be of different kinds.
 
     Raises:
-        UserError: for a folder that is none of the three kinds, given twice, empty, unfinished or damaged.
+        UserError: for a folder that is none of the three kinds, named twice, empty, unfinished or damaged.
     """
     material = Material()
     for folder, name in zip(folders, _names(folders), strict=True):
         _reader(folder)(folder, name, material)
-    _label_results(material.results)
-    _label_runs(material.runs)
+    for rows, own in ((material.cells, "axes"), (material.runs, "settings")):
+        _label(rows, own)
     return material
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
     """The last parts of each path, as few as tell the folders apart."""
     parts = [folder.resolve().parts for folder in folders]
-    for twice in (i for i, p in enumerate(parts) if p in parts[:i]):
-        raise UserError(f"{folders[twice]} is given twice: give it once")
-    depths = range(1, max(map(len, parts)) + 1)
-    tails = (["/".join(p[-depth:]) for p in parts] for depth in depths)
+    if twice := next((f for i, f in enumerate(folders) if parts[i] in parts[:i]), None):
+        raise UserError(f"{twice} is named twice: name it once")
+    tails = (["/".join(p[-depth:]) for p in parts] for depth in range(1, max(map(len, parts)) + 1))
     return next(names for names in tails if len(set(names)) == len(names))
 
 
 def _reader(folder: Path) -> Callable[[Path, str, Material], None]:
     if not folder.is_dir():
-        raise UserError(f"{folder} {'is a file' if folder.exists() else 'does not exist'}: give {_FOLDERS}")
+        raise UserError(f"{folder} {'is a file' if folder.exists() else 'does not exist'}: {_FOLDERS}")
     kinds = {
         ("cells.jsonl",): _read_study,
         ("config.yaml", "metrics.jsonl"): _read_run,
@@ -117,98 +89,88 @@ def _reader(folder: Path) -> Callable[[Path, str, Material], None]:
         raise UserError(f"{folder} holds an evaluation that is not finished: start its unmask eval command again")
     raise UserError(
         f"{folder} holds no reinforcement-learning run (config.yaml, metrics.jsonl), no evaluation (config.json, "
-        f"summary.json) and no study (cells.jsonl): give {_FOLDERS}"
+        f"summary.json) and no study (cells.jsonl): {_FOLDERS}"
     )
 
 
+def evaluation_cells(found: Values) -> list[Values]:
+    """The cells of an evaluation's summary as ``figures.accuracy`` draws them."""
+    return [{"axes": {}, "label": cell["decoder"], "seeds": 1, **cell} for cell in found["cells"]]
+
+
 def _read_evaluation(folder: Path, name: str, material: Material) -> None:
-    summary = read_json(folder / "summary.json", SUMMARY, _FIX, whole_summary)
-    config = summary["config"]
-    for cell in summary["cells"]:
+    found = read_json(folder / "summary.json", SUMMARY, _FIX, whole_summary)
+    for cell in evaluation_cells(found):
         records = folder / "records" / f"{slug(cell['task'])}--{slug(cell['decoder'])}.jsonl"
-        numbers = {"seeds": 1, **cell}
-        curves = _curves([cell["curves"]]) if "curves" in cell else {}
         lengths = list(each_line(records, RECORD, _FIX, itemgetter("length")))  # not the whole records at once
-        material.results.append(Result(name, cell["task"], cell["decoder"], {}, numbers, curves, lengths))
-    what = f"evaluation of {config['model']['name']}, {config['split']} split"
-    facts = {"configuration": config, "environment": summary["environment"]}
-    material.folders.append(Folder(name, what, facts))
+        curves = _mean_curves([cell["curves"]] if "curves" in cell else [])
+        material.cells.append({**cell, "folder": name, "lengths": lengths, "curves": curves})
+    facts = {"configuration": found["config"], "environment": found["environment"]}
+    what = f"evaluation of {found['config']['model']['name']}, {found['config']['split']} split"
+    material.folders.append(Folder(name, what, facts, [evaluation_table(found)]))
 
 
-def _curves(found: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-    """The curves of a cell's seeds as their mean; where only some seeds have a value, of those."""
-    return {key: _mean([np.array(c[key], dtype=float) for c in found]) for key in CURVES} if found else {}
+def _mean_curves(found: Sequence[Values]) -> dict[str, np.ndarray]:
+    """Means over the seeds of a cell that have a value; a curve is as long as the longest of its seeds'."""
+    return {key: _mean([np.array(curves[key], dtype=float) for curves in found]) for key in CURVES} if found else {}
 
 
 def _mean(arrays: Sequence[np.ndarray]) -> np.ndarray:
-    """Of arrays whose first sizes may differ; NaN counts as absent."""
-    table = np.full((len(arrays), max(map(len, arrays)), *arrays[0].shape[1:]), np.nan)
-    for row, array in zip(table, arrays, strict=True):
+    padded = np.full((len(arrays), max(map(len, arrays)), *arrays[0].shape[1:]), np.nan)
+    for row, array in zip(padded, arrays, strict=True):
         row[: len(array)] = array
-    there = ~np.isnan(table)
+    there = ~np.isnan(padded)
     with np.errstate(invalid="ignore"):
-        return np.where(there, table, 0).sum(0) / there.sum(0)
+        return np.where(there, padded, 0).sum(0) / there.sum(0)
 
 
 def _read_study(folder: Path, name: str, material: Material) -> None:
-    cells = read_cells(folder)
-    config = _settings(folder / "study.yaml", cells)
-    chosen = [build(Pivot, table, "tables") for table in config.get("tables", [])]
-    summary = summarize_study(cells, config.get("compare", []), config.get("baselines", []), chosen)
-    for entry, group in zip(summary["cells"], groups_of(cells).values(), strict=True):
-        lines = group.lines
+    lines = summary.read_cells(folder)
+    config = _study_file(folder / "study.yaml", lines)
+    chosen = [build(pivot.Pivot, table, "tables") for table in config.get("tables", [])]
+    found = summary.summarize_study(lines, config.get("compare", []), config.get("baselines", []), chosen)
+    for entry, group in zip(found["cells"], summary.groups_of(lines).values(), strict=True):
         axes = {k: v for k, v in entry["cell"].items() if k not in ("task", "decoder")}
-        numbers = {"score_name": lines[0]["score_name"], "seconds": sum(line["seconds"] for line in lines), **entry}
-        curves = _curves([line["curves"] for line in lines if "curves" in line])
-        lengths = [length for line in lines for length in line["length"]]
-        task, decoder = entry["cell"]["task"], entry["cell"]["decoder"]
-        material.results.append(Result(name, task, decoder, axes, numbers, curves, lengths))
-    material.tables += [(name, table) for table in tables(chosen, summary)]
-    if summary["differences"]:
-        material.differences += [{"folder": name, **d} for d in summary["differences"]]
-        material.notes[name] = summary["note"]
-    for line in run_lines(folder / "runs.jsonl"):
+        curves = _mean_curves([line["curves"] for line in group.lines if "curves" in line])
+        own = {"lengths": [n for line in group.lines for n in line["length"]], "curves": curves}
+        names = {key: entry["cell"][key] for key in ("task", "decoder")}
+        material.cells.append({**entry, **names, **own, "folder": name, "axes": axes})
+    material.differences += [{"folder": name, **d} for d in found["differences"]]
+    for line in summary.run_lines(folder / "runs.jsonl"):
         settings = {k.removeprefix("train."): v for k, v in line["train"].items() if k not in SEEDS}
         costs = {**line["budget"], **{f"seconds_{k}": v for k, v in line["seconds"].items()}}
-        material.runs.append(
-            Run(name, line["key"], settings, _by_update(line["metrics"], folder / "runs.jsonl"), costs)
-        )
+        metrics = _by_update(line["metrics"], folder / "runs.jsonl")
+        run = {"folder": name, "name": line["key"], "settings": settings, "metrics": metrics, **costs}
+        material.runs.append(run)
+    environments = pivot.distinct(line["environment"] for line in lines)
     facts = {"configuration": config} if config else {}
-    environments = {json.dumps(line["environment"]): line["environment"] for line in cells}
-    many = len(environments) > 1
-    facts |= {f"environment{f' {i}' if many else ''}": e for i, e in enumerate(environments.values(), 1)}
-    what = f"study, {len(cells)} cells along {', '.join(summary['axes'])}"
-    material.folders.append(Folder(name, what, facts))
+    facts |= {f"environment{f' {i}' if len(environments) > 1 else ''}": e for i, e in enumerate(environments, 1)}
+    what = f"study, {len(lines)} cells along {', '.join(found['axes'])}"
+    tables = [*pivot.tables(chosen, found), summary.cells_table(found)]
+    differences = summary.difference_tables(found)
+    material.folders.append(Folder(name, what, facts, tables, differences, summary.said(found) if differences else ""))
 
 
-def _settings(path: Path, cells: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _study_file(path: Path, lines: Sequence[Values]) -> Values:
     """A study's file, if it is there, with axes that its cells have."""
     if not path.is_file():
         return {}
     table = {"title": str, "rows": [str], **{f"{key}?": [str] for key in ("columns", "mean_over")}, "where?": dict}
     config = read_yaml(path, "the study", {"compare?": [str], "baselines?": [str], "tables?": [table]})
-    named = [
-        axis
-        for t in config.get("tables", [])
-        for k in ("rows", "columns", "where", "mean_over")
-        for axis in t.get(k, ())
-    ]
+    keys = ("rows", "columns", "where", "mean_over")
+    named = [axis for t in config.get("tables", []) for key in keys for axis in t.get(key, ())]
     for axis in (*config.get("compare", ()), *named):
-        if axis not in (known := [*cells[0]["cell"], PLAN]):
+        if axis not in (known := [*lines[0]["cell"], PLAN]):
             raise unknown(f"axis in {path}", axis, known)
     return config
 
 
-def _by_update(entries: Sequence[dict[str, Any]], path: Path) -> dict[str, Curve]:
-    """The curves of a run's metrics; what is not finite, as a diverging run logs it, has no point."""
-    curves: dict[str, Curve] = {}
-    for entry in entries:
-        for key, value in entry.items():
-            if key != "step" and math.isfinite(value):
-                curves.setdefault(key, {})[entry["step"]] = value
-    if not {"reward", "eval_reward"} & set(curves):
+def _by_update(entries: Sequence[Values], path: Path) -> pd.DataFrame:
+    """The metrics of a run by update; what is not finite, as a diverging run logs it, is absent."""
+    metrics = pd.DataFrame(entries).replace([np.inf, -np.inf], np.nan).groupby("step").last().dropna(axis=1, how="all")
+    if not {"reward", "eval_reward"} & set(metrics):
         raise UserError(f"{path} holds no rewards among the metrics: {_FIX}")
-    return curves
+    return metrics
 
 
 def _read_run(folder: Path, name: str, material: Material) -> None:
@@ -217,6 +179,7 @@ def _read_run(folder: Path, name: str, material: Material) -> None:
     entries = read_lines(folder / "metrics.jsonl", METRICS, _FIX)
     if not entries:
         raise UserError(f"{folder / 'metrics.jsonl'} is empty: let the run make its first update")
+    metrics = _by_update(entries, folder / "metrics.jsonl")
     rollouts = sum("reward" in entry for entry in entries)
     costs = {
         "updates": max(e["step"] for e in entries),
@@ -226,73 +189,91 @@ def _read_run(folder: Path, name: str, material: Material) -> None:
     if times:
         costs |= {key: sum(t.get(key, 0) for t in times) for key in ("seconds_rollout", "seconds_update")}
     settings = {k: v for k, v in config.items() if k not in _NOT_SETTINGS}
+    material.runs.append({"folder": "", "name": name, "settings": settings, "metrics": metrics, **costs})
     what = f"training with {config['objective']} along {config['decoder']}, seed {config['seed']}"
-    material.runs.append(Run("", name, settings, _by_update(entries, folder / "metrics.jsonl"), costs))
     material.folders.append(Folder(name, what, {"configuration": config}))
+
+
+def task_of(key: str) -> str:
+    """``eval_sudoku_solved`` -> ``sudoku``."""
+    return key.removeprefix("eval_").removesuffix("_solved")
+
+
+def runs_table(runs: Sequence[Values]) -> Table:
+    """First, best and last validation accuracy of every run, and what it took."""
+    costs = {"updates": "updates", "completions": "completions sampled", "training_passes": "passes, at most"}
+    costs |= {"seconds_rollout": "seconds in rollouts", "seconds_update": "seconds in updates"}
+    rows = []
+    for run in runs:
+        names = [run["name"], *(plain(run["settings"].get(key)) for key in ("objective", "decoder"))]
+        for key in (k for k in run["metrics"] if k.endswith("_solved")):
+            curve = run["metrics"][key].dropna()
+            best = f"{percent(curve.max())} % ({curve.idxmax()})"
+            shares = [f"{percent(curve.iloc[0])} %", best, f"{percent(curve.iloc[-1])} %"]
+            rows.append([*names, task_of(key), *shares, *(f"{run[k]:,.10g}" if k in run else "" for k in costs)])
+    headings = ["run", "objective", "decoder", "validation", "first", "best (update)", "last", *costs.values()]
+    return Table(headings, rows, 4, "Validation accuracy and cost").without_empty()
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------------
 
 
-def _of_training(table: dict[str, Any]) -> list[str]:
-    return [k for k in table if k.startswith("train.")]
+def _untrained(axes: Values) -> bool:
+    return all(v is None for k, v in axes.items() if k.startswith("train."))
 
 
-def _untrained(table: dict[str, Any]) -> bool:
-    return all(table[k] is None for k in _of_training(table))
-
-
-def varying(tables: Sequence[dict[str, Any]]) -> list[str]:
-    """The keys that tell tables apart, among those that all have: an older file may lack a setting.
+def varying(rows: Sequence[Values]) -> list[str]:
+    """The keys that tell rows apart, among those that all have: an older file may lack a setting.
 
     What only sets a trained model apart from one that is not counts once.
     """
-    trained = [t for t in tables if not _untrained(t)]
+    trained = [row for row in rows if not _untrained(row)]
     found = []
-    for key in (k for k in tables[0] if all(k in t for t in tables)):
-        among = trained if key.startswith("train.") else tables
-        if len({str(t[key]) for t in among}) > 1:
+    for key in (k for k in rows[0] if all(k in row for row in rows)):
+        among = trained if key.startswith("train.") else rows
+        if len({str(row[key]) for row in among}) > 1:
             found.append(key)
-    if 0 < len(trained) < len(tables) and not any(k.startswith("train.") for k in found):
-        found += _of_training(trained[0])[:1]
+    if 0 < len(trained) < len(rows) and not any(k.startswith("train.") for k in found):
+        found += [k for k in trained[0] if k.startswith("train.")][:1]
     return found
 
 
-def setting(axes: dict[str, Any], keys: Sequence[str]) -> str:
+def setting(axes: Values, keys: Sequence[str]) -> str:
     """The values of some axes in few words; a model that was not trained is called so."""
-    training = [k for k in keys if k.startswith("train.")]
-    untrained = bool(training) and _untrained(axes)
+    untrained = any(k.startswith("train.") for k in keys) and _untrained(axes)
     words = []
-    for key in keys:
-        if not (untrained and key in training):
-            value = axes[key]
-            words.append(value if isinstance(value, str) else f"{key.removeprefix('train.')}={plain(value)}")
+    for key in (k for k in keys if not (untrained and k.startswith("train."))):
+        value = axes[key]
+        words.append(value if isinstance(value, str) else f"{key.removeprefix('train.')}={plain(value)}")
     return ", ".join([*words, *["untrained"] * untrained])
 
 
-def differing(difference: dict[str, Any]) -> list[str]:
-    """The axes in which a cell differs from the one it is compared with: one, or all of a training."""
-    return [k for k, v in difference["cell"].items() if v != difference["against"][k]]
+def difference_names(rows: Sequence[Values]) -> list[str]:
+    """``countdown: cj − untrained (full)``: what differs, and in brackets what else tells the rows apart."""
+    telling = varying([row[side] for row in rows for side in ("cell", "against")])
+    names = []
+    for row in rows:
+        apart = [k for k in telling if row["cell"][k] != row["against"][k]]
+        rest = setting(row["cell"], [k for k in telling if k not in (*apart, "task")])
+        ours, theirs = (setting(row[side], apart) for side in ("cell", "against"))
+        names.append(f"{row['cell']['task']}: {ours} − {theirs}" + (f" ({rest})" if rest else ""))
+    return names
 
 
-def _label_results(results: Sequence[Result]) -> None:
-    """Decoder, what else is set and varies in the folder, and the folder where there are several with results."""
-    folders = {
-        folder: [r for r in results if r.folder == folder] for folder in dict.fromkeys(r.folder for r in results)
-    }
-    for folder, own in folders.items():
-        keys = varying([r.axes for r in own])
-        for result in own:
-            there = [k for k in keys if result.axes[k] is not None or k.startswith("train.")]
-            parts = [result.decoder, setting(result.axes, there), folder if len(folders) > 1 else ""]
-            result.label = " · ".join(filter(None, parts))
-
-
-def _label_runs(runs: Sequence[Run]) -> None:
-    """What tells runs of the same origin apart, seeds aside, and a study's name where it stands beside others."""
-    origins = {origin: [r for r in runs if r.folder == origin] for origin in dict.fromkeys(r.folder for r in runs)}
-    for origin, own in origins.items():
-        keys = varying([r.settings for r in own]) or ["objective", "decoder"]
-        for run in own:
-            words = setting({k: run.settings.get(k) for k in keys}, keys)
-            run.label = f"{words} · {origin}" if origin and len(origins) > 1 else words
+def _label(rows: Sequence[Values], own: str) -> None:
+    """Give rows their ``label``: the decoder of a cell, what else varies in the folder, the folder where there are several."""
+    folders = list(dict.fromkeys(row["folder"] for row in rows))
+    for folder in folders:
+        there = [row for row in rows if row["folder"] == folder]
+        keys = varying([row[own] for row in there])
+        for row in there:
+            values, shown = row[own], keys
+            if own == "settings":
+                shown = keys or ["objective", "decoder"]
+            else:
+                shown = [k for k in keys if values[k] is not None or k.startswith("train.")]
+            words = setting(
+                {k: values.get(k) for k in shown} | {k: v for k, v in values.items() if "train." in k}, shown
+            )
+            parts = [row["decoder"] if own == "axes" else "", words, folder if len(folders) > 1 else ""]
+            row["label"] = " · ".join(filter(None, parts))

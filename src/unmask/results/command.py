@@ -26,8 +26,8 @@ def command(arguments: list[str]) -> None:
     """``unmask report DIR…``."""
     a = read_flags(ReportArguments, arguments, prog="unmask report")
     if not a.folders:
-        raise UserError("no folder given: name at least one folder of unmask eval, unmask rl or unmask study")
-    from unmask.results.sections import report
+        raise UserError("no folder: name at least one folder of unmask eval, unmask rl or unmask study")
+    from unmask.results.report import report
 
     said, written = report([Path(folder) for folder in a.folders], Path(a.output or a.folders[0]))
     print(said)

@@ -1,215 +1,192 @@
-"""Figures of results: accuracy against passes, differences, the steps of a decode, lengths."""
+"""Figures of results: accuracy against passes, differences, the steps of a decode, lengths, curves of training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from textwrap import fill
 from typing import Any
 
 import numpy as np
-from matplotlib import patheffects
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from unmask.io.files import slug
-from unmask.results.collect import Result, differing, setting, varying
-from unmask.results.style import (
-    GRID,
-    INK,
-    OTHER,
-    PANELS,
-    PAPER,
-    SOFT,
-    Picture,
-    color,
-    legend,
-    legible,
-    marker,
-    panels,
-    picture,
-)
+from unmask.results.collect import Material, difference_names, task_of
+from unmask.results.pivot import ALPHA, Values
+from unmask.results.statistics import pareto_front
+from unmask.results.style import INK, OTHER, SOFT, color, legend, legible, line, look, marker, panels
 
-_NAMED = 24  # with more results, a figure names those on a front alone
-_LONG = 36  # characters of a label that no longer fits beside a point
-_ROWS = 30  # at most so many rows, one above the other, in one figure
+_NAMED = 24  # with more labels, a figure names those on a front alone
+_PANELS, _ROWS = 12, 30  # at most so many panels, or rows one above the other, in one figure
 _END, _OTHER = color(3), color(0)
+_EXACT = 1e-6  # mismatches below it are rounding
+_CURVES = {
+    "eval_reward": "validation: mean reward",
+    "reward": "mean reward of the rollouts",
+    "length": "tokens before the first end token",
+    "logprob_mismatch": "log-prob mismatch (nats a token)",
+    "entropy": "entropy of scored tokens (nats)",
+    "groups_without_variance": "groups without variance",
+    "kl": "KL to the starting policy (nats a token)",
+}
 
 
-def front(results: Sequence[Result]) -> list[Result]:
-    """Those that no other surpasses: no fewer passes and as many solved, nor as few passes and more solved; by passes."""
-    best: list[Result] = []
-    for result in sorted(results, key=lambda r: (r.numbers["nfe"], -r.numbers["solved"])):
-        if not best or result.numbers["solved"] > best[-1].numbers["solved"]:
-            best.append(result)
-    return best
+@dataclass(frozen=True)
+class Picture:
+    """A figure, the name of its files, and its caption, which is also read out in its place."""
+
+    stem: str
+    caption: str
+    figure: Figure
 
 
-def accuracy(results: Sequence[Result]) -> Picture:
-    """Problems solved against forward passes, a panel a task."""
-    tasks = _tasks(results)
-    labels = list(dict.fromkeys(r.label for r in results))
+@look()
+def accuracy(cells: Sequence[Values], metric: str = "solved", budget: float | None = None) -> Figure:
+    """``metric`` against forward passes with 95 % intervals, a panel a task; the Pareto front stepped and numbered.
+
+    Args:
+        cells: rows with task, label, nfe, metric and its interval; those with ``aside`` are named, but on no front.
+        budget: passes at which a line stands.
+    """
+    groups = {task: own for (task,), own in _groups(cells, "task")}
+    fronts = {task: _front([c for c in own if not c.get("aside")], metric) for task, own in groups.items()}
+    labels = list(dict.fromkeys(cell["label"] for cell in cells))
     if len(labels) > _NAMED:
-        labels = list(dict.fromkeys(r.label for t in tasks for r in front([r for r in results if r.task == t])))
-    figure, axes = panels(len(tasks), 2, 5.2, 4.0)
-    names = []
-    for axis, task in zip(axes, tasks, strict=True):
-        own = [r for r in results if r.task == task]
-        best = front(own)
-        places = dict(zip(map(id, own), _spread_markers([r.numbers["nfe"] for r in own]), strict=True))
-        for result in own:
-            named = result.label in labels
-            number = labels.index(result.label) if named else 0
-            solved, (low, high) = result.numbers["solved"], result.numbers["solved_interval"]
-            axis.errorbar(
-                places[id(result)],
-                100 * solved,
-                yerr=[
-                    [max(0, 100 * (solved - low))],
-                    [max(0, 100 * (high - solved))],
-                ],  # bootstrap ends may round past it
-                fmt=marker(number) if named else "o",
-                color=color(number) if named else OTHER,
-                markersize=6.5 if named else 4,
-                elinewidth=1.1 if named else 0.6,
-                capsize=2.5 if named else 0,
-                label=legible(result.label) if named else "on no front: see the tables",
-                zorder=3 if named else 2,
-            )
-        passes = [places[id(r)] for r in best]
-        left, right = _limits(list(places.values()), len(best[0].label) * (len(best[0].label) <= _LONG))
-        heights = [100 * r.numbers["solved"] for r in best]
-        axis.step(
-            [*passes, right], [*heights, heights[-1]], where="post", color=SOFT, linewidth=1, label="Pareto front"
-        )
-        axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
-        axis.xaxis.set_minor_locator(NullLocator())
-        top = max(100 * r.numbers["solved_interval"][1] for r in own)
-        axis.set(xlim=(left, right), ylim=(0, top * 1.12 + 1), xlabel="forward passes a sequence (NFE), log scale")
+        named = [*(cell for front in fronts.values() for cell in front), *(c for c in cells if c.get("aside"))]
+        labels = list(dict.fromkeys(cell["label"] for cell in named))
+    figure, axes = panels(len(groups), 2, 5.2, 4.0)
+    for axis, (task, own) in zip(axes, groups.items(), strict=True):
+        passes = pd.Series([cell["nfe"] for cell in own])
+        for cell, place in zip(own, spread_markers(passes), strict=True):
+            number = labels.index(cell["label"]) + 1 if cell["label"] in labels else 0
+            _point(axis, place, cell[metric], cell[f"{metric}_interval"], number, cell["label"])
+            if any(cell is best for best in fronts[task]):
+                axis.annotate(str(number), (place, 100 * cell[metric]), (-3, 5), textcoords="offset points", ha="right")
+        if budget:
+            axis.axvline(budget, color=SOFT, linestyle=":", label=f"budget, {budget:g} passes")
+        right = max(2.1 * passes.min(), 1.4 * passes.max())
+        best = [(cell["nfe"], 100 * cell[metric]) for cell in fronts[task]]
+        best.append((right, best[-1][1]))
+        axis.step(*zip(*best, strict=True), where="post", color=SOFT, linewidth=1, label="Pareto front")
+        axis.set_xlim(passes.min() / 1.4, right)
+        passes_axis(axis)
+        axis.set_ylim(0, min(103, 1 + 112 * max(cell[f"{metric}_interval"][1] for cell in own)))
         axis.set_title(f"{task}, {_counts(own)}")
-        axis.set_ylabel("problems solved (%)")
-        names.append(_name_the_front(axis, [(r, places[id(r)]) for r in best]))
+        axis.set_xlabel("forward passes a sequence (NFE), log scale")
+        axis.set_ylabel("problems solved (%)" if metric == "solved" else f"{metric} (%)")
     legend(figure, axes)
-    figure.draw_without_rendering()
-    for axis, named_there in zip(axes, names, strict=True):
-        _leave_to_the_legend(axis, named_there)
-    said = "; ".join(f"{task}: {_on_front([r for r in results if r.task == task])}" for task in tasks)
-    caption = (
-        "Problems solved against forward passes, with 95 % intervals. The stepped line is the Pareto front: what is on it "
-        f"solves more than anything measured with as few passes. On it are, for {said}. Equal or near numbers of passes "
-        "are set slightly apart." + " Grey: what is on no front." * (len(labels) < len({r.label for r in results}))
-    )
-    return picture("front", caption, figure)
+    return figure
 
 
-def _tasks(results: Sequence[Result]) -> list[str]:
-    return list(dict.fromkeys(r.task for r in results))
+def _front(cells: Sequence[Values], metric: str = "solved") -> list[Values]:
+    return pareto_front(cells, lambda cell: (cell["nfe"], cell[metric]))
 
 
-def _counts(results: Sequence[Result]) -> str:
-    problems = sorted({r.numbers["problems"] for r in results})
-    seeds = sorted({r.numbers["seeds"] for r in results})
+def _point(axis: Axes, place: float, value: float, interval: Sequence[float], number: int, label: str) -> None:
+    """A point with its interval and its number in the legend; gray and small where that is 0."""
+    style: dict[str, Any] = {"fmt": "o", "color": OTHER, "markersize": 4, "elinewidth": 0.6, "zorder": 2}
+    if number:
+        style = {
+            "fmt": marker(number - 1),
+            "color": color(number - 1),
+            "markersize": 6,
+            "elinewidth": 1.1,
+            "capsize": 2.5,
+        }
+    ends = [
+        [max(0, 100 * (value - interval[0]))],
+        [max(0, 100 * (interval[1] - value))],
+    ]  # a bootstrap's may round past it
+    shown = f"{number}  {label}" if number else "on no front: see the tables"
+    axis.errorbar(place, 100 * value, yerr=ends, label=shown, **style)
+
+
+def passes_axis(axis: Axes) -> None:
+    """A log axis of forward passes, after its data: ticks at powers of two, or round numbers where it has fewer than two."""
+    axis.set_xscale("log", base=2)
+    low, high = axis.get_xlim()
+    if np.floor(np.log2(high)) - np.ceil(np.log2(low)) < 1:
+        axis.xaxis.set_major_locator(MaxNLocator(4, min_n_ticks=2))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(lambda v, _: f"{v:g}")
+
+
+def spread_markers(passes: pd.Series) -> pd.Series:
+    """Passes with equal and near ones set slightly apart, in their order, around their middle."""
+    order = passes.sort_values(kind="stable")
+    near = order.groupby((order.pct_change() > 0.02).cumsum())
+    step = np.minimum(0.03, 0.3 / near.transform("size"))
+    return (order * np.exp(step * (near.cumcount() - (near.transform("size") - 1) / 2)))[passes.index]
+
+
+def _counts(cells: Sequence[Values]) -> str:
+    problems, seeds = (sorted({cell.get(key, 1) for cell in cells}) for key in ("problems", "seeds"))
     text = f"{' or '.join(map(str, problems))} problems"
     return text if seeds == [1] else f"{text}, {' or '.join(map(str, seeds))} seeds"
 
 
-def _on_front(results: Sequence[Result]) -> str:
-    return ", ".join(
-        f"{r.label} ({_short(r.numbers['nfe'])} passes, {100 * r.numbers['solved']:.1f} %)" for r in front(results)
+def accuracy_picture(cells: Sequence[Values]) -> Picture:
+    """``accuracy`` with a caption that names what is on the front."""
+    said = []
+    for (task,), own in _groups(cells, "task"):
+        best = [f"{c['label']} ({c['nfe']:.3g} passes, {100 * c['solved']:.1f} %)" for c in _front(own)]
+        said.append(f"{task}: {', '.join(best)}")
+    caption = (
+        "Problems solved against forward passes, with 95 % intervals. The stepped line is the Pareto front: what is on it "
+        f"solves more than anything measured with as few passes. On it are, for {'; '.join(said)}. Equal and near numbers of "
+        "passes are set slightly apart." + " Gray: what is on no front." * (len({c["label"] for c in cells}) > _NAMED)
     )
-
-
-def _short(value: float) -> str:
-    return f"{value:.1f}".removesuffix(".0")
-
-
-def _spread_markers(values: Sequence[float]) -> list[float]:
-    """Values on a log axis, moved as little as leaves them in order and each some 4 % from the next: all markers are seen.
-
-    Least squares under that order is isotonic regression of the values less their ranks' distances; neighbours are pooled.
-    """
-    step = min(0.045, 0.3 / len(values))
-    order = sorted(range(len(values)), key=lambda i: values[i])
-    blocks: list[list[float]] = []
-    for rank, i in enumerate(order):
-        blocks.append([float(np.log(values[i])) - step * rank])
-        while len(blocks) > 1 and np.mean(blocks[-2]) >= np.mean(blocks[-1]):
-            blocks[-2:] = [blocks[-2] + blocks[-1]]
-    places = [np.mean(block) for block in blocks for _ in block]
-    placed = {i: float(np.exp(place + step * rank)) for rank, (i, place) in enumerate(zip(order, places, strict=True))}
-    return [placed[i] for i in range(len(values))]
-
-
-def _limits(passes: Sequence[float], letters: int) -> tuple[float, float]:
-    """Of an axis with a power of two in it, and with room for a label left of the first point."""
-    first, right = min(passes), max(2.1 * min(passes), 1.4 * max(passes))
-    room = min(0.6, 0.04 + 0.014 * letters)  # its share of the axis
-    return first * (first / right) ** (room / (1 - room)), right
-
-
-def _name_the_front(axis: Axes, best: Sequence[tuple[Result, float]]) -> list[Annotation]:
-    """Labels above and left of the front, where by definition no point lies."""
-    style: Any = {"textcoords": "offset points", "ha": "right", "fontsize": 8, "zorder": 5}
-    names = [axis.annotate(r.label, (place, 100 * r.numbers["solved"]), (-7, 5), **style) for r, place in best]
-    for name in names:
-        name.set_in_layout(False)
-        name.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground=PAPER)])
-    return names
-
-
-def _leave_to_the_legend(axis: Axes, names: Sequence[Annotation]) -> None:
-    """Remove, of a figure that is laid out, labels that leave their panel or touch the one before."""
-    panel, last = axis.get_window_extent(), None
-    for name in names:
-        place = name.get_window_extent()
-        if place.x0 < panel.x0 or place.y1 > panel.y1 or (last is not None and place.overlaps(last)):
-            name.remove()
-        else:
-            last = place
+    return Picture("front", caption, accuracy(cells))
 
 
 # ---- differences -----------------------------------------------------------------------------------------------------------
 
 
-def differences(rows: Sequence[dict[str, Any]], stem: str, title: str) -> Iterator[Picture]:
-    """Paired differences in problems solved along one axis, with intervals, in figures of up to 30 rows."""
-    for part, some in _parts(list(zip(rows, _difference_names(rows), strict=True)), _ROWS):
-        width = max(8.5, 5 + 0.08 * max(len(name) for _, name in some))
-        figure = Figure(figsize=(width, 0.3 * len(some) + 1.3), layout="constrained")
-        axis = figure.subplots()
-        clear = [row["solved_holm"] < 0.05 for row, _ in some]
-        for y, ((row, _), filled) in enumerate(zip(some, clear, strict=True)):
-            axis.plot([100 * v for v in row["solved_interval"]], [y, y], color=INK, linewidth=1.3)
-            axis.plot(100 * row["solved"], y, "o", color=INK, markersize=6, markerfacecolor=INK if filled else PAPER)
-        axis.axvline(0, color=SOFT, linewidth=1)
-        axis.set_yticks(range(len(some)), [name for _, name in some])
-        axis.set(
-            ylim=(len(some) - 0.4, -0.6), xlabel="difference in problems solved (percentage points), 95 % interval"
+@look()
+def differences(material: Material) -> list[Picture]:
+    """Paired differences in problems solved, a figure (of up to 30 rows) for each axis of each study."""
+    pictures = []
+    folders = len({row["folder"] for row in material.differences})
+    for (folder, axis), own in _groups(material.differences, "folder", "axis"):
+        title = (
+            f"{axis}: each against {'the baseline of as many passes' if axis == 'equal passes' else 'its first value'}"
         )
-        axis.grid(axis="y", visible=False)
-        axis.set_title(title)
-        caption = (
-            f"{title}. Paired differences on the same problems; {sum(clear)} of {len(some)} are clear after Holm's adjustment "
-            "(filled, p < 0.05), the others are hollow."
-        )
-        yield picture(stem + part, caption, figure)
+        title = "training: each against untrained" if axis == "training" else title
+        title += f" in {folder}" * (folders > 1)
+        stem = "differences-" + slug(f"{folder}-{axis}" if folders > 1 else axis)
+        for part, rows in _parts(list(zip(own, difference_names(own), strict=True)), _ROWS):
+            pictures.append(Picture(stem + part, *_differences(rows, title)))
+    return pictures
 
 
-def _difference_names(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """``countdown: cj − untrained (full)``: what differs, and in brackets what else tells the rows apart."""
-    telling = varying([row[side] for row in rows for side in ("cell", "against")])
-    names = []
-    for row in rows:
-        apart = [k for k in differing(row) if k in telling]
-        rest = setting(row["cell"], [k for k in telling if k not in (*apart, "task")])
-        ours, theirs = (setting(row[side], apart) for side in ("cell", "against"))
-        names.append(f"{row['cell']['task']}: {ours} − {theirs}" + (f" ({rest})" if rest else ""))
-    return names
+def _differences(rows: Sequence[tuple[Values, str]], title: str) -> tuple[str, Figure]:
+    width = max(8.5, 5 + 0.08 * max(len(name) for _, name in rows))
+    figure = Figure(figsize=(width, 0.3 * len(rows) + 1.3), layout="constrained")
+    axis = figure.subplots()
+    clear = [row["solved_holm"] < ALPHA for row, _ in rows]
+    for y, ((row, _), filled) in enumerate(zip(rows, clear, strict=True)):
+        axis.plot([100 * v for v in row["solved_interval"]], [y, y], color=INK, linewidth=1.3)
+        axis.plot(100 * row["solved"], y, "o", color=INK, markersize=6, markerfacecolor=INK if filled else "white")
+    axis.axvline(0, color=SOFT, linewidth=1)
+    axis.set_yticks(range(len(rows)), [name for _, name in rows])
+    axis.set(ylim=(len(rows) - 0.4, -0.6), xlabel="difference in problems solved (percentage points), 95 % interval")
+    axis.grid(axis="y", visible=False)
+    axis.set_title(title)
+    return (
+        f"{title}. Paired differences on the same problems; {sum(clear)} of {len(rows)} are clear after Holm's adjustment "
+        f"(filled, p < {ALPHA}), the others are hollow."
+    ), figure
 
 
 # ---- small multiples -------------------------------------------------------------------------------------------------------
+
+
+def _groups(rows: Sequence[Values], *keys: str) -> Iterator[tuple[tuple[Any, ...], list[Values]]]:
+    for group in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
+        yield group, [row for row in rows if tuple(row[key] for key in keys) == group]
 
 
 def _parts(rows: Sequence[Any], size: int) -> Iterator[tuple[str, Sequence[Any]]]:
@@ -218,60 +195,59 @@ def _parts(rows: Sequence[Any], size: int) -> Iterator[tuple[str, Sequence[Any]]
         yield f"-{start // size + 1}" if len(rows) > size else "", rows[start : start + size]
 
 
+@look()
 def _each_task(
-    results: Sequence[Result], name: str, size: int, draw: Callable[[str, Sequence[Result]], tuple[Figure, str]]
-) -> Iterator[Picture]:
-    """``draw`` for the results of every task, in pieces."""
-    for task in _tasks(results):
-        for part, some in _parts([r for r in results if r.task == task], size):
-            figure, caption = draw(task, some)
-            yield picture(f"{name}-{slug(task)}{part}", f"{task}: {caption}", figure)
+    cells: Sequence[Values], name: str, size: int, draw: Callable[[str, Sequence[Values]], tuple[str, Figure]]
+) -> list[Picture]:
+    """``draw`` for the cells of every task, in pieces."""
+    pictures = []
+    for (task,), own in _groups(cells, "task"):
+        for part, some in _parts(own, size):
+            caption, figure = draw(task, some)
+            pictures.append(Picture(f"{name}-{slug(task)}{part}", f"{task}: {caption}", figure))
+    return pictures
 
 
-def steps(results: Sequence[Result]) -> Iterator[Picture]:
+def steps(cells: Sequence[Values]) -> list[Picture]:
     """End tokens and confidence over the steps, a panel a decoder."""
-    return _each_task([r for r in results if "eos_share" in r.curves], "steps", PANELS, _steps)
+    return _each_task([c for c in cells if "eos_share" in c["curves"]], "steps", _PANELS, _steps)
 
 
-def _steps(task: str, results: Sequence[Result]) -> tuple[Figure, str]:
-    figure, axes = panels(len(results), 3, 3.4, 2.4, sharey=True)
-    for axis, result in zip(axes, results, strict=True):
-        curves = result.curves
-        at = np.arange(1, len(curves["eos_share"]) + 1)
-        few = 24 / max(24, len(at))
-        axis.bar(
-            at, curves["eos_share"], width=0.9, color=_END, alpha=0.3, label="share of end tokens among the commits"
-        )
-        for key, colour_, fmt, label in (
-            ("end_confidence", _END, "s--", "probability of the committed end tokens"),
-            ("other_confidence", _OTHER, "o-", "probability of the other committed tokens"),
-        ):
-            axis.plot(at, curves[key], fmt, color=colour_, markersize=1.5 + 2.5 * few, linewidth=1.2, label=label)
-        axis.set_title(fill(result.label, 34))
+def _steps(task: str, cells: Sequence[Values]) -> tuple[str, Figure]:
+    figure, axes = panels(len(cells), 3, 3.4, 2.4, sharey=True)
+    for axis, cell in zip(axes, cells, strict=True):
+        curves = cell["curves"]
+        share, ends, others = (np.array(curves[k], float) for k in ("eos_share", "end_confidence", "other_confidence"))
+        at = np.arange(1, len(share) + 1)
+        style: Any = {"markersize": 1.5 + 60 / max(24, len(at)), "linewidth": 1.2}
+        axis.bar(at, share, width=0.9, color=_END, alpha=0.3, label="share of end tokens among the commits")
+        axis.plot(at, ends, "s--", color=_END, label="probability of the committed end tokens", **style)
+        axis.plot(at, others, "o-", color=_OTHER, label="probability of the other committed tokens", **style)
+        axis.set_title(fill(cell["label"], 34))
         axis.set(xlim=(0.3, len(at) + 0.7), ylim=(0, 1.04), xlabel="step")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
         axis.yaxis.set_major_formatter(PercentFormatter(1.0))
     legend(figure, axes)
-    return figure, (
+    return (
         "what each step commits. Bars: the share of end tokens among the tokens committed. Lines: the mean probability of the "
         "committed end tokens and of the others. A step that commits nothing of a kind has no point."
-    )
+    ), figure
 
 
-def order(results: Sequence[Result]) -> Iterator[Picture]:
+def order(cells: Sequence[Values]) -> list[Picture]:
     """When each part of the canvas is committed, a heat map a decoder."""
-    return _each_task([r for r in results if "order" in r.curves], "order", PANELS, _order)
+    return _each_task([c for c in cells if "order" in c["curves"]], "order", _PANELS, _order)
 
 
-def _order(task: str, results: Sequence[Result]) -> tuple[Figure, str]:
-    figure, axes = panels(len(results), 4, 2.6, 2.3, sharex=True, sharey=True)
-    for axis, result in zip(axes, results, strict=True):
-        shares = np.ma.masked_invalid(_forward_fill(result.curves["order"]))
+def _order(task: str, cells: Sequence[Values]) -> tuple[str, Figure]:
+    figure, axes = panels(len(cells), 4, 2.6, 2.3, sharex=True, sharey=True)
+    for axis, cell in zip(axes, cells, strict=True):
+        shares = np.ma.masked_invalid(forward_fill(cell["curves"]["order"]))
         image = axis.imshow(
             shares, cmap="cividis", vmin=0, vmax=1, extent=(0, 100, 100, 0), aspect="auto", interpolation="nearest"
         )
-        axis.set_title(fill(result.label, 24))
-        axis.set_facecolor(GRID)
+        axis.set_title(fill(cell["label"], 24))
+        axis.set_facecolor("#d5d9df")
         axis.grid(visible=False)
         axis.set(xticks=(0, 50, 100), yticks=(0, 50, 100))
     bar = figure.colorbar(image, ax=axes, shrink=0.9, aspect=30, pad=0.02)
@@ -279,46 +255,80 @@ def _order(task: str, results: Sequence[Result]) -> tuple[Figure, str]:
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0))
     figure.supxlabel("position in the canvas (%)", fontsize=9)
     figure.supylabel("progress (% of the steps)", fontsize=9)
-    return figure, (
+    return (
         "when each part of the canvas is committed. Time runs downwards: a decoder that writes from left to right draws a "
         "diagonal from the top left, one that fills the end first a bright top right. Grey was never committed."
-    )
+    ), figure
 
 
-def _forward_fill(shares: np.ndarray) -> np.ndarray:
+def forward_fill(shares: np.ndarray) -> np.ndarray:
     """A decode of fewer steps than there are parts of time leaves parts empty: there, the step before is still under way."""
     starts = [time for time, row in enumerate(shares) if np.nansum(row) > 0]
     longest = max(np.diff(starts), default=len(shares))
     return np.stack([shares[max((s for s in starts if t - longest < s <= t), default=t)] for t in range(len(shares))])
 
 
-def lengths(results: Sequence[Result]) -> Iterator[Picture]:
+def lengths(cells: Sequence[Values]) -> list[Picture]:
     """Distributions of text lengths, one above the other."""
-    return _each_task([r for r in results if r.lengths], "lengths", _ROWS, _lengths)
+    return _each_task([c for c in cells if c["lengths"]], "lengths", _ROWS, _lengths)
 
 
-def _lengths(task: str, results: Sequence[Result]) -> tuple[Figure, str]:
-    figure = Figure(figsize=(8.5, 0.5 * len(results) + 1.0), layout="constrained")
+def _lengths(task: str, cells: Sequence[Values]) -> tuple[str, Figure]:
+    figure = Figure(figsize=(8.5, 0.5 * len(cells) + 1.0), layout="constrained")
     axis = figure.subplots()
-    shortest, longest = min(min(r.lengths) for r in results), max(max(r.lengths) for r in results)
-    width = (longest - shortest) // 60 + 1
-    edges = np.arange(shortest - 0.5, longest + width, width)
-    for row, result in enumerate(results):
-        counts = np.histogram(result.lengths, edges)[0]
-        floor = len(results) - 1 - row
-        axis.stairs(floor + 0.8 * counts / counts.max(), edges, baseline=floor, fill=True, color=_OTHER, alpha=0.55)
-        median = float(np.median(result.lengths))
-        axis.plot([median, median], [floor, floor + 0.8], color=_END, linewidth=2)
-        axis.annotate(
-            f"median {_short(median)}", (1.01, floor + 0.25), xycoords=("axes fraction", "data"), color=SOFT, fontsize=8
-        )
-    axis.set_yticks([len(results) - 1 - i + 0.3 for i in range(len(results))], [fill(r.label, 40) for r in results])
-    axis.tick_params(axis="y", length=0)
-    axis.grid(axis="y", visible=False)
-    axis.set(
-        xlim=(edges[0] - width, edges[-1] + width),
-        ylim=(-0.1, len(results)),
-        xlabel="tokens before the first end token",
+    names = [fill(cell["label"], 40) for cell in cells]
+    axis.boxplot(
+        [c["lengths"] for c in cells],
+        orientation="horizontal",
+        tick_labels=names,
+        widths=0.6,
+        flierprops={"markersize": 3},
     )
-    axis.set_title(task)
-    return figure, "lengths of the texts, each row scaled to its own peak; the upright line is the median."
+    axis.invert_yaxis()
+    axis.set(xlabel="tokens before the first end token", title=task)
+    return "lengths of the texts: median, quartiles, and what lies far from them.", figure
+
+
+# ---- training --------------------------------------------------------------------------------------------------------------
+
+
+@look()
+def training(runs: Sequence[Values]) -> Picture:
+    """Validation accuracy, reward, length, log-prob mismatch and more over the updates; the mean over seeds and their range."""
+    names = list(dict.fromkeys(key for run in runs for key in run["metrics"]))
+    shown = {key: f"{task_of(key)}: validation solved" for key in names if key.endswith("_solved")}
+    shown |= {key: title for key, title in _CURVES.items() if key in names}
+    figure, axes = panels(len(shown), 3, 3.6, 2.6)
+    for axis, (key, title) in zip(axes, shown.items(), strict=True):
+        measured = key.startswith("eval_")
+        for number, ((label,), own) in enumerate(_groups(runs, "label")):
+            seeds = over_seeds([run["metrics"][key] for run in own if key in run["metrics"]], 1 if measured else 10)
+            style: Any = {"color": color(number), "linestyle": line(number), "marker": "o" if measured else ""}
+            axis.plot(seeds["mean"], label=legible(label), linewidth=1.5, markersize=4, **style)
+            axis.fill_between(seeds.index, seeds["min"], seeds["max"], alpha=0.18, color=color(number), linewidth=0)
+        axis.set_title(title)
+        axis.set_xlabel("update")
+        if (
+            key == "logprob_mismatch" and axis.get_ylim()[1] > _EXACT
+        ):  # else all is rounding, and a linear axis has round ticks
+            axis.set_yscale("symlog", linthresh=_EXACT)
+            axis.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
+        if key in ("logprob_mismatch", "kl"):
+            axis.set_ylim(bottom=0)
+        if key.endswith("_solved") or key == "groups_without_variance":
+            axis.set_ylim(0, min(axis.get_ylim()[1], 1.03))
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0))
+    legend(figure, axes)
+    caption = (
+        "Training over the updates, a line a setting: the mean over its seeds, with their range as a band. What is logged at "
+        "every update is a running mean over ten."
+    )
+    return Picture("curves", caption, figure)
+
+
+def over_seeds(curves: Sequence[pd.Series], window: int) -> pd.DataFrame:
+    """Mean, min and max of running means over ``window`` entries, at the updates that all seeds have."""
+    smooth = [curve.dropna().rolling(window, min_periods=1).mean() for curve in curves]
+    if not smooth:
+        return pd.DataFrame(columns=["mean", "min", "max"])
+    return pd.concat(smooth, axis=1, join="inner").sort_index().agg(["mean", "min", "max"], axis=1)

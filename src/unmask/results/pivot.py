@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from unmask.config import build
 from unmask.errors import UserError, unknown
-from unmask.results.accuracy import markdown as markdown_table
-from unmask.results.accuracy import percent, points
-from unmask.results.axes import METRICS, PLAN, Table, distinct
+from unmask.results.tables import METRICS, QUANTITIES, Table, plain, points, quantity
 
-CLEAR = 0.05
+Values = dict[str, Any]
+SEEDS = ("seed", "train.seed")
+"""The axes that a summary pools instead of comparing."""
+PLAN = "plan"
+"""Stands among the axes of a table for the number of passes that a decoder's plan allows."""
+ALPHA = 0.05
 """A difference with Holm's p below this gets a star."""
 OTHERS = {"training": "the untrained model", "equal passes": "the baseline of as many passes"}
 """What a cell is compared with, where that is not the first value of an axis."""
-HEADINGS = {
-    "nfe": "NFE",
-    "solved": "solved % [95 %]",
-    "score": "score % [95 %]",
-    "length": "length",
-    "tokens_per_forward": "tokens/forward",
-}
+
+
+def distinct(values: Iterable[Any]) -> list[Any]:
+    """JSON values without their repetitions, in order."""
+    return list({json.dumps(value): value for value in values}.values())
 
 
 @dataclass(frozen=True)
@@ -52,23 +53,8 @@ class Pivot:
         return "score" if "score" in self.show and "solved" not in self.show else "solved"
 
 
-@dataclass(frozen=True)
-class RenderedTable:
-    """A table as it is shown: the first ``left`` columns are values of axes, the others quantities."""
-
-    title: str
-    headings: list[str]
-    rows: list[list[str]]
-    left: int
-    notes: list[str]
-
-    def markdown(self) -> str:
-        text = f"**{self.title}**\n\n" + markdown_table(self.headings, self.rows, self.left)
-        return text + "".join(f"\n{note}\n" for note in self.notes)
-
-
 def pivots(
-    tables: Sequence[Table], cells: Sequence[Table], compare: Sequence[str] = (), baselines: Sequence[str] = ()
+    tables: Sequence[Values], cells: Sequence[Values], compare: Sequence[str] = (), baselines: Sequence[str] = ()
 ) -> list[Pivot]:
     """The tables of a study's file.
 
@@ -101,7 +87,7 @@ def pivots(
     return found
 
 
-def _check_names(pivot: Pivot, cells: Sequence[Table], compared: Sequence[str]) -> None:
+def _check_names(pivot: Pivot, cells: Sequence[Values], compared: Sequence[str]) -> None:
     """Raises UserError for an axis, a value or a comparison that the study does not have."""
     axes = list(cells[0])
     left = [axis for axis in axes if axis not in pivot.mean_over]
@@ -127,7 +113,7 @@ def _wanted(pivot: Pivot) -> dict[str, list[Any]]:
     return {axis: value if isinstance(value, list) else [value] for axis, value in pivot.where.items()}
 
 
-def _places(pivot: Pivot, cells: Sequence[Table]) -> dict[tuple[str, str], int]:
+def _places(pivot: Pivot, cells: Sequence[Values]) -> dict[tuple[str, str], int]:
     """Where in the table cells stand: (row, column) -> index. Raises UserError where two share a place."""
     places: dict[tuple[str, str], int] = {}
     wanted = _wanted(pivot)
@@ -143,63 +129,47 @@ def _places(pivot: Pivot, cells: Sequence[Table]) -> dict[tuple[str, str], int]:
     return places
 
 
-def plain(value: Any) -> str:
-    """A setting's value as text."""
-    if value is None:
-        return "–"
-    if isinstance(value, float):
-        return f"{value:g}"
-    return " ".join(map(plain, value)) if isinstance(value, list) else str(value)
-
-
-def tables(pivots: Sequence[Pivot], summary: Table) -> Iterator[RenderedTable]:
+def tables(pivots: Sequence[Pivot], summary: Values) -> list[Table]:
     """The tables that have cells in the summary so far."""
-    for pivot in pivots:
-        if (shown := _table(pivot, summary)) is not None:
-            yield shown
+    return [table for pivot in pivots if (table := _table(pivot, summary)) is not None]
 
 
-def _table(pivot: Pivot, summary: Table) -> RenderedTable | None:
+def _table(pivot: Pivot, summary: Values) -> Table | None:
     if pivot.mean_over:
         summary = next(pool for pool in summary["pools"] if pool["over"] == pivot.mean_over)
     entries = summary["cells"]
     places = _places(pivot, [{**entry["cell"], PLAN: entry["budget"]["nfe"]} for entry in entries])
-    if not places:
-        return None
     rows, columns = (list(dict.fromkeys(place[i] for place in places)) for i in (0, 1))
-    columns = _grouped(columns)
-    columned: list[tuple[str, list[str]]] = []
-    for column in columns:
+    several = len(pivot.show) + len(pivot.against) > 1
+    shown: dict[str, list[str]] = {}
+    for column in _grouped(columns):
         cells = [entries[places[row, column]] if (row, column) in places else None for row in rows]
-        named = _values(pivot.columns, column)
-        name = " ".join(t if isinstance(v, str) else f"{axis.removeprefix('train.')}={t}" for axis, v, t in named)
-        several = len(pivot.show) + len(pivot.against) > 1
-        for what, texts in _texts(cells, pivot, summary):
-            columned.append((f"{name} {what}".strip() if several or not name else name, texts))
-    columned = [(heading, texts) for heading, texts in columned if any(texts)]
-    if not columned:
+        named = zip(pivot.columns, json.loads(column), strict=True)
+        name = " ".join(
+            _label(a, v) if isinstance(v, str) else f"{a.removeprefix('train.')}={_label(a, v)}" for a, v in named
+        )
+        for what, texts in _columns(cells, pivot, summary):
+            if any(texts):
+                shown[f"{name} {what}".strip() if several or not name else name] = texts
+    if not shown:
         return None
-    headings = [*pivot.rows, *(heading for heading, _ in columned)]
     body = [
-        [*(text for *_, text in _values(pivot.rows, row)), *(texts[i] for _, texts in columned)]
-        for i, row in enumerate(rows)
+        [*map(_label, pivot.rows, json.loads(row)), *texts]
+        for row, *texts in zip(rows, *shown.values(), strict=True)
+        if any(texts)
     ]
-    body = [row for row in body if any(row[len(pivot.rows) :])]
-    return RenderedTable(pivot.title, headings, body, len(pivot.rows), list(_notes(pivot, summary)))
+    return Table([*pivot.rows, *shown], body, len(pivot.rows), pivot.title, list(_notes(pivot, summary)))
 
 
 def _grouped(places: Sequence[str]) -> list[str]:
     """Places by their first axis, then the second and so on, each axis's values in the order in which they come."""
     orders = [list(dict.fromkeys(map(json.dumps, values))) for values in zip(*map(json.loads, places), strict=True)]
-    return sorted(
-        places, key=lambda place: [o.index(json.dumps(v)) for o, v in zip(orders, json.loads(place), strict=True)]
-    )
+    return sorted(places, key=lambda p: [o.index(json.dumps(v)) for o, v in zip(orders, json.loads(p), strict=True)])
 
 
-def _values(axes: Sequence[str], place: str) -> list[tuple[str, Any, str]]:
-    """(axis, value, its text) of a row or column; a model that no training has touched is called so."""
-    found = zip(axes, json.loads(place), strict=True)
-    return [(a, v, "untrained" if v is None and a.startswith("train.") else plain(v)) for a, v in found]
+def _label(axis: str, value: Any) -> str:
+    """A value as text; a model that no training has touched is called so."""
+    return "untrained" if value is None and axis.startswith("train.") else plain(value)
 
 
 def _difference(axis: str, pivot: Pivot) -> str:
@@ -207,27 +177,29 @@ def _difference(axis: str, pivot: Pivot) -> str:
     return "difference" if len(pivot.against) == 1 else f"difference ({axis})"
 
 
-def _texts(cells: Sequence[Table | None], pivot: Pivot, summary: Table) -> Iterator[tuple[str, list[str]]]:
-    """What one column shows, as (what it is, its text in each row); nothing where the study has no cell."""
+def _columns(cells: Sequence[Values | None], pivot: Pivot, summary: Values) -> Iterator[tuple[str, list[str]]]:
+    """(What it is, its text in each row) of each quantity and comparison; nothing where the study has no cell."""
     for what in pivot.show:
-        yield HEADINGS[what], ["" if cell is None else _quantity(cell, what) for cell in cells]
+        texts = ["" if cell is None else quantity(cell, what) for cell in cells]
+        yield QUANTITIES[what], texts if what in METRICS else [text.removesuffix(".0") for text in texts]
     for axis in pivot.against:
         found = {json.dumps(d["cell"]): d for d in summary["differences"] if d["axis"] == axis}
-        rows = [None if cell is None else found.get(json.dumps(cell["cell"])) for cell in cells]
-        stars = ["*" * (row is not None and row[f"{pivot.metric}_holm"] < CLEAR) for row in rows]
-        texts = ["" if row is None else points(row[pivot.metric], row[f"{pivot.metric}_interval"]) for row in rows]
-        yield _difference(axis, pivot), [text + star for text, star in zip(texts, stars, strict=True)]
+        rows = [found.get(json.dumps(cell["cell"])) if cell else None for cell in cells]
+        yield _difference(axis, pivot), [_starred(row, pivot.metric) if row else "" for row in rows]
 
 
-def _quantity(cell: Table, what: str) -> str:
-    if what in METRICS:
-        return percent(cell[what], cell[f"{what}_interval"])
-    return f"{cell[what]:.1f}".removesuffix(".0")
+def _starred(row: Values, metric: str) -> str:
+    return points(row[metric], row[f"{metric}_interval"]) + "*" * (row[f"{metric}_holm"] < ALPHA)
 
 
-def _notes(pivot: Pivot, summary: Table) -> Iterator[str]:
+def against(axis: str, summary: Values) -> str:
+    """What the cells are compared with along an axis."""
+    return OTHERS.get(axis) or f"the cell of {axis} {plain(summary['axes'][axis][0])}"
+
+
+def _notes(pivot: Pivot, summary: Values) -> Iterator[str]:
     if len(pivot.show) == 1 and not pivot.against:
-        yield f"Shown: {HEADINGS[pivot.show[0]]}."
+        yield f"Shown: {QUANTITIES[pivot.show[0]]}."
     runs = sorted({cell["seeds"] for cell in summary["cells"] if "updates" in cell["budget"]})
     if pivot.mean_over and runs:
         many = " to ".join(str(n) for n in dict.fromkeys((runs[0], runs[-1])))
@@ -236,10 +208,8 @@ def _notes(pivot: Pivot, summary: Table) -> Iterator[str]:
             "a sample of such trainings."
         )
     for axis in pivot.against:
-        count = sum(d["axis"] == axis for d in summary["differences"])
-        if count:
-            other = OTHERS[axis] if axis in OTHERS else f"the cell of {axis} {plain(summary['axes'][axis][0])}"
+        if count := sum(d["axis"] == axis for d in summary["differences"]):
             yield (
-                f"{_difference(axis, pivot).capitalize()}: in points of {pivot.metric} from {other}, paired by problem; a star "
-                f"where it is clear after Holm's adjustment over all {count} of this kind."
+                f"{_difference(axis, pivot).capitalize()}: in points of {pivot.metric} from {against(axis, summary)}, paired "
+                f"by problem; a star where it is clear after Holm's adjustment over all {count} of this kind."
             )

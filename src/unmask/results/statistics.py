@@ -1,11 +1,14 @@
-"""Intervals. Everything here is deterministic."""
+"""Intervals, tests, and the Pareto front. Everything here is deterministic."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
+
+T = TypeVar("T")
 
 
 def wilson(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
@@ -79,25 +82,17 @@ class Bootstrap:
 
 
 def student_p(t: float, freedom: int) -> float:
-    """Two-sided p of Student's t with whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
-    angle = math.atan(abs(t) / math.sqrt(freedom))
-    term = total = math.cos(angle) if freedom % 2 else 1.0
-    for k in range(3 if freedom % 2 else 2, freedom, 2):
-        term *= (k - 1) / k * math.cos(angle) ** 2
-        total += term
-    if freedom == 1:
-        total = 0.0
-    within = 2 / math.pi * (angle + math.sin(angle) * total) if freedom % 2 else math.sin(angle) * total
-    return max(0.0, 1 - within)
+    """Two-sided p of Student's t."""
+    from scipy.stats import t as student  # only here: it takes a second to import
+
+    return float(2 * student.sf(abs(t), freedom))
 
 
 def student_half_width(values: Sequence[float]) -> float:
     """Half the 95 % interval of the mean of two or more values."""
-    low, high = 0.0, 1000.0
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_p(middle, len(values) - 1) > 0.05 else (low, middle)
-    return high * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    from scipy.stats import t as student
+
+    return float(student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1)) / math.sqrt(len(values))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -118,3 +113,12 @@ def paired_difference(
     draws = bootstrap.draws([a - b], [whole], ["problems"])
     low, high = np.quantile(draws, [0.025, 0.975])
     return float((a - b).sum() / whole.sum()), (float(low), float(high))
+
+
+def pareto_front(rows: Iterable[T], key: Callable[[T], tuple[float, float]]) -> list[T]:
+    """The rows that no other reaches with as few passes, by passes; of equals the first. ``key``: (passes, value)."""
+    front: list[T] = []
+    for row in sorted(rows, key=lambda row: (key(row)[0], -key(row)[1])):
+        if not front or key(row)[1] > key(front[-1])[1]:
+            front.append(row)
+    return front

@@ -16,24 +16,23 @@ import numpy as np
 from unmask.errors import UserError
 from unmask.io.files import each_line
 from unmask.io.schema import CELL, RUN, whole_cell
-from unmask.results.accuracy import markdown as markdown_table
-from unmask.results.accuracy import percent, points
-from unmask.results.axes import METRICS, SEEDS, Table
-from unmask.results.pivot import OTHERS, Pivot, plain, tables
+from unmask.results import pivot as reading
+from unmask.results.pivot import OTHERS, SEEDS, Pivot, Values
 from unmask.results.statistics import Bootstrap, holm, student_half_width, student_p, wilson
+from unmask.results.tables import METRICS, QUANTITIES, Table, plain, points, quantity
 
 
-def cell_lines(path: Path, fix: str = "give a whole study") -> list[Table]:
+def cell_lines(path: Path, fix: str = "give a whole study") -> list[Values]:
     """The lines of a cells.jsonl. Raises UserError, with ``fix`` as its end, where one is no cell."""
     return list(each_line(path, CELL, fix, whole_cell))
 
 
-def run_lines(path: Path, fix: str = "give a whole study") -> list[Table]:
+def run_lines(path: Path, fix: str = "give a whole study") -> list[Values]:
     """The lines of a runs.jsonl. Raises UserError, with ``fix`` as its end, where one is no training."""
     return list(each_line(path, RUN, fix))
 
 
-def read_cells(folder: Path) -> list[Table]:
+def read_cells(folder: Path) -> list[Values]:
     """The lines of a study's cells.jsonl. Raises UserError where there are none, or they are not those of one study."""
     cells = cell_lines(folder / "cells.jsonl")
     if not cells:
@@ -48,7 +47,7 @@ def read_cells(folder: Path) -> list[Table]:
 class Group:
     """One setting under all its seeds, or all values of the ``pooled`` axes: (seeds, problems) arrays."""
 
-    def __init__(self, cell: Table, lines: Sequence[Table], pooled: Sequence[str] = SEEDS) -> None:
+    def __init__(self, cell: Values, lines: Sequence[Values], pooled: Sequence[str] = SEEDS) -> None:
         self.cell, self.lines, self.pooled = cell, lines, pooled
         self.trained = "updates" in lines[0]["budget"]
         self.seeds = [tuple(line["cell"].get(k) for k in pooled) for line in lines]
@@ -80,9 +79,9 @@ class Group:
         return np.concatenate([line[name] for line in self.lines])
 
 
-def groups_of(cells: Sequence[Table], pooled: Sequence[str] = SEEDS) -> dict[str, Group]:
+def groups_of(cells: Sequence[Values], pooled: Sequence[str] = SEEDS) -> dict[str, Group]:
     """The cells of equal settings, ``pooled`` axes aside, by their settings as text."""
-    found: dict[str, list[Table]] = {}
+    found: dict[str, list[Values]] = {}
     for line in cells:
         setting = {k: v for k, v in line["cell"].items() if k not in pooled}
         found.setdefault(json.dumps(setting), []).append(line)
@@ -90,8 +89,8 @@ def groups_of(cells: Sequence[Table], pooled: Sequence[str] = SEEDS) -> dict[str
 
 
 def summarize_study(
-    cells: Sequence[Table], compare: Sequence[str] = (), baselines: Sequence[str] = (), pivots: Sequence[Pivot] = ()
-) -> Table:
+    cells: Sequence[Values], compare: Sequence[str] = (), baselines: Sequence[str] = (), pivots: Sequence[Pivot] = ()
+) -> Values:
     """The summary of a study.
 
     Args:
@@ -123,12 +122,12 @@ def summarize_study(
     }
 
 
-def _pooled(cells: Sequence[Table], over: Sequence[str], chosen: Sequence[str], baselines: Sequence[str]) -> Table:
+def _pooled(cells: Sequence[Values], over: Sequence[str], chosen: Sequence[str], baselines: Sequence[str]) -> Values:
     """Axes, cells and differences where the values of the axes ``over`` count as further seeds."""
     return _compare_all(groups_of(cells, (*SEEDS, *over)), [axis for axis in chosen if axis not in over], baselines)
 
 
-def _compare_all(groups: dict[str, Group], chosen: Sequence[str], baselines: Sequence[str]) -> Table:
+def _compare_all(groups: dict[str, Group], chosen: Sequence[str], baselines: Sequence[str]) -> Values:
     """Axes, cells and differences of groups."""
     bootstrap = Bootstrap()
     axes = _axes(groups)
@@ -150,16 +149,13 @@ def _axes(groups: dict[str, Group]) -> dict[str, list[Any]]:
     return {axis: list(values.values()) for axis, values in found.items()}
 
 
-def _cell(group: Group, bootstrap: Bootstrap) -> Table:
+def _cell(group: Group, bootstrap: Bootstrap) -> Values:
     nfe, committed = group.column("nfe"), group.column("committed")
-    row: Table = {"cell": group.cell, "seeds": len(group.lines), "problems": len(group.solved[0])}
+    row: Values = {"cell": group.cell, "seeds": len(group.lines), "problems": len(group.solved[0])}
     for metric in METRICS:
         draws = bootstrap.draws(*group.share(metric), group.problems)
         row |= {metric: group.mean(metric), f"{metric}_interval": _interval(draws, group.by_seed(metric), 0)}
-    if row["seeds"] == 1 or row["solved"] in (
-        0,
-        1,
-    ):  # as in the tables of an evaluation; right where all or none are solved
+    if row["seeds"] == 1 or row["solved"] in (0, 1):  # as in an evaluation; right where all or none are solved
         row["solved_interval"] = list(wilson(int(group.solved[0].sum()), row["problems"]))
     return {
         **row,
@@ -189,7 +185,7 @@ def _p(draws: np.ndarray, by_seed: np.ndarray) -> float:
     return max(p, student_p(float(by_seed.mean()) / (spread / math.sqrt(len(by_seed))), len(by_seed) - 1))
 
 
-def _along(axis: str, first: Table, groups: dict[str, Group], bootstrap: Bootstrap) -> list[Table]:
+def _along(axis: str, first: Values, groups: dict[str, Group], bootstrap: Bootstrap) -> list[Values]:
     """Every cell against the one that has the axis's ``first`` value and is else the same, on the same problems and under the
     seeds that both have.
 
@@ -210,7 +206,7 @@ def _along(axis: str, first: Table, groups: dict[str, Group], bootstrap: Bootstr
     return _compared(axis, pairs, bootstrap)
 
 
-def _at_equal_passes(baselines: Sequence[str], groups: dict[str, Group], bootstrap: Bootstrap) -> list[Table]:
+def _at_equal_passes(baselines: Sequence[str], groups: dict[str, Group], bootstrap: Bootstrap) -> list[Values]:
     """Every cell against the baseline decoder whose plan allows as many passes, on the same problems of the same model; where
     there are several, against the one that has most other settings in common."""
     pairs = []
@@ -230,13 +226,13 @@ def _at_equal_passes(baselines: Sequence[str], groups: dict[str, Group], bootstr
     return _compared("equal passes", pairs, bootstrap)
 
 
-def _compared(axis: str, pairs: Sequence[tuple[Group, Group]], bootstrap: Bootstrap) -> list[Table]:
+def _compared(axis: str, pairs: Sequence[tuple[Group, Group]], bootstrap: Bootstrap) -> list[Values]:
     """The differences of pairs with the same problems, with Holm's adjustment over all of them."""
     found = []
     for group, other in pairs:
         if other.problems != group.problems:
             continue
-        row: Table = {"axis": axis, "cell": group.cell, "against": other.cell}
+        row: Values = {"axis": axis, "cell": group.cell, "against": other.cell}
         for metric in METRICS:
             ours, theirs = (bootstrap.draws(*g.share(metric), g.problems) for g in (group, other))
             by_seed = group.by_seed(metric) - other.by_seed(metric)
@@ -253,7 +249,7 @@ def _compared(axis: str, pairs: Sequence[tuple[Group, Group]], bootstrap: Bootst
     return found
 
 
-def _note(differences: Sequence[Table], seeds: Sequence[int]) -> str:
+def _note(differences: Sequence[Values], seeds: Sequence[int]) -> str:
     by_axis = [sum(d["axis"] == axis for d in differences) for axis in dict.fromkeys(d["axis"] for d in differences)]
     text = "No comparisons." if not by_axis else f"{sum(by_axis)} comparison{'s' * (sum(by_axis) > 1)}."
     if by_axis:
@@ -269,49 +265,57 @@ def _note(differences: Sequence[Table], seeds: Sequence[int]) -> str:
     return text
 
 
-def markdown(summary: Table, pivots: Sequence[Pivot] = ()) -> str:
+def markdown(summary: Values, pivots: Sequence[Pivot] = ()) -> str:
     """The summary as Markdown: the tables for reading, all cells, budgets, differences, note."""
-    axes = list(summary["axes"])
-    trained = any("updates" in c["budget"] for c in summary["cells"])
-    headings = [*axes, "seeds", "NFE", "solved % [95 %]", "score % [95 %]", "tokens/forward", "length"]
-    rows = []
-    for c in summary["cells"]:
-        row = [plain(c["cell"][a]) for a in axes] + [str(c["seeds"]), f"{c['nfe']:.1f}".removesuffix(".0")]
-        row += [percent(c[m], c[f"{m}_interval"]) for m in METRICS]
-        row += [f"{c['tokens_per_forward']:.1f}", f"{c['length']:.1f}"]
-        if trained:
-            row.append(f"{c['budget'].get('training_passes', 0) / 1000:.0f}")
-        rows.append(row)
-    text = "".join(table.markdown() + "\n" for table in tables(pivots, summary)) + "**All cells**\n\n" * bool(pivots)
-    text += markdown_table(headings + ["passes in training, at most (thousands)"] * trained, rows, left=len(axes))
+    cells = cells_table(summary)
+    text = "".join(table.titled_markdown() + "\n" for table in reading.tables(pivots, summary))
+    text += f"**{cells.title}**\n\n" * bool(pivots) + cells.markdown() + f"\n{said(summary)}\n"
+    return text + "".join(f"\n{table.title}:\n\n{table.markdown()}" for table in difference_tables(summary))
+
+
+def cells_table(summary: Values) -> Table:
+    """All cells, a row each."""
+    axes, cells = list(summary["axes"]), summary["cells"]
+    shown = [what for what in QUANTITIES if what != "seconds"]
+    trained = any("updates" in c["budget"] for c in cells)
+    rows = [
+        [*(plain(c["cell"][a]) for a in axes), str(c["seeds"]), *(quantity(c, what) for what in shown)]
+        + [f"{c['budget'].get('training_passes', 0) / 1000:.0f}"] * trained
+        for c in cells
+    ]
+    headings = [*axes, "seeds", *(QUANTITIES[what] for what in shown)]
+    headings += ["passes in training, at most (thousands)"] * trained
+    return Table(headings, rows, len(axes), "All cells")
+
+
+def said(summary: Values) -> str:
+    """What all cells have in common, and what their intervals say."""
+    budgets = {key.replace("_", " "): value for key, value in summary["budgets"].items()}
+    equal = [f"{value:,} {name}" for name, value in budgets.items() if value is not None]
+    differ = [name for name, value in budgets.items() if value is None]
     problems = sorted({c["problems"] for c in summary["cells"]})
-    text += f"\n{' or '.join(map(str, problems))} problems a cell and seed. "
-    alike = [f"{v:,} {k.replace('_', ' ')}" for k, v in summary["budgets"].items() if v is not None]
-    differ = [k.replace("_", " ") for k, v in summary["budgets"].items() if v is None]
-    if alike:
-        text += f"Every training has {' and '.join(alike)}. "
-    if differ:
-        text += f"They differ in {' and '.join(differ)}. "
-    text += summary["note"] + "\n"
-    for axis in dict.fromkeys(d["axis"] for d in summary["differences"]):
-        text += f"\nAgainst {OTHERS.get(axis, f'the first {axis}')}:\n\n"
-        text += _difference_table(axis, axes, summary["differences"])
-    return text
+    text = f"{' or '.join(map(str, problems))} problems a cell and seed. "
+    text += f"Every training has {' and '.join(equal)}. " if equal else ""
+    text += f"They differ in {' and '.join(differ)}. " if differ else ""
+    return text + summary["note"]
 
 
-def _difference_table(axis: str, axes: Sequence[str], differences: Sequence[Table]) -> str:
+def difference_tables(summary: Values) -> list[Table]:
+    """The paired differences, a table for each axis."""
+    return [_difference_table(axis, summary) for axis in dict.fromkeys(d["axis"] for d in summary["differences"])]
+
+
+def _difference_table(axis: str, summary: Values) -> Table:
     other = {"training": None, "equal passes": "decoder"}.get(axis, axis)  # what the other cell is told by
-    named = [*(a for a in axes if a != other), *([other] if other else [])]
+    named = [*(a for a in summary["axes"] if a != other), *([other] if other else [])]
     headings = [*named, *(["against"] if other else []), "NFE"]
     for metric in METRICS:
         headings += [f"{metric}, points [95 %]", "p (Holm)"]
     rows = []
-    for d in (d for d in differences if d["axis"] == axis):
-        row = [plain(d["cell"][a]) for a in named]
-        if other:
-            row.append(plain(d["against"][other]))
+    for d in (d for d in summary["differences"] if d["axis"] == axis):
+        row = [plain(d["cell"][a]) for a in named] + ([plain(d["against"][other])] if other else [])
         row.append(f"{d['nfe'][0]:.1f} / {d['nfe'][1]:.1f}")
         for m in METRICS:
             row += [points(d[m], d[f"{m}_interval"]), f"{d[f'{m}_holm']:.2g}"]
         rows.append(row)
-    return markdown_table(headings, rows, left=len(named) + bool(other))
+    return Table(headings, rows, len(named) + bool(other), f"Against {OTHERS.get(axis, f'the first {axis}')}")

@@ -1,185 +1,106 @@
-"""Tables of a report: for the page with values to sort by, for the terminal as Markdown."""
+"""Tables of results, and how their numbers read: as Markdown, in a terminal, on the report's page."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from unmask.results.accuracy import markdown, percent, points
-from unmask.results.collect import Result, Run, differing, plain, setting, varying
-from unmask.results.curves import task_of
-from unmask.results.pivot import RenderedTable
+from unmask.io.terminal import fitting_table
 
-_NOTHING = "–"
-_BUDGET = {"updates": "updates", "completions": "completions sampled", "training_passes": "passes in training, at most"}
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table as TerminalTable
+
+METRICS = ("solved", "score")
+QUANTITIES = {
+    "nfe": "NFE",
+    "solved": "solved % [95 %]",
+    "score": "score % [95 %]",
+    "tokens_per_forward": "tokens/forward",
+    "length": "length",
+    "seconds": "seconds",
+}
+"""What a cell of an evaluation or a study is measured by, with its heading."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """What a cell shows, and the number that it sorts by; text sorts as text."""
+def percent(share: float, interval: Sequence[float] | None = None) -> str:
+    text = f"{100 * share:.1f}"
+    return text if interval is None else f"{text} [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
-    text: str
-    value: float | None = None
+
+def points(difference: float, interval: Sequence[float], **_: Any) -> str:
+    """A difference of shares in percentage points, with its interval."""
+    low, high = interval
+    return f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def plain(value: Any) -> str:
+    """A setting's value as text."""
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return " ".join(map(plain, value)) if isinstance(value, list) else str(value)
+
+
+def quantity(cell: dict[str, Any], what: str) -> str:
+    """One of ``QUANTITIES`` of a cell as text."""
+    if what in METRICS:
+        return percent(cell[what], cell[f"{what}_interval"])
+    text = f"{cell[what]:.1f}"
+    return text.removesuffix(".0") if what == "nfe" else text
 
 
 @dataclass(frozen=True)
 class Table:
-    """The first ``left`` columns are text, the others numbers; ``note`` stands below."""
+    """The first ``left`` columns are text, the others numbers; ``notes`` stand below."""
 
-    caption: str
     headings: list[str]
-    rows: list[list[Cell]]
-    left: int
-    note: str = ""
+    rows: list[list[str]]
+    left: int = 1
+    title: str = ""
+    notes: Sequence[str] = ()
 
     def markdown(self) -> str:
-        return markdown(self.headings, [[cell.text for cell in row] for row in self.rows], self.left)
+        """The table alone, in Markdown."""
+        rule = ["---"] * self.left + ["---:"] * (len(self.headings) - self.left)
+        return "".join(f"| {' | '.join(row)} |\n" for row in (self.headings, rule, *self.rows))
+
+    def titled_markdown(self) -> str:
+        """Title, table and notes, in Markdown."""
+        return f"**{self.title}**\n\n{self.markdown()}" + "".join(f"\n{note}\n" for note in self.notes)
+
+    def for_terminal(
+        self, screen: Console, drop_first: Sequence[str] = (), sections: Collection[int] = ()
+    ) -> TerminalTable:
+        """As wide as the screen allows; arguments as ``fitting_table``'s."""
+        return fitting_table(screen, self.title, self.headings, self.rows, self.left, drop_first, sections)
+
+    def without_empty(self) -> Table:
+        """Without columns of numbers in which no row has one."""
+        kept = [i for i in range(len(self.headings)) if i < self.left or any(row[i] for row in self.rows)]
+        rows = [[row[i] for i in kept] for row in self.rows]
+        return Table([self.headings[i] for i in kept], rows, self.left, self.title, self.notes)
 
 
-def _number(value: float | None, form: str = ",.1f") -> Cell:
-    return Cell(_NOTHING) if value is None else Cell(format(value, form), value)
-
-
-def _share(value: float, interval: Sequence[float]) -> Cell:
-    return Cell(percent(value, list(interval)), value)
-
-
-def _points(value: float, interval: Sequence[float]) -> Cell:
-    return Cell(points(value, interval), value)
-
-
-def _named(results: Sequence[Result]) -> tuple[list[str], list[list[Cell]]]:
-    """The columns that tell results of one task apart: folder where there are several, decoder, the axes of studies."""
-    several = len({r.folder for r in results}) > 1
-    axes = list(dict.fromkeys(axis for r in results for axis in r.axes))
-    rows = [[*([r.folder] * several), r.decoder, *(plain(r.axes.get(axis)) for axis in axes)] for r in results]
-    return [*(["folder"] * several), "decoder", *axes], [[Cell(text) for text in row] for row in rows]
-
-
-def chosen_tables(shown: Sequence[tuple[str, RenderedTable]]) -> list[Table]:
-    """The tables for reading that studies ask for, by (folder, table)."""
-    several = len({folder for folder, _ in shown}) > 1
-    tables = []
-    for folder, table in shown:
-        caption = f"{folder}: {table.title}" if several else table.title
-        rows = [
-            [Cell(text) for text in row[: table.left]] + [_leading(t) for t in row[table.left :]] for row in table.rows
-        ]
-        tables.append(Table(caption, table.headings, rows, table.left, " ".join(table.notes)))
-    return tables
-
-
-def _leading(text: str) -> Cell:
-    """A text that begins with a number, or is empty."""
-    return Cell(text, float(text.split()[0]) if text else None)
-
-
-def results_tables(results: Sequence[Result]) -> list[Table]:
-    """A table a task: solved and score with their 95 % intervals, passes, lengths."""
-    tables = []
-    for task in dict.fromkeys(r.task for r in results):
-        own = [r for r in results if r.task == task]
-        names, first = _named(own)
-        seeds = any(r.numbers["seeds"] > 1 for r in own)
-        rows = []
-        for row, numbers in zip(first, (r.numbers for r in own), strict=True):
-            rows.append(
-                [
-                    *row,
-                    _number(numbers["problems"], ","),
-                    *[_number(numbers["seeds"], ",")] * seeds,
-                    _number(numbers["nfe"]),
-                    _share(numbers["solved"], numbers["solved_interval"]),
-                    _share(numbers["score"], numbers["score_interval"]),
-                    _number(numbers["tokens_per_forward"]),
-                    _number(numbers["length"]),
-                ]
-            )
-        score = own[0].numbers["score_name"]
-        headings = [
-            "problems",
-            *["seeds"] * seeds,
-            "NFE",
-            "solved % [95 %]",
-            f"{score} % [95 %]",
-            "tokens/forward",
-            "length",
-        ]
-        tables.append(Table(task, names + headings, rows, len(names)))
-    return tables
-
-
-def differences_title(rows: Sequence[dict[str, Any]]) -> str:
-    """What is compared: along an axis with its first value, at equal passes with several baselines."""
-    axis = rows[0]["axis"]
-    other = "the baseline of as many" if axis == "equal passes" else setting(rows[0]["against"], differing(rows[0]))
-    return f"{axis}: each against {other}"
-
-
-def differences_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Paired differences along one axis of one study."""
-    axes = list(dict.fromkeys(["task", *varying([row[side] for row in rows for side in ("cell", "against")])]))
-    headings = [*axes, "NFE", "NFE against"]
-    for metric in ("solved", "score"):
-        headings += [f"{metric}, points [95 %]", "p", "p (Holm)"]
-    cells = []
-    for row in rows:
-        line = [Cell(plain(row["cell"][axis])) for axis in axes] + [_number(nfe) for nfe in row["nfe"]]
-        for metric in ("solved", "score"):
-            line.append(_points(row[metric], row[f"{metric}_interval"]))
-            line += [_number(row[f"{metric}_{kind}"], ".2g") for kind in ("p", "holm")]
-        cells.append(line)
-    return Table(differences_title(rows), headings, cells, len(axes))
-
-
-def runs_table(runs: Sequence[Run]) -> Table:
-    """First, best and last validation accuracy of every run."""
+def evaluation_table(summary: dict[str, Any]) -> Table:
+    """An evaluation's cells, a row each."""
+    cells, config = summary["cells"], summary["config"]
+    differ = any("to_best" in cell for cell in cells)
+    headings = list(QUANTITIES.values())
+    headings[2:2] = ["to best, points [95 %]"] * differ
     rows = []
-    for run in runs:
-        for key in (k for k in run.curves if k.endswith("_solved")):
-            curve = run.curves[key]
-            first, best, last = min(curve), max(curve, key=lambda s: (curve[s], -s)), max(curve)
-            shares = [Cell(f"{percent(curve[s])} %", curve[s]) for s in (first, best, last)]
-            shares[1] = Cell(f"{shares[1].text} ({best})", curve[best])
-            rows.append([*_run_names(run), _number(run.costs["updates"], ","), Cell(task_of(key)), *shares])
-    headings = ["run", "objective", "decoder", "updates", "validation", "first", "best (update)", "last"]
-    return Table("Validation accuracy", headings, rows, 5)
+    for cell in cells:
+        row = [quantity(cell, what) for what in QUANTITIES]
+        row[2:2] = [points(**cell["to_best"]) if "to_best" in cell else "best"] * differ
+        rows.append([cell["task"], cell["decoder"], *row])
+    title = f"{config['model']['name']}, {config['split']} split, {cells[0]['problems']} problems a task"
+    return Table(["task", "decoder", *headings], rows, 2, title)
 
 
-def _run_names(run: Run) -> list[Cell]:
-    return [Cell(run.name), Cell(plain(run.settings.get("objective"))), Cell(plain(run.settings.get("decoder")))]
-
-
-def evaluation_costs(results: Sequence[Result]) -> Table:
-    """Passes and seconds of every result, and what its model's training took."""
-    names, first = _named(results)
-    rows = []
-    for row, result in zip(first, results, strict=True):
-        numbers, budget = result.numbers, result.numbers.get("budget", {})
-        sequences, seconds = numbers["problems"] * numbers["seeds"], numbers["seconds"]
-        passes = [_number(numbers["nfe"]), _number(numbers["nfe"] * sequences, ",.0f")]
-        time = [_number(seconds), _number(1000 * seconds / sequences)]
-        rows.append([Cell(result.task), *row, *passes, *time, *(_number(budget.get(key), ",") for key in _BUDGET)])
-    headings = ["task", *names, "passes a sequence", "passes in all", "seconds", "ms a sequence", *_BUDGET.values()]
-    return _without_empty("Evaluation", headings, rows, 1 + len(names))
-
-
-def training_costs(runs: Sequence[Run]) -> Table:
-    """Updates, sampled completions, passes and seconds of every run."""
-    rows = []
-    for run in runs:
-        nfe = run.curves.get("nfe", {})
-        passes = sum(nfe.values()) / len(nfe) if nfe else None
-        seconds = [run.costs.get(k) for k in ("seconds_rollout", "seconds_update")]
-        budget = [_number(run.costs.get(key), ",") for key in _BUDGET]
-        rows.append([*_run_names(run), *budget, _number(passes), *map(_number, seconds)])
-    seconds_headings = ["seconds in rollouts", "seconds in updates"]
-    headings = ["run", "objective", "decoder", *_BUDGET.values(), "passes a completion", *seconds_headings]
-    return _without_empty("Training", headings, rows, 3)
-
-
-def _without_empty(caption: str, headings: list[str], rows: list[list[Cell]], left: int) -> Table:
-    """A table without the columns of numbers in which no row has one."""
-    kept = [i for i in range(len(headings)) if i < left or any(row[i].value is not None for row in rows)]
-    return Table(caption, [headings[i] for i in kept], [[row[i] for i in kept] for row in rows], left)
+def evaluation_for_terminal(summary: dict[str, Any], screen: Console) -> TerminalTable:
+    """``evaluation_table`` with a line between tasks."""
+    table = evaluation_table(summary)
+    last_of_task = [i for i in range(len(table.rows) - 1) if table.rows[i][0] != table.rows[i + 1][0]]
+    return table.for_terminal(screen, ["tokens/forward", "length", "seconds", "score % [95 %]"], last_of_task)

@@ -20,7 +20,7 @@ from unmask.decoding import Decoder, make_decoder
 from unmask.errors import UserError, unknown
 from unmask.evaluation.config import EvalConfig
 from unmask.io.files import expand_home, slug
-from unmask.results.axes import PLAN, SEEDS, Table, distinct
+from unmask.results.pivot import PLAN, SEEDS, Values, distinct
 from unmask.rl.config import DiffusionGRPOConfig
 from unmask.study.config import StudyConfig
 from unmask.tasks import make_task
@@ -37,7 +37,7 @@ class Cell:
 
     evaluation: EvalConfig
     decoder: Decoder
-    named: Table
+    named: Values
     """The settings as the study's file names them, ``decoder`` without what other axes add to it."""
     training: DiffusionGRPOConfig | None
     key: str
@@ -62,7 +62,7 @@ def _key(*settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _product(table: Mapping[str, Any], is_axis: Mapping[str, bool]) -> Iterator[Table]:
+def _product(table: Mapping[str, Any], is_axis: Mapping[str, bool]) -> Iterator[Values]:
     """The table with every axis at each of its values. Raises UserError for an axis without values."""
     axes = [k for k in table if is_axis[k]]
     for key in axes:
@@ -72,13 +72,13 @@ def _product(table: Mapping[str, Any], is_axis: Mapping[str, bool]) -> Iterator[
         yield {**table, **dict(zip(axes, values, strict=True))}
 
 
-def _trainings(config: StudyConfig, beside: Path) -> list[DiffusionGRPOConfig]:
+def _trainings(config: StudyConfig, config_dir: Path) -> list[DiffusionGRPOConfig]:
     hints = {f.name: f.type for f in dataclasses.fields(DiffusionGRPOConfig)}
     found: dict[str, DiffusionGRPOConfig] = {}
     for table in config.train:
         table = dict(table)
         base = table.pop("base", None)
-        values = _base(beside / expand_home(str(base))) if base is not None else {}
+        values = _base(config_dir / expand_home(str(base))) if base is not None else {}
         for key in table:
             if key not in hints or key == "output_dir":
                 raise unknown("key in train", key, [h for h in hints if h != "output_dir"])
@@ -98,11 +98,11 @@ def _trainings(config: StudyConfig, beside: Path) -> list[DiffusionGRPOConfig]:
     return list(found.values())
 
 
-def _base(path: Path) -> Table:
+def _base(path: Path) -> Values:
     return dataclasses.asdict(read_config(DiffusionGRPOConfig, path))
 
 
-def _evaluations(config: StudyConfig) -> list[tuple[EvalConfig, Decoder, Table]]:
+def _evaluations(config: StudyConfig) -> list[tuple[EvalConfig, Decoder, Values]]:
     """Every evaluation of one task under one decoder, with the settings that the file names."""
     of_evaluation = {f.name for f in dataclasses.fields(EvalConfig)} - set(_CHOSEN_HERE)
     of_decoder = {f.name for f in dataclasses.fields(Decoder)} - {"name"} - of_evaluation
@@ -123,16 +123,16 @@ def _evaluations(config: StudyConfig) -> list[tuple[EvalConfig, Decoder, Table]]
     return found
 
 
-def jobs_of(config: StudyConfig, beside: Path) -> list[Job]:
+def jobs_of(config: StudyConfig, config_dir: Path) -> list[Job]:
     """The jobs in the order of the file, trainings by seed first: a study cut short has whole seeds.
 
     Args:
-        beside: the folder of the study's file, where ``base`` is looked for.
+        config_dir: the folder of the study's file, where ``base`` is looked for.
 
     Raises:
         UserError: for an unknown key or a value that a setting cannot take.
     """
-    trainings, evaluations = _trainings(config, beside), _evaluations(config)
+    trainings, evaluations = _trainings(config, config_dir), _evaluations(config)
     if trainings and any("model" in named for _, _, named in evaluations):
         raise UserError("evaluate names a model beside train: the models are those that train makes")
     if trainings and len({evaluation.seed for evaluation, _, _ in evaluations}) > 1:
@@ -167,12 +167,12 @@ def _cell_key(training: DiffusionGRPOConfig | None, evaluation: EvalConfig, deco
     return _key(_training_part(training), evaluated, decoded)
 
 
-def _training_part(training: DiffusionGRPOConfig | None) -> Table:
+def _training_part(training: DiffusionGRPOConfig | None) -> Values:
     """The settings of a training that decide what comes out."""
     return {} if training is None else {k: v for k, v in _changed(training).items() if k not in MAY_CHANGE}
 
 
-def _changed(settings: Any) -> Table:
+def _changed(settings: Any) -> Values:
     """Fields that are not at their defaults: one that is added later leaves what is finished as it is."""
     values = {f.name: (getattr(settings, f.name), default_of(f)) for f in dataclasses.fields(settings)}
     return {name: value for name, (value, default) in values.items() if value != default}
@@ -189,14 +189,14 @@ def check_compared(config: StudyConfig, axes: dict[str, list[Any]]) -> None:
             raise unknown("decoder of baselines", decoder, axes["decoder"])
 
 
-def labels(jobs: list[Job]) -> tuple[dict[str, Table], dict[str, list[Any]]]:
+def labels(jobs: list[Job]) -> tuple[dict[str, Values], dict[str, list[Any]]]:
     """What tells the cells apart, by key, and the axes with their values in the order of the file.
 
     A setting is an axis where cells of one task differ in it. Task and decoder always are; those of the training have a
     prefix and are None for the model that no training has touched.
     """
     named = {k for job in jobs for c in job.cells for k in c.named} - {"task", *_NAMES}
-    tables: dict[str, Table] = {}
+    tables: dict[str, Values] = {}
     for job in jobs:
         trained = (
             {}
@@ -204,7 +204,7 @@ def labels(jobs: list[Job]) -> tuple[dict[str, Table], dict[str, list[Any]]]:
             else {k: v for k, v in dataclasses.asdict(job.training).items() if k not in MAY_CHANGE}
         )
         for cell in job.cells:
-            table: Table = {"task": cell.evaluation.task[0], "decoder": str(cell.named["decoder"])}
+            table: Values = {"task": cell.evaluation.task[0], "decoder": str(cell.named["decoder"])}
             table |= {
                 k: getattr(cell.evaluation if hasattr(cell.evaluation, k) else cell.decoder, k) for k in sorted(named)
             }
@@ -223,13 +223,13 @@ def labels(jobs: list[Job]) -> tuple[dict[str, Table], dict[str, list[Any]]]:
     return {key: {k: t.get(k) for k in axes} for key, t in tables.items()}, axes
 
 
-def settings_of(jobs: list[Job], tables: dict[str, Table]) -> list[Table]:
+def settings_of(jobs: list[Job], tables: dict[str, Values]) -> list[Values]:
     """What tells the cells apart, seeds aside, and the passes of their plans."""
     found = [{**tables[c.key], PLAN: c.decoder.passes} for job in jobs for c in job.cells]
     return distinct({k: v for k, v in table.items() if k not in SEEDS} for table in found)
 
 
-def training_labels(jobs: list[Job], tables: dict[str, Table]) -> dict[str, Table]:
+def training_labels(jobs: list[Job], tables: dict[str, Values]) -> dict[str, Values]:
     """What tells the trainings apart, by the name of their job."""
     trained = {job.name: tables[job.cells[0].key] for job in jobs if job.training}
     return {name: {k: v for k, v in table.items() if k.startswith("train.")} for name, table in trained.items()}

@@ -7,7 +7,6 @@ The study's folder holds ``study.yaml``, ``cells.jsonl`` (a line a finished cell
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
@@ -23,12 +22,13 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
+
 from unmask.config import save_config
 from unmask.errors import UserError
 from unmask.io.files import atomic_write, read_lines, removed, write_json, write_text, writing_to
 from unmask.io.schema import METRICS, TIMES
-from unmask.results.axes import Table
-from unmask.results.pivot import pivots
+from unmask.results.pivot import Values, pivots
 from unmask.study.grid import Job, StudyConfig, check_compared, jobs_of, labels, settings_of, training_labels
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ Progress = Callable[[int, int, list[str]], None]
 # ---- one job, in its own process -------------------------------------------------------------------------------------------
 
 
-def run_job(job: Job, folder: Path, done: set[str], report: Callable[[str, Table], None]) -> None:
+def run_job(job: Job, folder: Path, done: set[str], report: Callable[[str, Values], None]) -> None:
     """Train and evaluate; every finished part is reported as ("run" or "cell", its line without its labels).
 
     Args:
@@ -70,7 +70,7 @@ def run_job(job: Job, folder: Path, done: set[str], report: Callable[[str, Table
         report("cell", {"key": cell.key, "budget": {"nfe": cell.decoder.passes, **budget}, **found})
 
 
-def _trained(config: DiffusionGRPOConfig, folder: Path) -> tuple[str, Table]:
+def _trained(config: DiffusionGRPOConfig, folder: Path) -> tuple[str, Values]:
     """The trained checkpoint, made now or before, and the line of its training. What only serves to go on is removed."""
     from unmask.rl.run import train
     from unmask.training.checkpoints import checkpoints
@@ -102,7 +102,7 @@ def training_budget(config: DiffusionGRPOConfig) -> dict[str, int]:
     }
 
 
-def compact(model: str, records: list[Table], summary: Table) -> Table:
+def compact(model: str, records: list[Values], summary: Values) -> Values:
     """A cell's line from its records: one entry a problem, in the order of the problems."""
     (cell,) = summary["cells"]
     ids = hashlib.sha256("\n".join(str(r["id"]) for r in records).encode()).hexdigest()[:16]
@@ -133,7 +133,7 @@ def _process(job: Job, folder: Path, done: set[str], threads: int, gpu: str | No
 
     torch.set_num_threads(threads)
 
-    def report(kind: str, line: Table) -> None:
+    def report(kind: str, line: Values) -> None:
         pipe.send((kind, line))
 
     try:
@@ -156,21 +156,21 @@ def _end_with_study(pipe: Connection) -> None:
 class Lines:
     """A study's cells.jsonl or runs.jsonl: always whole, and in the order of the study, whatever is finished first."""
 
-    def __init__(self, path: Path, keys: Sequence[str], read: Callable[[Path, str], list[Table]]) -> None:
+    def __init__(self, path: Path, keys: Sequence[str], read: Callable[[Path, str], list[Values]]) -> None:
         """Raises UserError where the file is damaged, or holds lines that the study does not name."""
         self.path, self.keys = path, keys
         self.lines = {line["key"]: line for line in read(path, "remove it, and what it held is run again")}
-        if strangers := len(set(self.lines) - set(keys)):
+        if unknown_keys := len(set(self.lines) - set(keys)):
             raise UserError(
-                f"{path} holds {strangers} lines that this study does not name: give another output, or name them again"
+                f"{path} holds {unknown_keys} lines that this study does not name: give another output, or name them again"
             )
 
-    def label(self, name: str, tables: dict[str, Table]) -> None:
+    def label(self, name: str, tables: dict[str, Values]) -> None:
         """Give every line the labels that it has in the study as it is now."""
         self.lines = {key: {**line, name: tables[key]} for key, line in self.lines.items()}
         self._write()
 
-    def add(self, line: Table) -> None:
+    def add(self, line: Values) -> None:
         self.lines[line["key"]] = line
         self._write()
 
@@ -179,15 +179,15 @@ class Lines:
             partial.write_text(_text([self.lines[k] for k in self.keys if k in self.lines]), encoding="utf-8")
 
 
-def _text(lines: list[Table]) -> str:
+def _text(lines: list[Values]) -> str:
     return "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
 
 
-def study(config: StudyConfig, beside: Path, progress: Progress | None = None) -> Table:
+def study(config: StudyConfig, config_dir: Path, progress: Progress | None = None) -> Values:
     """Run or go on with a study; returns its summary.
 
     Args:
-        beside: the folder of the study's file. progress: called with (jobs done, jobs in all, names of those at work).
+        config_dir: the folder of the study's file. progress: called with (jobs done, jobs in all, names of those at work).
 
     Raises:
         UserError: for anything wrong in the request, where the folder holds cells of another study, and where a job fails;
@@ -195,7 +195,7 @@ def study(config: StudyConfig, beside: Path, progress: Progress | None = None) -
     """
     from unmask.results.summary import cell_lines, markdown, run_lines, summarize_study
 
-    jobs = jobs_of(config, beside)
+    jobs = jobs_of(config, config_dir)
     tables, axes = labels(jobs)
     check_compared(config, axes)
     shown = pivots(config.tables, settings_of(jobs, tables), config.compare, config.baselines)
@@ -251,14 +251,14 @@ def _check_consistent(jobs: list[Job], cells: Lines) -> None:
 def _exclusive_lock(output: Path) -> Iterator[None]:
     """Raises UserError where another process runs a study in this folder."""
     with writing_to(output, "output"):
-        file = (output / "lock").open("w", encoding="utf-8")
-    with file:
+        lock = FileLock(output / "lock", timeout=0)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process runs a study in {output}: wait for it, or give another output") from None
-        except OSError as error:
-            raise UserError(f"cannot lock {output}: {error.strerror}; give an output on another file system") from None
+            lock.acquire()
+        except Timeout:
+            raise UserError(f"another process runs a study in {output}: wait for it, or use another output") from None
+        except NotImplementedError:
+            raise UserError(f"cannot lock {output}: use an output on another file system") from None
+    with lock:
         yield
 
 
@@ -285,8 +285,8 @@ def _run(
     output: Path,
     cells: Lines,
     runs: Lines,
-    tables: dict[str, Table],
-    trained: dict[str, Table],
+    tables: dict[str, Values],
+    trained: dict[str, Values],
     progress: Progress | None,
 ) -> None:
     """The jobs that lack a cell, ``at_once`` of them at a time."""
