@@ -178,7 +178,7 @@ def test_timed_passes_are_those_of_the_decode(toy_lm: MaskedLM) -> None:
     for spec in ("eoser-ass:temperature=1", "threshold:threshold=0.2,block_length=8", "full-random"):
         decoder = make_decoder(spec, max_new_tokens=32)
         trajectory = decode(toy_lm, ids, mask, decoder, seeds=seeds)
-        loop = decoding.Decoding(toy_lm, decoder, early_stop=False)
+        loop = decoding.DecodingLoop(toy_lm, decoder, early_stop=False)
         for s in range(trajectory.steps):
             rows = standing_at(toy_lm, trajectory, s, seeds)
             loop.advance(rows)

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,9 +45,10 @@ def registries() -> Iterator[None]:
 def test_the_python_of_every_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One page after the other, each as a reader would type it: all its blocks in one session."""
     monkeypatch.chdir(tmp_path)
-    scope: dict[str, object] = {}
+    module = types.ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)
     for code in blocks("python", page.read_text()):
-        exec(compile(code, str(page), "exec"), scope)  # noqa: S102  (our own document)
+        exec(compile(code, str(page), "exec"), vars(module))  # noqa: S102  (our own document)
 
 
 def test_there_are_pages_for_all_that_can_be_written() -> None:

@@ -117,7 +117,7 @@ def test_rewards_get_columns_and_may_abstain() -> None:
     ("spec", "message"),
     [
         ("sovled", "unknown reward 'sovled': did you mean 'solved'.* package.module:name"),
-        ("no.such:thing", "cannot be imported"),
+        ("no.such:thing", "cannot import"),
         ("math:pi", "not a function"),
         ("fractions:Fraction", "is a class: name an object of it"),
     ],

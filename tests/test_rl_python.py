@@ -106,5 +106,5 @@ def test_an_objective_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.delitem(OBJECTIVES, "registered-half")
     with pytest.raises(UserError, match="objective 'own_objective:number' is int"):
         trainer(tmp_path, objective="own_objective:number")
-    with pytest.raises(UserError, match="objective 'own_objective:nothing' cannot be imported"):
+    with pytest.raises(UserError, match="cannot import objective 'own_objective:nothing'"):
         trainer(tmp_path, objective="own_objective:nothing")

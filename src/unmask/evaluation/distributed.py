@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from unmask.errors import UserError
-from unmask.io.launcher import local_rank, world_size
+from unmask.io.launcher import is_launched, local_rank
 
 T = TypeVar("T")
 
@@ -86,7 +86,7 @@ class Processes:
 @cache
 def init_distributed() -> Processes:
     """This process's place among those that a launcher started; alone, no process group is made."""
-    if world_size() == 1:
+    if not is_launched():
         return Processes()
     if not dist.is_initialized():
         dist.init_process_group("gloo")

@@ -11,8 +11,13 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """The number of processes."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    """The number of processes; ``WORLD_SIZE`` alone asks what so many would do."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_launched() -> bool:
+    """Whether a launcher started this process beside others."""
+    return world_size() > 1 and "RANK" in os.environ
 
 
 def local_rank() -> int:
