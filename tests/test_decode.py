@@ -159,7 +159,11 @@ def test_threshold_commits_the_quota_and_all_that_pass(toy_lm: MaskedLM) -> None
 
 
 def from_logits(
-    logits: Tensor, temperature: float = 0.0, noise: Tensor | None = None, needs: str = "", rows: Tensor | None = None
+    logits: Tensor,
+    temperature: float = 0.0,
+    noise: Tensor | None = None,
+    entropy: bool = False,
+    rows: Tensor | None = None,
 ) -> Candidates:
     """Candidates of given logits (R, V), or of some of their rows (N,): hidden states are unit vectors."""
     head = nn.utils.skip_init(nn.Linear, *logits.shape, bias=False)
@@ -167,7 +171,7 @@ def from_logits(
         head.weight.copy_(logits.T.clamp(min=-1e30))
         hidden = torch.eye(len(logits))
         hidden = hidden if rows is None else hidden[rows]
-        return candidates(Head.of(head, head, -1), hidden, temperature, noise, frozenset(needs.split()))
+        return candidates(Head.of(head, head, -1), hidden, temperature, noise, entropy)
 
 
 def chi_square(draws: Tensor, p: Tensor) -> float:
@@ -255,7 +259,7 @@ def test_confidences_by_hand() -> None:
     assert expected.keys() == CONFIDENCES.keys()
     for name in expected:
         rule = Confidence.of(name)
-        found = from_logits(p.log(), needs=" ".join(rule.needs))
+        found = from_logits(p.log(), entropy=rule.entropy)
         assert torch.allclose(rule.score(found, noise), torch.tensor(expected[name], dtype=torch.float64), atol=1e-6)
 
 
@@ -363,8 +367,8 @@ def test_decoder_files_and_specs(tmp_path: Path) -> None:
         ("eosr", "did you mean 'eoser'"),
         ("full:step=3", "did you mean 'steps'"),
         ("full:steps=x", "steps of decoder 'full' is 'x'"),
-        ("full:steps=2.5", "give a whole number or none"),
-        ("full:steps=200", "give 1 to 128"),
+        ("full:steps=2.5", "choose a whole number or none"),
+        ("full:steps=200", "choose 1 to 128"),
         ("semi-ar:block_length=30", "does not divide"),
         ("ass:steps=5", "drop it"),
         ("full:blocks=2", "ascending schedule"),

@@ -190,7 +190,7 @@ def test_pieces_equal_the_whole(vocabulary: int, pieces: tuple[int, int], monkey
     black_box = Head(linear.forward, 0, None)
     for head in (Head.of(linear, linear, 0), black_box):
         with torch.no_grad():
-            found = candidates(head, hidden, 0.0, None, frozenset({"second", "entropy"}))
+            found = candidates(head, hidden, 0.0, None, entropy=True)
         best = p.topk(2).values
         assert torch.equal(found.tokens, p.argmax(-1))
         assert torch.allclose(found.logprob.double(), best[:, 0].log(), atol=1e-6)

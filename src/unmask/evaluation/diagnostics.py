@@ -55,7 +55,7 @@ def _batch_sums(lm: MaskedLM, trajectory: Trajectory, steps: int) -> Tensor:
     ends = torch.tensor(lm.end_ids, device=trajectory.tokens.device)
     sums = torch.zeros(steps, 4, 2, dtype=torch.float64)
 
-    def likeliest(head: Head, hidden: Tensor, _: Tensor) -> Candidates:
+    def likeliest(head: Head, hidden: Tensor, tokens: Tensor) -> Candidates:
         return candidates(head, hidden, 0.0, None)
 
     for s, (_, _, found) in enumerate(score_each_state(lm, trajectory, likeliest, masked=True)):
