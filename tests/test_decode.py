@@ -25,7 +25,9 @@ SPECS = [*PRESETS, "full:confidence=margin", "full:confidence=entropy", "eoser:e
 EXTRAS = ["temperature=1", "cfg_scale=0.7", "temperature=0.7,cfg_scale=0.5"]
 
 
-@pytest.mark.parametrize("spec", ["full", "semi-ar", "eoser-ass", "llada-eval", "threshold", "full-random", "dream"])
+@pytest.mark.parametrize(
+    "spec", ["full-random", "semi-ar:block_length=8", "eoser-ass", "llada-eval", "threshold:block_length=8", "dream"]
+)
 def test_batch_equals_single(tiny_lm: MaskedLM, spec: str) -> None:
     """Prompts of different lengths: token for token and step for step what each gives alone."""
     prompts = [
@@ -34,7 +36,7 @@ def test_batch_equals_single(tiny_lm: MaskedLM, spec: str) -> None:
         for p in make_task(n, tiny_lm.task_defaults).problems("test", 1)
     ]
     prompts += [tiny_lm.chat(q) for q in ("hi", "1 + 1")]
-    decoder = make_decoder(spec, max_new_tokens=32)
+    decoder = make_decoder(spec, max_new_tokens=16)
     ids, mask = tiny_lm.encode(prompts)
     assert len(set(mask.sum(1).tolist())) == 4
     batch = decode(tiny_lm, ids, mask, decoder, SEEDS)
@@ -178,13 +180,13 @@ def chi_square(draws: Tensor, p: Tensor) -> float:
 def test_sampling_matches_softmax_and_bfloat16_would_not() -> None:
     """A flat tail under one likely token: where the reference's bfloat16 noise picks the top token every time."""
     p = torch.cat([torch.tensor([0.5]), torch.full((20_000,), 0.5 / 20_000)])
-    logits, n = p.log(), 60_000
+    logits, n = p.log(), 20_000
     groups = torch.cat([torch.tensor([0]), 1 + torch.arange(20_000) // 400])  # the tail in 50 cells
     q = torch.zeros(51).index_add_(0, groups, p)
     noise = uniform_noise(torch.arange(n), 0, torch.zeros(n, dtype=torch.long), 0)
     ours = from_logits(logits[None], 1.0, noise, rows=torch.zeros(n, dtype=torch.long)).tokens
     assert chi_square(groups[ours], q) > 1e-3
-    uniform = torch.rand(600, len(p), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    uniform = torch.rand(500, len(p), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     assert chi_square(groups[(logits.to(torch.bfloat16) - (-uniform.log()).log()).argmax(-1)], q) < 1e-9
 
 
