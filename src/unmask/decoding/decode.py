@@ -157,12 +157,8 @@ class DecodingLoop:
     def commit(self, rows: Canvases, at: tuple[Tensor, Tensor], found: Candidates, chosen: Tensor) -> None:
         """Write the chosen (N,) bool of the candidates; what is not chosen is written back as it stands."""
         row, column = at
-        for target, where, value in (
-            (rows.ids, column + rows.width, found.tokens),
-            (rows.logprob, column, found.logprob),
-            (rows.step, column, rows.at[row].to(torch.int16)),
-        ):
-            target[row, where] = torch.where(chosen, value.to(target.dtype), target[row, where])
+        for target, value in ((rows.canvas, found.tokens), (rows.logprob, found.logprob), (rows.step, rows.at[row])):
+            target[row, column] = torch.where(chosen, value.to(target.dtype), target[row, column])
 
     def finished(self, rows: Canvases) -> list[int]:
         """Rows that are done: committed whole, or with early stop up to their first end token."""
