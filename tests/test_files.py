@@ -304,5 +304,5 @@ def test_a_damaged_trajectory_is_one_sentence(wrong: dict[str, Any], tmp_path: P
     if not wrong:
         tensors["step"] = tensors["step"][:1].clone()
     save_file(tensors, tmp_path / "x", metadata={k: v for k, v in meta.items() if v is not None})
-    with pytest.raises(UserError, match=r"is not a saved trajectory .*: give a file"):
+    with pytest.raises(UserError, match=r"is not a saved trajectory .*: choose a file"):
         Trajectory.load(tmp_path / "x")

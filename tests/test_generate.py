@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import unmask
 from conftest import PROMPTS
-from unmask import PRESETS, Decoder, Generation, MaskedLM, UserError, decode, make_decoder, replay
+from unmask import Decoder, Generation, MaskedLM, UserError, decode, make_decoder, replay
 
 SPEC = "eoser-ass:temperature=1"
 
 
 def same(a: Generation, b: Generation) -> bool:
-    one, two = a.trajectory, b.trajectory
-    return (
-        a.texts == b.texts
-        and a.nfe == b.nfe
-        and torch.equal(one.tokens, two.tokens)
-        and torch.equal(one.step, two.step)
-    )
+    equal = [torch.equal(getattr(a.trajectory, k), getattr(b.trajectory, k)) for k in ("tokens", "step")]
+    return a.texts == b.texts and a.nfe == b.nfe and all(equal)
 
 
 def test_the_example_of_the_readme() -> None:
@@ -31,7 +27,7 @@ def test_the_example_of_the_readme() -> None:
     assert out.trajectory.state(3).shape == (1, 128)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 32])
+@pytest.mark.parametrize("batch_size", [1, 3])
 def test_generation_is_decoding_row_by_row(toy_lm: MaskedLM, batch_size: int) -> None:
     decoder = make_decoder(SPEC, max_new_tokens=32)
     out = toy_lm.generate(PROMPTS, decoder, seed=5, batch_size=batch_size)
@@ -71,25 +67,14 @@ def test_stop_strings_cut_the_text_alone(toy_lm: MaskedLM) -> None:
 
 
 def test_a_prefill_and_a_streamer(toy_lm: MaskedLM) -> None:
-    seen: list[str] = []
-
-    class Streamer:
-        def put(self, value: torch.Tensor) -> None:
-            seen.append("put")
-
-        def put_draft(self, value: torch.Tensor, **_: Any) -> None:
-            seen.append("draft")
-
-        def end(self) -> None:
-            seen.append("end")
-
-    out = toy_lm.generate("x", "ass", max_new_tokens=16, prefill="<reasoning>", streamer=Streamer())
+    streamer = Mock()
+    out = toy_lm.generate("x", "ass", max_new_tokens=16, prefill="<reasoning>", streamer=streamer)
     assert toy_lm.tokenizer.decode(out.trajectory.prompt[0]).endswith("<reasoning>")
-    assert seen == ["put", *["draft"] * out.nfe[0], "put", "end"]
+    assert [call[0] for call in streamer.method_calls] == ["put", *["put_draft"] * out.nfe[0], "put", "end"]
     assert same(out, toy_lm.generate("x", "ass", max_new_tokens=16, prefill="<reasoning>"))
 
 
-@pytest.mark.parametrize("spec", [*PRESETS, SPEC, "full:temperature=1,cfg_scale=0.5"])
+@pytest.mark.parametrize("spec", ["semi-ar", "threshold", "hybrid", SPEC, "full:temperature=1,cfg_scale=0.5"])
 def test_templates_keep_their_tokens_under_every_decoder(toy_lm: MaskedLM, spec: str) -> None:
     texts = ["one <|mask:32|> two <|mask:32|> three", "<|mask:5|> begins", "a <|mask:64|> z", PROMPTS[0]]
     decoder = make_decoder(spec, max_new_tokens=64).replace(cache="none")

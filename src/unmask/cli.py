@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from unmask.config import convert, overview, read_flags, split_spec
+from unmask.config import command_config, convert, overview, read_flags, split_spec
 from unmask.errors import UserError, unknown
 from unmask.io.files import each_line, writing_to
 from unmask.io.launcher import rank
@@ -25,18 +25,7 @@ if TYPE_CHECKING:
 # Heavy imports stand inside the commands, so that --help and a typo answer at once.
 
 
-ONLY_IN_FILE = "Only in the file: trainer_args, a table of other fields of transformers.TrainingArguments."
-
-
-def sft(arguments: list[str]) -> None:
-    from unmask.config import command_config
-    from unmask.training.config import SFTConfig
-
-    about = f"Supervised training with the masked diffusion loss. {ONLY_IN_FILE}"
-    config = command_config(SFTConfig, arguments, "unmask sft", about)
-    from unmask.training.sft import train
-
-    _say(f"checkpoint  {train(config)}")
+TRAINER_ARGS = "trainer_args holds other fields of transformers.TrainingArguments."
 
 
 def _say(text: str) -> None:
@@ -45,19 +34,27 @@ def _say(text: str) -> None:
         print(text)
 
 
+def sft(arguments: list[str]) -> None:
+    from unmask.training.config import SFTConfig
+
+    about = f"Supervised training with the masked diffusion loss. {TRAINER_ARGS}"
+    config = command_config(SFTConfig, arguments, "unmask sft", about)
+    from unmask.training.sft import train
+
+    _say(f"checkpoint  {train(config)}")
+
+
 def rl(arguments: list[str]) -> None:
-    from unmask.config import command_config
     from unmask.rl.config import DiffusionGRPOConfig
 
-    about = f"Reinforcement learning (GRPO) along the trajectories of any decoder. {ONLY_IN_FILE}"
+    about = f"Reinforcement learning (GRPO) along the trajectories of any decoder. {TRAINER_ARGS}"
     switch = "Print what the run would do (batches, forward passes, memory) and stop; no weights are read."
     given = [a for a in arguments if a != "--dry-run"]
     config = command_config(DiffusionGRPOConfig, given, "unmask rl", about, dry_run=switch)
     if given != arguments:
         from unmask.rl.dry_run import dry_run
 
-        _say(dry_run(config))
-        return
+        return _say(dry_run(config))
     from unmask.rl.run import train
 
     _say(f"checkpoint  {train(config)}")
@@ -80,15 +77,10 @@ def export_checkpoint(arguments: list[str]) -> None:
 
     output = Path(a.output)
     if output.exists():
-        raise UserError(f"{output} exists: give a new folder")
+        raise UserError(f"{output} exists: choose a new folder")
     with writing_to(output, "folder"):
         output.parent.mkdir(parents=True, exist_ok=True)
         print(f"checkpoint  {export(load(a.checkpoint, device='cpu'), output)}")
-
-
-def _elsewhere(module: str, name: str = "command") -> Callable[[list[str]], None]:
-    """A function of a module that is imported when it is called."""
-    return lambda arguments: getattr(import_module(module), name)(arguments)
 
 
 def lm_eval(arguments: list[str]) -> None:
@@ -97,7 +89,7 @@ def lm_eval(arguments: list[str]) -> None:
     ):  # its help knows no models, so it needs none
         sys.argv = ["lm-eval", *arguments]
         import_module("lm_eval.__main__").cli_evaluate()
-    _elsewhere("unmask.evaluation.lm_eval")(arguments)
+    import_module("unmask.evaluation.lm_eval").command(arguments)
 
 
 @dataclass
@@ -131,40 +123,33 @@ def grade(arguments: list[str]) -> None:
     asked = make_task(a.task, {})
     named = "extraction" in split_spec(a.task)[1]
     if named and a.extraction is not None:
-        raise UserError(f"--extraction {a.extraction} and --task {a.task} both name one: give it once")
+        raise UserError(f"--extraction {a.extraction} and --task {a.task} both name one: use one of them")
     for reading in [asked.extraction] if named else [a.extraction] if a.extraction else ["default", "published"]:
         task = replace(asked, extraction=convert(reading, Literal["default", "published"], "extraction"))
         grades = grade_file(task, a.file)
-        solved = sum(g.solved for g in grades)
-        points, possible = [g.points for g in grades], [g.possible for g in grades]
+        solved, points, possible = ([getattr(g, name) for g in grades] for name in ("solved", "points", "possible"))
+        share = percent(sum(solved) / len(grades), wilson(sum(solved), len(grades)))
         print(f"{a.task}, {reading} extraction")
-        print(
-            f"  solved         {percent(solved / len(grades), wilson(solved, len(grades)))} % ({solved} of {len(grades)})"
-        )
+        print(f"  solved         {share} % ({sum(solved)} of {len(grades)})")
         print(f"  {task.score_name:<14} {percent(sum(points) / sum(possible), pooled_bootstrap(points, possible))} %")
 
 
-COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
-    "generate": (_elsewhere("unmask.evaluation.generate"), "decode one prompt and watch the canvas fill"),
-    "info": (
-        _elsewhere("unmask.models.info"),
-        "what a checkpoint is, its self-test, the memory that decoding and training take",
-    ),
-    "view": (_elsewhere("unmask.view.command"), "one HTML page that shows a canvas filling, decoders side by side"),
-    "eval": (_elsewhere("unmask.evaluation.command"), "score a model on tasks under decoders: records, table, figure"),
+COMMANDS: dict[str, tuple[str | Callable[[list[str]], None], str]] = {
+    "generate": ("unmask.evaluation.generate", "decode one prompt and watch the canvas fill, or many from a file"),
+    "info": ("unmask.models.info", "what a checkpoint is, its self-test, the memory that decoding and training take"),
+    "view": ("unmask.view.command", "one HTML page that shows a canvas filling, decoders side by side"),
+    "eval": ("unmask.evaluation.command", "score a model on tasks under decoders: records, table, figure"),
     "sft": (sft, "train on worked responses with the masked diffusion loss"),
     "rl": (rl, "train on rewards with GRPO along the decoder's trajectories"),
-    "report": (_elsewhere("unmask.results.command"), "figures and one HTML file of evaluations, trainings and studies"),
-    "tune": (
-        _elsewhere("unmask.evaluation.command", "tune_command"),
-        "the best decoder for a task within a budget of forward passes",
-    ),
-    "study": (_elsewhere("unmask.study.command"), "a grid of trainings and evaluations with equal budgets, resumable"),
+    "report": ("unmask.results.command", "figures and one HTML file of evaluations, trainings and studies"),
+    "tune": ("unmask.evaluation.command:tune_command", "the best decoder for a task within a budget of forward passes"),
+    "study": ("unmask.study.command", "a grid of trainings and evaluations with equal budgets, resumable"),
     "export": (export_checkpoint, "merge a checkpoint's adapter into a plain checkpoint"),
     "lm-eval": (lm_eval, "lm-evaluation-harness's own command line, with --model unmask"),
     "grade": (grade, "grade completions made elsewhere"),
-    "demo": (_elsewhere("unmask.evaluation.demo"), "the shipped model under each decoder"),
+    "demo": ("unmask.evaluation.demo", "the shipped model under each decoder"),
 }
+"""What runs a command, a function or a module with the function ``command``, and what it does."""
 
 
 def usage() -> str:
@@ -190,7 +175,11 @@ def _run(arguments: list[str]) -> int:
     def work() -> None:
         if arguments[0] not in COMMANDS:
             raise unknown("command", arguments[0], COMMANDS)
-        COMMANDS[arguments[0]][0](arguments[1:])
+        command = COMMANDS[arguments[0]][0]
+        if isinstance(command, str):
+            module, _, name = command.partition(":")
+            command = getattr(import_module(module), name or "command")
+        command(arguments[1:])
 
     return run_command(work, arguments[0] in ("eval", "sft", "rl", "study", "tune", "demo"))
 

@@ -21,7 +21,6 @@ from unmask.io.files import as_yaml, expand_home, read_yaml, write_text
 
 T = TypeVar("T")
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w-]*(?=[:,]|$)")
-_FRAME = re.compile(r"[│╭╮╰╯]")
 _REGISTRY = tyro.constructors.ConstructorRegistry()
 LORA_TARGETS = (
     r"(.*\.)?(blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)"
@@ -64,9 +63,6 @@ class Registry(dict[str, T]):
             sys.path[:] = before
 
 
-# ---- specs -----------------------------------------------------------------------------------------------------------
-
-
 def expand_paths(settings: Any) -> None:
     """``expand_home`` for every field of a dataclass but those that hold text as a person wrote it."""
     for name in {f.name for f in dataclasses.fields(settings)} - {"prompt", "prefill"}:
@@ -97,7 +93,7 @@ def split_spec(spec: str) -> tuple[str, dict[str, str]]:
         if not equals or not key.strip() or not value.strip():
             raise UserError(f"cannot read {part!r} in {spec!r}: parameters are written name:key=value,key=value")
         if key.strip() in parameters:
-            raise UserError(f"{key.strip()!r} is given twice in {spec!r}: give it once")
+            raise UserError(f"{key.strip()!r} is given twice in {spec!r}: write it once")
         parameters[key.strip()] = value.strip()
     return expand_home(name), parameters
 
@@ -107,15 +103,7 @@ def is_none(value: Any) -> bool:
     return value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null"))
 
 
-_KINDS: dict[Any, str] = {
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    bool: "true or false",
-    list: "a list",
-    dict: "a table",
-    type(None): "none",
-}
+_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list", dict: "a table"}
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
@@ -124,48 +112,42 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     if is_none(value) and type(None) in arms:
         return None
     for arm in (a for a in arms if a is not type(None)):
-        if typing.get_origin(arm) is list and is_none(value):
+        kind = typing.get_origin(arm) or arm
+        if kind is list and is_none(value):
             return []
-        if typing.get_origin(arm) is list and isinstance(value, (list, str)):  # one text is a list of one
+        if kind is list and isinstance(value, list | str):  # one text is a list of one
             return [convert(v, typing.get_args(arm)[0], where) for v in ([value] if isinstance(value, str) else value)]
-        if typing.get_origin(arm) is dict and isinstance(value, dict):
-            return value
-        if typing.get_origin(arm) is typing.Literal:
+        if kind is typing.Literal:
             if value in typing.get_args(arm):
                 return value
             raise unknown(where, str(value), map(str, typing.get_args(arm)))
-        if arm is bool:
-            if isinstance(value, bool):
-                return value
-            if str(value).lower() in ("true", "false", "1", "0", "yes", "no"):
-                return str(value).lower() in ("true", "1", "yes")
-        elif arm in (int, float) and not isinstance(value, bool):
-            try:
-                number = arm(value)
-            except (TypeError, ValueError, OverflowError):
-                continue
-            if arm is float or not isinstance(value, float) or number == value:
-                return number
-        elif arm is str and isinstance(value, str):
+        if kind is bool and str(value).lower() in ("true", "false", "1", "0", "yes", "no"):
+            return str(value).lower() in ("true", "1", "yes")
+        if kind is str and isinstance(value, str):
             return expand_home(value)
-    names = " or ".join(_KINDS.get(typing.get_origin(a) or a, str(a)) for a in arms)
-    raise UserError(f"{where} is {value!r:.100}: give {names}")
+        if kind is dict and isinstance(value, dict):
+            return value
+        if kind in (int, float) and not isinstance(value, bool):
+            with contextlib.suppress(TypeError, ValueError, OverflowError):
+                number = kind(value)
+                if kind is float or not isinstance(value, float) or number == value:
+                    return number
+    names = " or ".join(_KINDS.get(typing.get_origin(a) or a, "none") for a in arms)
+    raise UserError(f"{where} is {value!r:.100}: choose {names}")
+
+
+def _typed(cls: type, values: Mapping[str, Any], kind: str, of: str) -> dict[str, Any]:
+    """Values by field name, as the types that a dataclass declares. Raises UserError for an unknown name or a wrong type."""
+    hints, fields = typing.get_type_hints(cls), [f.name for f in dataclasses.fields(cls) if f.init]
+    for key in values:
+        if key not in fields:
+            raise unknown(f"{kind} {of}", str(key), fields)
+    return {k: convert(v, hints[k], f"{k} {of}") for k, v in values.items()}
 
 
 def build(cls: type[T], parameters: Mapping[str, Any], what: str) -> T:
-    """A dataclass from text or file values: unknown keys and wrong types are UserErrors that name the choices.
-
-    Args:
-        cls: a dataclass whose fields are int, float, bool, str, Literal or an optional of these.
-        parameters: field name -> value, as text or already typed.
-        what: how to call it in an error, e.g. ``"decoder 'ass'"``.
-    """
-    hints = typing.get_type_hints(cls)
-    fields = [f.name for f in dataclasses.fields(cls) if f.init]  # type: ignore[arg-type]
-    for key in parameters:
-        if key not in fields:
-            raise unknown(f"parameter of {what}", key, fields)
-    return cls(**{k: convert(v, hints[k], f"{k} of {what}") for k, v in parameters.items()})
+    """A dataclass from text or file values, called ``what`` in the UserError for an unknown name or a wrong type."""
+    return cls(**_typed(cls, parameters, "parameter", f"of {what}"))
 
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
@@ -191,12 +173,7 @@ def _none(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Primit
 
 
 def read_flags(kind: type[T], arguments: list[str], prog: str, **settings: Any) -> T:
-    """``tyro.cli``, except that what it draws in a box is said in one sentence.
-
-    Raises:
-        UserError: for a flag that is unknown, misspelt, lacks its value or has a wrong one.
-        SystemExit: after ``--help``.
-    """
+    """``tyro.cli``, except that what it draws in a box is one sentence of a UserError. SystemExit follows ``--help``."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), _REGISTRY:
@@ -221,18 +198,16 @@ def overview(prog: str, what: str, choices: Mapping[str, str]) -> str:
 
 def _sentence(box: str, prog: str) -> str:
     """What the parser says in a box, as one sentence, with the nearest flag."""
-    text = _FRAME.sub("", box.split("\n", 1)[1])  # without its title
-    what, *others = filter(None, (" ".join(part.split()) for part in re.split(r"[─-]{8,}", text)))
-    what = what.split(" Got errors:")[0].rstrip(". ")
-    if what.startswith("Missing from"):  # a list of arguments with their help
-        flags, plain = re.findall(r"--[\w-]+", what), len(re.findall(r"(?<!\w )\bSTR\b", what))
-        wanted = [f"{plain} argument" + "s" * (plain > 1)] * bool(plain) + flags
-        what = f"{prog} lacks {' and '.join(wanted)}"
-    near = [part.split()[3] for part in others if part.startswith("Perhaps you meant")]
+    text = re.sub("[│╭╮╰╯]", "", box.split("\n", 1)[1])  # without its title
+    what, *others = (part for part in re.split(r"[─-]{8,}", text) if part.strip())
+    if missing := re.findall(r"^ {4,6}(--[\w-]+|[A-Z]+\b)", what, re.MULTILINE) if "Missing from" in what else []:
+        what = f"{prog} lacks {' and '.join(dict.fromkeys('arguments' if m.isupper() else m for m in missing))}"
+    what = " ".join(what.split()).split(" Got errors:")[0].rstrip(". ")
+    near = [part.split()[3] for part in others if part.strip().startswith("Perhaps you meant")]
     hint = f"did you mean {near[0]}? " if near else ""
-    if re.search(r"\b(true|false|yes|no)\b", what, re.IGNORECASE) and what.startswith("Unrecognized"):
+    if re.search(r"^Unrecognized.*\b(true|false|yes|no)\b", what, re.IGNORECASE):
         hint = "a switch takes no value, write --name or --no-name; "
-    return f"{what if what.startswith('unmask') else what[0].lower() + what[1:]}: {hint}see {prog} --help"
+    return f"{what if missing else what[0].lower() + what[1:]}: {hint}see {prog} --help"
 
 
 # ---- run files -------------------------------------------------------------------------------------------------------
@@ -250,18 +225,19 @@ def command_config(cls: type[T], arguments: list[str], prog: str, about: str, **
         SystemExit: after ``--help``.
     """
     if arguments and arguments[0] in ("-h", "--help"):
-        file = Annotated[
-            str, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG", help="YAML file of the keys below.")
-        ]
-        own: list[Any] = [
-            ("config", file),
-            *((k, Annotated[bool, tyro.conf.arg(help=v)], False) for k, v in switches.items()),
-        ]
-        about += " The options are the keys of the file; each may follow as a flag, which then holds."
+        note = tyro.conf.arg(metavar="CONFIG", help="YAML file of the keys below.")
+        own: list[Any] = [("config", Annotated[str, tyro.conf.Positional, note])]
+        own += [(k, Annotated[bool, tyro.conf.arg(help=v)], False) for k, v in switches.items()]
+        hints = typing.get_type_hints(cls, include_extras=True).items()
+        tables = [k for k, hint in hints if tyro.conf.Suppress in getattr(hint, "__metadata__", ())]
+        about += (
+            " The options are the keys of the file; each may follow as a flag, which then holds. Only in the file: "
+            f"{', '.join(tables)} (tables)."
+        )
         kind = dataclasses.make_dataclass("Help", own, bases=(cls,), kw_only=True, namespace={"__doc__": about})
         read_flags(kind, arguments[:1], prog)
     if not arguments or arguments[0].startswith("-"):
-        raise UserError(f"{prog} lacks an argument: give a YAML file first, then flags; see {prog} --help")
+        raise UserError(f"{prog} lacks an argument: pass a YAML file first, then flags; see {prog} --help")
     return read_config(cls, arguments[0], arguments[1:])
 
 
@@ -273,23 +249,13 @@ def read_config(cls: type[T], path: str | Path, arguments: list[str] | None = No
     Raises:
         UserError: for an unreadable file, an unknown key (with the nearest one), or a value of the wrong type.
     """
-    values = _read(Path(expand_home(str(path))))
-    hints = typing.get_type_hints(cls)
-    for key, value in values.items():
-        if key not in hints:
-            raise unknown(f"key in {path}", str(key), hints)
-        values[key] = convert(value, hints[key], f"{key} in {path}")
-    missing = [
-        f.name
-        for f in dataclasses.fields(cls)  # type: ignore[arg-type]
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in values
-    ]
-    if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}: add it")
-    prog = f"unmask {getattr(cls, 'command', cls.__name__.removesuffix('Config').lower())} {path}"
+    values = _typed(cls, _read(Path(expand_home(str(path)))), "key", f"in {path}")
     draft = object.__new__(cls)  # unchecked: a check may take long, and a flag may mend what the file says
-    given = {f.name: default_of(f) for f in dataclasses.fields(cls) if f.name not in values}  # type: ignore[arg-type]
-    vars(draft).update(given | values)
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if f.name not in values and f.default is f.default_factory is dataclasses.MISSING:
+            raise UserError(f"{path} lacks {f.name}: add it")
+        vars(draft)[f.name] = values[f.name] if f.name in values else default_of(f)
+    prog = f"unmask {getattr(cls, 'command', cls.__name__.removesuffix('Config').lower())} {path}"
     return read_flags(cls, arguments or [], prog, default=draft)
 
 
@@ -300,7 +266,7 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if base is None:
         return values
     if not isinstance(base, str) or path in above:
-        raise UserError(f"base of {path} is {base!r}: give another file, which does not lead back here")
+        raise UserError(f"base of {path} is {base!r}: choose another file, which does not lead back here")
     return {**_read(path.parent / expand_home(base), (*above, path)), **values}
 
 
@@ -311,8 +277,7 @@ def save_config(config: Any, path: Path) -> None:
 
 def check_reporters(names: Collection[str]) -> None:
     """Raises UserError for the first name that is no logger of transformers, or one that is not installed."""
-    # Only here: flags are read without it.
-    from transformers.integrations import get_available_reporting_integrations, integration_utils
+    from transformers.integrations import get_available_reporting_integrations, integration_utils  # heavy
 
     for name in names:
         if name not in integration_utils.INTEGRATION_TO_CALLBACK:

@@ -61,9 +61,14 @@ class Canvases:
         return len(self.numbers)
 
     @property
+    def length(self) -> int:
+        """Columns of the canvases, L."""
+        return self.step.shape[1]
+
+    @property
     def width(self) -> int:
         """Columns of the prompts, P."""
-        return self.ids.shape[1] - self.step.shape[1]
+        return self.ids.shape[1] - self.length
 
     @property
     def canvas(self) -> Tensor:
@@ -78,26 +83,22 @@ class Canvases:
         """Some rows, (n,) int64."""
         chosen: dict[str, Any] = {k: getattr(self, k)[rows] for k in (*_PER_TOKEN, *_PER_ROW)}
         index = rows.tolist()
-        lists: dict[str, Any] = {"numbers": [self.numbers[i] for i in index], "passes": [self.passes[i] for i in index]}
-        return Canvases(**chosen, **lists, padded=self.padded)
+        chosen |= {k: [getattr(self, k)[i] for i in index] for k in ("numbers", "passes")}
+        return replace(self, **chosen)
 
     def join(self, other: Canvases, pad_id: int) -> Canvases:
         """These rows above others; the narrower prompts get more padding."""
-        width = max(self.width, other.width)
-        pads = [width - part.width for part in (self, other)]
+        pads = [max(0, other.width - self.width), max(0, self.width - other.width)]
         joined: dict[str, Any] = {k: torch.cat([getattr(self, k), getattr(other, k)]) for k in _PER_ROW}
         for name, fill in zip(_PER_TOKEN, (pad_id, False), strict=True):
             parts = zip((self, other), pads, strict=True)
             joined[name] = torch.cat([F.pad(getattr(part, name), (pad, 0), value=fill) for part, pad in parts])
-        padded = self.padded or other.padded or any(pads)
-        return Canvases(
-            **joined, numbers=self.numbers + other.numbers, passes=self.passes + other.passes, padded=padded
-        )
+        joined |= {k: getattr(self, k) + getattr(other, k) for k in ("numbers", "passes")}
+        return Canvases(**joined, padded=self.padded or other.padded or any(pads))
 
     def drop_padding(self) -> Canvases:
         """Without the columns that are padding in every row."""
-        spare = int(self.visible.any(0).int().argmax())
-        if not spare:
+        if not (spare := int(self.visible.any(0).int().argmax())):
             return self
         ids, visible = self.ids[:, spare:].contiguous(), self.visible[:, spare:].contiguous()
         return replace(self, ids=ids, visible=visible, padded=not bool(visible.all()))

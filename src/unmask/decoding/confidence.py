@@ -22,16 +22,16 @@ class Confidence(NamedTuple):
 
     Attributes:
         score: (candidates, uniform noise (N,) where the rule is ``noisy``, else None) -> scores (N,) float64 in [0, 1].
-        needs: the optional fields of Candidates that it reads. noisy: whether it draws a number for every position.
+        entropy: whether it reads the candidates' entropy. noisy: whether it draws a number for every position.
     """
 
     score: Callable[[Candidates, Tensor | None], Tensor]
-    needs: frozenset[str] = frozenset()
+    entropy: bool = False
     noisy: bool = False
 
     @staticmethod
     def of(name: str) -> Confidence:
-        """The rule of that name; a plain function is a rule without needs. Raises UserError."""
+        """The rule of that name; a plain function reads no entropy and draws nothing. Raises UserError."""
         rule = CONFIDENCES.resolve(name)
         return rule if isinstance(rule, Confidence) else Confidence(rule)
 
@@ -41,30 +41,28 @@ CONFIDENCES: Registry[Confidence | Callable[[Candidates, Tensor | None], Tensor]
 
 
 @CONFIDENCES.register("low-confidence")
-def low_confidence(c: Candidates, noise: Tensor | None) -> Tensor:
+def low_confidence(c: Candidates, _: Tensor | None) -> Tensor:
     """Probability of the candidate at temperature 1 (``low-confidence remasking`` in LLaDA's words)."""
     return c.logprob.double().exp()
 
 
 @CONFIDENCES.register("random")
 @partial(Confidence, noisy=True)
-def random(c: Candidates, noise: Tensor | None) -> Tensor:
+def random(_: Candidates, noise: Tensor | None) -> Tensor:
     """Uniform noise: positions in random order."""
     assert noise is not None
     return noise
 
 
 @CONFIDENCES.register("margin")
-@partial(Confidence, needs=frozenset({"second"}))
-def margin(c: Candidates, noise: Tensor | None) -> Tensor:
+def margin(c: Candidates, _: Tensor | None) -> Tensor:
     """Difference between the two largest probabilities."""
-    assert c.second is not None
     return c.top - c.second
 
 
 @CONFIDENCES.register("entropy")
-@partial(Confidence, needs=frozenset({"entropy"}))
-def entropy(c: Candidates, noise: Tensor | None) -> Tensor:
+@partial(Confidence, entropy=True)
+def entropy(c: Candidates, _: Tensor | None) -> Tensor:
     """1 - H / log V: one for a certain position, zero for a uniform one."""
     assert c.entropy is not None
     return (1 - c.entropy).clamp(0, 1)
@@ -89,7 +87,5 @@ def exclude_eos(scores: Tensor, tokens: Tensor, end_ids: Tensor, end: Tensor) ->
     Its code (``confidence_eos_eot_inf``) scores end candidates 0 and so leaves their order open; here they keep theirs.
     end: (N,) float64, the probability of the end tokens together.
     """
-    others = (1 - end).clamp(min=torch.finfo(end.dtype).tiny)
-    return suppress_eos(
-        torch.where(torch.isin(tokens, end_ids), scores, (scores / others).clamp(max=1)), tokens, end_ids
-    )
+    among_others = (scores / (1 - end).clamp(min=torch.finfo(end.dtype).tiny)).clamp(max=1)
+    return suppress_eos(torch.where(torch.isin(tokens, end_ids), scores, among_others), tokens, end_ids)

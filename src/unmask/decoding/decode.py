@@ -31,15 +31,16 @@ class Streamer(Protocol):
 class DecodingLoop:
     """A model and a decoder at work on rows of canvases: ``run`` passes until all are done, ``advance`` is one pass.
 
-    A row stands in the plan where its own committed tokens put it, so what it becomes does not depend on its neighbours.
+    A row stands in the plan where its own committed tokens put it, so what it becomes does not depend on its neighbors.
     Without a threshold or early stop nothing here waits for the device.
     """
 
     def __init__(self, lm: MaskedLM, decoder: Decoder, early_stop: bool) -> None:
         self.lm, self.decoder, self.early_stop = lm, decoder, early_stop
         self.plan = plan = decoder.plan
+        self.static = decoder.threshold is None  # then a row's passes say where in the plan it stands
         self.confidence = Confidence.of(decoder.confidence)
-        self.max_commit = max(plan.commits if decoder.threshold is None else plan.open)
+        self.max_commit = max(plan.commits if self.static else plan.open)
 
         def constant(values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=lm.device)
@@ -52,22 +53,21 @@ class DecodingLoop:
         self.gammas = constant([decoder.gamma(p) for p in plan.progress], torch.float64)
         self.cache: KVCache | None = None
         self.cached_horizon = -1  # of the block that the cache was made for
-        self.on_pass: Callable[[Canvases], None] | None = None
 
-    def run(self, rows: Canvases) -> Iterator[Canvases]:
-        """Advance rows until none is left; yields those that finish together."""
+    def run(
+        self,
+        rows: Canvases,
+        refill: Callable[[Canvases], Canvases] = lambda rows: rows,
+        on_pass: Callable[[Canvases], None] = lambda rows: None,
+    ) -> Iterator[Canvases]:
+        """Advance rows until none is left; yields those that finish together, then goes on with ``refill`` of the others."""
         while len(rows):
             self.advance(rows)
-            if self.on_pass is not None:
-                self.on_pass(rows)
+            on_pass(rows)
             if leave := self.finished(rows):
                 rows, done = self.split(rows, leave)
                 yield done
-                rows = self.refill(rows)
-
-    def refill(self, rows: Canvases) -> Canvases:
-        """What goes on when ``rows`` are left of a batch; here these."""
-        return rows
+                rows = refill(rows)
 
     @torch.no_grad()
     def advance(self, rows: Canvases) -> None:
@@ -76,31 +76,23 @@ class DecodingLoop:
         window, active = self.cache_window(rows, step)
         if active is not None:
             open_ &= active[:, None]
-        if self.decoder.threshold is None:  # as many as the plan says: no need to look
+        if self.static:  # as many as the plan says: no need to look
             flat = torch.nonzero_static(open_.flatten(), size=sum(self.plan.open[s] for s in rows.passes))[:, 0]
         else:
             flat = open_.flatten().nonzero()[:, 0]
-        at = flat // self.length(rows), flat % self.length(rows)
+        at = flat // rows.length, flat % rows.length
         found = self.propose(rows, at, window)
         scores = torch.full(open_.shape, -torch.inf, dtype=torch.float64, device=flat.device)
         scores[at] = self.score(rows, at, found, self.gammas[step])
         self.commit(rows, at, found, self.choose(scores, quota)[at])
-        if active is None:
-            rows.at += 1
-            rows.passes = [n + 1 for n in rows.passes]
-        else:
-            rows.at += active
-            rows.passes = rows.at.tolist()
-
-    def length(self, rows: Canvases) -> int:
-        return rows.step.shape[1]
+        rows.at += 1 if active is None else active
+        rows.passes = [n + 1 for n in rows.passes] if active is None else rows.at.tolist()
 
     def step_quota_and_mask(self, rows: Canvases) -> tuple[Tensor, Tensor, Tensor]:
         """Every row's step in the plan (B,), how many tokens it must commit now (B,), and where it may (B, L) bool."""
         masked = rows.canvas == self.lm.mask_id
-        if self.decoder.threshold is None:
-            step = rows.at
-            quota = self.commits[step]
+        if self.static:
+            step, quota = rows.at, self.commits[rows.at]
         else:
             committed = self.plan.length - masked.sum(1)
             step = torch.searchsorted(self.done, committed, right=True)
@@ -114,10 +106,9 @@ class DecodingLoop:
         """
         if self.decoder.cache == "none":
             return None, None
-        static = self.decoder.threshold is None  # then rows are always in the same block
-        first = rows.passes[0] if static else int(step.min())
+        first = rows.passes[0] if self.static else int(step.min())  # all rows of a static plan are in one block
         start, horizon = self.plan.start[first], self.plan.horizon[first]
-        active = None if static else self.horizon[step] == horizon
+        active = None if self.static else self.horizon[step] == horizon
         if self.cached_horizon != horizon:
             self.cached_horizon, self.cache = horizon, KVCache()
             return None, active
@@ -135,7 +126,7 @@ class DecodingLoop:
             rows.attention_mask,
             row * (stop - start) + column + rows.width - start,
             lambda head, hidden: candidates(
-                head, hidden, decoder.temperature, noise, self.confidence.needs, decoder.top_p, self.excluded
+                head, hidden, decoder.temperature, noise, self.confidence.entropy, decoder.top_p, self.excluded
             ),
             prompt=rows.width,
             w=decoder.cfg_scale,
@@ -166,16 +157,12 @@ class DecodingLoop:
     def commit(self, rows: Canvases, at: tuple[Tensor, Tensor], found: Candidates, chosen: Tensor) -> None:
         """Write the chosen (N,) bool of the candidates; what is not chosen is written back as it stands."""
         row, column = at
-        for target, where, value in (
-            (rows.ids, column + rows.width, found.tokens),
-            (rows.logprob, column, found.logprob),
-            (rows.step, column, rows.at[row].to(torch.int16)),
-        ):
-            target[row, where] = torch.where(chosen, value.to(target.dtype), target[row, where])
+        for target, value in ((rows.canvas, found.tokens), (rows.logprob, found.logprob), (rows.step, rows.at[row])):
+            target[row, column] = torch.where(chosen, value.to(target.dtype), target[row, column])
 
     def finished(self, rows: Canvases) -> list[int]:
         """Rows that are done: committed whole, or with early stop up to their first end token."""
-        if self.decoder.threshold is None and not self.early_stop:
+        if self.static and not self.early_stop:
             return [i for i, n in enumerate(rows.passes) if n == self.plan.steps]
         unfinished = rows.canvas == self.lm.mask_id
         if self.early_stop:
@@ -195,17 +182,15 @@ class DecodingLoop:
         return rows.take(stay), rows.take(torch.tensor(leave, device=device))
 
 
-def _seeds(decoder: Decoder, batch: int, generator: torch.Generator | None, seeds: Tensor | None) -> Tensor:
+def _seeds(decoder: Decoder, batch: int, seeds: Tensor | torch.Generator | None) -> Tensor:
     """One seed a row; zeros where nothing is random. Raises UserError where randomness has no source."""
-    if seeds is not None:
-        if len(seeds) != batch:
-            raise UserError(f"{len(seeds)} seeds for {batch} prompts: pass one each")
-        return seeds
-    if not decoder.is_random:
-        return torch.zeros(batch, dtype=torch.int64)
-    if generator is None:
-        raise UserError(f"decoder {decoder.name!r} draws random numbers: pass a torch.Generator")
-    return torch.randint(2**62, (batch,), generator=generator, device=generator.device)
+    if isinstance(seeds, torch.Generator):
+        return torch.randint(2**62, (batch,), generator=seeds, device=seeds.device)
+    if seeds is None and decoder.is_random:
+        raise UserError(f"decoder {decoder.name!r} draws random numbers: pass seeds or a torch.Generator")
+    if seeds is not None and len(seeds) != batch:
+        raise UserError(f"{len(seeds)} seeds for {batch} prompts: pass one each")
+    return torch.zeros(batch, dtype=torch.int64) if seeds is None else seeds
 
 
 def decode(
@@ -213,8 +198,7 @@ def decode(
     prompt: Tensor,
     prompt_mask: Tensor,
     decoder: Decoder,
-    generator: torch.Generator | None = None,
-    seeds: Tensor | None = None,
+    seeds: Tensor | torch.Generator | None = None,
     streamer: Streamer | None = None,
     early_stop: bool = False,
     canvas: Tensor | None = None,
@@ -224,9 +208,8 @@ def decode(
     Args:
         prompt: (B, P) int64, left-padded. prompt_mask: (B, P) bool, False = padding. (``MaskedLM.encode`` makes both.)
         decoder: what to do at each step.
-        generator: source of one seed a row; needed where the decoder draws random numbers.
-        seeds: (B,) int64, one seed a row, instead of a generator. A row's result depends on its own seed alone, not on
-            the batch it stands in.
+        seeds: (B,) int64, one a row, or a generator of them; needed where the decoder draws random numbers. A row's result
+            depends on its own seed alone, not on the batch it stands in.
         streamer: shown every draft; for one row.
         early_stop: a row is finished once all is committed up to its first end token, since its text cannot change any
             more. It leaves the batch; the rest of its canvas stays masked, with step -1.
@@ -237,9 +220,8 @@ def decode(
         The trajectory; prompt tokens are never altered.
 
     Raises:
-        UserError: where randomness is needed but neither generator nor seeds is given, seeds are not one a row, a prompt
-            holds the mask token, a template does not fit the decoder, a streamer is given more than one row, or the
-            model's logits are not finite.
+        UserError: where randomness has no source, seeds are not one a row, a prompt holds the mask token, a template does not
+            fit the decoder, a streamer gets more than one row, or the model's logits are not finite.
     """
     batch, length = len(prompt), decoder.plan.length
     if (prompt == lm.mask_id).logical_and(prompt_mask).any():
@@ -254,58 +236,20 @@ def decode(
         )
     elif decoder.cache != "none" and canvas.shape[1] > length:
         raise UserError(f"cache={decoder.cache} needs a canvas without fixed tokens: set cache=none for a template")
-    seeds = _seeds(decoder, batch, generator, seeds).to(prompt.device)
+    rows = Canvases.new(
+        prompt, prompt_mask, canvas, lm.mask_id, _seeds(decoder, batch, seeds).to(prompt.device), range(batch)
+    )
     loop = DecodingLoop(lm, decoder, early_stop)
-    if streamer is not None:
+    if streamer is None:
+        parts = list(loop.run(rows))
+    else:
         streamer.put(prompt)
-        loop.on_pass = lambda rows: streamer.put_draft(rows.canvas[0])
-    parts = list(loop.run(Canvases.new(prompt, prompt_mask, canvas, lm.mask_id, seeds, range(batch))))
+        parts = list(loop.run(rows, on_pass=lambda rows: streamer.put_draft(rows.canvas[0])))
+        streamer.put(parts[0].canvas[0].cpu())
+        streamer.end()
     done = functools.reduce(lambda one, two: one.join(two, lm.pad_id), parts)
     order = torch.tensor(done.numbers, device=prompt.device).argsort()
-    trajectory = done.take(order).trajectory(lm.mask_id, decoder.config())
-    if streamer is not None:
-        streamer.put(trajectory.tokens[0].cpu())
-        streamer.end()
-    return trajectory
-
-
-class _RefilledLoop(DecodingLoop):
-    """A batch that stays full; ``decode_each`` says what of."""
-
-    def __init__(
-        self,
-        lm: MaskedLM,
-        prompts: Sequence[Text],
-        decoder: Decoder,
-        seeds: Tensor,
-        batch_size: int,
-        early_stop: bool,
-        static_width: int,
-    ) -> None:
-        super().__init__(lm, decoder, early_stop)
-        self.prompts, self.seeds, self.batch_size, self.static_width = prompts, seeds, batch_size, static_width
-        self.following = 0
-
-    def refill(self, rows: Canvases) -> Canvases:
-        if len(rows) and self.decoder.cache != "none":  # a cache is made for rows of one block
-            return rows
-        if not self.static_width:
-            rows = rows.drop_padding()
-        fresh = self.fresh(self.batch_size - len(rows))
-        return fresh if not len(rows) else rows.join(fresh, self.lm.pad_id) if len(fresh) else rows
-
-    def fresh(self, room: int) -> Canvases:
-        """Canvases of the next prompts, at most ``room``; under a static width of as many rows, whoever they are for."""
-        last = len(self.prompts) - 1
-        stop = self.following + room
-        numbers = range(self.following, stop if self.static_width else min(stop, last + 1))
-        self.following = numbers.stop
-        some = [min(i, last) for i in numbers]
-        ids, mask = self.lm.encode([self.prompts[i] for i in some], self.decoder.max_new_tokens, self.static_width)
-        canvas = torch.full((len(ids), self.plan.length), self.lm.mask_id, device=ids.device)
-        fresh = Canvases.new(ids, mask, canvas, self.lm.mask_id, self.seeds[some].to(ids.device), numbers)
-        fresh.padded |= bool(self.static_width)  # with a mask or without one are two shapes
-        return fresh
+    return done.take(order).trajectory(lm.mask_id, decoder.config())
 
 
 def decode_each(
@@ -317,30 +261,46 @@ def decode_each(
     early_stop: bool = True,
     static_width: int = 0,
 ) -> Iterator[tuple[list[int], Trajectory]]:
-    """Decode any number of prompts with a batch that stays full: a finished row makes room for the next prompt.
+    """``decode`` of any number of prompts with a batch that stays full: a finished row makes room for the next prompt.
 
     Prompts of similar length next to each other waste least on padding.
 
     Args:
-        prompts: texts or token ids for ``MaskedLM.encode``. seeds: (len(prompts),) int64.
-        batch_size: rows of one forward pass.
-        early_stop: as in ``decode``.
+        prompts: texts or token ids for ``MaskedLM.encode``. batch_size: rows of one forward pass.
         static_width: for a compiled model: prompts are padded to this many tokens and the batch is filled up with rows that
             nobody asked for, so that every forward pass has one shape.
 
     Yields:
         (indexes into ``prompts``, their trajectory) of rows that finish together.
-
-    Raises:
-        UserError: as ``decode``, and for a batch size below 1.
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: pass 1 or more")
-    loop = _RefilledLoop(
-        lm, prompts, decoder, _seeds(decoder, len(prompts), None, seeds), batch_size, early_stop, static_width
-    )
+    seeds = _seeds(decoder, len(prompts), seeds)
+    loop, waiting = DecodingLoop(lm, decoder, early_stop), 0
+
+    def fresh(room: int) -> Canvases:
+        """Canvases of the next prompts, at most ``room``; under a static width of as many rows, whoever they are for."""
+        nonlocal waiting
+        numbers = range(waiting, waiting + room if static_width else min(waiting + room, len(prompts)))
+        waiting = numbers.stop
+        some = [min(i, len(prompts) - 1) for i in numbers]
+        ids, mask = lm.encode([prompts[i] for i in some], decoder.max_new_tokens, static_width)
+        canvas = torch.full((len(ids), decoder.plan.length), lm.mask_id, device=ids.device)
+        rows = Canvases.new(ids, mask, canvas, lm.mask_id, seeds[some].to(ids.device), numbers)
+        rows.padded |= bool(static_width)  # with a mask or without one are two shapes
+        return rows
+
+    def refill(rows: Canvases) -> Canvases:
+        if not len(rows):
+            return fresh(batch_size)
+        if decoder.cache != "none":  # a cache is made for rows of one block
+            return rows
+        more = fresh(batch_size - len(rows))
+        rows = rows if static_width else rows.drop_padding()
+        return rows.join(more, lm.pad_id) if len(more) else rows
+
     unfinished = len(prompts)
-    for done in loop.run(loop.fresh(batch_size)) if prompts else ():
+    for done in loop.run(fresh(batch_size), refill) if prompts else ():
         asked = [i for i, number in enumerate(done.numbers) if number < len(prompts)]
         if asked:
             done = done.take(torch.tensor(asked, device=lm.device)).drop_padding()

@@ -78,7 +78,7 @@ class Decoder:
         if self.cache != "none" and not any(a == b < plan.length for a, b in pairwise(plan.horizon)):
             raise UserError(
                 f"cache={self.cache} saves nothing in decoder {self.name!r}: it needs a plan of several blocks, one of which "
-                "takes more than one step; give block_length or leave the cache out"
+                "takes more than one step; set block_length or leave the cache out"
             )
 
     @classmethod
@@ -128,16 +128,12 @@ SCHEDULES: Registry[Callable[[Decoder], Plan]] = Registry("schedule")
 
 @SCHEDULES.register("uniform")
 def _uniform(d: Decoder) -> Plan:
-    if d.blocks != 1:
-        raise UserError(f"blocks={d.blocks} belongs to the ascending schedule: use block_length here")
-    if d.max_commit is not None:
-        raise UserError(f"max_commit={d.max_commit} belongs to the ascending schedule: use steps here")
-    steps = d.steps
-    if steps is None:
-        steps = d.max_new_tokens if d.threshold is not None else max(1, d.max_new_tokens // 2)
-        if d.block_length and not d.max_new_tokens % d.block_length and d.threshold is None:
-            steps = d.max_new_tokens // d.block_length * max(1, d.block_length // 2)
-    return Plan.uniform(d.max_new_tokens, steps, d.block_length)
+    for field, default, instead in (("blocks", 1, "block_length"), ("max_commit", None, "steps")):
+        if getattr(d, field) != default:
+            raise UserError(f"{field}={getattr(d, field)} belongs to the ascending schedule: use {instead} here")
+    block = d.block_length or max(1, d.max_new_tokens)
+    steps = d.max_new_tokens // block * (block if d.threshold is not None else max(1, block // 2))
+    return Plan.uniform(d.max_new_tokens, steps if d.steps is None else d.steps, d.block_length)
 
 
 @SCHEDULES.register("ascending")

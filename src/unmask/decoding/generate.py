@@ -80,19 +80,17 @@ def generate(
 
     Args:
         prompts: one prompt or several: texts, each a user's turn, lists of messages, token ids, or templates of any of these.
-        decoder: a preset with parameters (``eoser-ass:blocks=4``), a YAML file, or a ``Decoder`` with its own canvas length;
-            None: ``semi-ar``, for templates ``full``.
+        decoder: a spec (see ``make_decoder``) or a ``Decoder`` with its own canvas length; None: ``semi-ar``, for templates
+            ``full``.
         max_new_tokens: canvas length in tokens, unless the decoder or a template sets its own.
         num_return_sequences: completions a prompt; more than one need a decoder that draws random numbers.
         stop: strings at the first of which a text ends; they are not part of it.
         seed: completion i draws from ``seed + i``, whatever the batch.
         prefill: text that every assistant's turn starts with; it is not part of the completion, unless it has gaps.
-        batch_size: rows of one forward pass; a finished row makes room for the next.
-        streamer: shown every draft; for one completion.
+        batch_size: rows of one forward pass. streamer: shown every draft; for one completion.
 
     Raises:
-        UserError: for anything that ``make_decoder``, ``MaskedLM.encode`` and ``decode`` refuse, for no prompt, an empty stop
-            string, and several completions that could not differ.
+        UserError: also for anything that ``make_decoder``, ``MaskedLM.encode`` and ``decode`` refuse.
     """
     rows = [_row(lm, cast(Prompt, p), prefill) for p in (prompts if _are_several(prompts) else [prompts])]
     if not rows or num_return_sequences < 1:
@@ -110,12 +108,11 @@ def generate(
         return len(rows[i].canvas), rows[i].canvas.count(lm.mask_id)
 
     for (length, masks), group in itertools.groupby(sorted(range(len(rows)), key=shape), shape):
-        numbers = list(group)
+        if length and not masks:
+            raise UserError("a template has gaps of 0 tokens: write <|mask:N|> with N of 1 or more")
         chosen = decoder or ("full" if masks else "semi-ar")
         if isinstance(chosen, str):
             chosen = make_decoder(chosen, max_new_tokens=masks or max_new_tokens)
-        if length and not masks:
-            raise UserError("a template has gaps of 0 tokens: write <|mask:N|> with N of 1 or more")
         if masks:
             chosen = chosen.replace(max_new_tokens=masks)
         if num_return_sequences > 1 and not chosen.is_random:
@@ -123,9 +120,9 @@ def generate(
                 f"num_return_sequences is {num_return_sequences}, but decoder {chosen.name!r} draws no random numbers, so all "
                 "would be equal: set a temperature"
             )
-        for taken, part in _decode(
-            lm, [rows[i] for i in numbers], chosen, seed + torch.tensor(numbers), batch_size, streamer
-        ):
+        numbers = list(group)
+        some = [rows[i] for i in numbers]
+        for taken, part in _decode(lm, some, chosen, seed + torch.tensor(numbers), batch_size, streamer):
             found |= {numbers[n]: part.take(torch.tensor([i])) for i, n in enumerate(taken)}
     ordered = [found[i] for i in range(len(rows))]
     texts = [_text(lm, row, part, stop) for row, part in zip(rows, ordered, strict=True)]
@@ -148,14 +145,11 @@ def _row(lm: MaskedLM, prompt: Prompt, prefill: str) -> _Row:
     if isinstance(prompt, str):
         before, answer = ("", prompt) if GAP.search(prompt) else (lm.chat(prompt), prefill)
     else:
-        messages = [dict(message) for message in cast("Messages", prompt)]
-        answer = prefill
+        messages, answer = [dict(message) for message in cast("Messages", prompt)], prefill
         if messages and messages[-1].get("role") == "assistant" and GAP.search(str(messages[-1].get("content"))):
             answer = messages.pop()["content"] + prefill
         before = lm.render(messages)
     start, *rest = GAP.split(answer)  # text, masks, text, masks, …, text
-    if not rest:
-        return _Row(before + start)
     canvas: list[int] = []
     for masks, text in zip(rest[::2], rest[1::2], strict=True):
         canvas += [lm.mask_id] * int(masks) + lm.tokens(text)
@@ -166,17 +160,16 @@ def _decode(
     lm: MaskedLM, rows: Sequence[_Row], decoder: Decoder, seeds: Tensor, batch_size: int, streamer: Streamer | None
 ) -> Iterator[tuple[Sequence[int], Trajectory]]:
     """Rows whose canvases have one shape: (indexes into ``rows``, their trajectory)."""
-    if not rows[0].canvas and streamer is None:
+    template = bool(rows[0].canvas)  # it may begin with a gap, and is filled to its end
+    if not template and streamer is None:
         yield from decode_each(lm, [row.prompt for row in rows], decoder, seeds, batch_size)
         return
     for part in torch.arange(len(rows)).split(batch_size):
         some = [rows[i] for i in part]
-        ids, mask = lm.encode(
-            [row.prompt for row in some], len(some[0].canvas) or decoder.max_new_tokens, empty=bool(some[0].canvas)
-        )
-        canvas = torch.tensor([row.canvas for row in some], device=ids.device) if some[0].canvas else None
-        stop = canvas is None  # a template is filled to its end
-        yield part.tolist(), decode(lm, ids, mask, decoder, None, seeds[part], streamer, early_stop=stop, canvas=canvas)
+        length = len(some[0].canvas) or decoder.max_new_tokens
+        ids, mask = lm.encode([row.prompt for row in some], length, empty=template)
+        canvas = torch.tensor([row.canvas for row in some], device=ids.device) if template else None
+        yield part.tolist(), decode(lm, ids, mask, decoder, seeds[part], streamer, not template, canvas)
 
 
 def _text(lm: MaskedLM, row: _Row, trajectory: Trajectory, stop: Sequence[str]) -> str:

@@ -19,7 +19,10 @@ class Plan:
     Attributes:
         commits: tokens committed (at least; a threshold may commit more). Sum = the canvas length L.
         horizon: positions below it are open to commits.
-        progress: the clock in [0, 1] that EOS rejection reads.
+        progress: normalized decoding time in [0, 1], which EOS rejection reads.
+
+    Raises:
+        UserError: on construction, for what is no plan.
     """
 
     commits: tuple[int, ...]
@@ -27,15 +30,19 @@ class Plan:
     progress: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        done = self.done
-        if not (len(self.commits) == len(self.horizon) == len(self.progress) > 0):
-            raise ValueError("commits, horizon and progress must have one entry a step")
-        if min(self.commits) < 1 or any(h < d for h, d in zip(self.horizon, done, strict=True)):
-            raise ValueError("every step must commit at least one token inside its horizon")
-        if list(self.horizon) != sorted(self.horizon) or self.horizon[-1] != done[-1]:
-            raise ValueError("the horizon must grow to the canvas length")
-        if list(self.progress) != sorted(self.progress) or not 0 <= self.progress[0] <= self.progress[-1] <= 1:
-            raise ValueError("progress must grow within [0, 1]")
+        grows = all(a <= b for values in (self.horizon, self.progress) for a, b in pairwise(values))
+        if not (
+            len(self.commits) == len(self.horizon) == len(self.progress) > 0
+            and min(self.commits) >= 1
+            and all(h >= d for h, d in zip(self.horizon, self.done, strict=True))
+            and grows
+            and self.horizon[-1] == self.length
+            and 0 <= self.progress[0] <= self.progress[-1] <= 1
+        ):
+            raise UserError(
+                "this is no plan: commits, horizon and progress have one entry a step, each step commits 1 token or more "
+                "below its horizon, the horizon grows to the canvas length, and progress grows within [0, 1]"
+            )
 
     @cached_property
     def length(self) -> int:
@@ -65,27 +72,18 @@ class Plan:
     def uniform(cls, length: int, steps: int, block_length: int | None = None) -> Plan:
         """The same number of tokens every step: over the whole canvas, or block after block (semi-autoregressive).
 
-        Progress is linear in the step, s/(S-1).
-
-        Raises:
-            UserError: for more steps than tokens, a block length that does not divide the canvas, or steps that do not
-                divide over the blocks; the message lists what would do.
+        Progress is linear in the step, s/(S-1). Raises UserError, with what would do, for more steps than tokens, a block
+        length that does not divide the canvas, or steps that do not divide over the blocks.
         """
-        _check_length(length)
-        block = length if block_length is None else block_length
-        blocks = _check_block(length, block)
+        count = _count_blocks(length, block_length)
+        block = length // count
         if not 1 <= steps <= length:
-            raise UserError(f"{steps} steps for a canvas of {length} tokens: give 1 to {length}")
-        if steps % blocks:
-            fits = ", ".join(str(blocks * k) for k in range(1, block + 1))
-            raise UserError(f"{steps} steps do not divide over {blocks} blocks of {block} tokens: give one of {fits}")
-        each = steps // blocks
+            raise UserError(f"{steps} steps for a canvas of {length} tokens: choose 1 to {length}")
+        if steps % count:
+            fits = ", ".join(str(count * k) for k in range(1, block + 1))
+            raise UserError(f"{steps} steps do not divide over {count} blocks of {block} tokens: choose one of {fits}")
         progress = tuple(s / (steps - 1) for s in range(steps)) if steps > 1 else (1.0,)
-        return cls(
-            tuple(_spread(block, each) * blocks),
-            tuple((s // each + 1) * block for s in range(steps)),
-            progress,
-        )
+        return cls._repeated(_spread(block, steps // count), count, progress)
 
     @classmethod
     def ascending(
@@ -102,48 +100,40 @@ class Plan:
             UserError: for ``blocks`` outside 1 … S, both forms at once, a block length that does not divide the canvas, or a
                 bound below 1.
         """
-        _check_length(length)
         if max_commit is not None and max_commit < 1:
-            raise UserError(f"max_commit is {max_commit}: give 1 or more, or none")
+            raise UserError(f"max_commit is {max_commit}: choose 1 or more, or none")
+        count = _count_blocks(length, block_length)
+        commits = _powers(length // count, max_commit)
+        done = list(accumulate(commits * count))
         if block_length is not None:
             if blocks != 1:
-                raise UserError("blocks and block_length exclude each other in an ascending plan: give one of them")
-            count = _check_block(length, block_length)
-            commits = _powers(block_length, max_commit) * count
-            each = len(commits) // count
-            return cls(
-                tuple(commits),
-                tuple((s // each + 1) * block_length for s in range(len(commits))),
-                tuple(d / length for d in accumulate(commits)),
-            )
-        commits = _powers(length, max_commit)
-        steps, done = len(commits), list(accumulate(commits))
+                raise UserError("blocks and block_length exclude each other in an ascending plan: use one of them")
+            return cls._repeated(commits, count, tuple(d / length for d in done))
+        steps = len(commits)
         if not 1 <= blocks <= steps:
             raise UserError(
-                f"blocks is {blocks} for a canvas of {length} tokens in {steps} ascending steps: give 1 to {steps}"
+                f"blocks is {blocks} for a canvas of {length} tokens in {steps} ascending steps: choose 1 to {steps}"
             )
-        bounded = commits != _powers(length, None)
-        return cls(
-            tuple(commits),
-            tuple(done[max(s, steps - blocks)] for s in range(steps)),
-            tuple(done[s] / length if bounded else (2 ** (s + 1) - 1) / 2**steps for s in range(steps)),
-        )
+        horizon = tuple(done[max(s, steps - blocks)] for s in range(steps))
+        if commits == _powers(length, None):
+            return cls(tuple(commits), horizon, tuple((2 ** (s + 1) - 1) / 2**steps for s in range(steps)))
+        return cls(tuple(commits), horizon, tuple(d / length for d in done))
+
+    @classmethod
+    def _repeated(cls, commits: list[int], count: int, progress: tuple[float, ...]) -> Plan:
+        """Blocks from left to right, each filled by the same commits."""
+        block = sum(commits)
+        return cls(tuple(commits * count), tuple(block * (i + 1) for i in range(count) for _ in commits), progress)
 
 
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def _check_length(length: int) -> None:
+def _count_blocks(length: int, block_length: int | None) -> int:
     if length < 1:
-        raise UserError(f"the canvas length is {length}: give 1 or more")
-
-
-def _check_block(length: int, block_length: int) -> int:
-    """The number of blocks, or a UserError that lists the lengths that fit."""
+        raise UserError(f"the canvas length is {length}: choose 1 or more")
+    if block_length is None:
+        return 1
     if block_length < 1 or length % block_length:
-        fits = ", ".join(map(str, _divisors(length)))
-        raise UserError(f"block_length {block_length} does not divide the canvas length {length}: give one of {fits}")
+        fits = ", ".join(str(d) for d in range(1, length + 1) if length % d == 0)
+        raise UserError(f"block_length {block_length} does not divide the canvas length {length}: choose one of {fits}")
     return length // block_length
 
 
@@ -157,8 +147,7 @@ def _powers(length: int, most: int | None) -> list[int]:
 
     With ``most``, doubling ends below it and the rest is spread over as few steps as it allows, the larger ones last.
     """
-    steps = max(1, length.bit_length() - 1)
-    head = [2**s for s in range(steps - 1)]
+    head = [2**s for s in range(max(1, length.bit_length() - 1) - 1)]
     if most is None:
         return [*head, length - sum(head)]
     head = [p for p in head if p < most]

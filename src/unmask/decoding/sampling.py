@@ -20,7 +20,7 @@ GOLDEN = -0x61C8864680B583EB  # splitmix64's increment as a signed integer
 
 
 def _mix(z: Tensor) -> Tensor:
-    """The splitmix64 finaliser on int64 (multiplication wraps)."""
+    """The splitmix64 finalizer on int64 (multiplication wraps)."""
     z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
     z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
     return z ^ ((z >> 31) & 0x1FFFFFFFF)
@@ -39,11 +39,11 @@ def uniform_noise(seeds: Tensor, step: Tensor | int, positions: Tensor, stream: 
 
 @dataclass(frozen=True)
 class Candidates:
-    """One candidate token a position, with what confidences need.
+    """One candidate token a position, with what confidences read.
 
     Attributes:
         tokens: (N,) int64. logprob: (N,) float32 (float64 where the model is), log-probability of ``tokens`` at temperature 1.
-        top, second: (N,) float64, the two largest probabilities (``second`` only where asked for).
+        top, second: (N,) float64, the two largest probabilities.
         entropy: (N,) float64, in units of log V, where asked for.
         end: (N,) float64, probability of the end tokens together at temperature 1, where asked for.
     """
@@ -51,7 +51,7 @@ class Candidates:
     tokens: Tensor
     logprob: Tensor
     top: Tensor
-    second: Tensor | None = None
+    second: Tensor
     entropy: Tensor | None = None
     end: Tensor | None = None
 
@@ -61,31 +61,41 @@ def candidates(
     hidden: Tensor,
     temperature: float,
     noise: Tensor | None,
-    needs: frozenset[str] = frozenset(),
+    entropy: bool = False,
     top_p: float = 1.0,
     end_ids: Sequence[int] = (),
 ) -> Candidates:
     """The most likely token of every position (temperature 0), or one sampled from softmax(logits / temperature).
 
-    Sampling is exact, by inverse CDF in two stages, summed in float64: a lane of 64 tokens, then a token in it. (The
+    Sampling is exact, by inverse CDF in two stages, summed in float64: a bucket of 64 tokens, then a token in it. (The
     reference draws V Gumbel numbers in bfloat16 and so over-samples the top token.)
 
     Args:
         hidden: (N, d) final hidden states. noise: (N,) float64 in [0, 1), or None at temperature 0.
-        needs: ``second`` and ``entropy``, where a confidence reads them.
-        top_p: below 1, tokens are sampled among the most likely ones whose probabilities (at ``temperature``) first exceed
-            it (nucleus sampling, arXiv 1904.09751); this sorts the vocabulary. Scores and log-probabilities do not know of it.
+        entropy: whether to compute it.
+        top_p: below 1, nucleus sampling (arXiv 1904.09751) among the most likely tokens whose probabilities at
+            ``temperature`` first exceed it; this sorts the vocabulary. Scores and log-probabilities do not know of it.
         end_ids: tokens whose probability together is asked for.
     """
-    noises = [None] * len(head.parts(hidden)) if noise is None else head.parts(noise)
     found = []
-    for h, u in zip(head.parts(hidden), noises, strict=True):
-        read = _Vocabulary(head, h, needs, end_ids, None if u is None else temperature)
-        found.append(read.candidates if u is None else _sampled(head, h, read, temperature, top_p, u))
-    columns: dict[str, Any] = {}
-    for name, value in vars(found[0]).items():
-        columns[name] = None if value is None else torch.cat([getattr(f, name) for f in found])
-    return Candidates(**columns)
+    for i, h in enumerate(head.parts(hidden)):
+        if noise is None:
+            found.append(_Vocabulary(head, h, entropy, end_ids, None).candidates)
+            continue
+        u = head.parts(noise)[i]
+        read = _Vocabulary(head, h, entropy, end_ids, temperature)
+        likely = read.candidates
+        if top_p < 1:
+            drawn, logit = _draw_nucleus(head, h, temperature, top_p, u)
+        else:
+            drawn, logit = _draw(head, h, read, temperature, u)
+        logprob = torch.where(drawn == likely.tokens, read.logprob, logit - read.top + read.logprob)
+        found.append(replace(likely, tokens=drawn, logprob=logprob.to(likely.logprob)))
+    joined: dict[str, Any] = {
+        name: None if value is None else torch.cat([getattr(f, name) for f in found])
+        for name, value in vars(found[0]).items()
+    }
+    return Candidates(**joined)
 
 
 class _Vocabulary:
@@ -99,19 +109,19 @@ class _Vocabulary:
     """
 
     def __init__(
-        self, head: Head, hidden: Tensor, needs: frozenset[str], end_ids: Sequence[int], temperature: float | None
+        self, head: Head, hidden: Tensor, with_entropy: bool, end_ids: Sequence[int], temperature: float | None
     ) -> None:
         self.whole: Tensor | None = None
         self.buckets: list[Tensor] = []
         tops, masses, products, ends = [], [], [], []
         every = torch.arange(len(hidden), device=hidden.device)
 
-        def zeros() -> Tensor:
-            return torch.zeros(len(hidden), dtype=torch.float64, device=hidden.device)
-
         # Of the piece that leads so far: the sum of the other tokens' weights is kept apart from the largest one, which is 1,
         # for it may be too small to change a sum with 1.
-        largest, token, piece, rest, second = lead = zeros().fill_(-torch.inf), zeros(), zeros(), zeros(), zeros()
+        largest, token, piece, rest, second = lead = [
+            hidden.new_zeros(len(hidden), dtype=torch.float64) for _ in range(5)
+        ]
+        largest.fill_(-torch.inf)
         size = 0
         for number, (a, logits) in enumerate(head.pieces(hidden)):
             size = a + logits.shape[1]
@@ -121,16 +131,12 @@ class _Vocabulary:
             x = logits.sub_(top[:, None])
             if temperature is not None and temperature != 1:
                 self.buckets.append(_bucket_sums((x / temperature).exp_()))
-            if "entropy" in needs:
-                weight = x.exp()
+            weight = x.exp() if with_entropy else x.exp_()
+            if with_entropy:
                 products.append((weight * x).sum(1))  # of e^x x. (vecdot would be bfloat16 under autocast)
-            else:
-                weight = x.exp_()
             if temperature == 1:  # the same weights serve
                 self.buckets.append(_bucket_sums(weight))
-                masses.append(self.buckets[-1].sum(1))
-            else:
-                masses.append(weight.sum(1))
+            masses.append((self.buckets[-1] if temperature == 1 else weight).sum(1))
             tops.append(top)
             if end_ids:
                 ends.append(weight[:, [i - a for i in end_ids if a <= i < size]].double().sum(1))
@@ -148,33 +154,18 @@ class _Vocabulary:
         rest = rest + (self.share * mass).scatter(1, home, 0.0).sum(1)  # odds against the most likely token
         self.logprob = -rest.log1p()
         probability = self.logprob.exp()
-        second_probability = entropy = end = None
-        if "second" in needs:
-            second_probability = torch.maximum(self.share.scatter(1, home, 0.0).amax(1), second) * probability
-        if "entropy" in needs:
+        second = torch.maximum(self.share.scatter(1, home, 0.0).amax(1), second) * probability
+        entropy = end = None
+        if with_entropy:
             spread = (self.share * torch.stack(products, 1)).sum(1) - (torch.special.entr(self.share) * mass).sum(1)
             entropy = (rest.log1p() - spread * probability) / math.log(size)
         if end_ids:
             end = (self.share * torch.stack(ends, 1)).sum(1) * probability
-        logprob = self.logprob.to(tops[0])
-        self.candidates = Candidates(token.long(), logprob, probability, second_probability, entropy, end)
-
-
-def _sampled(
-    head: Head, hidden: Tensor, read: _Vocabulary, temperature: float, top_p: float, noise: Tensor
-) -> Candidates:
-    """The candidates with tokens drawn at ``temperature`` by ``noise`` (N,)."""
-    if top_p < 1:
-        drawn, logit = _draw_nucleus(head, hidden, temperature, top_p, noise)
-    else:
-        drawn, logit = _draw(head, hidden, read, temperature, noise)
-    likely = read.candidates
-    logprob = torch.where(drawn == likely.tokens, read.logprob, logit - read.top + read.logprob)
-    return replace(likely, tokens=drawn, logprob=logprob.to(likely.logprob))
+        self.candidates = Candidates(token.long(), self.logprob.to(tops[0]), probability, second, entropy, end)
 
 
 def _bucket_sums(weight: Tensor) -> Tensor:
-    """Sums of 64 neighbours: (N, c) -> (N, ceil(c / 64))."""
+    """Sums of 64 neighbors: (N, c) -> (N, ceil(c / 64))."""
     short = -weight.shape[1] % BUCKET
     return (F.pad(weight, (0, short)) if short else weight).unflatten(1, (-1, BUCKET)).sum(-1)
 
@@ -213,16 +204,14 @@ def _draw(head: Head, hidden: Tensor, read: _Vocabulary, temperature: float, noi
 
 def _draw_nucleus(head: Head, hidden: Tensor, temperature: float, top_p: float, noise: Tensor) -> tuple[Tensor, Tensor]:
     """A token (N,) among the nucleus of each row, and its logit."""
-    tokens, logits = [], []
+    found = []
     rows = max(1, NUCLEUS // sum(x.shape[1] for _, x in head.pieces(hidden[:1])))  # sorted at a time
     for h, n in zip(hidden.split(rows), noise.split(rows), strict=True):
-        ordered = (
-            torch.cat([x.clone() for _, x in head.pieces(h)], 1).double().sort(dim=1, descending=True, stable=True)
-        )
+        logits = torch.cat([x.clone() for _, x in head.pieces(h)], 1).double()
+        ordered = logits.sort(dim=1, descending=True, stable=True)
         weight = (ordered.values / temperature).softmax(1)
-        cdf = weight.cumsum(1)
-        kept = weight.masked_fill(cdf - weight > top_p, 0.0)  # the first always stays
+        kept = weight.masked_fill(weight.cumsum(1) - weight > top_p, 0.0)  # the first always stays
         at = _pick(kept.cumsum(1), n)
-        tokens.append(ordered.indices.gather(1, at)[:, 0])
-        logits.append(ordered.values.gather(1, at)[:, 0])
-    return torch.cat(tokens), torch.cat(logits)
+        found.append((ordered.indices.gather(1, at)[:, 0], ordered.values.gather(1, at)[:, 0]))
+    tokens, values = zip(*found, strict=True)
+    return torch.cat(tokens), torch.cat(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -35,17 +36,17 @@ def forward_with_guidance(
     """
     if w == 0:
         return lm.forward_head(ids, attention_mask, positions, fn, cache, window)
-    without = ids.clone()
-    without[:, :prompt] = lm.mask_id
+    both = ids.repeat(2, 1)
+    both[len(ids) :, :prompt] = lm.mask_id
     both_mask = None if attention_mask is None else attention_mask.repeat(2, 1)
     start, stop = window or (0, ids.shape[1])
-    both = torch.cat([positions, positions + len(ids) * (stop - start)])
+    positions = torch.cat([positions, positions + len(ids) * (stop - start)])
 
     def mixed(head: Head, hidden: Tensor) -> Result:
         c, u = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).chunk(2)
         return fn(head, (u + (w + 1) * (c - u)).to(hidden.dtype))
 
-    return lm.forward_head(torch.cat([ids, without]), both_mask, both, mixed, cache, window)
+    return lm.forward_head(both, both_mask, positions, mixed, cache, window)
 
 
 def score_states(
@@ -65,8 +66,7 @@ def score_states(
         at: rows and columns, (N,) int64 each. tokens: (N,) int64.
         prompt, w: as in ``forward_with_guidance``.
     """
-    row, column = at
-    positions = row * ids.shape[1] + column
+    positions = at[0] * ids.shape[1] + at[1]
     return forward_with_guidance(
         lm, ids, attention_mask, positions, lambda head, hidden: score_tokens(head, hidden, tokens), prompt=prompt, w=w
     )
@@ -74,12 +74,12 @@ def score_states(
 
 @torch.no_grad()
 def score_each_state(
-    lm: MaskedLM, trajectory: Trajectory, fn: Callable[[Head, Tensor, Tensor], Result], *, masked: bool = False
+    lm: MaskedLM, trajectory: Trajectory, fn: Callable[..., Result], *, masked: bool = False
 ) -> Iterator[tuple[Tensor, Tensor, Result]]:
     """``fn`` on the state before each step, one forward pass a step (two with guidance), each of whole rows.
 
     Args:
-        fn: (head, hidden states (N, d), the tokens (N,) that the trajectory ends with there) -> its result.
+        fn: (head, hidden states (N, d), tokens=(N,) that the trajectory ends with there) -> its result.
         masked: where to look: at all masked positions instead of those that the step commits.
 
     Yields:
@@ -90,19 +90,9 @@ def score_each_state(
         state = trajectory.state(s)
         ids = torch.cat([trajectory.prompt, state], dim=1)
         row, column = (state == lm.mask_id if masked else trajectory.committed(s)).nonzero(as_tuple=True)
-        yield (
-            row,
-            column,
-            forward_with_guidance(
-                lm,
-                ids,
-                trajectory.visible,
-                row * ids.shape[1] + width + column,
-                lambda head, hidden, tokens=trajectory.tokens[row, column]: fn(head, hidden, tokens),  # type: ignore[misc]
-                prompt=width,
-                w=trajectory.decoder["cfg_scale"],
-            ),
-        )
+        scored = partial(fn, tokens=trajectory.tokens[row, column])
+        at, w = row * ids.shape[1] + width + column, trajectory.decoder["cfg_scale"]
+        yield row, column, forward_with_guidance(lm, ids, trajectory.visible, at, scored, prompt=width, w=w)
 
 
 def replay(lm: MaskedLM, trajectory: Trajectory) -> Tensor:

@@ -35,37 +35,33 @@ def canvas_text(lm: MaskedLM, canvas: list[int], before: list[int] | None) -> Te
 
 
 class LiveCanvas:
-    """``put`` the prompt, ``put_draft`` every draft, ``put`` the finished canvas, ``end``."""
+    """``put`` the prompt, ``put_draft`` every draft, ``put`` the finished canvas, ``end``; ``delay`` in seconds a draft."""
 
     def __init__(self, lm: MaskedLM, console: Console, title: str, delay: float = 0.0) -> None:
         self.lm, self.title, self.delay = lm, title, delay
         self.live = Live(console=console, auto_refresh=False)
         self.before: list[int] | None = None
         self.step = 0
-        self.started = False
 
-    def _draw(self, canvas: list[int]) -> None:
-        masks = sum(t == self.lm.mask_id for t in canvas)
-        subtitle = f"step {self.step} · {len(canvas) - masks}/{len(canvas)} tokens committed"
-        body = canvas_text(self.lm, canvas, self.before)
-        width = min(80, self.live.console.width)
+    def _draw(self, value: Tensor) -> None:
+        canvas = value.flatten().tolist()
+        committed = sum(t != self.lm.mask_id for t in canvas)
+        subtitle = f"step {self.step} · {committed}/{len(canvas)} tokens committed"
+        body, width = canvas_text(self.lm, canvas, self.before), min(80, self.live.console.width)
         self.live.update(Panel(body, title=Text(self.title), subtitle=subtitle, width=width), refresh=True)
+        self.before = canvas
 
     def put(self, value: Tensor) -> None:
-        if not self.started:  # the prompt
-            self.started = True
+        if not self.live.is_started:  # the prompt
             self.live.start()
             return
         self.before = None
-        self._draw(value.flatten().tolist())
+        self._draw(value)
 
     def put_draft(self, value: Tensor, **_: Any) -> None:
-        canvas = value.flatten().tolist()
         self.step += 1
-        self._draw(canvas)
-        self.before = canvas
-        if self.delay:
-            time.sleep(self.delay)
+        self._draw(value)
+        time.sleep(self.delay)
 
     def end(self) -> None:
         self.live.stop()

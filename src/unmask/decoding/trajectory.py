@@ -7,7 +7,7 @@ A committed token never changes, so the canvas before any step follows from what
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,27 +76,28 @@ class Trajectory:
         """Which of prompt and canvas are not padding, (B, P+L) bool."""
         return torch.cat([self.prompt_mask, torch.ones_like(self.tokens, dtype=torch.bool)], dim=1)
 
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> Trajectory:
+        mapped: dict[str, Any] = {k: fn(getattr(self, k)) for k in _TENSORS}
+        return replace(self, **mapped)
+
     def to(self, device: torch.device | str) -> Trajectory:
         """The same on another device."""
-        moved: dict[str, Any] = {k: getattr(self, k).to(device) for k in _TENSORS}
-        return replace(self, **moved)
+        return self._map(lambda tensor: tensor.to(device))
+
+    def take(self, rows: Tensor) -> Trajectory:
+        """Some rows, (n,) int64."""
+        return self._map(lambda tensor: tensor[rows.to(tensor.device)])
 
     @staticmethod
     def cat(parts: Sequence[Trajectory]) -> Trajectory:
         """Parts concatenated along the batch; narrower prompts get more padding."""
         width = max(p.prompt.shape[1] for p in parts)
-
-        def padded(part: Trajectory, name: str) -> Tensor:
-            tensor: Tensor = getattr(part, name)
-            return F.pad(tensor, (width - tensor.shape[1], 0)) if name.startswith("prompt") else tensor
-
-        joined: dict[str, Any] = {k: torch.cat([padded(p, k) for p in parts]) for k in _TENSORS}
+        pads = [{"prompt": width - p.prompt.shape[1], "prompt_mask": width - p.prompt.shape[1]} for p in parts]
+        joined: dict[str, Any] = {
+            k: torch.cat([F.pad(getattr(p, k), (pad.get(k, 0), 0)) for p, pad in zip(parts, pads, strict=True)])
+            for k in _TENSORS
+        }
         return replace(parts[0], **joined)
-
-    def take(self, rows: Tensor) -> Trajectory:
-        """Some rows, (n,) int64."""
-        chosen: dict[str, Any] = {k: getattr(self, k)[rows.to(self.tokens.device)] for k in _TENSORS}
-        return replace(self, **chosen)
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors, whole or not at all."""
@@ -113,23 +114,13 @@ class Trajectory:
                 tensors = {k: file.get_tensor(k) for k in _TENSORS}
             decoder = json.loads(meta["decoder"])
             check(decoder, {"cfg_scale": AMOUNT})
-            found = cls(**tensors, mask_id=int(meta["mask_id"]), decoder=decoder)
-            found._check()
-        except (OSError, SafetensorError, KeyError, ValueError, RecursionError) as error:
+            rows, width, length = len(tensors["prompt"]), tensors["prompt"].shape[-1], tensors["tokens"].shape[-1]
+            for name, kind in _TENSORS.items():
+                size = (rows, width if name.startswith("prompt") else length)
+                if tensors[name].dtype != kind or tensors[name].shape != size:
+                    raise ValueError(f"{name} is {tensors[name].dtype} of {tuple(tensors[name].shape)}")
+            return cls(**tensors, mask_id=int(meta["mask_id"]), decoder=decoder)
+        except (OSError, SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
             raise UserError(
-                f"{path} is not a saved trajectory ({error}): give a file that Trajectory.save wrote"
+                f"{path} is not a saved trajectory ({error}): choose a file that Trajectory.save wrote"
             ) from None
-        return found
-
-    def _check(self) -> None:
-        """Raises ValueError unless the tensors have the types and sizes of one batch."""
-        for name, kind in _TENSORS.items():
-            like = self.prompt if name.startswith("prompt") else self.tokens
-            tensor = getattr(self, name)
-            if (
-                tensor.dtype != kind
-                or tensor.ndim != 2
-                or tensor.shape != like.shape
-                or len(tensor) != len(self.prompt)
-            ):
-                raise ValueError(f"{name} is {tensor.dtype} of {tuple(tensor.shape)}")

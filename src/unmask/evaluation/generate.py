@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from unmask.config import read_flags
-from unmask.errors import UserError
+from unmask.errors import UserError, check_at_least
 from unmask.evaluation.progress import progress_bars
 from unmask.io.files import each_line, writing_to
 from unmask.io.store import RecordStore, as_lines
@@ -58,14 +58,9 @@ class GenerateArguments(ModelSource):
             raise UserError(
                 f"seed is {self.seed}, delay is {self.delay}: choose a seed of 0 or more, a delay below 60 s"
             )
-        if self.num_return_sequences < 1 or self.batch_size < 1:
-            raise UserError(
-                f"num_return_sequences is {self.num_return_sequences}, batch_size is {self.batch_size}: choose 1 or more"
-            )
+        check_at_least(self, 1, "num_return_sequences", "batch_size")
         if (self.prompt is None) == (self.input is None):
-            raise UserError(
-                "pass a prompt, or --input with a file of them" + ("" if self.prompt is None else ", not both")
-            )
+            raise UserError("pass one of a prompt and --input with a file of them")
 
     def prompts(self) -> list[dict[str, Any]]:
         """The lines of the input, or one that holds the prompt."""
@@ -129,8 +124,8 @@ def _settings(lm: MaskedLM, a: GenerateArguments) -> dict[str, Any]:
     from unmask.decoding import make_decoder
 
     decoder = None if a.decoder is None else make_decoder(a.decoder, max_new_tokens=a.max_new_tokens).config()
-    names = ("max_new_tokens", "num_return_sequences", "stop", "prefill", "seed")
-    return {"model": lm.name, "weights": lm.weights, "decoder": decoder, **{n: getattr(a, n) for n in names}}
+    options = {k: v for k, v in _options(a).items() if k != "batch_size"}
+    return {"model": lm.name, "weights": lm.weights, "decoder": decoder, **options, "seed": a.seed}
 
 
 def _completions(
@@ -144,13 +139,7 @@ def _completions(
         texts: list[Any] = [row.get("prompt", row.get("messages")) for row in rows]
         out = lm.generate(texts, a.decoder, seed=a.seed + start * n, **_options(a))
         yield [
-            {
-                **rows[i // n],
-                "index": start * n + i,
-                "completion": text,
-                "nfe": nfe,
-                "settings": settings,
-            }
+            {**rows[i // n], "index": start * n + i, "completion": text, "nfe": nfe, "settings": settings}
             for i, (text, nfe) in enumerate(zip(out.texts, out.nfe, strict=True))
         ]
 

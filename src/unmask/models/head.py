@@ -25,7 +25,7 @@ GPU_CHUNK = (8192, 2**27)  # elsewhere: few, large kernels
 class Head:
     """Logits of hidden states at temperature 1; the mask token's probability is 0.
 
-    A linear head without bias is applied piece by piece. One of another kind (adapted, quantised, sharded) is a black box:
+    A linear head without bias is applied piece by piece. One of another kind (adapted, quantized, sharded) is a black box:
     it is called once, for the whole vocabulary.
 
     Attributes:
@@ -124,8 +124,8 @@ class _ScoreTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: Tensor, head: Head) -> tuple[Tensor, Tensor]:
         found = [_score(head, h, t) for h, t in zip(head.parts(hidden), head.parts(tokens), strict=True)]
-        logprob, entropy, normaliser = (torch.cat(x) for x in zip(*found, strict=True))
-        ctx.save_for_backward(hidden, weight, tokens, normaliser)
+        logprob, entropy, normalizer = (torch.cat(x) for x in zip(*found, strict=True))
+        ctx.save_for_backward(hidden, weight, tokens, normalizer)
         ctx.head = head
         ctx.mark_non_differentiable(entropy)
         return logprob, entropy
@@ -134,12 +134,12 @@ class _ScoreTokens(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         """d log p(token) / d logits = onehot(token) - p."""
-        hidden, weight, tokens, normaliser = ctx.saved_tensors
+        hidden, weight, tokens, normalizer = ctx.saved_tensors
         to_hidden, to_weight, *_unused = ctx.needs_input_grad
         wide = torch.promote_types(hidden.dtype, torch.float32)
         grad_weight = torch.empty_like(weight) if to_weight else None
         grad_hidden = []
-        parts = zip(*(ctx.head.parts(x) for x in (hidden, tokens, normaliser, grad)), strict=True)
+        parts = zip(*(ctx.head.parts(x) for x in (hidden, tokens, normalizer, grad)), strict=True)
         for number, (h, t, z, g) in enumerate(parts):
             total = torch.zeros(h.shape, dtype=wide, device=h.device)
             for a, logits in ctx.head.pieces(h):
@@ -173,7 +173,7 @@ def _within(tokens: Tensor, a: int, piece: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _score(head: Head, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability and entropy of some rows, and the normaliser log(sum(exp(logits))). Three (N,)."""
+    """Log-probability and entropy of some rows, and the normalizer log(sum(exp(logits))). Three (N,)."""
     tops, others, masses, products = [], [], [], []
     chosen = torch.zeros((), device=hidden.device)
     for a, logits in head.pieces(hidden):

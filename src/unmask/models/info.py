@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -43,7 +43,7 @@ class InfoArguments(ModelSource):
             raise UserError(f"max_new_tokens is {self.max_new_tokens}: choose lengths of 1 or more")
         if self.trust_remote_code or self.load_in_4bit:
             raise UserError(
-                "info reads a checkpoint's shape, which foreign code and quantised weights do not show: leave them out"
+                "info reads a checkpoint's shape, which foreign code and quantized weights do not show: leave them out"
             )
         if not self.weights and self.adapter is not None:
             raise UserError(f"--no-weights reads no adapter: leave --adapter {self.adapter} out")
@@ -75,31 +75,23 @@ def memory(lm: MaskedLM, a: InfoArguments) -> list[tuple[str, int, MemoryEstimat
 
     from unmask.models.memory import Workload, decoding_memory, training_memory
 
-    cuda = not a.weights or lm.device.type != "cpu"
+    cuda, dtype = not a.weights or lm.device.type != "cpu", lm.model.dtype
     rows = []
     for length in a.max_new_tokens:
-        work = Workload(lm.model.dtype, a.batch_size, a.prompt, length, cuda=cuda)
+        work = Workload(dtype, a.batch_size, a.prompt, length, cuda=cuda)
         rows.append((f"decode, {a.batch_size} rows", length, decoding_memory(lm, work)))
-        for label, dtype, lora in ((f"LoRA r={a.lora_r}", lm.model.dtype, a.lora_r), ("all weights", torch.float32, 0)):
-            for suffix, checkpointing in (("", False), (", checkpointing", True)):
-                work = Workload(
-                    dtype,
-                    a.rows_per_forward,
-                    a.prompt,
-                    length,
-                    lora=lora,
-                    checkpointing=checkpointing,
-                    reference=True,
-                    cuda=cuda,
-                )
-                rows.append((f"rl {label}{suffix}", length, training_memory(lm, work)))
+        work = Workload(dtype, a.rows_per_forward, a.prompt, length, reference=True, cuda=cuda)
+        for label, kind, lora in ((f"LoRA r={a.lora_r}", dtype, a.lora_r), ("all weights", torch.float32, 0)):
+            for suffix, again in (("", False), (", checkpointing", True)):
+                one = replace(work, dtype=kind, lora=lora, checkpointing=again)
+                rows.append((f"rl {label}{suffix}", length, training_memory(lm, one)))
     return rows
 
 
 def command(arguments: list[str]) -> None:
     """``unmask info``. Raises UserError as ``load`` does."""
     a = read_flags(InfoArguments, arguments, prog="unmask info")
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from unmask.models.load import load_meta
     from unmask.models.memory import GIB
@@ -119,10 +111,7 @@ def command(arguments: list[str]) -> None:
     )
     estimates = memory(lm, a)
     parts = [k for k in asdict(estimates[0][2]) if k != "views"]  # token ids, too few to show
-    table = Table(box=None)
-    table.add_column("")
-    for name in ("L", "total", *parts):
-        table.add_column(name, justify="right")
+    table = Table("", *(Column(name, justify="right") for name in ("L", "total", *parts)), box=None)
     for what, length, estimate in estimates:
         cells = [f"{getattr(estimate, k) / GIB:.2f}" if getattr(estimate, k) else "" for k in parts]
         table.add_row(what, str(length), f"{estimate.total / GIB:.2f}", *cells)

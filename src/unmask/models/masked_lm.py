@@ -59,8 +59,7 @@ class MaskedLM:
             found = getattr(tokenizer, field)
             return found if found is not None else getattr(config, field, None)
 
-        masks = {tokenizer.mask_token_id, getattr(config, "mask_token_id", None)} - {None}
-        if len(masks) == 2:
+        if len({tokenizer.mask_token_id, getattr(config, "mask_token_id", None)} - {None}) == 2:
             raise UserError(
                 f"{name} is refused: its tokenizer's mask token is {tokenizer.mask_token_id}, its config.json says "
                 f"{config.mask_token_id}: set both alike"
@@ -139,8 +138,6 @@ class MaskedLM:
 
         return generate(self, prompts, decoder, **options)
 
-    # ---- text in and out -------------------------------------------------------------------------------------------
-
     def chat(self, user: str, prefill: str = "", examples: Sequence[tuple[str, str]] = ()) -> str:
         """The prompt text for one user turn, ending where the assistant's text (after ``prefill``) begins.
 
@@ -155,14 +152,9 @@ class MaskedLM:
         return read_typed(self.render(messages) + prefill)
 
     def render(self, messages: list[dict[str, str]], answer: bool = True, unfinished: bool = False) -> str:
-        """Messages as the chat template writes them.
+        """Messages as the chat template writes them; UserError where it cannot.
 
-        Args:
-            answer: go on to where the assistant's next turn begins.
-            unfinished: end inside the last message instead of behind it.
-
-        Raises:
-            UserError: where the template cannot be used for them.
+        ``answer``: go on to where the assistant's next turn begins; ``unfinished``: end inside the last message.
         """
         # enable_thinking is Qwen3's: without it, its template asks for another format. Other templates pass it over.
         how: dict[str, Any] = {"add_generation_prompt": answer, "continue_final_message": unfinished}
@@ -198,8 +190,7 @@ class MaskedLM:
             ids (B, P) int64 and the padding mask (B, P) bool (False = padding), on the model's device.
 
         Raises:
-            UserError: for an empty prompt, one that is not Unicode text, one that holds the mask token, or one longer than the
-                context allows.
+            UserError: for a prompt that is empty, no Unicode text, too long, or holds the mask token.
         """
         rows = [self.tokens(prompt) for prompt in prompts]
         for text, row in zip(prompts, rows, strict=True):
@@ -231,8 +222,6 @@ class MaskedLM:
         ends = torch.isin(tokens, torch.tensor(self.end_ids, device=tokens.device))
         return torch.where(ends.any(1), ends.int().argmax(1), tokens.shape[1])
 
-    # ---- the self-test ---------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def self_test(self) -> dict[str, float]:
         """Check on short rows that the checkpoint is a usable bidirectional model, in its own dtype.
@@ -243,8 +232,7 @@ class MaskedLM:
             change at one end of a row when the other end's token changes, in the same unit).
 
         Raises:
-            UserError: one sentence, if padding shows, a side is not seen, something is not finite, or the mask id lies
-                outside the vocabulary.
+            UserError: if padding shows, a side is not seen, something is not finite, or the mask id is no token's.
         """
         vocabulary = len(self.model.get_input_embeddings().weight)  # type: ignore[arg-type]
         if not 0 <= self.mask_id < vocabulary:
@@ -271,20 +259,19 @@ class MaskedLM:
             "left": float((plain - left)[-1].abs().max()) / scale,
             "right": float((plain - right)[0].abs().max()) / scale,
         }
-        finite = all(t.isfinite().all() for t in (plain, padded, left, right))
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.1
-        for wrong, says in (
-            (not finite, "its logits are not finite (weights or rotary tables are broken)"),
-            (
-                found["padding"] > tolerance,
-                f"left padding changes its logits by {found['padding']:.2g} standard deviations (at most {tolerance:g}), so "
-                "batches of different prompts would be wrong",
-            ),
-            (found["left"] == 0.0, "it does not see tokens to the left, so it is not bidirectional"),
-            (found["right"] == 0.0, "it does not see tokens to the right, so it is not bidirectional"),
-        ):
-            if wrong:
-                raise UserError(f"{self.name} is refused: {says}")
+        if not all(t.isfinite().all() for t in (plain, padded, left, right)):
+            raise UserError(f"{self.name} is refused: its logits are not finite (weights or rotary tables are broken)")
+        if found["padding"] > tolerance:
+            raise UserError(
+                f"{self.name} is refused: left padding changes its logits by {found['padding']:.2g} standard deviations (at "
+                f"most {tolerance:g}), so batches of different prompts would be wrong"
+            )
+        for side in ("left", "right"):
+            if found[side] == 0.0:
+                raise UserError(
+                    f"{self.name} is refused: it does not see tokens to the {side}, so it is not bidirectional"
+                )
         return found
 
     def info(self) -> dict[str, Any]:

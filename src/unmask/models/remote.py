@@ -53,9 +53,8 @@ def load(folder: Path, config: dict[str, Any], settings: dict[str, Any]) -> Remo
     if kind is None:
         raise UserError(f"{folder} names none of {', '.join(_CLASSES)} in its auto_map: its code cannot be used")
     try:
-        inner = getattr(transformers, kind).from_pretrained(
-            folder, trust_remote_code=True, local_files_only=True, **settings
-        )
+        how = {**settings, "trust_remote_code": True, "local_files_only": True}
+        inner = getattr(transformers, kind).from_pretrained(folder, **how)
     except Exception as error:  # foreign code may raise anything
         raise UserError(f"the own code of {folder} fails: {type(error).__name__}: {error}") from error
     return RemoteLM(inner)

@@ -40,18 +40,14 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def new_model(shape: dict[str, Any], seed: int) -> tuple[LLaDAModelLM, PreTrainedTokenizerFast]:
-    """A randomly initialised model (float32) and its tokenizer; ``shape`` holds LLaDAConfig fields.
+    """A randomly initialized model (float32) and its tokenizer; ``shape`` holds LLaDAConfig fields.
 
     Raises:
         UserError: for an unknown field or an impossible shape.
     """
     tokenizer = character_tokenizer()
-    ids = {
-        "vocab_size": len(tokenizer),
-        "mask_token_id": tokenizer.mask_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    ids: dict[str, Any] = {name: getattr(tokenizer, name) for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
+    ids["vocab_size"] = len(tokenizer)
     fields = set(LLaDAConfig.__annotations__) - {"embedding_size", *ids}
     for key in shape:
         if key not in fields:

@@ -26,7 +26,7 @@ class ModelSource:
     device_map: str | None = None
     """``auto`` or ``balanced`` spreads one model over several GPUs (and the CPU), instead of ``device``."""
     load_in_4bit: bool = False
-    """Quantise the matrices of the blocks to 4 bits (NF4; needs bitsandbytes)."""
+    """Quantize the matrices of the blocks to 4 bits (NF4; needs bitsandbytes)."""
     trust_remote_code: bool = False
     """Run the Python files of a checkpoint whose family is unknown here, if the self-test passes. They can do anything."""
 

@@ -14,8 +14,8 @@ from unmask.study.config import StudyConfig
 def command(arguments: list[str]) -> None:
     """``unmask study CONFIG``."""
     about = (
-        "A grid of trainings and evaluations, resumable. Only in the file: evaluate, tables of unmask eval settings and decoder"
-        " fields (at least one); train, tables of unmask rl settings; tables, for reading. A list makes one run of each value."
+        "A grid of trainings and evaluations, resumable. evaluate holds tables of unmask eval settings and decoder fields (at "
+        "least one), train tables of unmask rl settings, tables what to show; a list makes one run of each value."
     )
     config = command_config(StudyConfig, arguments, "unmask study", about)
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn

@@ -101,7 +101,7 @@ class SFTConfig(RunConfig):
     data: str | None = None
     """Chat data instead of tasks: a hub data set, or a .json, .jsonl or .parquet file or folder, with the columns messages,
     prompt + completion, or those of s1K."""
-    new_model: dict[str, Any] | None = None
+    new_model: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
     """Start from random weights instead of a model: LLaDAConfig fields (``d_model``, ``n_layers``, …)."""
     problems: list[int] = field(default_factory=lambda: [20_000])
     """Training problems: one number for every task, or one for each. A smaller set is repeated to give equal shares."""

@@ -40,6 +40,6 @@ def top_candidates_per_step(lm: MaskedLM, trajectory: Trajectory, count: int) ->
 
     One forward pass a step (two with guidance), each of the whole row, also where a cache decoded.
     """
-    each = score_each_state(lm, trajectory, lambda head, hidden, _: likeliest(head, hidden, count), masked=True)
+    each = score_each_state(lm, trajectory, lambda head, hidden, tokens: likeliest(head, hidden, count), masked=True)
     for _, _, (tokens, probs) in each:
         yield tokens.cpu(), probs.cpu()

@@ -39,7 +39,7 @@ class Job:
     """One decode to make.
 
     Attributes:
-        randomness: ``generator`` or ``seeds``, as ``decode`` takes them.
+        randomness: ``seeds``, as ``decode`` takes them.
         solved: what is known of a text. recorded: the completion that is to come out again.
     """
 
@@ -60,7 +60,7 @@ def from_flags(a: ViewArguments) -> Plan:
 
     def plan(lm: MaskedLM) -> tuple[str, list[Job]]:
         if a.task is None:
-            jobs = [Job(d, a.early_stop, {"generator": torch.Generator().manual_seed(a.seed)}) for d in decoders]
+            jobs = [Job(d, a.early_stop, {"seeds": torch.Generator().manual_seed(a.seed)}) for d in decoders]
             return lm.chat(a.prompt[0], a.prefill), jobs
         task = make_task(a.task, lm.task_defaults)
         problems = task.problems("test", a.index + 1, a.seed)
