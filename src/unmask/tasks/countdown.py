@@ -84,9 +84,8 @@ class Countdown(Task):
         """The expression that a completion marks as its answer, as plain arithmetic; all of it where nothing is marked."""
         if self.extraction == "published":
             return released.expression(completion)
-        text = answers.cut_at_end(completion)
-        marked = answers.final(text, numeric=True)
-        return answers.expression(text if marked is None else marked[0])
+        marked = answers.final(completion, numeric=True)
+        return answers.expression(marked[0] if marked else answers.cut_at_end(completion))
 
     def grade(self, problem: Problem, completion: str) -> Grade:
         """By default exactly; ``published`` as the released code computes, within 1e-5."""

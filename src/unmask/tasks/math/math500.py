@@ -86,7 +86,7 @@ def _boxed_format(text: str) -> float:
 
 def extract(completion: str) -> str | None:
     """The answer as written: what the box holds, or of tags without a box the last formula between dollars, if any."""
-    marked = answers.final(answers.cut_at_end(completion))
+    marked = answers.final(completion)
     if marked is None:
         return None
     text, box = marked
