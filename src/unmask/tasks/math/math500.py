@@ -40,10 +40,9 @@ class MATH500(HubMathTask):
         solution = row.get("solution")
         answer = row.get("answer", row.get("ground_truth_answer"))
         if answer is None:
-            marked = answers.final(solution or "")
-            if marked is None:
-                raise ValueError("no answer, and no box in the solution")
-            answer = marked[0]
+            answer = (answers.final(solution or "") or [None])[0]
+        if answer is None:
+            raise ValueError("no answer, and no box in the solution")
         return self.make_problem(row["problem"] if "problem" in row else row["question"], str(answer), solution)
 
     def completion_truth(self, row: dict[str, Any]) -> Problem:
