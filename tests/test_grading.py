@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from test_answers import FORM, GRID, TAGS, solved
+from test_answers import FORM, GRID, PUZZLE, TAGS, solved
 from unmask import UserError, make_task
 from unmask.rl.config import DiffusionGRPOConfig
 from unmask.rl.dry_run import dry_run
@@ -111,8 +111,11 @@ HOSTILE = [
     "10^{10^{10}}", "9^{99999}", "((99)!)!", "99999!", "\\binom{99999999}{49999999}", "(" * 10**5, "{" * 10**5,
     "\\sqrt{" * 200 + "2" + "}" * 200, "\\frac{1}{" * 2000, "\\boxed{" * 10**4, "\\(" * 10**4, "$" * 10**4, "1,234," * 10**4,
     "\\operatorname{eye}(99999999)", "\\frac{d}{d\\exit}", "\\sum_{i=1}^{10^9} i", "__import__('os').system('true')",
-    "\\frac{1}{0}", "\ud800", "\x00", "٤",
+    "\\frac{1}{0}", "\ud800", "\x00", "٤", "9**9**9", "(" * 90 + "1" + ")" * 90, "٣+٨*٥", "1²+3", "8*3+5" + "+0" * 50_000,
+    "8//0+3+5", "8/0+3*5", "1e9+8+3+5", "8" * 5000, "\\boxed{" * 30_000 + "}" * 30_000, "<answer>" * 25_000, "9*3+5=" * 30_000,
+    "0x8*3+5", "8_0*3+5", "lambda: 29", "",
 ]
+GRADED = {"gsm8k": "17", "math500": "17", "countdown": [[8, 3, 5], 29], "sudoku": GRID}
 READABLE = [
     "\\frac{1}{2}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "2^{10}", "x^{2y}", "10!", "\\text{dx}", "\\cdot",
 ]
@@ -125,11 +128,12 @@ NOT_READABLE = [
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda t: t[:14].encode("unicode_escape", "replace").decode())
 def test_hostile_answers_are_wrong_and_fast(text: str) -> None:
     assert same("x+3", "3+x")  # the helper runs
-    for spec in ("gsm8k", "gsm8k:extraction=published", "math500", "math500:extraction=published"):
-        for completion in (text, TAGS.format(text), FORM.format(f"\\boxed{{{text}}}")):
-            start = time.perf_counter()
-            assert not solved(spec, completion, "3")
-            assert time.perf_counter() - start < 2  # half of it for a machine at work
+    for task, truth in GRADED.items():
+        for spec in (task, f"{task}:extraction=published"):
+            for completion in (text, TAGS.format(text), FORM.format(f"\\boxed{{{text}}}")):
+                start = time.perf_counter()
+                assert not solved(spec, completion, truth, PUZZLE)
+                assert time.perf_counter() - start < 2  # half of it for a machine at work
     assert same("x+4", "4+x")  # and it still does
 
 

@@ -28,20 +28,9 @@ REFUSED = {
     "puzzle24": EXECUTES,
     "simple_integration": EXECUTES,
 }
-SLOW = {
-    "arc_agi",
-    "codeio",
-    "figlet_font",
-    "group_anagrams",
-    "knight_swap",
-    "quantum_lock",
-}  # half a second or more each
-EVALUATES = {
-    "binary_matrix",
-    "n_queens",
-    "spiral_matrix",
-    "string_insertion",
-}  # pass an answer that is no match to eval
+# Half a second or more each; and those that pass an answer that is no match to eval.
+SLOW = {"arc_agi", "codeio", "figlet_font", "group_anagrams", "knight_swap", "quantum_lock"}
+EVALUATES = {"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -56,11 +45,8 @@ def test_every_other_data_set_is_accepted_and_executes_nothing(tmp_path: Path) -
     assert names > EVALUATES
     for name in sorted(names):
         task = make_task(f"reasoning_gym:{name}", {})
-        for code in (
-            f"__import__('os').system('touch {made}')",
-            f"open({str(made)!r}, 'w')",
-            f"[open({str(made)!r}, 'w')]",
-        ):
+        opens = f"open({str(made)!r}, 'w')"
+        for code in (f"__import__('os').system('touch {made}')", opens, f"[{opens}]"):
             assert task.ask("score", 0, 0, code) < 0.5, (name, code)
     assert not made.exists()
 

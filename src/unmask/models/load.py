@@ -35,8 +35,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Block diffusion and mixtures of experts (SDAR and TraDo, LLaDA2, LLaDA-MoE, Fast-dLLM v2, Stable-DiffCoder, BD3LM, Nemotron).
 _NOT_YET = re.compile(r"sdar|trado|llada_?-?(?:2|moe)|fast_?-?dllm|stable_?-?diff_?coder|bd3lm|nemotron", re.IGNORECASE)
 HUB_FILES = ("*.json", "*.jinja", "merges.txt", "*.model")  # what describes a model, without its weights
-_MISTAKES = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-_LOADING = (*_MISTAKES, AssertionError, SafetensorError, StrictDataclassError)  # the last: of configurations
+_LOADING = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+_LOADING += (SafetensorError, StrictDataclassError)  # the last: of configurations
 
 
 def load(
@@ -68,10 +68,8 @@ def load(
     if own and adapter is not None:
         raise UserError(f"{name} is an adapter itself: name its base model in --model, or leave --adapter out")
     lm = _load_checkpoint(str(folder) if own else name, folder, settings, trust_remote_code)
-    for part in own:
-        lm = _merge(lm, part, name)
-    for part in extra:
-        lm = _merge(lm, part, f"{name} + {adapter}")
+    for part in [*own, *extra]:
+        lm = _merge(lm, part, name if own else f"{name} + {adapter}")
     return lm
 
 
@@ -82,9 +80,9 @@ def _resolve_adapters(folder: Path) -> tuple[Path, list[Path]]:
         base = read_json(folder / "adapter_config.json", dict, "fetch it again").get("base_model_name_or_path")
         named = bool(base) and isinstance(base, str)
         if not named or folder.resolve() in adapters:
+            fault = "is its own" if named else "names no"
             raise UserError(
-                f"the adapter {folder} {'is its own' if named else 'names no'} base model: set base_model_name_or_path in its "
-                "adapter_config.json"
+                f"the adapter {folder} {fault} base model: set base_model_name_or_path in adapter_config.json"
             )
         adapters.insert(0, folder.resolve())
         folder = find_folder(base)
@@ -169,13 +167,8 @@ def load_meta(name: str, dtype: str = "auto", revision: str | None = None) -> Ma
 
 def meta_model(kind: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> Any:
     """A model without data, on the meta device."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            return kind(config)
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device("meta"):
+        return kind._from_config(config, dtype=dtype)
 
 
 def _family(config: dict[str, Any], trust_remote_code: bool) -> type[PreTrainedModel] | None:
@@ -220,11 +213,9 @@ def find_folder(
     if folder.exists():
         raise UserError(f"{name} is a file: choose {instead}")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        shipped = "" if adapter else f"{', '.join(SHIPPED)}, "
-        raise UserError(
-            f"unknown {'adapter' if adapter else 'model'} {name!r}: choose {shipped}{instead}, or a hub name like "
-            "GSAI-ML/LLaDA-8B-Instruct"
-        )
+        kind, shipped = ("adapter", "") if adapter else ("model", f"{', '.join(SHIPPED)}, ")
+        hub = "a hub name like GSAI-ML/LLaDA-8B-Instruct"
+        raise UserError(f"unknown {kind} {name!r}: choose {shipped}{instead}, or {hub}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -240,10 +231,8 @@ def _placement(name: str, device: str, device_map: Any, load_in_4bit: bool) -> d
     """Keyword arguments of ``from_pretrained`` that say where the weights go and how."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if device_map is not None and world > 1:
-        raise UserError(
-            f"device_map={device_map} spreads one model over all devices, but {world} processes each have one: start a single "
-            "process, or leave it out"
-        )
+        fix = "start a single process, or leave it out"
+        raise UserError(f"device_map={device_map} spreads one model over the devices of {world} processes: {fix}")
     if device_map is not None and device != "auto":
         raise UserError(f"device={device} and device_map={device_map} contradict each other: set one of them")
     if device == "auto":
@@ -275,10 +264,8 @@ def _load_family(
     """A model of a known family; refused by name where its files hold other keys or shapes."""
     architecture = next(iter(config.get("architectures") or [kind.__name__]))
     if architecture != kind.__name__ and kind not in bidirectional.UNDER_PARENTS_NAME:
-        raise UserError(
-            f"{name} is refused: its architecture {architecture} is not {kind.__name__}, the one implemented for "
-            f"{config['model_type']}"
-        )
+        known = f"{kind.__name__}, the one implemented for {config['model_type']}"
+        raise UserError(f"{name} is refused: its architecture {architecture} is not {known}")
     loaded: Any = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True, **settings)
     model, report = loaded
     vars(model.config).pop("auto_map", None)  # names Python files that are neither needed nor saved with the model

@@ -47,6 +47,8 @@ class Grade:
 
 Judge = Callable[[Problem, str], float]
 """What a completion of a problem earns."""
+Reward = Callable[..., "list[float | None]"]
+"""A reward function in TRL's signature."""
 TASKS: Registry[type[Task]] = Registry("task")
 """Tasks by name. ``@TASKS.register("name")`` adds a subclass of ``Task``."""
 
