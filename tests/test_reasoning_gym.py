@@ -77,7 +77,7 @@ def test_an_answer_that_takes_forever_is_wrong_and_the_next_one_is_graded(name: 
     problem = task.problems("test", 1)[0]
     start = time.perf_counter()
     assert task.grade(problem, f"<answer>{answer}</answer>").points == 0.0
-    assert time.perf_counter() - start < 3  # a half, and a machine at work
+    assert time.perf_counter() - start < 10  # a half, and a machine at work
     assert task.grade(problem, "<answer>R</answer>").points < 0.5
     right = reasoning_gym.create_dataset("leg_counting", seed=0, size=1)[0]["answer"]
     assert make_task("reasoning_gym:leg_counting", {}).ask("score", 0, 0, right) == 1.0

@@ -35,8 +35,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Block diffusion and mixtures of experts (SDAR and TraDo, LLaDA2, LLaDA-MoE, Fast-dLLM v2, Stable-DiffCoder, BD3LM, Nemotron).
 _NOT_YET = re.compile(r"sdar|trado|llada_?-?(?:2|moe)|fast_?-?dllm|stable_?-?diff_?coder|bd3lm|nemotron", re.IGNORECASE)
 HUB_FILES = ("*.json", "*.jinja", "merges.txt", "*.model")  # what describes a model, without its weights
-_LOADING = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-_LOADING += (SafetensorError, StrictDataclassError)  # the last: of configurations
+_LOADING: tuple[type[Exception], ...] = (SafetensorError, StrictDataclassError)  # the last: of configurations
+_LOADING += (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
 def load(

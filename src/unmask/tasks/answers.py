@@ -97,7 +97,7 @@ def final(text: str, numeric: bool = False) -> tuple[str, bool] | None:
         found.append((line, marked[0], False))  # its label is dropped where the answer is read
     if not found:
         return None
-    _, content, in_box = max(found)
+    _, content, in_box = max(found, key=lambda f: f[0])  # the box, where tags begin in it
     return content.strip(), in_box
 
 
