@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unmask import make_task
-from unmask.tasks import released
 from unmask.tasks.answers import final
-from unmask.tasks.math.math500 import extract, same
+from unmask.tasks.math.math500 import same
 from unmask.tasks.notation import plain
 from unmask.tasks.quantities import number
 
@@ -266,7 +265,9 @@ def test_the_cells_of_a_grid_however_it_is_set() -> None:
         assert not solved("sudoku", TAGS.format(answer.replace("3", "1").replace("３", "1")), GRID, PUZZLE)
 
 
-@pytest.mark.parametrize("piece", ["\\boxed{", "<answer>", "####", "1,", "=", "½", " ", "</reasoning><answer>"])
+@pytest.mark.parametrize(
+    "piece", ["\\boxed{", "<answer>", "####", "1,", "=", "½", " ", "\\frac1{", "$\\(", "</reasoning><answer>"]
+)
 @pytest.mark.parametrize("task", ["gsm8k", "math500", "countdown", "sudoku"])
 def test_a_text_of_200_000_characters_takes_a_second_at_most(task: str, piece: str) -> None:
     text = (piece * 200_000)[:200_000]
@@ -291,24 +292,9 @@ PIECES = [
 # fmt: on
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.one_of(st.text(max_size=60), st.lists(st.sampled_from(PIECES), max_size=40).map("".join)))
 def test_reading_never_raises(text: str) -> None:
-    extract(text)
     for completion in (text, FORM.format(text), FORM.format(f"\\boxed{{{text}}}")):
         for spec in ("gsm8k", "gsm8k:extraction=published", "math500:extraction=published"):
             solved(spec, completion, "3")
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=4).map("".join))
-def test_reading_costs_linear_time(piece: str) -> None:
-    text = (piece * 20_000)[:20_000]
-    times = []
-    for _ in range(3):
-        start = time.process_time()
-        for reader in (final, number, released.number, released.latex, extract):
-            reader(text)
-        released.same_latex(text, "1")
-        times.append(time.process_time() - start)
-    assert min(times) < 0.25

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +104,10 @@ def test_four_bits(folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.
 
 def test_what_is_fetched_without_weights_is_enough(folders: dict[str, str], tmp_path: Path) -> None:
     for name, folder in folders.items():
-        there = tmp_path / name
-        there.mkdir()
-        for pattern in HUB_FILES:
-            for file in Path(folder).glob(pattern):
-                shutil.copy(file, there)
-        assert load_meta(str(there)).info()["mask_id"] == load(folder).mask_id
+        (tmp_path / name).mkdir()
+        for file in [f for pattern in HUB_FILES for f in Path(folder).glob(pattern)]:
+            shutil.copy(file, tmp_path / name)
+        assert load_meta(str(tmp_path / name)).info()["mask_id"] == load(folder).mask_id
 
 
 # ---- what is refused -----------------------------------------------------------------------------------------------
@@ -122,10 +121,6 @@ def changed(file: str, **changes: Any) -> Callable[[Path], None]:
         (folder / file).write_text(json.dumps({k: v for k, v in values.items() if v is not ...}))
 
     return change
-
-
-def config(**changes: Any) -> Callable[[Path], None]:
-    return changed("config.json", **changes)
 
 
 def written(file: str, text: str | None) -> Callable[[Path], None]:
@@ -143,9 +138,8 @@ def last_norm(change: Callable[[dict[str, Any], str], None]) -> Callable[[Path],
         tensors = load_file(shard)
         change(tensors, key)
         save_file(tensors, shard, metadata={"format": "pt"})
-        index["weight_map"] = {k: v for k, v in index["weight_map"].items() if k != key} | dict.fromkeys(
-            tensors, shard.name
-        )
+        others = {k: v for k, v in index["weight_map"].items() if k != key}
+        index["weight_map"] = others | dict.fromkeys(tensors, shard.name)
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
     return rewrite
@@ -164,6 +158,7 @@ def truncated(folder: Path) -> None:
 
 renamed = last_norm(lambda tensors, key: tensors.update({"model.strange.weight": tensors.pop(key)}))
 broken = last_norm(lambda tensors, key: tensors.update({key: tensors[key] * torch.nan}))
+config = partial(changed, "config.json")
 no_mask = [
     config(model_type="qwen3", architectures=["Qwen3ForCausalLM"]),
     changed("tokenizer_config.json", mask_token=...),
@@ -174,9 +169,9 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("llada", config(mlp_hidden_size=48), "cannot load|mismatched keys"),
     ("dream", config(intermediate_size=48), "cannot load|mismatched keys"),
     ("dream", pickled, r"no \.safetensors"),
-    ("llada", truncated, r"00001-of-0000\d\.safetensors is damaged"),
-    ("qwen3-a2d", lambda f: min(f.glob("*.safetensors")).unlink(), "lacks model-00001-of"),
-    ("llada", written("model.safetensors.index.json", "{}"), "lacks 'weight_map'"),
+    ("llada", truncated, "cannot load"),
+    ("qwen3-a2d", lambda f: min(f.glob("*.safetensors")).unlink(), "cannot load"),
+    ("llada", written("model.safetensors.index.json", "{}"), "cannot load"),
     ("llada", written("config.json", "[1]"), r"config\.json is damaged .*not an object"),
     ("llada", config(model_type="gpt2"), "unknown model family 'gpt2'"),
     ("llada", config(architectures=["AnotherLM"]), "architecture AnotherLM is not LLaDAModelLM"),
@@ -210,7 +205,7 @@ def test_names_and_templates(folders: dict[str, str], tmp_path: Path, monkeypatc
     with pytest.raises(UserError, match="contradict each other"):
         load(folders["llada"], device="cpu", device_map="auto")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="2 processes each have"):
+    with pytest.raises(UserError, match="the devices of 2 processes"):
         load(folders["llada"], device_map="auto")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
@@ -227,14 +222,11 @@ TO_COME |= {"Fast_dLLM_Qwen": "Fast_dLLM_QwenForCausalLM", "llama": "StableDiffc
 TO_COME |= {"a2d-qwen3-bd3lm": "A2DQwen3BD3LMHeadModel", "nemotron_labs_diffusion": "NemotronLabsDiffusionModel"}
 
 
-@pytest.mark.parametrize(("family", "architecture"), TO_COME.items())
-def test_families_to_come_are_named(tmp_path: Path, family: str, architecture: str) -> None:
-    says = f"{family} / {architecture} is not supported yet.*choose a checkpoint of llada"
-    for more in ({}, {"auto_map": {"AutoModel": "modeling.Model"}}):
-        (tmp_path / "config.json").write_text(
-            json.dumps({"model_type": family, "architectures": [architecture], **more})
-        )
-        with pytest.raises(UserError, match=says):
+def test_families_to_come_are_named(tmp_path: Path) -> None:
+    for family, architecture in TO_COME.items():
+        settings = {"model_type": family, "architectures": [architecture], "auto_map": {"AutoModel": "modeling.Model"}}
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        with pytest.raises(UserError, match=f"{family} / {architecture} is not supported yet.*choose a checkpoint of"):
             load(str(tmp_path))
 
 
@@ -321,11 +313,7 @@ def test_foreign_code_runs_only_when_asked_and_only_if_sound(folders: dict[str, 
     assert torch.equal(found[:, keep], lm.model(ids, mask).logits.flatten(0, 1)[flat][:, keep])
     with pytest.raises(UserError, match="no cache of windows"):
         decode(lm, ids, mask, make_decoder("semi-ar:block_length=4,cache=dual", max_new_tokens=8))
-    faults = {
-        "x.mean(1, keepdim=True)": "left padding changes",
-        "0 * around": "does not see",
-        "nothing": "own code fails: NameError",
-    }
+    faults = {"x.mean(1, keepdim=True)": "left padding changes", "0 * around": "does not see", "nothing": "NameError"}
     for number, (reach, message) in enumerate(faults.items()):
         with pytest.raises(UserError, match=message):
             load(str(foreign(tmp_path / str(number), folders["llada"], reach)), trust_remote_code=True)

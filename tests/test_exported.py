@@ -23,25 +23,16 @@ from unmask.rl.run import train as train_rl
 from unmask.training.config import SFTConfig
 from unmask.training.sft import train
 
-SMALL: dict[str, Any] = {
-    "max_steps": 2,
-    "per_device_train_batch_size": 2,
-    "eval_steps": 2,
-    "save_steps": 2,
-    "bf16": False,
-    "report_to": [],
-}
+SMALL: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 2, "eval_steps": 2, "save_steps": 2}
+SMALL |= {"bf16": False, "report_to": []}
 
 
 def write_qwen3(folder: Path) -> str:
     """A converted checkpoint that kept its parent's name, and names Python files that are not there."""
     write_qwen3_a2d(folder)
     config = json.loads((folder / "config.json").read_text())
-    config |= {
-        "model_type": "qwen3",
-        "architectures": ["Qwen3ForCausalLM"],
-        "auto_map": {"AutoModel": "modeling.Nothing"},
-    }
+    config |= {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+    config["auto_map"] = {"AutoModel": "modeling.Nothing"}
     (folder / "config.json").write_text(json.dumps(config))
     return str(folder)
 

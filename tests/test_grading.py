@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from test_answers import FORM, GRID, TAGS, solved
+from test_answers import FORM, GRID, PUZZLE, TAGS, solved
 from unmask import UserError, make_task
 from unmask.rl.config import DiffusionGRPOConfig
 from unmask.rl.dry_run import dry_run
@@ -111,8 +111,11 @@ HOSTILE = [
     "10^{10^{10}}", "9^{99999}", "((99)!)!", "99999!", "\\binom{99999999}{49999999}", "(" * 10**5, "{" * 10**5,
     "\\sqrt{" * 200 + "2" + "}" * 200, "\\frac{1}{" * 2000, "\\boxed{" * 10**4, "\\(" * 10**4, "$" * 10**4, "1,234," * 10**4,
     "\\operatorname{eye}(99999999)", "\\frac{d}{d\\exit}", "\\sum_{i=1}^{10^9} i", "__import__('os').system('true')",
-    "\\frac{1}{0}", "\ud800", "\x00", "٤",
+    "\\frac{1}{0}", "\ud800", "\x00", "٤", "9**9**9", "(" * 90 + "1" + ")" * 90, "٣+٨*٥", "1²+3", "8*3+5" + "+0" * 50_000,
+    "8//0+3+5", "8/0+3*5", "1e9+8+3+5", "8" * 5000, "\\boxed{" * 30_000 + "}" * 30_000, "<answer>" * 25_000, "9*3+5=" * 30_000,
+    "0x8*3+5", "8_0*3+5", "lambda: 29", "",
 ]
+GRADED = {"gsm8k": "17", "math500": "17", "countdown": [[8, 3, 5], 29], "sudoku": GRID}
 READABLE = [
     "\\frac{1}{2}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "2^{10}", "x^{2y}", "10!", "\\text{dx}", "\\cdot",
 ]
@@ -125,11 +128,12 @@ NOT_READABLE = [
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda t: t[:14].encode("unicode_escape", "replace").decode())
 def test_hostile_answers_are_wrong_and_fast(text: str) -> None:
     assert same("x+3", "3+x")  # the helper runs
-    for spec in ("gsm8k", "gsm8k:extraction=published", "math500", "math500:extraction=published"):
-        for completion in (text, TAGS.format(text), FORM.format(f"\\boxed{{{text}}}")):
-            start = time.perf_counter()
-            assert not solved(spec, completion, "3")
-            assert time.perf_counter() - start < 2  # half of it for a machine at work
+    for task, truth in GRADED.items():
+        for spec in (task, f"{task}:extraction=published"):
+            for completion in (text, TAGS.format(text), FORM.format(f"\\boxed{{{text}}}")):
+                start = time.perf_counter()
+                assert not solved(spec, completion, truth, PUZZLE)
+                assert time.perf_counter() - start < 2  # half of it for a machine at work
     assert same("x+4", "4+x")  # and it still does
 
 
@@ -139,11 +143,9 @@ def test_what_math_verify_gets() -> None:
 
 def test_what_came_late_is_different_and_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bounded, "WALL_SECONDS", 0.1)
-    start = time.perf_counter()
+    remembered, start = equivalence.HELPER.replies.cache_info().currsize, time.perf_counter()
     assert not equivalence.equivalent("x^{99}+y=2", "y+x^{98}=2")
-    assert time.perf_counter() - start < 20
-    monkeypatch.setattr(bounded.Helper, "ask", lambda *_: (_ for _ in ()).throw(TimeoutError))
-    assert not equivalence.equivalent("9", "8 + 1")
+    assert equivalence.HELPER.replies.cache_info().currsize == remembered and time.perf_counter() - start < 20
     monkeypatch.undo()
     assert equivalence.equivalent("9", "8 + 1")
 
@@ -171,7 +173,7 @@ def test_no_text_reaches_python() -> None:
     """In the helper sympy's evaluation of strings refuses, by whatever name it is called."""
     code = (
         "from unmask.tasks.math import equivalence\n"
-        "print(equivalence._comparison()('1', '1'))\n"
+        "print(equivalence.prepare()('1', '1'))\n"
         "import sympy, math_verify.parser as parser\n"
         "for read in (sympy.sympify, parser.parse_expr_cached, sympy.parse_expr):\n"
         "    try:\n        read('(1).__class__.__base__.__subclasses__()')\n"
@@ -182,7 +184,7 @@ def test_no_text_reaches_python() -> None:
 
 
 def test_the_helper_ends_with_its_program() -> None:
-    code = "from unmask.tasks.math import equivalence as e; print(e.equivalent('2', '1+1'), e._helper.process.pid)"
+    code = "from unmask.tasks.math import equivalence as e; print(e.equivalent('2', '1+1'), e.HELPER.process.pid)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     found, pid = done.stdout.split()
     assert found == "True"

@@ -18,14 +18,8 @@ from unmask.tasks import make_task
 from unmask.training.config import SFTConfig
 from unmask.training.sft import train
 
-SMALL: dict[str, Any] = {
-    "max_steps": 2,
-    "per_device_train_batch_size": 2,
-    "eval_steps": 2,
-    "save_steps": 1,
-    "bf16": False,
-    "report_to": [],
-}
+SMALL: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 2, "eval_steps": 2, "save_steps": 1}
+SMALL |= {"bf16": False, "report_to": []}
 RL = {"num_generations": 2, "max_completion_length": 4, "tasks": ["sudoku:style=compact"], "problems": 2}
 EVAL = ["--limit", "1", "--max-new-tokens", "8", "--task", "sudoku:style=compact", "--decoder", "~/ass.yaml"]
 
@@ -81,14 +75,9 @@ def test_evaluations_reports_and_studies(home: Path) -> None:
     task = make_task("gsm8k:template=~/prompt.txt,data=~/gsm8k.jsonl", {})
     assert task.data == str(home / "gsm8k.jsonl")
     assert make_decoder("~/ass.yaml").name == "ass" and make_decoder("~/ass.yaml:temperature=1").temperature == 1
-    assert (
-        build(SFTConfig, {"output_dir": "x", "tasks": ["a"], "model": "~/m", "max_steps": 1}, "x").model == f"{home}/m"
-    )
-    DiffusionGRPOConfig(output_dir="~/run", tasks=["sudoku"])
-    assert (
-        read_config(SFTConfig, write(home, base="~/base.yaml", output_dir="~/a", data="~/b", model="~/c")).data
-        == f"{home}/b"
-    )
-    assert (
-        train(SFTConfig(output_dir="~/api", data="~/chat.jsonl", model="~/model", **SMALL)) / "config.json"
-    ).is_file()
+    built = build(SFTConfig, {"output_dir": "x", "tasks": ["a"], "model": "~/m", "max_steps": 1}, "x")
+    read = read_config(SFTConfig, write(home, base="~/base.yaml", output_dir="~/a", data="~/b", model="~/c"))
+    assert (built.model, read.data) == (f"{home}/m", f"{home}/b")
+    assert DiffusionGRPOConfig(output_dir="~/run", tasks=["sudoku"]).output_dir == f"{home}/run"
+    final = train(SFTConfig(output_dir="~/api", data="~/chat.jsonl", model="~/model", **SMALL))
+    assert final.parent == home / "api"

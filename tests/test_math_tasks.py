@@ -169,46 +169,32 @@ def test_prompts(tmp_path: Path) -> None:
             make_task(f"math500:{spec}", {})
 
 
-def paid(spec: str, answer: str, completion: str) -> list[float]:
-    """Weight times value of every reward."""
+# fmt: off
+PAID = [  # template, truth, completion, what each reward pays
+    ("gsm8k:template=tags", "7", "\na\nb\n</reasoning>\n<answer>\n7\n</answer>", [2, 0.5, 0.5, 0.5, 0.5]),
+    ("gsm8k:template=tags", "7", "\na\n</reasoning>\n<answer>\n7\n</answer>\n<|eot_id|>x", [2, 0.5, 0.5, 0.5, 0.5]),
+    ("gsm8k:template=tags", "7", "\na\n</reasoning>\n<answer>\n8\n</answer>\n", [0, 0.5, 0.5, 0.5, 0.5]),
+    ("gsm8k:template=tags", "7", "\na\n</reasoning>\n<answer>\n$7\n</answer>\n", [2, 0, 0.5, 0.5, 0.5]),
+    ("gsm8k:template=tags", "7", "\na\n</reasoning>\n<answer>\n7\n</answer>\nmore", [2, 0.5, 0, 0.5, 0.496]),
+    ("gsm8k:template=tags", "7", "a</reasoning> <answer>7</answer>", [2, 0.5, 0, 0.5, 0]),
+    ("gsm8k:template=tags", "7", "a</reasoning> so <answer>7</answer>", [2, 0.5, 0, 0, 0]),
+    ("gsm8k:template=tags", "7", "\na\n</reasoning>\n<answer>\n7", [0, 0, 0, 0, 0.375]),
+    ("gsm8k:template=tags", "7", "\na\n</reasoning>\n</reasoning>\n<answer>\n7\n</answer>", [2, 0.5, 0.5, 0.5, 0.375]),
+    ("gsm8k:template=tags", "7", "", [0, 0, 0, 0, 0]),
+    ("math500", "\\frac{3}{2}", "a</reasoning><answer>\\boxed{1.5}</answer>", [2, 1]),
+    ("math500", "\\frac{3}{2}", "a</reasoning><answer>\\frac{3}{2}</answer>", [2, 0.75]),
+    ("math500", "\\frac{3}{2}", "\\boxed{3}</reasoning><answer>4</answer>", [0, 0.75]),
+    ("math500", "\\frac{3}{2}", "so \\boxed{\\frac32}", [2, 0.5]),
+    ("math500", "\\frac{3}{2}", "so 3/2", [0, 0.25]),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("spec", "answer", "completion", "paid"), PAID)
+def test_rewards_by_hand(spec: str, answer: str, completion: str, paid: list[float]) -> None:
     task: Any = make_task(spec, {})
     problem = task.make_problem("How many?", answer)
-    return [weight * judge(problem, completion) for judge, weight in task.rewards().values()]
-
-
-@pytest.mark.parametrize(
-    ("completion", "correct", "integer", "strict", "soft", "tags"),
-    [
-        ("\na\nb\n</reasoning>\n<answer>\n7\n</answer>", 2, 0.5, 0.5, 0.5, 0.5),
-        ("\na\n</reasoning>\n<answer>\n7\n</answer>\n<|eot_id|>x", 2, 0.5, 0.5, 0.5, 0.5),
-        ("\na\n</reasoning>\n<answer>\n8\n</answer>\n", 0, 0.5, 0.5, 0.5, 0.5),
-        ("\na\n</reasoning>\n<answer>\n$7\n</answer>\n", 2, 0, 0.5, 0.5, 0.5),
-        ("\na\n</reasoning>\n<answer>\n7\n</answer>\nmore", 2, 0.5, 0, 0.5, 0.496),
-        ("a</reasoning> <answer>7</answer>", 2, 0.5, 0, 0.5, 0),
-        ("a</reasoning> so <answer>7</answer>", 2, 0.5, 0, 0, 0),
-        ("\na\n</reasoning>\n<answer>\n7", 0, 0, 0, 0, 0.375),
-        ("\na\n</reasoning>\n</reasoning>\n<answer>\n7\n</answer>", 2, 0.5, 0.5, 0.5, 0.375),
-        ("", 0, 0, 0, 0, 0),
-    ],
-)
-def test_gsm8k_rewards_by_hand(
-    completion: str, correct: float, integer: float, strict: float, soft: float, tags: float
-) -> None:
-    assert paid("gsm8k:template=tags", "7", completion) == pytest.approx([correct, integer, strict, soft, tags])
-
-
-@pytest.mark.parametrize(
-    ("completion", "correct", "form"),
-    [
-        ("a</reasoning><answer>\\boxed{1.5}</answer>", 2, 1),
-        ("a</reasoning><answer>\\frac{3}{2}</answer>", 2, 0.75),
-        ("\\boxed{3}</reasoning><answer>4</answer>", 0, 0.75),
-        ("so \\boxed{\\frac32}", 2, 0.5),
-        ("so 3/2", 0, 0.25),
-    ],
-)
-def test_math_rewards_by_hand(completion: str, correct: float, form: float) -> None:
-    assert paid("math500", "\\frac{3}{2}", completion) == [correct, form]
+    assert [weight * judge(problem, completion) for judge, weight in task.rewards().values()] == pytest.approx(paid)
 
 
 def test_completions_made_elsewhere() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import permutations
@@ -148,30 +147,6 @@ def test_search_finds_an_answer_exactly_when_there_is_one(numbers: tuple[int, ..
             left, right = step.split("=")
             value = arithmetic(left)
             assert value is not None and value[0] == int(right)
-
-
-# fmt: off
-HOSTILE = [
-    "9**9**9", "(" * 200_000, "(" * 90 + "1" + ")" * 90, "٣+٨*٥", "1²+3", "__import__('os').system('true')",
-    "8*3+5" + "+0" * 50_000, "8//0+3+5", "8/0+3*5", "1e9+8+3+5", "8" * 5000, "\\boxed{" * 30_000,
-    "\\boxed{" * 30_000 + "}" * 30_000, "<answer>" * 25_000, "8*3+5=" * 30_000 + "29", "", "\x00", "0x8*3+5", "8_0*3+5",
-    "lambda: 29",
-]
-# fmt: on
-
-
-@pytest.mark.parametrize("text", HOSTILE, ids=lambda t: t[:12].encode("unicode_escape").decode())
-def test_hostile_countdown_answers_are_wrong_and_fast(text: str) -> None:
-    task = make_task("countdown", {})
-    problem = task.parse({"input": "8,3,5", "output": "29"})
-    for completion in (f"<answer>{text}</answer>", text):
-        for last in (False, False, True):
-            start = time.process_time()
-            graded = task.grade(problem, completion)
-            if time.process_time() - start < 1:  # of 200,000 characters, more than any canvas holds
-                break
-            assert not last
-        assert not graded.solved or text.startswith("8*3+5=")
 
 
 def test_arithmetic_is_exact() -> None:

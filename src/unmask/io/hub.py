@@ -46,25 +46,37 @@ def read_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         UserError: for a file without rows, or naming the first place that cannot be read.
     """
-    suffix = Path(path).suffix.lower()
-    text = "" if suffix == ".parquet" else read_text(path)
-    if suffix == ".parquet":
-        found = _numbered(_read_parquet(path), path)
-    elif suffix == ".csv":
-        found = _numbered(_read_csv(text, path), path)
-    elif text.lstrip().startswith("["):
-        found = _numbered(_parse(text, path), path)
-    else:
-        lines = ((f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), 1))
-        found = ((place, _parse(line, place)) for place, line in lines if line.strip())
-    empty = True
-    for place, row in found:
-        empty = False
+    place = ""
+    for place, row in _places(path):
         if not isinstance(row, dict):
             raise UserError(f"{place} is {row!r:.60}: write a JSON object there")
         yield place, row
-    if empty:
+    if not place:
         raise UserError(f"the data file {path} holds no rows: choose one that does")
+
+
+def _places(path: str) -> Iterator[tuple[str, Any]]:
+    try:
+        if path.lower().endswith(".parquet"):
+            from pyarrow.parquet import ParquetFile
+
+            with open(path, "rb") as file:  # a name would be searched for columns (a=1/x.parquet)
+                batches = ParquetFile(file).iter_batches()
+                yield from _numbered((row for batch in batches for row in batch.to_pylist()), path)
+            return
+        text = read_text(path)
+        if path.lower().endswith(".csv"):
+            yield from _numbered(csv.DictReader(text.splitlines()), path)
+            return
+    except UserError:
+        raise
+    except Exception as error:  # noqa: BLE001  (each reader raises its own)
+        raise _failure(f"cannot read the data file {path}", error, "repair it or fetch it again") from None
+    if text.lstrip().startswith("["):
+        yield from _numbered(_parse(text, path), path)
+    else:
+        lines = ((f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), 1))
+        yield from ((place, _parse(line, place)) for place, line in lines if line.strip())
 
 
 def _numbered(rows: Iterable[Any], source: str) -> Iterator[tuple[str, Any]]:
@@ -82,25 +94,6 @@ def _parse(text: str, place: str) -> Any:
     return value
 
 
-def _read_csv(text: str, path: str) -> Iterator[Any]:
-    try:
-        yield from csv.DictReader(text.splitlines())
-    except csv.Error as error:
-        raise _failure(f"cannot read the data file {path}", error, "repair it") from None
-
-
-def _read_parquet(path: str) -> Iterator[Any]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with open(path, "rb") as file:  # a name would be searched for columns (a=1/x.parquet)
-            for batch in parquet.ParquetFile(file).iter_batches():
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise _failure(f"cannot read the data file {path}", error, "repair it or download it again") from None
-
-
 def _split_files(folder: str, split: str, configuration: str | None, instead: str) -> list[str]:
     """The files of a split: those that the folder's README.md names, else those whose names tell it."""
     from datasets.data_files import DataFilesDict, get_data_patterns, sanitize_patterns
@@ -108,11 +101,10 @@ def _split_files(folder: str, split: str, configuration: str | None, instead: st
     from huggingface_hub import DatasetCard
 
     base = glob.escape(os.path.abspath(folder))
-    card = os.path.join(folder, "README.md")
+    card = Path(folder, "README.md")
     try:
-        configs = MetadataConfigs()
-        if os.path.isfile(card):
-            configs = MetadataConfigs.from_dataset_card_data(DatasetCard(read_text(card)).data)
+        text = read_text(card) if card.is_file() else ""
+        configs = MetadataConfigs.from_dataset_card_data(DatasetCard(text).data)
         chosen = configs.get(configuration or configs.get_default_config_name() or next(iter(configs), ""), {})
         patterns = sanitize_patterns(chosen["data_files"]) if "data_files" in chosen else get_data_patterns(base)
         wanted = {split: patterns[split]}

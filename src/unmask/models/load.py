@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer
 from transformers.utils import logging
 
@@ -35,8 +35,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 # Block diffusion and mixtures of experts (SDAR and TraDo, LLaDA2, LLaDA-MoE, Fast-dLLM v2, Stable-DiffCoder, BD3LM, Nemotron).
 _NOT_YET = re.compile(r"sdar|trado|llada_?-?(?:2|moe)|fast_?-?dllm|stable_?-?diff_?coder|bd3lm|nemotron", re.IGNORECASE)
 HUB_FILES = ("*.json", "*.jinja", "merges.txt", "*.model")  # what describes a model, without its weights
-_MISTAKES = (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-_LOADING = (*_MISTAKES, AssertionError, SafetensorError, StrictDataclassError)  # the last: of configurations
+_LOADING: tuple[type[Exception], ...] = (SafetensorError, StrictDataclassError)  # the last: of configurations
+_LOADING += (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
 def load(
@@ -68,10 +68,8 @@ def load(
     if own and adapter is not None:
         raise UserError(f"{name} is an adapter itself: name its base model in --model, or leave --adapter out")
     lm = _load_checkpoint(str(folder) if own else name, folder, settings, trust_remote_code)
-    for part in own:
-        lm = _merge(lm, part, name)
-    for part in extra:
-        lm = _merge(lm, part, f"{name} + {adapter}")
+    for part in [*own, *extra]:
+        lm = _merge(lm, part, name if own else f"{name} + {adapter}")
     return lm
 
 
@@ -82,9 +80,9 @@ def _resolve_adapters(folder: Path) -> tuple[Path, list[Path]]:
         base = read_json(folder / "adapter_config.json", dict, "fetch it again").get("base_model_name_or_path")
         named = bool(base) and isinstance(base, str)
         if not named or folder.resolve() in adapters:
+            fault = "is its own" if named else "names no"
             raise UserError(
-                f"the adapter {folder} {'is its own' if named else 'names no'} base model: set base_model_name_or_path in its "
-                "adapter_config.json"
+                f"the adapter {folder} {fault} base model: set base_model_name_or_path in adapter_config.json"
             )
         adapters.insert(0, folder.resolve())
         folder = find_folder(base)
@@ -95,7 +93,9 @@ def _load_checkpoint(name: str, folder: Path, settings: dict[str, Any], trust_re
     """A checkpoint that is no adapter. ``settings``: keyword arguments of ``from_pretrained``."""
     config = read_json(folder / "config.json", dict, "fetch it again")
     kind = _family(config, trust_remote_code)
-    weights = _weight_files(folder, name)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise UserError(f"{name} holds no .safetensors weights: fetch them, or convert the checkpoint to safetensors")
     try:
         with _quiet():  # what it would warn of is refused below, in one sentence
             if kind is None:
@@ -167,13 +167,8 @@ def load_meta(name: str, dtype: str = "auto", revision: str | None = None) -> Ma
 
 def meta_model(kind: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> Any:
     """A model without data, on the meta device."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            return kind(config)
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device("meta"):
+        return kind._from_config(config, dtype=dtype)
 
 
 def _family(config: dict[str, Any], trust_remote_code: bool) -> type[PreTrainedModel] | None:
@@ -218,11 +213,9 @@ def find_folder(
     if folder.exists():
         raise UserError(f"{name} is a file: choose {instead}")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        shipped = "" if adapter else f"{', '.join(SHIPPED)}, "
-        raise UserError(
-            f"unknown {'adapter' if adapter else 'model'} {name!r}: choose {shipped}{instead}, or a hub name like "
-            "GSAI-ML/LLaDA-8B-Instruct"
-        )
+        kind, shipped = ("adapter", "") if adapter else ("model", f"{', '.join(SHIPPED)}, ")
+        hub = "a hub name like GSAI-ML/LLaDA-8B-Instruct"
+        raise UserError(f"unknown {kind} {name!r}: choose {shipped}{instead}, or {hub}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
@@ -236,11 +229,9 @@ def find_folder(
 
 def _placement(name: str, device: str, device_map: Any, load_in_4bit: bool) -> dict[str, Any]:
     """Keyword arguments of ``from_pretrained`` that say where the weights go and how."""
-    if device_map is not None and world_size() > 1:
-        raise UserError(
-            f"device_map={device_map} spreads one model over all devices, but {world_size()} processes each have "
-            "one: start a single process, or leave it out"
-        )
+    if device_map is not None and (world := world_size()) > 1:
+        fix = "start a single process, or leave it out"
+        raise UserError(f"device_map={device_map} spreads one model over the devices of {world} processes: {fix}")
     if device_map is not None and device != "auto":
         raise UserError(f"device={device} and device_map={device_map} contradict each other: set one of them")
     if device == "auto":
@@ -266,35 +257,14 @@ def _placement(name: str, device: str, device_map: Any, load_in_4bit: bool) -> d
     return settings
 
 
-def _weight_files(folder: Path, name: str) -> list[Path]:
-    """The safetensors files of a folder. Raises UserError where there are none, or one is missing or damaged."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{name} holds no .safetensors weights: fetch them, or convert the checkpoint to safetensors")
-    for file in files:
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged ({error}): fetch it again") from None
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = read_json(index, {"weight_map": {...: str}}, "fetch it again")["weight_map"].values()
-        if missing := sorted({*shards} - {file.name for file in files}):
-            raise UserError(f"{name} lacks {', '.join(missing)}, which its index names: fetch it again")
-    return files
-
-
 def _load_family(
     kind: type[PreTrainedModel], folder: Path, name: str, config: dict[str, Any], settings: dict[str, Any]
 ) -> PreTrainedModel:
     """A model of a known family; refused by name where its files hold other keys or shapes."""
     architecture = next(iter(config.get("architectures") or [kind.__name__]))
     if architecture != kind.__name__ and kind not in bidirectional.UNDER_PARENTS_NAME:
-        raise UserError(
-            f"{name} is refused: its architecture {architecture} is not {kind.__name__}, the one implemented for "
-            f"{config['model_type']}"
-        )
+        known = f"{kind.__name__}, the one implemented for {config['model_type']}"
+        raise UserError(f"{name} is refused: its architecture {architecture} is not {known}")
     loaded: Any = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True, **settings)
     model, report = loaded
     vars(model.config).pop("auto_map", None)  # names Python files that are neither needed nor saved with the model
@@ -306,16 +276,14 @@ def _load_family(
 
 
 def _tokenizer(folder: Path, kind: type[PreTrainedModel], name: str) -> PreTrainedTokenizerBase:
-    whole = (folder / "tokenizer.json").is_file()
-    parts = all((folder / file).is_file() for file in ("vocab.json", "merges.txt"))
-    dream = kind is bidirectional.DreamModel  # its tokenizer class is Qwen2's under another name
-    if not whole and not (dream and parts):
+    """Dream's class of tokenizers is Qwen2's under another name, often without a tokenizer.json."""
+    dream = kind is bidirectional.DreamModel
+    files = ("tokenizer.json", "vocab.json") if dream else ("tokenizer.json",)
+    if not any((folder / file).is_file() for file in files):
         raise UserError(f"{name} holds no tokenizer.json: save the tokenizer beside the weights")
+    reader: Any = Qwen2Tokenizer if dream else AutoTokenizer
     try:
-        if dream:
-            found = Qwen2Tokenizer.from_pretrained(folder, local_files_only=True)
-        else:
-            found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        found = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # noqa: BLE001  (the tokenizers library raises nothing narrower)
         raise UserError(f"the tokenizer of {name} cannot be read ({_first_line(error)}): fetch it again") from None
     found.init_kwargs.pop("auto_map", None)  # as with the model
@@ -335,7 +303,10 @@ def as_masked_lm(model: MaskedLM | PreTrainedModel | str, tokenizer: PreTrainedT
 
 def _merge(lm: MaskedLM, adapter: Path, name: str) -> MaskedLM:
     """The model, now called ``name``, with an adapter merged into its weights (kept beside them where they are quantised)."""
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import load_peft_weights
+    from peft.utils.other import AuxiliaryTrainingWrapper
 
     files = sorted(adapter.glob("*.safetensors"))
     if not files:
@@ -343,38 +314,23 @@ def _merge(lm: MaskedLM, adapter: Path, name: str) -> MaskedLM:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of keys, which are compared, and of tied weights, which are untied
-            model: Any = PeftModel.from_pretrained(lm.model, adapter, local_files_only=True)  # type: ignore[arg-type]
-            check_adapter(model, adapter)
-            if not getattr(lm.model, "is_loaded_in_4bit", False):
-                _untie(lm.model)
+            base: Any = lm.model
+            model: Any = PeftModel.from_pretrained(base, adapter, local_files_only=True)
+            wanted = set(get_peft_model_state_dict(model, save_embedding_layers=False))
+            there = set(load_peft_weights(str(adapter), device="cpu"))
+            strange = sorted(wanted ^ (there - set(model.state_dict())))  # peft adds the model's embeddings at times
+            if strange:
+                raise ValueError(f"{len(strange)} keys differ, among them {', '.join(strange[:2])}")
+            if not getattr(base, "is_loaded_in_4bit", False):
+                ends = (base.get_input_embeddings(), base.get_output_embeddings())
+                if any(isinstance(end, BaseTunerLayer | AuxiliaryTrainingWrapper) for end in ends):
+                    base.untie()  # merged into weights that both share, an adapter of one would change the other
                 model = model.merge_and_unload()
     except _LOADING as error:
         raise UserError(f"cannot add the adapter {adapter} to {lm.name}: {_first_line(error)}") from None
     lm = replace(lm, model=model.eval(), name=name, weights=f"{lm.weights}+{fingerprint(files)}")
     lm.self_test()
     return lm
-
-
-def check_adapter(adapted: Any, folder: Path) -> None:
-    """Raises ValueError, which says how, where the file of an adapter holds other keys than the model has for it."""
-    from peft import get_peft_model_state_dict
-    from peft.utils import load_peft_weights
-
-    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    there = set(load_peft_weights(str(folder), device="cpu"))
-    strange = sorted(wanted ^ (there - set(adapted.state_dict())))  # peft adds the model's embeddings at times
-    if strange:
-        raise ValueError(f"{len(strange)} keys differ, among them {', '.join(strange[:2])}")
-
-
-def _untie(model: Any) -> None:
-    """Separate embeddings and head where an adapter changes one of them: merged into shared weights, it would change both."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    if any(isinstance(end, BaseTunerLayer | AuxiliaryTrainingWrapper) for end in ends):
-        model.untie()
 
 
 def _first_line(error: BaseException) -> str:

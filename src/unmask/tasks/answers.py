@@ -61,22 +61,21 @@ def cut_at_end(text: str) -> str:
 
 
 def final(text: str, numeric: bool = False) -> tuple[str, bool] | None:
-    """The final answer as it is written, and whether it stands in a box; None where nothing is marked as the answer.
+    """The answer that a completion marks, as it is written, and whether it stands in a box; None where nothing is marked.
 
-    The last box that is not empty, no ``...`` and no words about an answer; the last answer tags instead where they come
-    after it, or where the box inside them is never closed; a last line ``#### …`` or ``Answer: …`` where it comes after both.
-    Tags that are never closed (a damaged or cut end) mark nothing, and neither does a ``\\boxed`` without a content.
+    Of the text before its end token: the last box that is not empty, no ``...`` and no words about an answer; the last answer
+    tags instead where they come after it, or where the box inside them is never closed; a last line ``#### …`` or
+    ``Answer: …`` where it comes after both. Tags that are never closed mark nothing, and neither does an empty ``\\boxed``.
 
     Args:
         numeric: only what has a digit is an answer.
     """
-    text = text.replace("\\fbox", "\\boxed")
+    text = cut_at_end(text).replace("\\fbox", "\\boxed")
     digits = [i for i, character in enumerate(text) if character.isnumeric()] if numeric else []
 
     def holds_answer(a: int, b: int) -> bool:
         if numeric:
-            place = bisect_left(digits, a)
-            return place < len(digits) and digits[place] < b
+            return bisect_left(digits, a) < bisect_left(digits, b)
         return not _PLACEHOLDER.fullmatch(text, a, b)
 
     found: list[tuple[int, str, bool]] = []  # where it stands, what is written, whether in a box
@@ -90,18 +89,16 @@ def final(text: str, numeric: bool = False) -> tuple[str, bool] | None:
         inside = _EMPTY_BOX.sub(" ", text[start:end]).replace("\\boxed{", " ", 1)
         if not _PLACEHOLDER.fullmatch(inside):
             found.append((tag, inside, False))
-    body = len(text) if (closing := _CLOSING.search(text, max(0, len(text) - 200))) is None else closing.start()
+    closing = _CLOSING.search(text, max(0, len(text) - 200))
+    body = closing.start() if closing else len(text)
     line = text.rfind("\n", 0, body) + 1
     marked = _LAST_LINE.fullmatch(text, line, body)
     if marked and "\\boxed" not in marked[1] and not tag < line < end and holds_answer(*marked.span(1)):
         found.append((line, marked[0], False))  # its label is dropped where the answer is read
     if not found:
         return None
-    _, content, in_box = max(found, key=lambda f: f[0])
+    _, content, in_box = max(found, key=lambda f: f[0])  # the box, where tags begin in it
     return content.strip(), in_box
-
-
-Operators = dict[type[ast.operator], Callable[[Any, Any], Any]]
 
 
 def _power(base: Any, exponent: Any) -> Any:
@@ -110,8 +107,12 @@ def _power(base: Any, exponent: Any) -> Any:
     return base**exponent
 
 
-_EXACT: Operators = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
-_PYTHON: Operators = {**_EXACT, ast.FloorDiv: operator.floordiv, ast.Pow: _power}
+_EXACT: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
 
 
 def evaluate(expression: str, exact: bool) -> Any:
@@ -120,7 +121,7 @@ def evaluate(expression: str, exact: bool) -> Any:
     Args:
         exact: in fractions, with ``+ - * /`` alone; else as Python computes, also ``//`` and bounded powers.
     """
-    known = _EXACT if exact else _PYTHON
+    known = _EXACT if exact else {**_EXACT, ast.FloorDiv: operator.floordiv, ast.Pow: _power}
 
     def value(node: ast.AST) -> Any:
         if isinstance(node, ast.Constant) and isinstance(node.value, int | float):

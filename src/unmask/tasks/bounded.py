@@ -12,8 +12,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 from unmask.errors import UserError
@@ -24,50 +25,51 @@ START_SECONDS = 120.0
 MEMORY = 2 << 30  # bytes
 _ENVIRONMENT = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 """Sets have one order, so that equal questions have equal answers; threads that nobody needs take no memory."""
+_CODE = "import sys; sys.path[:] = sys.argv[2:]; from unmask.tasks import bounded; bounded.serve(sys.argv[1])"
 
 
 class Helper:
-    """The process of a script that calls ``main``; started by the first question, anew in a fork of this program."""
+    """The process that serves a module's ``prepare``; started by the first question, anew in a fork of this program."""
 
-    def __init__(self, script: str, what: str) -> None:
-        self.script, self.what = script, what
+    def __init__(self, module: str) -> None:
+        self.module = module
         self.process: subprocess.Popen[str] | None = None
         self.owner = 0
         self.lock = threading.Lock()
+        self.replies = lru_cache(maxsize=8192)(self._asked)
 
     def ask(self, *question: Any) -> Any:
-        """The reply to a question of JSON values; None where there is none, or it took too much time or memory.
+        """The reply to a question of hashable JSON values; None where there is none, or it took too much time or memory.
+
+        A reply that did not come in WALL_SECONDS, twice, is not remembered, and the next question starts another process.
 
         Raises:
-            TimeoutError: if no reply came in WALL_SECONDS, twice. The next question starts another process.
             UserError: if the process cannot be started at all.
         """
+        for _ in range(2):  # a machine that stood still, or a process that somebody ended
+            with suppress(TimeoutError):
+                return self.replies(question)
+        return None
+
+    def _asked(self, question: Any) -> Any:
         with self.lock:
-            with suppress(TimeoutError):  # a machine that stood still, or a process that somebody ended
-                return self._exchange(question)
-            return self._exchange(question)
+            if self.process is None or self.owner != os.getpid():
+                self.owner = os.getpid()
+                self.process = subprocess.Popen(
+                    [sys.executable, "-c", _CODE, self.module, *sys.path],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    encoding="utf-8",
+                    env={**os.environ, **_ENVIRONMENT},
+                )
+                try:
+                    self._exchange(self.process, "", START_SECONDS)
+                except TimeoutError:
+                    raise UserError(f"the process of {self.module} did not start: try importing it in Python") from None
+            return self._exchange(self.process, json.dumps(question) + "\n", WALL_SECONDS)
 
-    def _exchange(self, question: Any) -> Any:
-        if self.process is None or self.owner != os.getpid():
-            code = "import runpy, sys; sys.path[:] = sys.argv[2:]; runpy.run_path(sys.argv[1], run_name='__main__')"
-            self.owner = os.getpid()
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", code, self.script, *sys.path],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                encoding="utf-8",
-                env={**os.environ, **_ENVIRONMENT},
-            )
-            try:
-                self._reply(self.process, "", START_SECONDS)
-            except TimeoutError:
-                fix = f"try {sys.executable} {self.script}"
-                raise UserError(f"the process that {self.what} did not start: {fix}") from None
-        return self._reply(self.process, json.dumps(question) + "\n", WALL_SECONDS)
-
-    def _reply(self, process: subprocess.Popen[str], line: str, seconds: float) -> Any:
+    def _exchange(self, process: subprocess.Popen[str], line: str, seconds: float) -> Any:
         """Send a line and wait for one. TimeoutError from a process that is gone or late, which is ended."""
         assert process.stdin is not None and process.stdout is not None
         timer = threading.Timer(seconds, process.kill)
@@ -86,8 +88,8 @@ class Helper:
             timer.cancel()
 
 
-def main(prepare: Callable[[], Callable[..., Any]]) -> None:
-    """What the helper's script calls: limits memory, makes the function that answers, and serves.
+def serve(module: str) -> None:
+    """The helper: limits memory, lets the module ``prepare`` the function that answers, and answers.
 
     A line is the JSON list of the function's arguments; its result goes out as a line. A copy of this process answers, within
     its time; where it raises null is the reply, and where it is ended too, then another goes on.
@@ -98,7 +100,7 @@ def main(prepare: Callable[[], Callable[..., Any]]) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, resource.getrlimit(resource.RLIMIT_AS)[1]))
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     sys.stdout = sys.stderr  # whatever prints, prints elsewhere
-    answer = prepare()
+    answer = import_module(module).prepare()
     print("true", file=replies, flush=True)
     while hasattr(os, "fork") and (copy := os.fork()):
         if os.waitpid(copy, 0)[1] == 0:  # no more questions

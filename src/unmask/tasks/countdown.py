@@ -60,10 +60,10 @@ class Countdown(Task):
     def problem(self, numbers: tuple[int, ...], target: int) -> Problem:
         identity = f"countdown {sorted(numbers)} {target}"
         truth = {"numbers": list(numbers), "target": target}
-        if self.style == "compact":
-            question = f"make {target} from {' '.join(map(str, numbers))}"
-            return Problem(identity, question, truth, worked_solution(numbers, target, self.operators))
-        return Problem(identity, f"Numbers: {list(numbers)}\nTarget: {target}", truth)
+        if self.style == "paper":
+            return Problem(identity, f"Numbers: {list(numbers)}\nTarget: {target}", truth)
+        question = f"make {target} from {' '.join(map(str, numbers))}"
+        return Problem(identity, question, truth, worked_solution(numbers, target, self.operators))
 
     def parse(self, row: dict[str, Any]) -> Problem:
         """Of ``{"input": "30,100,93", "output": "23"}``."""
@@ -84,9 +84,8 @@ class Countdown(Task):
         """The expression that a completion marks as its answer, as plain arithmetic; all of it where nothing is marked."""
         if self.extraction == "published":
             return released.expression(completion)
-        text = answers.cut_at_end(completion)
-        marked = answers.final(text, numeric=True)
-        return answers.expression(text if marked is None else marked[0])
+        marked = answers.final(completion, numeric=True)
+        return answers.expression(marked[0] if marked else answers.cut_at_end(completion))
 
     def grade(self, problem: Problem, completion: str) -> Grade:
         """By default exactly; ``published`` as the released code computes, within 1e-5."""
@@ -105,13 +104,14 @@ class Countdown(Task):
         return result[0] if sorted(result[1]) == sorted(problem.truth["numbers"]) else None
 
     def rewards(self) -> dict[str, tuple[Judge, float]]:
-        return {"countdown": (self.judge, 1.0)}
-
-    def judge(self, problem: Problem, completion: str) -> float:
         """1.0 for a right expression, 0.1 for one that uses the given numbers but misses the target, else 0."""
-        if self.grade(problem, completion).solved:
-            return 1.0
-        return 0.0 if self.value(problem, self.extract(completion)) is None else 0.1
+
+        def judge(problem: Problem, completion: str) -> float:
+            if self.grade(problem, completion).solved:
+                return 1.0
+            return 0.0 if self.value(problem, self.extract(completion)) is None else 0.1
+
+        return {"countdown": (judge, 1.0)}
 
     def released_rewards(self) -> dict[str, tuple[Judge, float]]:
         return {"countdown": (released.countdown, 1.0)}

@@ -83,13 +83,8 @@ def quantity(text: str) -> Fraction | None:
     if len(numbers) != 1 or _VALUED.search(side) or (numbers[0]["scale"] or "").strip() in _SUFFIXES:
         return None
     before, after = side[: numbers[0].start()], side[numbers[0].end() :]
-    if (
-        not re.fullmatch(r"[\s(\\+]*", before)
-        or not _REMARK.fullmatch(side, numbers[0].end())
-        or len(after.split()) > 6
-    ):
-        return None
-    return _value(side, numbers, 0)
+    alone = re.fullmatch(r"[\s(\\+]*", before) and _REMARK.fullmatch(side, numbers[0].end()) and len(after.split()) <= 6
+    return _value(side, numbers, 0) if alone else None
 
 
 def _sides(text: str) -> Iterator[tuple[str, list[re.Match[str]]]]:

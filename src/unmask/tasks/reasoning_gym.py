@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from unmask.errors import UserError, unknown
-from unmask.tasks import answers, verifier
+from unmask.tasks import answers, bounded, verifier
 from unmask.tasks.base import TASKS, Grade, Judge, Problem, Task, split_of, stream_seed
 
 INSTRUCTION = """\
@@ -35,9 +36,16 @@ class ReasoningGym(Task):
             raise unknown("reasoning_gym data set", self.dataset, DATASETS)
         if self.style != "paper" or self.extraction != "default":
             raise UserError(f"reasoning_gym:{self.dataset} has one style and one extraction: drop those parameters")
-        refusal = verifier.refusal(self.dataset, self.options)
+        refusal = self.ask("probe")
+        if refusal is None:
+            limits = f"{verifier.MAKE_SECONDS:.0f} seconds or {bounded.MEMORY >> 30} GiB"
+            refusal = f"reasoning_gym:{self.dataset} takes more than {limits} to make"
         if refusal:
             raise UserError(refusal + (": use task 'countdown' instead" if self.dataset == "countdown" else ""))
+
+    def ask(self, what: str, *more: Any) -> Any:
+        """The verifier's reply about this data set, see ``verifier.prepare``; None where it has none within bounds."""
+        return verifier.HELPER.ask(what, self.dataset, self.options, *more)
 
     @property
     def label(self) -> str:
@@ -45,7 +53,10 @@ class ReasoningGym(Task):
 
     def draw(self, seed: int) -> Iterator[Problem]:
         for index in range(verifier.SIZES.get(self.dataset, verifier.ENDLESS)):
-            question = verifier.question(self.dataset, self.options, stream_seed(seed), index)
+            question = self.ask("question", stream_seed(seed), index)
+            if question is None:
+                fix = "choose other parameters or another seed"
+                raise UserError(f"problem {index} of reasoning_gym:{self.dataset} cannot be made: {fix}")
             yield Problem(f"{seed}:{index}", question, {"seed": seed, "index": index})
 
     def home_split(self, problem: Problem) -> str:
@@ -60,8 +71,7 @@ class ReasoningGym(Task):
     def grade(self, problem: Problem, completion: str) -> Grade:
         text = answers.cut_at_end(completion)
         answer = (answers.tagged(text) or text).strip()
-        seed, index = problem.truth["seed"], problem.truth["index"]
-        score = verifier.score(self.dataset, self.options, stream_seed(seed), index, answer)
+        score = float(self.ask("score", stream_seed(problem.truth["seed"]), problem.truth["index"], answer) or 0)
         return Grade(score >= 1.0, score, 1.0, answer)
 
     def rewards(self) -> dict[str, tuple[Judge, float]]:

@@ -12,19 +12,12 @@ from unmask.tasks import answers
 from unmask.tasks.base import Problem
 
 
-def first_tags(text: str) -> str | None:
-    """The text from the first opening tag to the next closing one."""
-    _, _, rest = text.partition("<answer>")
-    content, closed, _ = rest.partition("</answer>")
-    return content.strip() if closed else None
-
-
-def closed_tags(text: str) -> str | None:
-    """The content of the last answer tags, read from the left: an opening tag reaches to the next closing one."""
-    found, end = None, 0
-    while (start := text.find("<answer>", end)) >= 0 and (close := text.find("</answer>", start)) >= 0:
-        found, end = text[start + len("<answer>") : close].strip(), close + len("</answer>")
-    return found
+def tags(text: str) -> list[str]:
+    """The contents of the answer tags, read from the left: an opening tag reaches to the next closing one."""
+    found = re.findall(
+        r"<answer>(.*?)</answer>", text[: text.rfind("</answer>") + 9], re.DOTALL
+    )  # all that open, close
+    return [content.strip() for content in found]
 
 
 def last_tags(text: str) -> str:
@@ -57,8 +50,7 @@ def number(text: str) -> float | None:
         _, box, content = piece.partition("\\boxed{")
         if box and (found := _value(content.strip(), 0)) is not None:
             return found
-    tags = first_tags(text)
-    return None if tags is None else _value(tags, -1)
+    return next((_value(content, -1) for content in tags(text)), None)
 
 
 def _value(text: str, which: int) -> float | None:
@@ -99,7 +91,7 @@ def tag_count(text: str) -> float:
 
 def latex(text: str) -> str:
     """MATH: the last box; the first answer tags where it is open or empty; without any box the whole completion."""
-    return last_box(text) or first_tags(text) or ""
+    return last_box(text) or next(iter(tags(text)), "")
 
 
 def same_latex(left: str, right: str) -> bool:
@@ -148,8 +140,7 @@ def expression(text: str) -> str:
     """Countdown: the last box, the tags where it stays open, or all; of its first ``expression = number`` the expression."""
     found = last_box(text)
     if found is None:
-        tags = first_tags(text)
-        found = text if tags is None else tags
+        found = next(iter(tags(text)), text)
     found = found.replace("\\div", "/").replace("\\times", "*").replace("\\cdot", "*")
     equation = re.search(r"(?<![0-9+\-*/() ])([0-9+\-*/() ]+)=[0-9. ]", found)
     return equation[1].strip() if equation else found
@@ -173,8 +164,8 @@ def is_solution(expression: str, truth: dict[str, Any]) -> bool:
 
 def countdown(problem: Problem, completion: str) -> float:
     """1 for a right expression in closed answer tags, 0.1 for closed tags with anything else, 0 without."""
-    tags = closed_tags(completion)
-    return 0.0 if tags is None else 1.0 if is_solution(tags, problem.truth) else 0.1
+    found = tags(completion)
+    return 0.0 if not found else 1.0 if is_solution(found[-1], problem.truth) else 0.1
 
 
 _END = r"<\|eot_id\|>|<\|endoftext\|>"
@@ -199,6 +190,6 @@ def grid(text: str) -> str:
 
 def sudoku(problem: Problem, completion: str) -> float:
     """The share of the empty cells that are right among the first 16 digits in closed answer tags."""
-    digits = "".join(c for c in closed_tags(completion) or "" if c.isdigit()).ljust(16, "0")
+    digits = "".join(c for c in "".join(tags(completion)[-1:]) if c.isdigit()).ljust(16, "0")
     empty = [i for i, c in enumerate(problem.truth["puzzle"]) if c == "0"]
     return sum(digits[i] == problem.truth["solution"][i] for i in empty) / len(empty)

@@ -83,9 +83,10 @@ class Sudoku(Task):
         tag = answers.tagged(text)
         if tag is None and "<answer>" in text:
             tag = text.rsplit("<answer>", 1)[1]
-        marked = answers.final(text, numeric=True) if tag is None else None
         digits = cells(text, whole=True) if tag is None else cells(tag)
-        return (digits or cells(marked[0] if marked else "")).ljust(16, "0")[:16]
+        if not digits and tag is None and (marked := answers.final(text, numeric=True)):
+            digits = cells(marked[0])
+        return digits.ljust(16, "0")[:16]
 
     def grade(self, problem: Problem, completion: str) -> Grade:
         answer = self.extract(completion)

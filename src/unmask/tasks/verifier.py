@@ -14,7 +14,7 @@ import os
 import sys
 from collections.abc import Callable
 from copy import deepcopy
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 from unmask.config import build
@@ -34,37 +34,7 @@ MAX_NONSENSE_SCORE = 0.5
 _HARMLESS = {"builtins.id", "exec", "import", "marshal.loads", "os.listdir", "os.scandir", "sys._getframe"}
 """Events that a verifier may cause. ``exec`` is of compiled code, and compiling is guarded."""
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_helper = bounded.Helper(__file__, "runs the verifiers of reasoning-gym")
-
-
-def _ask(*question: Any) -> Any:
-    try:
-        return _helper.ask(*question)
-    except TimeoutError:
-        return None
-
-
-@cache
-def refusal(name: str, options: Options) -> str | None:
-    """Why a data set cannot be a task, None where it can: parameters that it refuses, or a verifier that fails the probe."""
-    reply = _ask("probe", name, options)
-    if reply is None:
-        return f"reasoning_gym:{name} takes more than {MAKE_SECONDS:.0f} seconds or {bounded.MEMORY >> 30} GiB to make"
-    return reply or None
-
-
-def question(name: str, options: Options, seed: int, index: int) -> str:
-    """The question of a problem. Raises UserError where it cannot be made within bounds."""
-    reply = _ask("question", name, options, seed, index)
-    if reply is None:
-        fix = "choose other parameters or another seed"
-        raise UserError(f"problem {index} of reasoning_gym:{name} cannot be made: {fix}")
-    return reply
-
-
-def score(name: str, options: Options, seed: int, index: int, answer: str) -> float:
-    """The verifier's score of an answer, 0 where it has none to give."""
-    return float(_ask("score", name, options, seed, index, answer) or 0)
+HELPER = bounded.Helper(__name__)
 
 
 class _Guard:
@@ -140,8 +110,8 @@ def _probe(name: str, options: Options) -> str:
     return ""
 
 
-def _answers() -> Callable[..., Any]:
-    """The helper's function: what is asked, then the arguments of ``_probe``, ``_entry`` or ``_score``."""
+def prepare() -> Callable[..., Any]:
+    """The helper's function: what is asked (``probe``, ``question``, ``score``), then the data set, its options, and more."""
     import reasoning_gym  # noqa: F401  (slow: before copies are made)
 
     sys.addaudithook(_guard)
@@ -151,7 +121,3 @@ def _answers() -> Callable[..., Any]:
         "score": _score,
     }
     return lambda what, name, options, *more: asked[what](name, tuple(map(tuple, options)), *more)
-
-
-if __name__ == "__main__":
-    bounded.main(_answers)

@@ -15,11 +15,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
-from unmask.tasks.bounded import Helper, main
+from unmask.tasks.bounded import Helper
 
 MAX_LATEX = 300  # characters; no answer of MATH has more than 160
 MAX_DEPTH = 12
@@ -57,22 +56,13 @@ def readable(text: str) -> bool:
 
 def equivalent(truth: str, answer: str) -> bool:
     """Whether ``answer`` means the same as ``truth``; False where that cannot be told within bounds. Never raises on text."""
-    try:
-        return readable(truth) and readable(answer) and _asked(truth, answer)
-    except TimeoutError:
-        return False
+    return readable(truth) and readable(answer) and HELPER.ask(truth, answer) is True
 
 
-@lru_cache(maxsize=8192)
-def _asked(truth: str, answer: str) -> bool:
-    """The helper's word. Raises TimeoutError (which is not remembered) where it did not come in time."""
-    return _helper.ask(truth, answer) is True
+HELPER = Helper(__name__)
 
 
-_helper = Helper(__file__, "compares formulas")
-
-
-def _comparison() -> Callable[[str, str], bool]:
+def prepare() -> Callable[[str, str], bool]:
     """The helper's function of truth and answer. Changes sympy and math-verify for the whole process."""
     import logging
     from dataclasses import replace
@@ -146,7 +136,3 @@ def _same_value(a: Any, b: Any) -> bool | None:
 
 
 _POINTS = ((11, 19, 13, 17), (-10, 16, -23, 12), (25, -9, 15, -31))  # rows of numerators
-
-
-if __name__ == "__main__":
-    main(_comparison)

@@ -43,8 +43,8 @@ class GSM8K(HubMathTask):
             read = released.number(completion)
             solved = read is not None and truth is not None and read == float(truth)
             return Grade.of(solved, None if read is None else f"{read:.12g}")
-        marked = answers.final(answers.cut_at_end(completion), numeric=True)
-        value = None if marked is None else number(marked[0], last=not marked[1])
+        marked = answers.final(completion, numeric=True)
+        value = marked and number(marked[0], last=not marked[1])
         return Grade.of(value is not None and value == truth, None if value is None else _written(value))
 
     def rewards(self) -> dict[str, tuple[Judge, float]]:

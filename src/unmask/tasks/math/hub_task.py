@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -52,9 +52,8 @@ class HubMathTask(Task):
 
     def template_text(self) -> str:
         """The prompt with ``{question}`` where the question goes. Raises UserError for a file that is not one."""
-        if self.template in TEMPLATES:
-            return TEMPLATES[self.template]
-        text = read_text(self.template, f"the template ({', '.join(TEMPLATES)} or a file)")
+        known = TEMPLATES.get(self.template)
+        text = known or read_text(self.template, f"the template ({', '.join(TEMPLATES)} or a file)")
         if "{question}" not in text:
             raise UserError(f"the template {self.template} lacks {{question}}: put it where the question goes")
         return text
@@ -88,9 +87,17 @@ class HubMathTask(Task):
         return self._read_split(path, split, seed, "a folder with train and test files, or a copy of the hub's")
 
     def _read_split(self, folder: str | None, split: str, seed: int, instead: str) -> list[Problem]:
+        """A tenth of the published training problems, fixed by the question alone, is for validation. Test stays as it is."""
         name, configuration = self.hub_test if split == "test" else self.hub_train
         rows = load_split(folder or name, "test" if split == "test" else "train", configuration, instead)
-        return split_problems(self.parse_rows(rows), split, seed)
+        if split == "test":
+            return list(self.parse_rows(rows))
+        different = {p.id: p for p in self.parse_rows(rows)}.values()
+        mine = [p for p in different if (bucket(p.question) < 10) == (split == "validation")]
+        if split == "validation":
+            return sorted(mine, key=lambda p: p.id)
+        random.Random(seed).shuffle(mine)
+        return mine
 
     def correct(self, problem: Problem, completion: str) -> float:
         """1 where the grader of the evaluation finds the answer right, else 0."""
@@ -103,15 +110,3 @@ class HubMathTask(Task):
     def of_text(self, rate: Callable[[str], float]) -> Judge:
         """The judge that rates the full text."""
         return lambda _, completion: rate(self.full_text(completion))
-
-
-def split_problems(problems: Iterable[Problem], split: str, seed: int) -> list[Problem]:
-    """Of the published training problems a tenth, fixed by the question alone, is for validation. Test stays as it is."""
-    if split == "test":
-        return list(problems)
-    different = {p.id: p for p in problems}.values()
-    mine = [p for p in different if (bucket(p.question) < 10) == (split == "validation")]
-    if split == "train":
-        random.Random(seed).shuffle(mine)
-        return mine
-    return sorted(mine, key=lambda p: p.id)

@@ -40,10 +40,9 @@ class MATH500(HubMathTask):
         solution = row.get("solution")
         answer = row.get("answer", row.get("ground_truth_answer"))
         if answer is None:
-            marked = answers.final(solution or "")
-            if marked is None:
-                raise ValueError("no answer, and no box in the solution")
-            answer = marked[0]
+            answer = (answers.final(solution or "") or [None])[0]
+        if answer is None:
+            raise ValueError("no answer, and no box in the solution")
         return self.make_problem(row["problem"] if "problem" in row else row["question"], str(answer), solution)
 
     def completion_truth(self, row: dict[str, Any]) -> Problem:
@@ -86,7 +85,7 @@ def _boxed_format(text: str) -> float:
 
 def extract(completion: str) -> str | None:
     """The answer as written: what the box holds, or of tags without a box the last formula between dollars, if any."""
-    marked = answers.final(answers.cut_at_end(completion))
+    marked = answers.final(completion)
     if marked is None:
         return None
     text, box = marked
