@@ -241,7 +241,7 @@ def test_names_with_brackets_are_shown_as_they_are(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--task countdown --budget 0", "budget is 0: give 1 or more"),
+        ("--task countdown --budget 0", "budget is 0: choose 1 or more"),
         ("--task countdown --budget 1 --cfg-scale 1", "budget is 1, and guidance takes 2 passes at least"),
         ("--task countdown --budget 4 --cfg-scale -1", "cfg_scale is -1.0: use positive numbers"),
         ("--task cuontdown --budget 4", "did you mean 'countdown'"),

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -41,19 +41,14 @@ def standard_streams() -> Iterator[None]:
     except OSError as error:
         if error.filename is not None or error.errno not in _UNWRITABLE:
             raise
-        _end_output(
-            "" if isinstance(error, BrokenPipeError) else f"unmask: cannot write the output: {error.strerror}\n"
-        )
-
-
-def _end_output(said: str) -> NoReturn:
-    """End the command, without another attempt to write what is still held back."""
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        for stream in (sys.stdout, *(() if said else (sys.stderr,))):
-            with suppress(OSError, ValueError):  # a stream without a descriptor holds nothing back
-                os.dup2(nowhere.fileno(), stream.fileno())
-    sys.stderr.write(said)
-    raise SystemExit(1)
+        nobody = isinstance(error, BrokenPipeError)
+        with open(os.devnull, "w", encoding="utf-8") as nowhere:  # for what is still held back
+            for stream in (sys.stdout, *((sys.stderr,) if nobody else ())):
+                with suppress(OSError, ValueError):  # a stream without a descriptor holds nothing back
+                    os.dup2(nowhere.fileno(), stream.fileno())
+        if not nobody:
+            sys.stderr.write(f"unmask: cannot write the output: {error.strerror}\n")
+        raise SystemExit(1) from None
 
 
 def console(stderr: bool = False) -> Console:
