@@ -50,7 +50,7 @@ def _name(schema: Any) -> str:
 
 def check(value: Any, schema: Any, where: str = "it", level: int = 0) -> None:
     """Raises ValueError, which names the place, unless a value read from a file is as its schema says, is no more than
-    DEEPEST levels deep and holds no half of a character (``\\ud800``), which no file and no terminal takes."""
+    DEEPEST levels deep and holds no lone surrogate (``\\ud800``), which cannot be written as UTF-8."""
     kinds = schema if isinstance(schema, tuple) else (schema,)
     kind = next((k for k in kinds if _fits(value, k)), ...)
     if kind is ...:
@@ -92,7 +92,11 @@ MEASURED = {
 """What is counted of a problem: with split and decoder, a line of ``tune``'s measurements.jsonl."""
 RECORD = {**MEASURED, "task?": str, "decoder?": str, "prompt": str, "completion": str}
 """A line of ``eval``'s records."""
-CONFIG = {"model": dict, "tasks": {...: dict}, "decoders": {...: dict}}
+CONFIG = {
+    **{"model": {"name": str, "weights": str, "dtype": str}, "tasks": {...: dict}, "decoders": {...: dict}},
+    **{"seed": Number(0, 2**30 - 1, whole=True), "early_stop": bool, "load_in_4bit": bool},
+    **{"adapter": (str, None), "revision": (str, None)},
+}
 """``eval``'s config.json."""
 STEPS = ("commits", "eos_share", "end_confidence", "other_confidence")
 """Which curves have one entry a step."""

@@ -1,4 +1,4 @@
-"""What a command says: on any terminal, in any encoding, into any pipe."""
+"""Standard output and error of a command, on any terminal, in any encoding, into any pipe."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 @contextmanager
 def standard_streams() -> Iterator[None]:
-    """Standard output and error that end no command: characters that they cannot show are escaped.
+    """Standard output and error that cannot make a command fail: characters that they cannot show are escaped.
 
-    A stream that is closed (``>&-``) swallows what is written.
+    What is written to a closed stream (``>&-``) is dropped.
 
     Raises:
         SystemExit: where the reader of a pipe has gone (``| head -1``), silently; where standard output cannot be written (a
@@ -36,17 +36,17 @@ def standard_streams() -> Iterator[None]:
     try:
         try:
             yield
-        finally:  # here and not at the interpreter's end, where nobody can answer for it
+        finally:  # here and not at the interpreter's end, where nothing catches the error
             sys.stdout.flush()
     except OSError as error:
         if error.filename is not None or error.errno not in _UNWRITABLE:
             raise
-        nobody = isinstance(error, BrokenPipeError)
-        with open(os.devnull, "w", encoding="utf-8") as nowhere:  # for what is still held back
-            for stream in (sys.stdout, *((sys.stderr,) if nobody else ())):
-                with suppress(OSError, ValueError):  # a stream without a descriptor holds nothing back
-                    os.dup2(nowhere.fileno(), stream.fileno())
-        if not nobody:
+        reader_gone = isinstance(error, BrokenPipeError)
+        with open(os.devnull, "w", encoding="utf-8") as devnull:  # for what is still buffered
+            for stream in (sys.stdout, *((sys.stderr,) if reader_gone else ())):
+                with suppress(OSError, ValueError):  # a stream without a descriptor buffers nothing
+                    os.dup2(devnull.fileno(), stream.fileno())
+        if not reader_gone:
             sys.stderr.write(f"unmask: cannot write the output: {error.strerror}\n")
         raise SystemExit(1) from None
 
