@@ -196,7 +196,8 @@
 
   function drawInspector(p) {
     const i = view.hover ?? view.cell;
-    const shown = i === null ? "none" : p.place[i] ?? "beyond";
+    const masked = i !== null && maskedBefore(p, i, view.step);
+    const shown = i === null ? "none" : i in p.place ? `${p.place[i]} ${masked}` : "beyond";
     if (p.shown === shown) return;
     p.shown = shown;
     if (i === null || i >= p.token.length) {
@@ -204,7 +205,6 @@
       p.inspector.replaceChildren(element("p", "", hint));
       return;
     }
-    const masked = maskedBefore(p, i, view.step);
     const line = element("p", "", `Cell ${i + 1}: `);
     if (masked) line.append(`masked. Held before step ${p.before + 1}:`);
     else line.append(element("b", "", textOf(p.token[i])), ` ${howCommitted(p, i)}. Held before it:`);
