@@ -98,12 +98,12 @@ def memory(lm: MaskedLM, a: InfoArguments) -> list[tuple[str, int, MemoryEstimat
 
 def command(arguments: list[str]) -> None:
     """``unmask info``. Raises UserError as ``load`` does."""
+    a = read_flags(InfoArguments, arguments, prog="unmask info")
     from rich.table import Table
 
     from unmask.models.load import load_meta
     from unmask.models.memory import GIB
 
-    a = read_flags(InfoArguments, arguments, prog="unmask info")
     lm = a.load() if a.weights else load_meta(a.model, a.dtype, a.revision)
     screen = console()
     table = Table(box=None, show_header=False, title=lm.name, title_justify="left")
