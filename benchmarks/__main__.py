@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from benchmarks.config import BenchDecode, BenchGap, BenchMemory, BenchRL
@@ -18,7 +20,7 @@ BENCHMARKS: dict[str, tuple[type[Any], str]] = {
 
 
 def command(arguments: list[str]) -> None:
-    """One benchmark by its name."""
+    """Run one benchmark, write its result (JSON) and its table (Markdown beside it), and print the table."""
     if not arguments:
         raise UserError(f"python -m benchmarks lacks an argument: choose from {', '.join(BENCHMARKS)}")
     if arguments[0] in ("-h", "--help"):
@@ -28,9 +30,24 @@ def command(arguments: list[str]) -> None:
     if name not in BENCHMARKS:
         raise unknown("benchmark", name, BENCHMARKS)
     config = read_flags(BENCHMARKS[name][0], arguments[1:], f"python -m benchmarks {name}")
-    from benchmarks import tables
+    from rich.text import Text
+    from unmask.results.accuracy import markdown
 
-    getattr(tables, name)(config)
+    from unmask.io.files import check_writable, write_text
+    from unmask.io.terminal import console, fitting_table
+
+    check_writable(Path(config.output))
+    module = import_module(f"benchmarks.{name}")
+    with console(stderr=True).status("") as status:
+        result = module.run(config, lambda what: status.update(Text(what)))
+    title, rows = module.table(config, result)
+    headings, cells = list(rows[0]), [list(row.values()) for row in rows]
+    screen = console()
+    screen.print(
+        fitting_table(screen, title, headings, cells, drop_first=("% GEMM", "+GiB", "T", "trunk ms", "step ms"))
+    )
+    write_text(Path(config.output).with_suffix(".md"), markdown(headings, cells))
+    print(f"result  {config.output}")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,14 @@ import torch
 
 from benchmarks.config import Shape
 from unmask.errors import UserError
+from unmask.evaluation.evaluate import environment
+from unmask.io.files import write_json
 from unmask.models.llada import LLaDAConfig, LLaDAModelLM
 from unmask.models.load import DTYPES
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.scratch import character_tokenizer
 
-CLEAR = Path("/proc/self/clear_refs")
+PEAK_RESET = Path("/proc/self/clear_refs")  # Linux
 
 
 def stand_in(shape: Shape, dtype: str, device: str) -> MaskedLM:
@@ -45,33 +49,50 @@ def stand_in(shape: Shape, dtype: str, device: str) -> MaskedLM:
     return MaskedLM.wrap(model.eval(), tokenizer, "stand-in")
 
 
-def run_in_subprocess(module: str, what: str, request: dict[str, Any]) -> dict[str, Any]:
-    """Run ``python -m module REQUEST`` and read the JSON of its last line. Raises UserError naming ``what`` where it fails."""
-    command = [sys.executable, "-m", module, json.dumps(request)]
+def in_subprocess(name: str, config: Any, *cell: Any) -> dict[str, Any]:
+    """``measure(config, *cell)`` of the benchmark ``name``, in a fresh process. Raises UserError naming the cell."""
+    command = [sys.executable, "-m", "benchmarks.common", name, json.dumps([asdict(config), cell])]
     found_from = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": found_from}
     run = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", env=environment)
-    if run.returncode == 2:  # the user's mistake, in the sentence of ``subprocess_main``
-        raise UserError(run.stderr.strip().splitlines()[-1])
     if run.returncode:
         last = (run.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"{what} failed ({last}): lower the rows, the length or the vocabulary")
+        if run.returncode == 2:  # the user's mistake, in one sentence
+            raise UserError(last)
+        raise UserError(
+            f"the cell {' '.join(map(str, cell))} failed ({last}): lower the rows, the length or the vocabulary"
+        )
     found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return found
 
 
-def subprocess_main(work: Callable[[dict[str, Any]], Any]) -> None:
-    """The other side of ``run_in_subprocess``: print what ``work`` makes of the request in the command line."""
+def _measure_here(name: str, request: str) -> None:
+    """The other side of ``in_subprocess``."""
+    from benchmarks.__main__ import BENCHMARKS
+
+    config, cell = json.loads(request)
     try:
-        print(json.dumps(work(json.loads(sys.argv[1]))))
+        print(json.dumps(import_module(f"benchmarks.{name}").measure(BENCHMARKS[name][0](**config), *cell)))
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
 
 
+def write_result(config: Any, cells: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
+    """Write and return the result of a benchmark: its settings, the machine and a dictionary a cell."""
+    result = {"config": asdict(config), "environment": environment(), **more, "cells": cells}
+    write_json(Path(config.output), result)
+    return result
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and range."""
     return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def spread_text(found: dict[str, float]) -> str:
+    """``median (low-high)``."""
+    return "{median:.2f} ({low:.2f}-{high:.2f})".format(**found)
 
 
 def seconds(work: Callable[[], Any], device: str) -> float:
@@ -93,8 +114,8 @@ def reset_peak(device: str) -> float:
     """Count the peak from here on; returns the bytes in use now."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-    elif CLEAR.exists():  # Linux
-        CLEAR.write_text("5", encoding="utf-8")
+    elif PEAK_RESET.exists():
+        PEAK_RESET.write_text("5", encoding="utf-8")
     return peak_bytes(device)
 
 
@@ -102,17 +123,10 @@ def peak_bytes(device: str) -> float:
     """Highest resident memory of this process since ``reset_peak``, or allocated memory of the GPU."""
     if device != "cpu":
         return float(torch.cuda.max_memory_allocated())
-    if CLEAR.exists():
+    if PEAK_RESET.exists():
         status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
         return 1024.0 * next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-
-
-def free_bytes(device: str) -> float:
-    """Memory that a benchmark may take."""
-    if device != "cpu":
-        return float(torch.cuda.mem_get_info()[0])
-    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def gemm_peak(dtype: str, device: str) -> float:
@@ -134,3 +148,7 @@ def pass_flops(lm: MaskedLM, rows: int, width: int, positions: int) -> float:
     matrices = sum(p.numel() for p in lm.model.parameters() if p.dim() == 2 and p.shape[0] != vocabulary)
     attention = 4 * width * width * config.hidden_size * config.num_hidden_layers
     return float(head + rows * (2 * width * matrices + attention))
+
+
+if __name__ == "__main__":
+    _measure_here(*sys.argv[1:])

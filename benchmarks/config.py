@@ -21,21 +21,22 @@ class Shape:
     n_layers: int = 4
     n_heads: int = 4
     mlp_hidden_size: int = 768
+    prompt: int = 64
+    """Prompt length in tokens; models other than a stand-in get Countdown prompts of one length instead."""
+    device: Literal["cpu", "cuda"] = "cpu"
 
-    def check(self, device: str) -> None:
-        """Raises UserError for a shape that cannot be built, or a GPU that is not there."""
-        check_at_least(self, 1, "d_model", "n_layers", "n_heads", "mlp_hidden_size")
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "d_model", "n_layers", "n_heads", "mlp_hidden_size", "prompt")
         check_at_least(self, 128, "vocabulary")
         if self.d_model % (2 * self.n_heads):
             raise UserError(
                 f"d_model={self.d_model} is no multiple of 2 * n_heads={2 * self.n_heads}: change one of them"
             )
-        if device == "cpu":
-            return
-        import torch
+        if self.device == "cuda":
+            import torch
 
-        if not torch.cuda.is_available():
-            raise UserError(f"device is {device}, but there is no GPU here: use --device cpu")
+            if not torch.cuda.is_available():
+                raise UserError("device is cuda, but there is no GPU here: use --device cpu")
 
 
 @dataclass
@@ -53,23 +54,19 @@ class BenchDecode(Shape):
     """Decoder specs; by default every preset."""
     temperature: tuple[float, ...] = (0.0, 1.0)
     length: tuple[int, ...] = (128,)
-    """Canvas lengths in tokens; several also give a figure of the time per sequence."""
+    """Canvas lengths in tokens."""
     rows: int = 4
-    prompt: int = 64
-    """Prompt length in tokens; models other than the stand-in get Countdown prompts of one length instead."""
     passes: int = 8
     """States of each trajectory that are timed."""
     repeats: int = 5
     reference: str | None = None
-    """A checkout of EOSER-ASS-RL: its eval/generate.py decodes the same prompts with the same weights, whole decodes are
-    compared in time and at temperature 0 in tokens."""
+    """A checkout of EOSER-ASS-RL, whose eval/generate.py decodes the same prompts: time and greedy tokens are compared."""
     dtype: str = "float32"
-    device: Literal["cpu", "cuda"] = "cpu"
     output: str = "runs/bench-decode.json"
 
     def __post_init__(self) -> None:
-        self.check(self.device)
-        check_at_least(self, 1, "rows", "prompt", "passes", "repeats")
+        super().__post_init__()
+        check_at_least(self, 1, "rows", "passes", "repeats")
         from benchmarks.reference import load_reference
         from unmask.decoding import PRESETS, make_decoder
         from unmask.models.load import DTYPES
@@ -100,8 +97,6 @@ class BenchRL(Shape):
     """Completions in the update."""
     rows_per_forward: int = 8
     """Rows of one forward pass, of whatever views."""
-    prompt: int = 64
-    """Prompt length in tokens."""
     length: int = 128
     """Canvas length in tokens."""
     lora: int = 0
@@ -109,15 +104,14 @@ class BenchRL(Shape):
     bf16: bool = False
     """Weights in bfloat16 (an adapter's stay float32) and autocast to it."""
     gradient_checkpointing: bool = False
-    device: Literal["cpu", "cuda"] = "cpu"
     repeats: int = 3
     memory_limit: float = 0.6
     """Cells that would need more than this share of the free memory (the plain way at many steps) are not run."""
     output: str = "runs/bench-rl.json"
 
     def __post_init__(self) -> None:
-        self.check(self.device)
-        check_at_least(self, 1, "rows", "rows_per_forward", "prompt", "length", "repeats")
+        super().__post_init__()
+        check_at_least(self, 1, "rows", "rows_per_forward", "length", "repeats")
         check_at_least(self, 0, "lora")
         if not self.steps or not all(1 <= s <= self.length for s in self.steps):
             raise UserError(f"steps {self.steps} do not fit a canvas of {self.length}: choose 1 to {self.length}")
@@ -149,21 +143,17 @@ class BenchMemory(Shape):
     steps: int = 8
     """Steps that the update scores (S)."""
     rows_per_forward: int = 8
-    prompt: int = 64
     lora: int = 16
-    device: Literal["cpu", "cuda"] = "cpu"
     output: str = "runs/bench-memory.json"
 
     def __post_init__(self) -> None:
-        self.check(self.device)
-        check_at_least(self, 1, "steps", "rows_per_forward", "prompt", "lora")
+        super().__post_init__()
+        check_at_least(self, 1, "steps", "rows_per_forward", "lora")
         if not set(self.work) <= set(WORKS):
             raise UserError(f"work is {self.work}: choose some of {', '.join(WORKS)}")
-        if min((0, *self.length, *self.completions)[1:], default=0) < 1 or self.steps > min(self.length):
-            raise UserError(
-                f"length={self.length}, completions={self.completions}, steps={self.steps}: choose 1 or more, and no more "
-                "steps than tokens"
-            )
+        if min(self.length, default=0) < self.steps or min(self.completions, default=0) < 1:
+            sizes = f"length={self.length}, completions={self.completions}, steps={self.steps}"
+            raise UserError(f"{sizes}: choose 1 or more, and no more steps than tokens")
 
 
 @dataclass

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from benchmarks.common import write_result
 from benchmarks.config import BenchGap
 from unmask.decoding import make_decoder
-from unmask.evaluation.evaluate import environment, task_prompts
-from unmask.io.files import check_writable, write_json
+from unmask.evaluation.evaluate import task_prompts
 from unmask.models.load import load
 from unmask.results.statistics import pooled_bootstrap
 from unmask.rl.objectives import OBJECTIVES, ViewRows
@@ -20,14 +19,12 @@ from unmask.rl.rollout import row_seeds, sample_trajectory, score_all
 from unmask.tasks import make_task
 
 
-def bench_gap(config: BenchGap, progress: Callable[[str], None]) -> dict[str, Any]:
+def run(config: BenchGap, progress: Callable[[str], None]) -> dict[str, Any]:
     """Sample with each decoder, score the same trajectories by each objective; writes and returns the result.
 
     Every entry of ``cells`` has the mean over all tokens that the objective's views score (``gap``) and over those up to the
     first end token (``text_gap``), each with a 95 % interval (bootstrap over completions).
     """
-    output = Path(config.output)
-    check_writable(output)
     lm = load(config.model)
     cells = []
     for spec in config.task:
@@ -46,22 +43,30 @@ def bench_gap(config: BenchGap, progress: Callable[[str], None]) -> dict[str, An
                 scored = torch.zeros_like(gaps)
                 for view in objective.views(trajectory, view_seeds, 0):
                     rows = ViewRows.of([replace(view, share=None)])
-                    found = score_all(
-                        lm, trajectory, rows, [(part, True) for part in rows.parts(config.rows_per_forward, everyone)]
-                    )
+                    parts = [(part, True) for part in rows.parts(config.rows_per_forward, everyone)]
+                    found = score_all(lm, trajectory, rows, parts)
                     gaps += view.scored * (found - trajectory.logprob).abs()
                     scored += view.scored
-                cell: dict[str, Any] = {
-                    "task": spec,
-                    "decoder": decoder_spec,
-                    "objective": name,
-                    "completions": len(gaps),
-                }
+                cell: dict[str, Any] = {"task": spec, "decoder": decoder_spec, "objective": name}
+                cell["completions"] = len(gaps)
                 for key, counted in (("gap", torch.ones_like(inside)), ("text_gap", inside)):
                     sums, tokens = (gaps * counted).sum(1).tolist(), (scored * counted).sum(1).tolist()
                     cell[key] = sum(sums) / sum(tokens)
                     cell[f"{key}_interval"] = list(pooled_bootstrap(sums, tokens))
                 cells.append(cell)
-    result = {"config": asdict(config), "environment": environment(), "cells": cells}
-    write_json(output, result)
-    return result
+    return write_result(config, cells)
+
+
+def table(config: BenchGap, result: dict[str, Any]) -> tuple[str, list[dict[str, str]]]:
+    """Title, and text by heading for each cell."""
+
+    def shown(cell: dict[str, Any], key: str) -> str:
+        return "{:.2g} [{:.2g}, {:.2g}]".format(cell[key], *cell[f"{key}_interval"])
+
+    rows = [
+        {key: c[key] for key in ("task", "decoder", "objective")}
+        | {"all tokens": shown(c, "gap"), "up to the first end token": shown(c, "text_gap")}
+        for c in result["cells"]
+    ]
+    title = f"log-prob mismatch, nats a token, {config.limit} completions, T = {config.temperature:g} [95 %]"
+    return title, rows

@@ -6,17 +6,14 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import peak_bytes, reset_peak, run_in_subprocess, stand_in, subprocess_main
+from benchmarks.common import in_subprocess, peak_bytes, reset_peak, stand_in, write_result
 from benchmarks.config import BenchMemory, BenchRL
-from benchmarks.update import bench_trainer, random_rollout
+from benchmarks.rl import prepare_update, random_rollout
 from unmask.decoding import decode, make_decoder
-from unmask.evaluation.evaluate import environment
-from unmask.io.files import check_writable, write_json
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.memory import GIB, MemoryEstimate, Workload, decoding_memory, training_memory
 
@@ -24,30 +21,42 @@ from unmask.models.memory import GIB, MemoryEstimate, Workload, decoding_memory,
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
-def bench_memory(config: BenchMemory, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Measure every cell in a fresh process; writes and returns the result."""
-    output = Path(config.output)
-    check_writable(output)
+def run(config: BenchMemory, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Measure every cell in a fresh process."""
     os.environ.update(ALLOCATOR)
     cells = []
     for work, length, completions in product(config.work, config.length, config.completions):
         progress(f"{work}, L = {length}, {completions} completions")
-        request = {**asdict(config), "cell": [work, length, completions]}
-        found = run_in_subprocess("benchmarks.memory", f"{work} at L = {length}", request)
+        found = in_subprocess("memory", config, work, length, completions)
         cells.append({"work": work, "length": length, "completions": completions, **found})
-    result = {"config": asdict(config), "environment": environment(), "cells": cells}
-    write_json(output, result)
-    return result
+    return write_result(config, cells)
+
+
+def table(config: BenchMemory, result: dict[str, Any]) -> tuple[str, list[dict[str, str]]]:
+    """Title, and text by heading for each cell."""
+    rows = [
+        {
+            "work": c["work"],
+            "L": str(c["length"]),
+            "completions": str(c["completions"]),
+            "measured GiB": f"{c['measured'] / GIB:.3f}",
+            "formula GiB": f"{c['formula'] / GIB:.3f}",
+            "formula / measured": f"{c['formula'] / c['measured']:.2f}",
+        }
+        for c in result["cells"]
+    ]
+    shape = f"{config.n_layers} layers of {config.d_model}, V = {config.vocabulary}"
+    return f"peak memory, {shape}, P = {config.prompt}, S = {config.steps}", rows
 
 
 def measure(config: BenchMemory, work: str, length: int, completions: int) -> dict[str, Any]:
     """Peak bytes above those of a process that has done the same with a model of almost no size, and the formula's parts."""
     small = replace(config, vocabulary=256, d_model=64, n_layers=1, n_heads=1, mlp_hidden_size=64)
-    _do(small, work, length, completions, before=0.0)
+    _work(small, work, length, completions)
     before = reset_peak(config.device)
-    lm, peak = _do(config, work, length, completions, before)
+    lm, peak = _work(config, work, length, completions)
     found = estimate(config, lm, work, length, completions)
-    return {"measured": peak, "formula": found.total, **asdict(found)}
+    return {"measured": peak - before, "formula": found.total, **asdict(found)}
 
 
 def estimate(config: BenchMemory, lm: MaskedLM, work: str, length: int, completions: int) -> MemoryEstimate:
@@ -67,60 +76,29 @@ def estimate(config: BenchMemory, lm: MaskedLM, work: str, length: int, completi
     return decoding_memory(lm, load) if decoding else training_memory(lm, load)
 
 
-def _do(config: BenchMemory, work: str, length: int, completions: int, before: float) -> tuple[MaskedLM, float]:
-    """The work itself; returns the plain model and the peak above ``before``."""
+def _work(config: BenchMemory, work: str, length: int, completions: int) -> tuple[MaskedLM, float]:
+    """The work itself; returns the model without adapter, and the peak in bytes."""
     if work == "decode":
         lm = stand_in(config, config.dtype, config.device)
         prompt = torch.randint(128, config.vocabulary, (completions, config.prompt), device=config.device)
         decode(lm, prompt, torch.ones_like(prompt, dtype=torch.bool), make_decoder("ass", max_new_tokens=length))
-        return lm, peak_bytes(config.device) - before
-    shape = {k: getattr(config, k) for k in ("vocabulary", "d_model", "n_layers", "n_heads", "mlp_hidden_size")}
+        return lm, peak_bytes(config.device)
+    shared = ("vocabulary", "d_model", "n_layers", "n_heads", "mlp_hidden_size", "rows_per_forward", "prompt", "device")
     update = BenchRL(
-        **shape,
+        **{key: getattr(config, key) for key in shared},
         steps=(config.steps,),
         rows=completions,
-        rows_per_forward=config.rows_per_forward,
-        prompt=config.prompt,
         length=length,
         lora=config.lora if work.startswith("lora") else 0,
         bf16=work.startswith("lora") and config.dtype == "bfloat16",
         gradient_checkpointing="checkpointing" in work,
-        device=config.device,
     )
-    trainer = bench_trainer(update, "cj", autocast=True)
-    if update.gradient_checkpointing:  # Trainer.train would do this
-        trainer.lm.model.activation_checkpointing_enable({"use_reentrant": False})
-    model: Any = trainer.accelerator.prepare(trainer.model)
-    model.train()
+    trainer, model = prepare_update(update, "cj", autocast=True)
     rollout = random_rollout(update, trainer.lm, config.steps)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
     for _ in range(2):  # gradients and moments are there in every update but the first
         trainer.update(model, rollout, 0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
-    peak = peak_bytes(config.device) - before
-    # The formula wants the model without the adapter.
+    peak = peak_bytes(config.device)
     return stand_in(config, update.dtype, config.device) if update.lora else trainer.lm, peak
-
-
-def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows."""
-    headings = ["work", "L", "completions", "measured GiB", "formula GiB", "formula / measured"]
-    rows = [
-        [
-            c["work"],
-            str(c["length"]),
-            str(c["completions"]),
-            f"{c['measured'] / GIB:.3f}",
-            f"{c['formula'] / GIB:.3f}",
-            f"{c['formula'] / c['measured']:.2f}",
-        ]
-        for c in result["cells"]
-    ]
-    return headings, rows
-
-
-if __name__ == "__main__":
-    subprocess_main(
-        lambda request: measure(BenchMemory(**{k: v for k, v in request.items() if k != "cell"}), *request["cell"])
-    )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -39,34 +39,36 @@ def counterpart(decoder: Decoder) -> tuple[str, dict[str, Any]] | None:
 
     (Its EOSER restarts its clock in every block, and it has no hard suppression, threshold or hybrid.)
     """
-    plan = decoder.plan
+    rejects, ascending = decoder.eos == "reject", decoder.schedule == "ascending"
     if (
         decoder.confidence not in ("low-confidence", "random")
         or decoder.eos in ("suppress", "exclude")
         or decoder.eos_tokens != "eos"
         or decoder.threshold is not None
         or decoder.cache != "none"
-        or (decoder.block_length is not None and (decoder.schedule == "ascending" or decoder.eos == "reject"))
+        or (decoder.block_length is not None and (ascending or rejects))
     ):
         return None
     arguments: dict[str, Any] = {
-        "steps": plan.steps,
-        "gen_length": plan.length,
+        "steps": decoder.plan.steps,
+        "gen_length": decoder.plan.length,
         "temperature": decoder.temperature,
         "cfg_scale": decoder.cfg_scale,
         "remasking": "random" if decoder.confidence == "random" else "low_confidence",
     }
-    if decoder.eos == "reject":
+    if rejects:
         arguments["eos_min_gamma"] = decoder.gamma_min
-    if decoder.schedule == "ascending":
-        arguments["block_num"] = decoder.blocks
-        return ("eoser_ass_generate" if decoder.eos == "reject" else "ass_generate"), arguments
-    arguments["block_length"] = decoder.block_length or plan.length
-    return ("eoser_generate" if decoder.eos == "reject" else "generate"), arguments
+    if ascending:
+        return "eoser_ass_generate" if rejects else "ass_generate", {**arguments, "block_num": decoder.blocks}
+    arguments["block_length"] = decoder.block_length or decoder.plan.length
+    return "eoser_generate" if rejects else "generate", arguments
 
 
 def reference_decode(module: ModuleType, lm: MaskedLM, prompt: Tensor, decoder: Decoder) -> Callable[[], Tensor] | None:
-    """A call that decodes prompts (B, P) without padding and returns the canvases (B, L); None without a counterpart."""
+    """A call that decodes prompts (B, P) without padding and returns the canvases (B, L); None without a counterpart.
+
+    The released code asks for CUDA's autocast and for its rank in a process group: it gets neither.
+    """
     found = counterpart(decoder)
     if found is None:
         return None
@@ -81,18 +83,11 @@ def reference_decode(module: ModuleType, lm: MaskedLM, prompt: Tensor, decoder: 
     tokenizer = SimpleNamespace(eos_token_id=lm.eos_id)
 
     def run() -> Tensor:
-        with _plain_environment():
+        with (
+            patch.object(torch, "autocast", lambda *_, **__: nullcontext()),
+            patch.object(torch.distributed, "get_rank", lambda: 1),  # any but 0 keeps its progress bar silent
+        ):
             out: Tensor = getattr(module, name)(model, prompt, tokenizer, mask_id=lm.mask_id, **arguments)
         return out[:, prompt.shape[1] :]
 
     return run
-
-
-@contextmanager
-def _plain_environment() -> Iterator[None]:
-    """The released code asks for CUDA's autocast and for its rank in a process group: it gets neither."""
-    with (
-        patch.object(torch, "autocast", lambda *_, **__: nullcontext()),
-        patch.object(torch.distributed, "get_rank", lambda: 1),  # any but 0 keeps its progress bar silent
-    ):
-        yield

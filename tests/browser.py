@@ -33,14 +33,12 @@ def open_page(
     *,
     fragment: str = "",
     colors: Literal["light", "dark"] = "light",
-    still: bool = True,
     touch: bool = False,
 ) -> Iterator[tuple[Any, list[str]]]:
     """A local HTML file in a window of ``width`` x ``height`` CSS pixels.
 
     Args:
-        fragment: what stands behind ``#``. colors: the reader's scheme. still: the reader asks for reduced motion.
-        touch: a touch screen instead of a mouse.
+        fragment: what stands behind ``#``. colors: the reader's scheme. touch: a touch screen instead of a mouse.
 
     Yields:
         The page (playwright's) and a list of problems, which fills with uncaught errors, what the console calls an error or a
@@ -70,7 +68,7 @@ def open_page(
             page = browser.new_page(
                 viewport={"width": width, "height": height},
                 color_scheme=colors,
-                reduced_motion="reduce" if still else "no-preference",
+                reduced_motion="reduce",
                 has_touch=touch,
             )
             page.set_default_timeout(10_000)

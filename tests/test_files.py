@@ -1,4 +1,4 @@
-"""Files of this program and of its users: what is read is checked where it is read, and one sentence names the place."""
+"""What runs have written is checked where it is read again, and one sentence names the place."""
 
 from __future__ import annotations
 
@@ -14,124 +14,21 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 import report_folders
-from unmask import Trajectory, make_decoder
-from unmask.cli import grade_file, main
+from unmask import Trajectory
+from unmask.cli import grade_file
 from unmask.errors import UserError
 from unmask.evaluation.evaluate import EvalConfig, evaluate, prepare
 from unmask.evaluation.tune import prepare_trials
 from unmask.evaluation.tune_config import TuneConfig
-from unmask.io.files import as_yaml, read_yaml
 from unmask.io.schema import MEASURED
 from unmask.results.collect import collect
 from unmask.results.summary import run_lines
 from unmask.tasks import make_task
 from unmask.view.config import ViewArguments
 from unmask.view.jobs import from_records
-
-BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
-    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
-)
-STRANGE_YAML = {
-    "date tag": "steps: !!timestamp 2024-13-45\n",
-    "alias bomb": BOMB,
-    "merge bomb": "a0: &a0 {x: 1}\n"
-    + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}\n" for i in range(1, 9)),
-    "alias to itself": "steps: &a [*a]\n",
-    "tab": "steps:\n\t- 1\n",
-    "key twice": "steps: 1\nsteps: 2\n",
-    "number as key": "1: 2\n",
-    "list as key": "? [a]\n: 1\n",
-    "long key twice": f"? {'k' * 9_999}\n? {'k' * 9_999}\n",
-    "long alias": "steps: *" + "k" * 9_999 + "\n",
-    "long tag": "steps: !" + "k" * 9_999 + " 1\n",
-    "python object": "steps: !!python/object/apply:os.system [touch executed]\n",
-    "binary": "steps: !!binary aGVsbG8=\n",
-    "set": "steps: !!set {a, b}\n",
-    "int tag": "steps: !!int seven\n",
-    "own tag": "steps: !mine 7\n",
-    "deep": "steps: " + "[" * 1_000,
-    "40 levels": "steps: " + "[" * 40 + "]" * 40 + "\n",
-    "digits": "steps: " + "9" * 5_000 + "\n",
-    "empty": "",
-    "list": "- steps\n",
-    "text": "steps\n",
-    "two documents": "steps: 1\n---\nsteps: 2\n",
-    "zero byte": "steps: \0\n",
-    "unknown alias": "steps: *nowhere\n",
-    "bracket": "steps: [1\n",
-}
-
-
-@pytest.mark.parametrize("text", STRANGE_YAML.values(), ids=STRANGE_YAML)
-@pytest.mark.parametrize("command", [["generate", "x", "--decoder"], ["study"]])
-def test_strange_yaml_is_one_sentence(
-    command: list[str], text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("strange.yaml").write_text(text)
-    assert main([*command, "strange.yaml"]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "strange.yaml" in said and len(said) < 300
-    assert [p.name for p in tmp_path.iterdir()] == ["strange.yaml"]
-
-
-def test_a_yaml_file_that_is_not_utf8(tmp_path: Path) -> None:
-    path = tmp_path / "latin.yaml"
-    path.write_bytes("name: é\n".encode("latin-1"))
-    with pytest.raises(UserError, match="cannot read the decoder file"):
-        make_decoder(str(path))
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("1e-5", 1e-5),
-        ("-1.5e+3", -1500.0),
-        (".5", 0.5),
-        ("3", 3),
-        ("1_000", 1000),
-        (".inf", math.inf),
-        ("2024-12-31", "2024-12-31"),
-        ("2024-13-45", "2024-13-45"),
-        ("12:30", "12:30"),
-        ("=", "="),
-        ("1e", "1e"),
-        ("'1e-5'", "1e-5"),
-        ("true", True),
-        ("~", None),
-    ],
-)
-def test_yaml_values(text: str, value: Any, tmp_path: Path) -> None:
-    """Numbers as in YAML 1.2; dates and times stay text; also in nested tables, and behind a byte-order mark."""
-    (tmp_path / "x.yaml").write_text(f"a: {text}\nb: {{c: [{text}]}}\n", encoding="utf-8-sig")
-    found = read_yaml(tmp_path / "x.yaml", "the file")
-    assert found == {"a": value, "b": {"c": [value]}} and type(found["a"]) is type(value)
-
-
-PLAIN = (
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.from_regex(r"[-0-9.e:_]+")
-)
-
-
-@settings(max_examples=50, deadline=None)
-@given(
-    value=st.dictionaries(
-        st.text(), st.recursive(PLAIN, lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=5)
-    )
-)
-def test_yaml_that_is_written_is_read_back(value: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
-    path = tmp_path_factory.mktemp("yaml") / "x.yaml"
-    path.write_text(as_yaml(value), encoding="utf-8")
-    found = read_yaml(path, "the file")
-    assert found == value and repr(found) == repr(value)
-
-
-# ---- what runs have written, read back -------------------------------------------------------------------------------------
 
 DELETED = object()
 WRONG: list[Any] = [
@@ -159,7 +56,7 @@ class Store:
         except UserError as error:
             said = str(error)
             assert str(self.path.parent) in said and "\n" not in said and len(said) < 600
-            assert re.search(r"[:;] (remove|give|choose|write|run|evaluate|let) ", said)
+            assert re.search(r"[:;] (remove|give|choose|write|run|evaluate|let|use) ", said)
             return said
         finally:
             self.path.write_bytes(before)
@@ -223,6 +120,7 @@ STORES = (
     *("records", "config.json", "summary.json", "records in a page", "config.json in a page", "measurements"),
     *("metrics", "times", "cells", "runs", "completions"),
 )
+each_store = pytest.mark.parametrize("store", STORES)
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -242,7 +140,7 @@ def changed(value: Any, at: tuple[Any, ...], new: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-@pytest.mark.parametrize("store", STORES)
+@each_store
 def test_a_wrong_value_anywhere_is_one_sentence(stores: dict[str, Store], store: str) -> None:
     """No value at any place ends in anything but a result or a sentence; for numbers it is a sentence that says where."""
     found = stores[store]
@@ -255,7 +153,7 @@ def test_a_wrong_value_anywhere_is_one_sentence(stores: dict[str, Store], store:
                 assert said, f"{wrong!r} was taken for {at[0]}"
 
 
-@pytest.mark.parametrize("store", STORES)
+@each_store
 def test_a_bad_line_is_named(stores: dict[str, Store], store: str) -> None:
     found = stores[store]
     _, rest = found.lines()
@@ -271,7 +169,7 @@ def test_a_bad_line_is_named(stores: dict[str, Store], store: str) -> None:
             assert found.says(whole + raw) == ""
 
 
-@pytest.mark.parametrize("store", STORES)
+@each_store
 def test_a_folder_in_a_files_place_is_named(stores: dict[str, Store], store: str) -> None:
     found = stores[store]
     aside = found.path.rename(found.path.with_name("aside"))
@@ -284,16 +182,18 @@ def test_a_folder_in_a_files_place_is_named(stores: dict[str, Store], store: str
         aside.rename(found.path)
 
 
-DAMAGED = {
-    "deep": {"decoder": "[" * 9_999},
-    "a list for the decoder": {"decoder": "[]"},
-    "text for a number": {"decoder": '{"cfg_scale": "x"}'},
-    "no decoder": {"decoder": None},
-    "text for the mask": {"mask_id": "x"},
-}
-
-
-@pytest.mark.parametrize("wrong", [*DAMAGED.values(), {}], ids=[*DAMAGED, "a row too few"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"decoder": "[" * 9_999},
+        {"decoder": "[]"},
+        {"decoder": '{"cfg_scale": "x"}'},
+        {"decoder": None},
+        {"mask_id": "x"},
+        {},
+    ],
+    ids=["deep", "a list for the decoder", "text for a number", "no decoder", "text for the mask", "a row too few"],
+)
 def test_a_damaged_trajectory_is_one_sentence(wrong: dict[str, Any], tmp_path: Path) -> None:
     whole = torch.zeros(2, 3, dtype=torch.int64)
     tensors = {"prompt": whole.clone(), "prompt_mask": whole == 0, "tokens": whole, "step": whole.short()}

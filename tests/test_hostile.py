@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from unmask.cli import main
-from unmask.evaluation import evaluate, tune, tune_report
+from unmask.evaluation import evaluate, tune
 from unmask.results import style
 from unmask.study import run as study
 
@@ -49,10 +49,8 @@ def command(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
         ("eval", evaluate, "kept_trajectories", "was removed while the run wrote to it"),
         ("eval", style, "atomic_write", "cannot write to"),
         ("tune", tune, "run_cell", "cannot write to"),
-        ("tune", tune_report, "front_figure", "cannot write to"),
         ("study", study, "wait", "was removed while the run wrote to it"),
     ],
-    ids=["eval, a batch", "eval, the figure", "tune, a batch", "tune, the figure", "study, a job"],
 )
 def test_a_folder_removed_meanwhile_is_one_sentence(
     name: str,
@@ -82,7 +80,7 @@ def test_a_folder_removed_meanwhile_is_one_sentence(
 # ---- standard output -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "closed"), [("eval", False), ("eval", True), ("tune", False), ("study", True)])
+@pytest.mark.parametrize(("name", "closed"), [("eval", False), ("tune", False), ("study", True)])
 def test_a_lost_output_loses_no_result(
     name: str,
     closed: bool,

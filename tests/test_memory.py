@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from benchmarks.common import stand_in
-from benchmarks.memory import BenchMemory, bench_memory, estimate
+from benchmarks.config import BenchMemory
+from benchmarks.memory import estimate
+from benchmarks.memory import run as measure_peaks
 from checkpoints import WRITERS
 from unmask.cli import main
 from unmask.models.load import load, load_meta
@@ -37,7 +39,7 @@ def test_measured_peaks(tmp_path: Path) -> None:
     cells = {"work": ("lora",), "length": (64,), "completions": (4,), "steps": 2, "prompt": 32}
     # In float32: many processors have no instructions for bfloat16.
     config = BenchMemory(**shape, **cells, dtype="float32", output=str(tmp_path / "memory.json"))
-    for cell in bench_memory(config, lambda _: None)["cells"]:
+    for cell in measure_peaks(config, lambda _: None)["cells"]:
         assert cell["formula"] == pytest.approx(cell["measured"], rel=0.15), cell
     known = json.loads((Path(__file__).parents[1] / "docs/results/bench-memory.json").read_text())
     config = BenchMemory(**known["config"])

@@ -56,30 +56,23 @@ def test_a_folder_of_unknown_origin_is_refused(tmp_path: Path, monkeypatch: pyte
         claim(tmp_path, {"seed": 0})
 
 
-@pytest.mark.parametrize(
-    ("defaults", "name", "value", "says"),
-    [
-        (PRESETS["eoser"], "gamma_min", 0.25, "decoders"),
-        (EvalConfig.__init__.__kwdefaults__, "early_stop", False, "early_stop"),
-    ],
-)
 def test_a_default_that_changes_accepts_no_old_record(
-    defaults: dict[str, Any],
-    name: str,
-    value: Any,
-    says: str,
-    model: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def run() -> None:
         few: dict[str, Any] = {"task": ["countdown"], "decoder": ["eoser"], "limit": 1, "max_new_tokens": 16}
         evaluate(EvalConfig(model=model, output=str(tmp_path), **few))
 
     run()
-    monkeypatch.setitem(defaults, name, value)
-    with pytest.raises(UserError, match=f"other {says}: choose another --output"):
-        run()
+    kept: dict[str, Any] = EvalConfig.__init__.__kwdefaults__
+    for defaults, name, value, says in (
+        (PRESETS["eoser"], "gamma_min", 0.25, "decoders"),
+        (kept, "early_stop", False, "early_stop"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setitem(defaults, name, value)
+            with pytest.raises(UserError, match=f"other {says}: choose another --output"):
+                run()
 
 
 # ---- records -----------------------------------------------------------------------------------------------------------

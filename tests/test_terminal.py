@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -19,12 +20,8 @@ from unmask.evaluation import demo
 from unmask.evaluation.progress import bar_columns, progress_bars
 from unmask.io.terminal import console, fitting_table
 
-SAYS = {
-    "usage": ["--help"],
-    "flags": ["eval", "--help"],
-    "mistake": ["evall→"],
-    "result": ["grade", "c.jsonl", "--task", "countdown"],
-}
+USAGE, MISTAKE = ["--help"], ["evall→"]
+RESULT = ["grade", "c.jsonl", "--task", "countdown"]
 
 
 @pytest.fixture
@@ -34,49 +31,48 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(arguments: list[str], folder: Path, **streams: object) -> subprocess.Popen[str]:
-    env = {**os.environ, **streams.pop("env", {})}  # type: ignore[dict-item]
+def run(
+    arguments: list[str], folder: Path, encoding: str = "utf-8", **streams: Any
+) -> tuple[int, str | None, str | None]:
+    """Exit code, output and errors of a command in a process of its own."""
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
     env.pop("PYTHONUNBUFFERED", None)  # the output is then written at the end, where an error is nobody's
-    streams = {"stderr": subprocess.PIPE, **streams}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
     command = [sys.executable, "-m", "unmask", *arguments]
-    return subprocess.Popen(command, cwd=folder, env=env, text=True, encoding="latin-1", **streams)  # type: ignore[call-overload]
+    done = subprocess.run(command, cwd=folder, env=env, text=True, encoding="latin-1", timeout=200, **streams)
+    return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("name", SAYS)
-def test_a_reader_that_has_gone_ends_a_command_silently(folder: Path, name: str) -> None:
+@pytest.mark.parametrize("arguments", [MISTAKE, RESULT])
+def test_a_reader_that_has_gone_ends_a_command_silently(folder: Path, arguments: list[str]) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    whole = {"stdout": writer, **({"stderr": writer} if name == "mistake" else {})}
-    process = run(SAYS[name], folder, **whole)
+    code, _, said = run(arguments, folder, stdout=writer, **({"stderr": writer} if arguments == MISTAKE else {}))
     os.close(writer)
-    assert not process.communicate(timeout=200)[1]
-    assert process.returncode == 1
+    assert code == 1 and not said
 
 
-@pytest.mark.parametrize("name", SAYS)
-def test_a_closed_output_changes_nothing(folder: Path, name: str) -> None:
-    process = run(SAYS[name], folder, preexec_fn=lambda: os.close(1))
-    said = process.communicate(timeout=200)[1]
-    assert process.returncode == (2 if name == "mistake" else 0)
-    assert said.count("\n") == (1 if name == "mistake" else 0) and "Traceback" not in said
+@pytest.mark.parametrize(("arguments", "code"), [(USAGE, 0), (MISTAKE, 2), (RESULT, 0)])
+def test_a_closed_output_changes_nothing(folder: Path, arguments: list[str], code: int) -> None:
+    found, _, said = run(arguments, folder, stdout=None, preexec_fn=lambda: os.close(1))
+    assert found == code and said is not None and said.count("\n") == (code == 2) and "Traceback" not in said
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
 def test_a_full_disk_is_one_sentence(folder: Path) -> None:
     with open("/dev/full", "w") as full:
-        process = run(SAYS["usage"], folder, stdout=full)
-        said = process.communicate(timeout=200)[1]
-    assert process.returncode == 1 and said.startswith("unmask: cannot write the output: ") and said.count("\n") == 1
+        code, _, said = run(USAGE, folder, stdout=full)
+    assert code == 1 and said and said.startswith("unmask: cannot write the output: ") and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "gbk"])
-@pytest.mark.parametrize("name", ["usage", "mistake"])
-def test_what_a_terminal_cannot_show_is_escaped(folder: Path, name: str, encoding: str) -> None:
-    process = run(SAYS[name], folder, stdout=subprocess.PIPE, env={"PYTHONIOENCODING": encoding})
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == (2 if name == "mistake" else 0) and "Traceback" not in err
+@pytest.mark.parametrize(
+    ("arguments", "encoding", "code"), [(USAGE, "ascii", 0), (MISTAKE, "ascii", 2), (MISTAKE, "gbk", 2)]
+)
+def test_what_a_terminal_cannot_show_is_escaped(folder: Path, arguments: list[str], encoding: str, code: int) -> None:
+    found, out, err = run(arguments, folder, encoding)
+    assert found == code and "Traceback" not in str(err)
     if encoding == "ascii":  # gbk has both
-        assert ("\\u2026" in out) if name == "usage" else ("\\u2192" in err)
+        assert "\\u2026" in str(out) if arguments == USAGE else "\\u2192" in str(err)
 
 
 def test_a_console_shows_text_as_it_is() -> None:

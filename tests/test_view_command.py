@@ -102,13 +102,13 @@ def test_a_name_is_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     [
         ([], "0 prompts: use one text"),
         (["a", "b"], "2 prompts: use one text"),
-        (["nothing.jsonl"], "nothing.jsonl does not exist: use a records file"),
-        (["RUN"], "is no records file: use RUN/records/TASK--DECODER.jsonl of unmask eval, or a text"),
-        (["RECORDS", "text"], "mixes records files and text"),
+        (["nothing.jsonl"], "nothing.jsonl is in no run's records: use RUN/records/"),
+        (["RUN"], "is no records file: use RUN/records/TASK--DECODER.jsonl of unmask eval, or one text"),
+        (["RECORDS", "text"], "text is no records file"),
         (["RECORDS"] * 5, "5 records files: a page shows one to 4"),
         (["a", "--decoder", *["ass"] * 5], "5 decoders"),
         (["a", "--decoder", "asss"], "did you mean 'ass'"),
-        (["a", "--index", "1"], "index is 1, but there is only the prompt given: leave it out"),
+        (["a", "--index", "1"], "index is 1, but a prompt has no others: leave it out"),
         (["a", "--task", "sudoku"], "prompt is ['a'], but the task decides that"),
         (["--task", "sudokku"], "did you mean 'sudoku'"),
         (["--task", "countdown", "--data", "x"], "unrecognized options: --data"),
@@ -141,12 +141,9 @@ def test_mistakes_are_one_sentence(
 @pytest.mark.parametrize(
     ("config", "records", "said"),
     [
-        (None, "", "is in no run's records: use it as RUN/records/"),
-        ("{", "", "Expecting property name"),
+        (None, "", "is in no run's records: use RUN/records/"),
         ('{"model": {}, "tasks": {}, "decoders": {}}', "", "it lacks 'seed'"),
         ("same", "{", "holds no record of problem 0 (it has 0)"),
-        ("same", "{\n", "is damaged"),
-        ("same", '{"index": 0}\n', ":1 is damaged (it lacks 'committed')"),
     ],
 )
 def test_damaged_runs(run: Path, tmp_path: Path, config: str | None, records: str, said: str) -> None:
@@ -155,7 +152,6 @@ def test_damaged_runs(run: Path, tmp_path: Path, config: str | None, records: st
     file.write_text(records)
     if config is not None:
         (tmp_path / "config.json").write_text((run / "config.json").read_text() if config == "same" else config)
-    fixes = r"evaluate again|run its unmask eval command again|choose another|use it as RUN/records/"
-    with pytest.raises(UserError, match=fixes) as error:
+    with pytest.raises(UserError, match=r"evaluate again|choose another|use RUN/records/") as error:
         command([str(file), "--output", str(tmp_path / "page.html")])
     assert said in str(error.value) and "\n" not in str(error.value)

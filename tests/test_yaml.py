@@ -1,13 +1,17 @@
-"""YAML files: numbers in scientific notation are numbers, at every depth of every file, and what is written is read back."""
+"""YAML files: strange ones are one sentence, numbers are those of YAML 1.2, and what is written is read back."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from unmask import make_decoder
+from unmask import UserError, make_decoder
+from unmask.cli import main
 from unmask.config import read_config
 from unmask.io.files import as_yaml, read_yaml
 from unmask.models.scratch import new_model
@@ -15,29 +19,82 @@ from unmask.rl.config import DiffusionGRPOConfig
 from unmask.study.grid import StudyConfig, jobs_of
 from unmask.training.config import SFTConfig
 
-NUMBERS = ["1e-5", "1E-5", "+1e-5", "-2e3", "1.e-5", ".5e-3", "2.5e+3", "2.5e3", "3e0"]
-TEXTS = ["1e", "e5", "1e5x", "1e-", "1e5-2", "12e3f"]
+
+def bomb(start: str, level: str) -> str:
+    """Nine levels, each nine times the one before."""
+    aliases = [", ".join([f"*a{i}"] * 9) for i in range(8)]
+    return f"a0: &a0 {start}\n" + "".join(f"a{i}: &a{i} {level.format(a)}\n" for i, a in enumerate(aliases, 1))
 
 
-@pytest.mark.parametrize("nest", ["a: {}", "a: [{}, 1]", "a: {{b: {}}}", "a:\n  - b: [{}]", "a:\n  b:\n    c: {}"])
-def test_scientific_notation_at_every_depth(nest: str, tmp_path: Path) -> None:
-    def innermost(value: Any) -> Any:
-        while isinstance(value, dict | list):
-            value = next(iter(value.values())) if isinstance(value, dict) else value[0]
-        return value
+STRANGE = {
+    "alias bomb": bomb("[x, x, x, x, x, x, x, x, x]", "[{}]"),
+    "merge bomb": bomb("{x: 1}", "{{<<: [{}]}}"),
+    "alias to itself": "steps: &a [*a]\n",
+    "unknown alias": "steps: *nowhere\n",
+    "long alias": "steps: *" + "k" * 9_999 + "\n",
+    "tab": "steps:\n\t- 1\n",
+    "key twice": "steps: 1\nsteps: 2\n",
+    "long key twice": f"? {'k' * 9_999}\n? {'k' * 9_999}\n",
+    "number as key": "1: 2\n",
+    "list as key": "? [a]\n: 1\n",
+    "date tag": "steps: !!timestamp 2024-13-45\n",
+    "python object": "steps: !!python/object/apply:os.system [touch executed]\n",
+    "binary": "steps: !!binary aGVsbG8=\n",
+    "set": "steps: !!set {a, b}\n",
+    "int tag": "steps: !!int seven\n",
+    "long tag": "steps: !" + "k" * 9_999 + " 1\n",
+    "deep": "steps: " + "[" * 1_000,
+    "40 levels": "steps: " + "[" * 40 + "]" * 40 + "\n",
+    "digits": "steps: " + "9" * 5_000 + "\n",
+    "empty": "",
+    "list": "- steps\n",
+    "two documents": "steps: 1\n---\nsteps: 2\n",
+    "zero byte": "steps: \0\n",
+    "bracket": "steps: [1\n",
+    "latin-1": "name: é\n",
+}
 
-    for text in NUMBERS + TEXTS:
-        (tmp_path / "f.yaml").write_text(nest.format(text))
-        found = innermost(read_yaml(tmp_path / "f.yaml", "the file"))
-        assert found == (float(text) if text in NUMBERS else text)
-        if text in NUMBERS:
-            assert isinstance(found, float)
+
+@pytest.mark.parametrize("text", STRANGE.values(), ids=STRANGE)
+def test_strange_yaml_is_one_sentence(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("strange.yaml").write_bytes(text.encode("latin-1"))
+    assert main(["generate", "x", "--decoder", "strange.yaml"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "the decoder file strange.yaml" in said and len(said) < 300
+    with pytest.raises(UserError):
+        read_config(StudyConfig, Path("strange.yaml"))
+    assert [p.name for p in tmp_path.iterdir()] == ["strange.yaml"]
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
-    values = {"text": [*NUMBERS, *TEXTS, "1", "no", "~", "é"], "numbers": [1e-5, 1e300, 3.0, 2, None, True]}
-    (tmp_path / "f.yaml").write_text(as_yaml(values), encoding="utf-8")
-    assert read_yaml(tmp_path / "f.yaml", "the file") == values
+NUMBERS = ["1e-5", "1E-5", "+1e-5", "-2e3", "1.e-5", ".5e-3", "2.5e+3", "2.5e3", "3e0", "-1.5e+3", ".5"]
+TEXTS = ["1e", "e5", "1e5x", "1e-", "1e5-2", "12e3f", "2024-12-31", "2024-13-45", "12:30", "="]
+OTHERS = [("3", 3), ("1_000", 1000), (".inf", math.inf), ("'1e-5'", "1e-5"), ("true", True), ("~", None)]
+
+
+@pytest.mark.parametrize(("text", "value"), [*((t, float(t)) for t in NUMBERS), *((t, t) for t in TEXTS), *OTHERS])
+def test_yaml_values(text: str, value: Any, tmp_path: Path) -> None:
+    """Numbers as in YAML 1.2; dates and times stay text; also in nested tables, and behind a byte-order mark."""
+    (tmp_path / "x.yaml").write_text(f"a: {text}\nb: {{c: [{text}]}}\nd:\n  - e: {text}\n", encoding="utf-8-sig")
+    found = read_yaml(tmp_path / "x.yaml", "the file")
+    assert found == {"a": value, "b": {"c": [value]}, "d": [{"e": value}]} and type(found["a"]) is type(value)
+
+
+PLAIN = (
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.from_regex(r"[-0-9.e:_]+")
+)
+NESTED = st.recursive(PLAIN, lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(value=st.dictionaries(st.text(), NESTED))
+def test_yaml_that_is_written_is_read_back(value: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("yaml") / "x.yaml"
+    path.write_text(as_yaml(value), encoding="utf-8")
+    found = read_yaml(path, "the file")
+    assert found == value and repr(found) == repr(value)
 
 
 def test_files_of_every_command(tmp_path: Path) -> None:

@@ -46,4 +46,4 @@ def check_seed(config: Any) -> None:
 def check_own_folder(output: str) -> None:
     """Raises UserError for an ``output`` that is the folder the command was started in, or above it."""
     if not output.strip(". "):
-        raise UserError(f"output is {output!r}: choose a folder of its own")
+        raise UserError(f"output is {output!r}: choose an output folder other than the current one")

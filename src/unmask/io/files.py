@@ -86,41 +86,39 @@ def write_json(path: Path, value: Any) -> None:
 
 # ---- YAML ------------------------------------------------------------------------------------------------------------------
 
-_POWER = r"[eE][-+]?[0-9]+"
-_NUMBERS = {
-    "int": r"[-+]?(?:0b[01_]+|0[0-7_]*|[1-9][0-9_]*|0x[0-9a-fA-F_]+)",
-    "float": rf"[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*(?:{_POWER})?|{_POWER})|\.[0-9][0-9_]*(?:{_POWER})?|\.(?:inf|Inf|INF))"
-    r"|\.(?:nan|NaN|NAN)",
-}
-_PREFIX = "tag:yaml.org,2002:"
-_TAGS = {_PREFIX + kind for kind in ("null", "bool", "int", "float", "str", "seq", "map", "merge")}
 MOST_VALUES = 100_000
 """Values of a YAML file, with every alias written out."""
+_TAG, _POWER = "tag:yaml.org,2002:", r"[eE][-+]?[0-9]+"
+_NUMBERS = {
+    "int": r"[-+]?(?:0b[01_]+|0[0-7_]*|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$",
+    "float": rf"(?:[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*(?:{_POWER})?|{_POWER})|\.[0-9][0-9_]*(?:{_POWER})?|\.(?:inf|Inf|INF))"
+    r"|\.(?:nan|NaN|NAN))$",
+}
 
 
 class _Loader(yaml.SafeLoader):
     """Plain YAML with numbers as in YAML 1.2 (1e-5 is one, 12:30 is not); dates are text, other types are refused."""
 
     def get_single_node(self) -> yaml.Node | None:
-        """The document. Raises YAMLError for what settings do not need and what would not end well: keys that are no text or
-        stand twice, other types, and more or deeper values than MOST_VALUES and DEEPEST, aliases written out."""
+        """The document. Raises YAMLError for other types, keys that are no text or stand twice, and more or deeper values than
+        MOST_VALUES and DEEPEST with aliases written out."""
         root = super().get_single_node()
         waiting, count = [(root, 1)] if root is not None else [], 0
         while waiting:
-            node, level = waiting.pop()
-            count += 1
+            (node, level), count, keys = waiting.pop(), count + 1, set()
             if level > DEEPEST or count > MOST_VALUES:
                 raise yaml.YAMLError(f"it holds more than {DEEPEST} levels or {MOST_VALUES:,} values")
-            if node.tag not in _TAGS:
+            if node.tag.removeprefix(_TAG) not in ("null", "bool", "int", "float", "str", "seq", "map"):
                 raise yaml.MarkedYAMLError(None, None, f"the tag {node.tag:.60} is not read", node.start_mark)
-            if isinstance(node, yaml.MappingNode):
-                keys = [key.value if key.tag in (_PREFIX + "str", _PREFIX + "merge") else None for key, _ in node.value]
-                if wrong := [i for i, key in enumerate(keys) if key is None or key in keys[:i]]:
-                    said = f"the key {keys[wrong[0]]!r:.60} stands twice" if keys[wrong[0]] else "a key is no text"
-                    raise yaml.MarkedYAMLError(None, None, said, node.value[wrong[0]][0].start_mark)
-                waiting += [(value, level + 1) for _, value in node.value]
-            elif isinstance(node, yaml.SequenceNode):
-                waiting += [(child, level + 1) for child in node.value]
+            for child in node.value if isinstance(node, yaml.CollectionNode) else ():
+                key, value = child if isinstance(child, tuple) else (None, child)
+                if key is not None:
+                    text = key.tag in (_TAG + "str", _TAG + "merge")
+                    if not text or key.value in keys:
+                        said = f"the key {key.value!r:.60} stands twice" if text else "a key is no text"
+                        raise yaml.MarkedYAMLError(None, None, said, key.start_mark)
+                    keys.add(key.value)
+                waiting.append((value, level + 1))
         return root
 
 
@@ -129,11 +127,11 @@ class _Dumper(yaml.SafeDumper):
 
 
 _Loader.yaml_implicit_resolvers = _Dumper.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in known if tag.removeprefix(_PREFIX) in ("bool", "null", "merge")]
+    first: [(tag, pattern) for tag, pattern in known if tag.removeprefix(_TAG) in ("bool", "null", "merge")]
     for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 for _name, _pattern in _NUMBERS.items():
-    _Loader.add_implicit_resolver(_PREFIX + _name, re.compile(f"(?:{_pattern})$"), list("-+.0123456789"))
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(_pattern), list("-+.0123456789"))
 
 
 def as_yaml(value: Any) -> str:
@@ -143,30 +141,31 @@ def as_yaml(value: Any) -> str:
 
 def read_yaml(path: Path, what: str, schema: Any = dict) -> dict[str, Any]:
     """A YAML file of settings. Raises UserError, which calls the file ``what``, where it is none or not as ``schema`` says."""
-    line = ""
+    text = read_text(path, what)
     try:
-        found: dict[str, Any] = yaml.load(read_text(path, what), Loader=_Loader)
+        found: dict[str, Any] = yaml.load(text, Loader=_Loader)
         check(found, schema)
-        return found
-    except RecursionError:
-        says = f"more than {DEEPEST} levels"
-    except yaml.MarkedYAMLError as error:
-        if mark := error.problem_mark or error.context_mark:
-            line = f", line {mark.line + 1}"
-        says = str(error.problem or error.context)
-    except (yaml.YAMLError, ValueError) as error:
-        says = " ".join(str(error).split())
-    raise UserError(f"{what} {path}{line} is not a table of settings ({says:.150}): write lines of key: value")
+    except _DAMAGE as error:
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        file = f"{what} {path}, line {mark.line + 1}" if mark else f"{what} {path}"
+        raise UserError(f"{file} is not a table of settings ({_reason(error)}): write lines of key: value") from None
+    return found
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------------
 
+_DAMAGE = (yaml.YAMLError, ValueError, TypeError, KeyError, OverflowError, RecursionError)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return f"it has more than {DEEPEST} levels"
+    said = f"it lacks {error}" if isinstance(error, KeyError) else getattr(error, "problem", None) or str(error)
+    return " ".join(said.split())[:150]
+
 
 def read_json(path: Path, schema: Any, fix: str, make: Callable[[Any], Any] = lambda value: value) -> Any:
-    """The value in a JSON file that is as its schema (``schema.py``) says, ``fix`` and ``make`` as for ``each_line``.
-
-    Raises UserError for a file that cannot be read, or holds something else.
-    """
+    """The value in a JSON file; arguments and errors as for ``each_line``."""
     try:
         return _parse(path.read_bytes(), schema, f"{path} is damaged", fix, make)
     except OSError as error:
@@ -176,11 +175,11 @@ def read_json(path: Path, schema: Any, fix: str, make: Callable[[Any], Any] = la
 def each_line(
     path: Path, schema: Any, fix: str, make: Callable[[Any], Any] = lambda value: value, own: bool = True
 ) -> Iterator[Any]:
-    """The lines of a JSON-lines file, one at a time, each as its schema says.
+    """The lines of a JSON-lines file, one at a time, each as its schema (``schema.py``) says.
 
     Args:
-        fix: what to do where a line is not, as the end of a sentence. make: what becomes of a line; a ValueError, KeyError,
-            TypeError or OverflowError of it is the line's mistake.
+        fix: what to do where a line is not, as the end of a sentence.
+        make: what becomes of a line; a ValueError, KeyError, TypeError or OverflowError of it is the line's mistake.
         own: whether a run writes the file: then it may be missing, and a last line that is not (yet) whole is passed over.
             Else empty lines are.
 
@@ -191,8 +190,8 @@ def each_line(
         with path.open("rb") as file:
             for number, raw in enumerate(file, 1):
                 if raw.endswith(b"\n") if own else raw.strip():
-                    wrong = "is damaged" if own else "cannot be used"
-                    yield _parse(raw, schema, f"{path}:{number} {wrong}", fix, make)
+                    wrong = f"{path}:{number} {'is damaged' if own else 'cannot be used'}"
+                    yield _parse(raw, schema, wrong, fix, make)
     except OSError as error:
         if not own or not isinstance(error, FileNotFoundError):
             raise UserError(f"cannot read {path}: {error.strerror}; {fix}") from None
@@ -208,13 +207,11 @@ def _parse(raw: bytes, schema: Any, wrong: str, fix: str, make: Callable[[Any], 
         value = json.loads(raw.decode("utf-8-sig"))
         check(value, schema)
         return make(value)
-    except RecursionError:
-        says = f"it has more than {DEEPEST} levels"
-    except KeyError as error:
-        says = f"it lacks {error}"
-    except (ValueError, TypeError, OverflowError) as error:
-        says = " ".join(str(error).split())[:200]
-    raise UserError(f"{wrong} ({says}): {fix}")
+    except _DAMAGE as error:
+        raise UserError(f"{wrong} ({_reason(error)}): {fix}") from None
+
+
+# ---- text and names --------------------------------------------------------------------------------------------------------
 
 
 def expand_home(value: T) -> T:

@@ -23,9 +23,6 @@ class Number:
     high: float = 1e15
     whole: bool = False
 
-    def __str__(self) -> str:
-        return f"a {'whole ' * self.whole}number from {self.low:g} to {self.high:g}"
-
 
 def _fits(value: Any, schema: Any) -> bool:
     """Whether a value is of a schema's kind, whatever is in it."""
@@ -38,15 +35,22 @@ def _fits(value: Any, schema: Any) -> bool:
 
 
 def _name(schema: Any) -> str:
-    if isinstance(schema, Number) or schema is None:
-        return "null" if schema is None else str(schema)
-    names = {str: "text", bool: "true or false", float: "a number", list: "a list", dict: "an object"}
+    if isinstance(schema, Number):
+        return f"a {'whole ' * schema.whole}number from {schema.low:g} to {schema.high:g}"
+    names = {
+        str: "text",
+        bool: "true or false",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+        type(None): "null",
+    }
     return names[schema if isinstance(schema, type) else type(schema)]
 
 
 def check(value: Any, schema: Any, where: str = "it", level: int = 0) -> None:
     """Raises ValueError, which names the place, unless a value read from a file is as its schema says, is no more than
-    DEEPEST levels deep and holds no half of a character (``\\ud800``), which no file and no terminal takes."""
+    DEEPEST levels deep and holds no lone surrogate (``\\ud800``), which cannot be written as UTF-8."""
     kinds = schema if isinstance(schema, tuple) else (schema,)
     kind = next((k for k in kinds if _fits(value, k)), ...)
     if kind is ...:
@@ -63,19 +67,13 @@ def check(value: Any, schema: Any, where: str = "it", level: int = 0) -> None:
             check(entry, inner, f"{where}[{i}]", level + 1)
     elif isinstance(value, dict):
         known = kind if isinstance(kind, dict) else {}
-        if missing := [k for k in known if k is not ... and not k.endswith("?") and k not in value]:
-            raise ValueError(f"{where} lacks {missing[0]!r}")
+        for key in known:
+            if key is not ... and not key.endswith("?") and key not in value:
+                raise ValueError(f"{where} lacks {key!r}")
         for key, entry in value.items():
             key.encode()
             inside = f"{key:.60}" if where == "it" else f"{where}.{key:.60}"
             check(entry, known.get(key, known.get(f"{key}?", known.get(..., object))), inside, level + 1)
-
-
-def check_same_length(value: dict[str, Any], *keys: str) -> None:
-    """Raises ValueError unless what stands under all of the keys is equally long."""
-    sizes = {key: len(value[key]) for key in keys if key in value}
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"{', '.join(f'{k} has {n} entries' for k, n in sizes.items())}: not as many each")
 
 
 # ---- what there is in which file -------------------------------------------------------------------------------------------
@@ -84,56 +82,50 @@ COUNT, POSITIVE = Number(0, whole=True), Number(1, whole=True)
 AMOUNT, SHARE = Number(0), Number(0, 1)
 _MAYBE = [(SHARE, None)]
 
-
-def _each(schema: Any, *keys: str) -> dict[str, Any]:
-    return dict.fromkeys(keys, schema)
-
-
 METRICS = {"step": COUNT, ...: float}
 """A line of an ``rl`` run's metrics.jsonl; what a diverging run logs may not be finite."""
 TIMES = {"step": COUNT, "seconds_rollout?": AMOUNT, "seconds_update?": AMOUNT}
 MEASURED = {
-    **_each(COUNT, "index", "committed", "length"),
-    **_each(AMOUNT, "points", "seconds"),
-    **{"id": str, "solved": bool, "possible": Number(1e-6), "nfe": POSITIVE},
+    **dict.fromkeys(("index", "committed", "length"), COUNT),
+    **{"points": AMOUNT, "seconds": AMOUNT, "possible": Number(1e-6), "nfe": POSITIVE, "id": str, "solved": bool},
 }
 """What is counted of a problem: with split and decoder, a line of ``tune``'s measurements.jsonl."""
 RECORD = {**MEASURED, "task?": str, "decoder?": str, "prompt": str, "completion": str}
 """A line of ``eval``'s records."""
-CONFIG = {"model": dict, "tasks": {...: dict}, "decoders": {...: dict}}
+CONFIG = {
+    **{"model": {"name": str, "weights": str, "dtype": str}, "tasks": {...: dict}, "decoders": {...: dict}},
+    **{"seed": Number(0, 2**30 - 1, whole=True), "early_stop": bool, "load_in_4bit": bool},
+    **{"adapter": (str, None), "revision": (str, None)},
+}
 """``eval``'s config.json."""
 STEPS = ("commits", "eos_share", "end_confidence", "other_confidence")
 """Which curves have one entry a step."""
-CURVES = {"commits": [AMOUNT], **_each(_MAYBE, *STEPS[1:]), "order": [[(SHARE, None), 32], 16]}
+CURVES = {"commits": [AMOUNT], **dict.fromkeys(STEPS[1:], _MAYBE), "order": [[(SHARE, None), 32], 16]}
 SUMMARY = {
     "config": {"model": {"name": str}, "split": str},
     "environment": dict,
     "cells": [
         {
-            **_each(str, "task", "decoder", "score_name"),
-            **_each(AMOUNT, "score", "tokens_per_forward", "length", "seconds"),
-            **{"problems": POSITIVE, "solved": SHARE, "nfe": Number(1)},
-            **{"solved_interval": [SHARE, 2], "score_interval": [AMOUNT, 2], "curves?": CURVES},
+            **dict.fromkeys(("task", "decoder", "score_name"), str),
+            **dict.fromkeys(("score", "tokens_per_forward", "length", "seconds"), AMOUNT),
+            **{"problems": POSITIVE, "solved": SHARE, "nfe": Number(1), "curves?": CURVES},
+            **{"solved_interval": [SHARE, 2], "score_interval": [AMOUNT, 2]},
         }
     ],
 }
 """``eval``'s summary.json."""
-_TRAINED = _each(COUNT, "updates", "completions", "training_passes")
+_TRAINED = {"updates": COUNT, "completions": COUNT, "training_passes": COUNT}
 CELL = {
-    **_each(str, "key", "score_name", "problems", "solved"),
-    **_each([COUNT], "length", "committed"),
-    **{"points": [AMOUNT], "possible": [Number(1e-6)], "nfe": [POSITIVE], "seconds": AMOUNT, "curves?": CURVES},
+    **dict.fromkeys(("key", "score_name", "problems", "solved"), str),
+    **{"length": [COUNT], "committed": [COUNT], "points": [AMOUNT], "possible": [Number(1e-6)], "nfe": [POSITIVE]},
+    **{"seconds": AMOUNT, "curves?": CURVES, "environment": dict},
     "cell": {"task": str, "decoder": str},
-    "budget": {"nfe": POSITIVE, **{f"{k}?": v for k, v in _TRAINED.items()}},
+    "budget": {"nfe": POSITIVE, **{f"{key}?": COUNT for key in _TRAINED}},
     "model": {"name": str, "weights": str},
-    "environment": dict,
 }
 """A line of a study's cells.jsonl."""
 RUN = {
-    "key": str,
-    "train": dict,
-    "budget": _TRAINED,
-    "metrics": [METRICS],
+    **{"key": str, "train": dict, "budget": _TRAINED, "metrics": [METRICS]},
     "seconds": {"rollout": AMOUNT, "update": AMOUNT},
 }
 """A line of a study's runs.jsonl."""
@@ -142,7 +134,7 @@ RUN = {
 def whole_summary(summary: dict[str, Any]) -> dict[str, Any]:
     """The same. Raises ValueError where curves that belong together are not equally long."""
     for cell in summary["cells"]:
-        check_same_length(cell.get("curves", {}), *STEPS)
+        _check_same_length(cell.get("curves", {}), *STEPS)
     return summary
 
 
@@ -150,6 +142,12 @@ def whole_cell(cell: dict[str, Any]) -> dict[str, Any]:
     """The same. Raises ValueError where its lists have not an entry a problem, or its curves not an entry a step."""
     if not cell["solved"] or set(cell["solved"]) - {"0", "1"}:
         raise ValueError("solved is not a 0 or 1 for each problem")
-    check_same_length(cell, "solved", "points", "possible", "nfe", "length", "committed")
-    check_same_length(cell.get("curves", {}), *STEPS)
+    _check_same_length(cell, "solved", "points", "possible", "nfe", "length", "committed")
+    _check_same_length(cell.get("curves", {}), *STEPS)
     return cell
+
+
+def _check_same_length(value: dict[str, Any], *keys: str) -> None:
+    sizes = {key: len(value[key]) for key in keys if key in value}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"{', '.join(f'{k} has {n} entries' for k, n in sizes.items())}: not as many each")

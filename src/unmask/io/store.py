@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,7 @@ def claim(
 def _grows(before: Any, now: Any) -> bool:
     if isinstance(before, dict) and isinstance(now, dict):
         return all(before[key] == now[key] for key in before.keys() & now.keys())
-    if type(before) is not int or before < 1:
-        return False
-    return now is None or (type(now) is int and before < now)
+    return type(before) is int and before > 0 and (now is None or (type(now) is int and before < now))
 
 
 def shard(path: Path, rank: int) -> Path:
@@ -64,28 +63,24 @@ def as_lines(records: Iterable[Record]) -> str:
     return "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
 
 
+@dataclass(frozen=True)
 class RecordStore:
     """A file of JSON lines, each the record of one ``key``: what is there is read, what is new is appended.
 
     Several processes append to a shard each; ``merge`` takes all shards, of whatever number of processes, into the file. It is
     in place, whole and sorted by key, before a shard goes, and a key counts once: a crash at any moment neither loses nor
     doubles a record. A last line that an interruption cut off is dropped.
+
+    Attributes:
+        schema: of a line, as in ``schema.py``. fix: what to do about a damaged line, as the end of a sentence.
+        check: raises ValueError where a record does not belong here.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        schema: Any,
-        key: Callable[[Record], Any],
-        fix: str,
-        check: Callable[[Record], Any] = lambda record: None,
-    ) -> None:
-        """
-        Args:
-            schema: of a line, as in ``schema.py``. fix: what to do about a damaged line, as the end of a sentence.
-            check: raises ValueError where a record does not belong here.
-        """
-        self.path, self.schema, self.key, self.fix, self.check = path, schema, key, fix, check
+    path: Path
+    schema: Any
+    key: Callable[[Record], Any]
+    fix: str
+    check: Callable[[Record], Any] = lambda record: None
 
     def merge(self, world: int = 0) -> dict[Any, Record]:
         """All records by key, in order; the file then holds them, and there are no shards.

@@ -1,4 +1,4 @@
-"""What a command says: on any terminal, in any encoding, into any pipe."""
+"""Standard output and error of a command, on any terminal, in any encoding, into any pipe."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,9 +19,9 @@ _UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 @contextmanager
 def standard_streams() -> Iterator[None]:
-    """Standard output and error that end no command: characters that they cannot show are escaped.
+    """Standard output and error that cannot make a command fail: characters that they cannot show are escaped.
 
-    A stream that is closed (``>&-``) swallows what is written.
+    What is written to a closed stream (``>&-``) is dropped.
 
     Raises:
         SystemExit: where the reader of a pipe has gone (``| head -1``), silently; where standard output cannot be written (a
@@ -36,24 +36,19 @@ def standard_streams() -> Iterator[None]:
     try:
         try:
             yield
-        finally:  # here and not at the interpreter's end, where nobody can answer for it
+        finally:  # here and not at the interpreter's end, where nothing catches the error
             sys.stdout.flush()
     except OSError as error:
         if error.filename is not None or error.errno not in _UNWRITABLE:
             raise
-        _end_output(
-            "" if isinstance(error, BrokenPipeError) else f"unmask: cannot write the output: {error.strerror}\n"
-        )
-
-
-def _end_output(said: str) -> NoReturn:
-    """End the command, without another attempt to write what is still held back."""
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        for stream in (sys.stdout, *(() if said else (sys.stderr,))):
-            with suppress(OSError, ValueError):  # a stream without a descriptor holds nothing back
-                os.dup2(nowhere.fileno(), stream.fileno())
-    sys.stderr.write(said)
-    raise SystemExit(1)
+        reader_gone = isinstance(error, BrokenPipeError)
+        with open(os.devnull, "w", encoding="utf-8") as devnull:  # for what is still buffered
+            for stream in (sys.stdout, *((sys.stderr,) if reader_gone else ())):
+                with suppress(OSError, ValueError):  # a stream without a descriptor buffers nothing
+                    os.dup2(devnull.fileno(), stream.fileno())
+        if not reader_gone:
+            sys.stderr.write(f"unmask: cannot write the output: {error.strerror}\n")
+        raise SystemExit(1) from None
 
 
 def console(stderr: bool = False) -> Console:

@@ -1,4 +1,4 @@
-"""``unmask view``: decode what a prompt, a task's problem or records ask for, and write the page."""
+"""``unmask view``: decode a prompt, a task's problem or records, and write the page."""
 
 from __future__ import annotations
 
@@ -22,27 +22,25 @@ def command(arguments: list[str]) -> None:
     from unmask.view.page import Panel, write_page
 
     output, panels = Path(a.output), []
-    source, plan = from_records(a) if a.repeats else from_flags(a)
+    source, make_jobs = from_records(a) if a.repeats else from_flags(a)
     check_writable(output)
     with console(stderr=True).status("reading the model") as status:
         lm = source.load()
         if a.index:
             status.update(Text(f"looking for problem {a.index}"))
-        prompt, jobs = plan(lm)
+        prompt, jobs = make_jobs(lm)
         for job in jobs:
             status.update(Text(f"{job.decoder.name}: decoding"))  # a name is no markup
             ids, mask = lm.encode([prompt], job.decoder.max_new_tokens)
-            trajectory = decode(lm, ids, mask, job.decoder, early_stop=job.early_stop, **job.randomness)
+            trajectory = decode(lm, ids, mask, job.decoder, seeds=job.seeds, early_stop=job.early_stop)
             found = []
-            for moment in top_candidates_per_step(lm, trajectory, a.candidates):
-                found.append(moment)
+            for candidates in top_candidates_per_step(lm, trajectory, a.candidates):
+                found.append(candidates)
                 status.update(Text(f"{job.decoder.name}: candidates of step {len(found)} of {trajectory.steps}"))
             text = lm.text(trajectory.tokens)[0]
             panels.append(Panel(job.decoder, trajectory, found, text, job.solved(text), job.recorded))
             if job.recorded not in (None, text):
                 print(f"{job.decoder.name} writes another text now than the record holds; the page shows both")
     with writing_to(output):
-        size, every = write_page(output, lm, prompt, panels)
-    if every > 1:
-        print(f"masked cells keep the candidates of one step in {every}, so that the page stays below 5 MB")
+        size = write_page(output, lm, prompt, panels)
     print(f"page  {output}  ({size / 1e6:.2f} MB)")

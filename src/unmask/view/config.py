@@ -1,4 +1,4 @@
-"""What ``unmask view`` is asked: read without torch, so that help and a typo answer at once."""
+"""Arguments of ``unmask view``, read without torch, so that help and errors appear at once."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import tyro
 
 from unmask.errors import UserError, check_at_least, check_seed
 from unmask.models.source import ModelSource
-
-MOST = 4  # decodes side by side
 
 
 @dataclass(kw_only=True)
@@ -43,36 +41,32 @@ class ViewArguments(ModelSource):
 
     @property
     def repeats(self) -> bool:
-        """Whether records files are given."""
+        """Whether records are decoded again."""
         return any(p.endswith(".jsonl") for p in self.prompt)
 
     def check(self) -> None:
         """Raises UserError where a value is out of range or two of them exclude each other."""
         check_at_least(self, 0, "index")
         check_seed(self)
-        for text in self.prompt:
-            if not text.endswith(".jsonl") and os.path.exists(text):  # unlike Path.exists, takes a text of any length
+        for text in self.prompt:  # os.path.exists takes a text of any length
+            if not text.endswith(".jsonl") and (self.repeats or os.path.exists(text)):
                 raise UserError(
-                    f"{text} is no records file: use RUN/records/TASK--DECODER.jsonl of unmask eval, or a text"
+                    f"{text:.99} is no records file: use RUN/records/TASK--DECODER.jsonl of unmask eval, or one text"
                 )
         if not 1 <= self.candidates <= 20:
             raise UserError(f"candidates is {self.candidates}: choose 1 to 20")
-        if self.repeats and not all(p.endswith(".jsonl") for p in self.prompt):
-            raise UserError(f"the prompt mixes records files and text ({', '.join(self.prompt)}): use one or the other")
         several, what = (self.prompt, "records files") if self.repeats else (self.decoder, "decoders")
-        if not 1 <= len(several) <= MOST:
-            raise UserError(f"{len(several)} {what}: a page shows one to {MOST}")
+        if not 1 <= len(several) <= 4:
+            raise UserError(f"{len(several)} {what}: a page shows one to 4")
         if self.repeats:
-            own = ("task", "decoder", "max_new_tokens", "prefill", "seed", "early_stop")
-            self._leave_out("the records decide that", *own)
+            names: tuple[str, ...] = ("task", "decoder", "max_new_tokens", "prefill", "seed", "early_stop")
+            why = "the records decide that"
         elif self.task is not None:
-            self._leave_out("the task decides that", "prompt", "prefill")
+            names, why = ("prompt", "prefill"), "the task decides that"
         elif len(self.prompt) != 1:
             raise UserError(f"{len(self.prompt)} prompts: use one text in quotes, records files (.jsonl) or --task")
         else:
-            self._leave_out("there is only the prompt given", "index")
-
-    def _leave_out(self, why: str, *names: str) -> None:
+            names, why = ("index",), "a prompt has no others"
         usual = ViewArguments()
         for name in names:
             if getattr(self, name) != getattr(usual, name):

@@ -1,4 +1,4 @@
-"""What is to be decoded for the page: a prompt, a problem of a task, or what records of an evaluation hold."""
+"""The decodes of a page: of a prompt, of a problem of a task, or of what an evaluation recorded."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from unmask.config import build
 from unmask.decoding import Decoder, make_decoder
 from unmask.errors import UserError
 from unmask.evaluation.prompts import row_seeds
 from unmask.io.files import each_line, expand_home, read_json, slug
-from unmask.io.schema import CONFIG, RECORD, Number
+from unmask.io.schema import CONFIG, RECORD
 from unmask.io.store import Record
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.source import ModelSource
@@ -23,57 +24,46 @@ from unmask.tasks import make_task
 if TYPE_CHECKING:
     from unmask.view.config import ViewArguments
 
-_CONFIG = {
-    **CONFIG,
-    **{
-        "model": {"name": str, "weights": str, "dtype": str},
-        "seed": Number(0, 2**30 - 1, whole=True),
-        "early_stop": bool,
-    },
-    **{"adapter": (str, None), "revision": (str, None), "load_in_4bit": bool},
-}
-
 
 @dataclass(frozen=True)
 class Job:
     """One decode to make.
 
     Attributes:
-        randomness: ``seeds``, as ``decode`` takes them.
-        solved: what is known of a text. recorded: the completion that is to come out again.
+        seeds: of the one row, (1,) int64.
+        solved: grades a text, None where that is unknown. recorded: the completion that this decode repeats.
     """
 
     decoder: Decoder
     early_stop: bool
-    randomness: dict[str, Any]
+    seeds: Tensor
     solved: Callable[[str], bool | None] = lambda text: None
     recorded: str | None = None
 
 
-# The model to load, and what makes of it the prompt and the jobs.
-Plan = tuple[ModelSource, Callable[[MaskedLM], tuple[str, list[Job]]]]
+Prepared = tuple[ModelSource, Callable[[MaskedLM], tuple[str, list[Job]]]]
+"""The model to load, and a function from it to the prompt and the jobs."""
 
 
-def from_flags(a: ViewArguments) -> Plan:
+def from_flags(a: ViewArguments) -> Prepared:
     """A prompt, sampled as ``generate`` does, or a task's problem, as ``eval`` does. Raises UserError."""
     decoders = [make_decoder(spec, max_new_tokens=a.max_new_tokens) for spec in a.decoder]
 
-    def plan(lm: MaskedLM) -> tuple[str, list[Job]]:
+    def make_jobs(lm: MaskedLM) -> tuple[str, list[Job]]:
         if a.task is None:
-            jobs = [Job(d, a.early_stop, {"seeds": torch.Generator().manual_seed(a.seed)}) for d in decoders]
-            return lm.chat(a.prompt[0], a.prefill), jobs
+            return lm.chat(a.prompt[0], a.prefill), [Job(d, a.early_stop, torch.tensor([a.seed])) for d in decoders]
         task = make_task(a.task, lm.task_defaults)
         problems = task.problems("test", a.index + 1, a.seed)
         if a.index >= len(problems):
             raise UserError(f"{a.task} has no test problem {a.index}: choose --index 0 to {len(problems) - 1}")
-        problem, seeds = problems[a.index], {"seeds": row_seeds(a.seed, [a.index])}
+        problem, seeds = problems[a.index], row_seeds(a.seed, [a.index])
         jobs = [Job(d, a.early_stop, seeds, lambda text: task.grade(problem, text).solved) for d in decoders]
         return task.prompt(lm, problem), jobs
 
-    return replace(a, model="tiny" if a.model == "auto" else a.model), plan
+    return replace(a, model="tiny" if a.model == "auto" else a.model), make_jobs
 
 
-def from_records(a: ViewArguments) -> Plan:
+def from_records(a: ViewArguments) -> Prepared:
     """The records of one problem, to be decoded again by the model that made them.
 
     Raises:
@@ -81,27 +71,23 @@ def from_records(a: ViewArguments) -> Plan:
     """
     found = [(path, *_read(Path(expand_home(path)), a.index)) for path in a.prompt]
     first, config, _, record = found[0]
-    weights = config["model"]["weights"]
-    for path, other, _, another in found[1:]:
-        if (another["id"], another["prompt"]) != (record["id"], record["prompt"]):
+    for path, _, _, other in found[1:]:
+        if (other["id"], other["prompt"]) != (record["id"], record["prompt"]):
             raise UserError(f"{first} and {path} hold different prompts at index {a.index}: use records of one task")
-        if other["model"]["weights"] != weights:
-            raise UserError(f"{first} and {path} were made by different models: make a page of each")
 
-    def plan(lm: MaskedLM) -> tuple[str, list[Job]]:
-        if lm.weights != weights:
-            raise UserError(
-                f"{first} was made with weights {weights}, but {lm.name} has {lm.weights}: choose the evaluated checkpoint as "
-                "--model"
-            )
+    def make_jobs(lm: MaskedLM) -> tuple[str, list[Job]]:
         jobs = []
-        for _, own, decoder, r in found:
-            seeds = {"seeds": row_seeds(own["seed"], [a.index])}
-            solved = {r["completion"]: r["solved"]}.get
+        for path, own, decoder, r in found:
+            if lm.weights != (weights := own["model"]["weights"]):
+                raise UserError(
+                    f"{path} was made with weights {weights}, but {lm.name} has {lm.weights}: choose the evaluated "
+                    "checkpoint as --model, and records of one model"
+                )
+            seeds, solved = row_seeds(own["seed"], [a.index]), {r["completion"]: r["solved"]}.get
             jobs.append(Job(decoder, own["early_stop"], seeds, solved, r["completion"]))
         return record["prompt"], jobs
 
-    return source_of(config, a), plan
+    return source_of(config, a), make_jobs
 
 
 def source_of(config: dict[str, Any], a: ViewArguments) -> ModelSource:
@@ -116,17 +102,13 @@ def source_of(config: dict[str, Any], a: ViewArguments) -> ModelSource:
 def _read(path: Path, index: int) -> tuple[dict[str, Any], Decoder, Record]:
     """The settings of a record's run, its decoder, and the record."""
     run = path.parent.parent / "config.json"
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: use a records file of unmask eval, RUN/records/TASK--DECODER.jsonl")
-    if not run.is_file():
-        raise UserError(f"{path} is in no run's records: use it as RUN/records/{path.name}, with {run.name} in RUN")
-    config = read_json(run, _CONFIG, "evaluate again")
+    if not (path.is_file() and run.is_file()):
+        raise UserError(f"{path} is in no run's records: use RUN/records/TASK--DECODER.jsonl, with {run.name} in RUN")
+    config = read_json(run, CONFIG, "evaluate again")
     specs = {f"{slug(t)}--{slug(d)}.jsonl": d for t in config["tasks"] for d in config["decoders"]}
-    if path.name not in specs:
-        raise UserError(f"{run} does not say how {path} was made: evaluate again")
     try:
         decoder = build(Decoder, config["decoders"][specs[path.name]], "decoder")
-    except UserError as error:
+    except (KeyError, UserError) as error:
         raise UserError(f"{run} does not say how {path} was made ({error!s:.200}): evaluate again") from None
     records = {r["index"]: r for r in each_line(path, RECORD, "run its unmask eval command again")}
     if index not in records:

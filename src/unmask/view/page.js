@@ -22,16 +22,19 @@
 
   const maskedBefore = (p, i, step) => p.step[i] < 0 || p.step[i] >= step;
 
-  // Where a panel's candidates lie: of committed cells in `rank`, of the masked ones from `first[n]` on, n-th kept step.
+  // Where a panel's candidates lie: of the masked cells from `first[step]` on, of a committed one at `rank`.
   function unpack(p) {
     p.top = integers(p.top, data.wide);
     p.probs = integers(p.probs, false);
     let count = 0;
-    p.rank = p.step.map((step) => (step < 0 ? -1 : count++));
+    p.rank = p.step.map(() => -1);
     p.first = [];
-    for (let step = 0; step < p.steps; step += data.every) {
+    for (let step = 0; step < p.steps; step++) {
       p.first.push(count);
-      count += p.step.filter((_, i) => maskedBefore(p, i, step)).length;
+      p.step.forEach((at, i) => {
+        if (at === step) p.rank[i] = count;
+        count += maskedBefore(p, i, step);
+      });
     }
     p.place = [];
   }
@@ -149,7 +152,6 @@
       ["Confidence is a token's probability when it was committed; the lower edge of a masked cell shows its likeliest token's.", true],
       ["The bars under a canvas show what the model itself held at a cell (temperature 1, guidance included): before the next step where "
         + "the cell is masked, else before the step that committed it.", true],
-      [`To keep this file small, masked cells have the bars of one step in ${data.every} only.`, data.every > 1],
       ["A decoder with a cache saw an approximation; the bars are those of whole forward passes.", panels.some((p) => p.cache)],
       ["A canvas stops once its text is finished; what is masked then is never committed.", panels.some((p) => p.step.includes(-1))],
       [`Model: ${data.model}, weights ${data.weights}.`, true],
@@ -176,10 +178,9 @@
 
   function drawPanel(p) {
     const done = Math.min(view.step, p.steps);
-    const kept = Math.floor(Math.min(done, p.steps - 1) / data.every);
-    p.before = kept * data.every;
-    const open = p.horizon[Math.min(done, p.steps - 1)];
-    let place = p.first[kept];
+    p.before = Math.min(done, p.steps - 1);
+    const open = p.horizon[p.before];
+    let place = p.first[p.before];
     let committed = 0;
     p.cells.forEach((cell, i) => {
       const here = maskedBefore(p, i, p.before) ? place++ : -1;
@@ -195,7 +196,8 @@
 
   function drawInspector(p) {
     const i = view.hover ?? view.cell;
-    const shown = i === null ? "none" : p.place[i] ?? "beyond";
+    const masked = i !== null && maskedBefore(p, i, view.step);
+    const shown = i === null ? "none" : i in p.place ? `${p.place[i]} ${masked}` : "beyond";
     if (p.shown === shown) return;
     p.shown = shown;
     if (i === null || i >= p.token.length) {
@@ -203,7 +205,6 @@
       p.inspector.replaceChildren(element("p", "", hint));
       return;
     }
-    const masked = maskedBefore(p, i, view.step);
     const line = element("p", "", `Cell ${i + 1}: `);
     if (masked) line.append(`masked. Held before step ${p.before + 1}:`);
     else line.append(element("b", "", textOf(p.token[i])), ` ${howCommitted(p, i)}. Held before it:`);

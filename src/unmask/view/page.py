@@ -1,4 +1,4 @@
-"""Decodes as data, and the data as one HTML file that asks nobody for anything."""
+"""Decodes as data, and the data as one HTML file that loads nothing else."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from unmask.errors import UserError
 from unmask.io.files import atomic_write
 from unmask.models.masked_lm import MaskedLM
 
-LIMIT = 5_000_000  # bytes of a page
-SIGNS = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥", "\x7f": "␡"}
+LIMIT = 20_000_000  # bytes of a page
+WHITESPACE_SIGNS = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥", "\x7f": "␡"}
 INVISIBLE = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp", "Zs"}  # Unicode's categories
-BYTES = {c: b for b, c in bytes_to_unicode().items()}  # the alphabet of byte-level tokenizers
+BYTE_OF = {c: b for b, c in bytes_to_unicode().items()}  # the alphabet of byte-level tokenizers
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,16 @@ def visible(text: str) -> str:
     """A token's text with every character to be seen: ␣ ⏎ ⇥ ␀, ⟨200B⟩ for what has no glyph, ◌ under a combining mark."""
 
     def glyph(c: str) -> str:
-        if c in SIGNS or c < " ":
-            return SIGNS.get(c) or chr(0x2400 + ord(c))
+        if c in WHITESPACE_SIGNS or c < " ":
+            return WHITESPACE_SIGNS.get(c) or chr(0x2400 + ord(c))
         return f"⟨{ord(c):X}⟩" if unicodedata.category(c) in INVISIBLE else c
 
     shown = "".join(map(glyph, text))
     return "◌" + shown if shown and unicodedata.category(shown[0]).startswith("M") else shown
 
 
-def name(lm: MaskedLM, token: int) -> str:
-    """What the tokenizer calls a token; ⟨id⟩ where it knows none of that id."""
+def token_name(lm: MaskedLM, token: int) -> str:
+    """The tokenizer's name for a token; ⟨id⟩ where it has none."""
     piece = lm.tokenizer.convert_ids_to_tokens(token)
     return f"⟨{token}⟩" if piece is None else str(piece)
 
@@ -73,52 +73,42 @@ def token_glyph(lm: MaskedLM, token: int) -> str:
         return MASK
     if token in lm.end_ids:
         return END
-    text, piece = str(lm.tokenizer.decode([token])), name(lm, token)
+    text, piece = str(lm.tokenizer.decode([token])), token_name(lm, token)
     if "\ufffd" in text:
         if single := re.fullmatch("<0x([0-9A-F]{2})>", piece):
             return f"⟨{single[1]}⟩"
-        if all(c in BYTES for c in piece):
-            return "⟨" + " ".join(f"{BYTES[c]:02X}" for c in piece) + "⟩"
+        if all(c in BYTE_OF for c in piece):
+            return "⟨" + " ".join(f"{BYTE_OF[c]:02X}" for c in piece) + "⟩"
     return visible(text or piece)
 
 
-def page_data(lm: MaskedLM, prompt: str, panels: Sequence[Panel], every: int = 1) -> dict[str, Any]:
-    """What the page's script reads, with the candidates of masked cells before one step in ``every``.
+def page_data(lm: MaskedLM, prompt: str, panels: Sequence[Panel]) -> dict[str, Any]:
+    """What the page's script reads.
 
     A token's number is its place in ``vocabulary``; ``ends`` names those that end a text. ``top`` (such numbers) and ``probs``
-    (probabilities times 65535) are base64 of little-endian integers, K a cell: first of the committed cells, from left to
-    right, before the step that committed them; then before step 0, ``every``, 2 ``every``, … of the cells that were masked.
+    (probabilities times 65535) are base64 of little-endian integers: of each step and masked cell, from left to right, K.
     """
     shown = [panel.trajectory.tokens[0].cpu() for panel in panels]
-    kept = [[torch.cat(part) for part in zip(_committed(p), *p.candidates[::every], strict=True)] for p in panels]
+    kept = [tuple(map(torch.cat, zip(*panel.candidates, strict=True))) for panel in panels]
     ids = torch.cat([*shown, *(top.flatten() for top, _ in kept)]).unique()
-    width = "<u2" if len(ids) <= 2**16 else "<u4"
+    wide = len(ids) > 2**16
     return {
         "model": lm.name,
         "weights": lm.weights,
         "prompt": prompt,
         "vocabulary": {"ids": ids.tolist(), "texts": [token_glyph(lm, t) for t in ids.tolist()]},
-        "ends": {i: name(lm, t) for i, t in enumerate(ids.tolist()) if t in lm.end_ids},
-        "every": every,
-        "wide": width == "<u4",
+        "ends": {i: token_name(lm, t) for i, t in enumerate(ids.tolist()) if t in lm.end_ids},
+        "wide": wide,
         "panels": [
             {
                 **_facts(panel),
                 "token": torch.searchsorted(ids, tokens).tolist(),
-                "top": _base64(torch.searchsorted(ids, top), width),
+                "top": _base64(torch.searchsorted(ids, top), "<u4" if wide else "<u2"),
                 "probs": _base64((probs * 65535).round(), "<u2"),
             }
             for panel, tokens, (top, probs) in zip(panels, shown, kept, strict=True)
         ],
     }
-
-
-def _committed(panel: Panel) -> tuple[Tensor, Tensor]:
-    """The candidates of the committed cells, from left to right, before the step that committed them: (C, K) twice."""
-    step = panel.trajectory.step[0].cpu()
-    rows = [(s, int(((step[:i] < 0) | (step[:i] >= s)).sum())) for i, s in enumerate(step.tolist()) if s >= 0]
-    tokens, probs = (torch.stack([part[s][row] for s, row in rows]) for part in zip(*panel.candidates, strict=True))
-    return tokens, probs
 
 
 def _facts(panel: Panel) -> dict[str, Any]:
@@ -159,28 +149,12 @@ def render(data: dict[str, Any]) -> str:
     return re.sub("@(title|style|script|data)@", lambda found: parts[found[1]], template)
 
 
-def write_page(path: Path, lm: MaskedLM, prompt: str, panels: Sequence[Panel], limit: int = LIMIT) -> tuple[int, int]:
-    """Write the page, whole or not at all. Where it would exceed ``limit`` bytes, masked cells keep their candidates of one
-    step in 2, 4, 8, … only.
-
-    Returns:
-        The page's size in bytes, and one step in how many.
-
-    Raises:
-        UserError: where it exceeds ``limit`` even with the masked cells' candidates of the first step only.
-    """
-    every, steps = 1, max(panel.trajectory.steps for panel in panels)
-    while True:
-        # In base64 four bytes, a token's and a probability's, take 16 / 3: so a page that is far too large is not rendered.
-        least = sum(tokens.numel() for p in panels for tokens, _ in p.candidates[::every]) * 16 // 3
-        if least <= limit and len(page := render(page_data(lm, prompt, panels, every)).encode()) <= limit:
-            break
-        if every >= steps:
-            raise UserError(
-                f"the page takes more than {limit / 1e6:g} MB even where masked cells keep the candidates of one step only: "
-                "choose fewer --candidates or fewer decoders"
-            )
-        every *= 2
+def write_page(path: Path, lm: MaskedLM, prompt: str, panels: Sequence[Panel], limit: int = LIMIT) -> int:
+    """Write the page, whole or not at all; returns its size in bytes. Raises UserError where that exceeds ``limit``."""
+    page = render(page_data(lm, prompt, panels)).encode()
+    if len(page) > limit:
+        size = f"{len(page) / 1e6:.1f} MB, more than {limit / 1e6:g}"
+        raise UserError(f"the page would take {size}: choose fewer --candidates, fewer decoders or a shorter canvas")
     with atomic_write(path) as partial:
         partial.write_bytes(page)
-    return len(page), every
+    return len(page)

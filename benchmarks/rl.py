@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.common import (
-    free_bytes,
     gemm_peak,
+    in_subprocess,
     pass_flops,
     peak_bytes,
     reset_peak,
-    run_in_subprocess,
     seconds,
     spread,
+    spread_text,
     stand_in,
-    subprocess_main,
+    write_result,
 )
 from benchmarks.config import BenchRL
 from unmask.decoding import make_decoder
 from unmask.decoding.plan import Plan
 from unmask.decoding.trajectory import Trajectory
-from unmask.evaluation.evaluate import environment
-from unmask.io.files import check_writable, write_json
 from unmask.models.adapters import adapter_config
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.memory import GIB
@@ -38,62 +35,51 @@ from unmask.rl.rollout import Rollout
 from unmask.rl.trainer import DiffusionGRPOTrainer
 
 
-def cells(config: BenchRL) -> list[tuple[str, int]]:
-    """(way, steps) of everything to measure."""
-    ways = [(way, s) for way in ("cj", "bare", "plain") for s in config.steps]
-    return [*ways, ("one-step", 1), ("diffu", 1)]
-
-
-def plain_bytes(config: BenchRL, steps: int) -> float:
-    """What the plain way keeps for its backward, at least: float32 logits and their log-softmax of every step."""
-    return 2 * 4.0 * steps * config.rows * (config.prompt + config.length) * config.vocabulary
-
-
-def bench_rl(config: BenchRL, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Measure every cell ``repeats`` times, in turn, each time in a fresh process; writes and returns the result."""
-    output = Path(config.output)
-    check_writable(output)
-    free = free_bytes(config.device)
-    found: dict[tuple[str, int], list[dict[str, float]]] = {}
-    skipped = []
+def run(config: BenchRL, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Measure every cell ``repeats`` times, in turn, each time in a fresh process."""
+    cells = [*((way, s) for way in ("cj", "bare", "plain") for s in config.steps), ("one-step", 1), ("diffu", 1)]
+    # What the plain way keeps for its backward, at least: float32 logits and their log-softmax of every step.
+    needed = 2 * 4 * config.rows * (config.prompt + config.length) * config.vocabulary
+    most = config.memory_limit * free_bytes(config.device)
+    not_run = [(way, steps) for way, steps in cells if way == "plain" and steps * needed > most]
+    found: dict[tuple[str, int], list[dict[str, float]]] = {cell: [] for cell in cells if cell not in not_run}
     for repeat in range(config.repeats):
-        for way, steps in cells(config):
-            if way == "plain" and plain_bytes(config, steps) > config.memory_limit * free:
-                if repeat == 0:
-                    skipped.append({"way": way, "steps": steps, "needs_gib": plain_bytes(config, steps) / GIB})
-                continue
+        for way, steps in found:
             progress(f"{way}, S = {steps}, repeat {repeat + 1} of {config.repeats}")
-            found.setdefault((way, steps), []).append(measure_cell(config, way, steps))
-    table: list[dict[str, Any]] = []
-    for (way, steps), runs in found.items():
-        table.append(
-            {
-                "way": way,
-                "steps": steps,
-                "seconds": spread([r["seconds"] for r in runs]),
-                "flops": runs[0]["flops"],
-                "peak_gib": spread([r["peak"] / GIB for r in runs]),
-                "before_gib": spread([r["before"] / GIB for r in runs]),
-            }
-        )
+            found[way, steps].append(in_subprocess("rl", config, way, steps))
     peak = gemm_peak(config.dtype, config.device)
-    for cell in table:
-        cell["of_gemm_peak"] = cell["flops"] / cell["seconds"]["median"] / peak
-    result = {
-        "config": asdict(config),
-        "environment": environment(),
-        "gemm_flops": peak,
-        "cells": table,
-        "not_run": skipped,
-    }
-    write_json(output, result)
-    return result
+    measured = []
+    for (way, steps), runs in found.items():
+        time, flops = spread([r["seconds"] for r in runs]), runs[0]["flops"]
+        cell = {"way": way, "steps": steps, "seconds": time, "flops": flops}
+        cell |= {f"{key}_gib": spread([r[key] / GIB for r in runs]) for key in ("peak", "before")}
+        measured.append({**cell, "of_gemm_peak": flops / time["median"] / peak})
+    skipped = [{"way": way, "steps": steps, "needs_gib": steps * needed / GIB} for way, steps in not_run]
+    return write_result(config, measured, gemm_flops=peak, not_run=skipped)
 
 
-def measure_cell(config: BenchRL, way: str, steps: int) -> dict[str, float]:
-    """``measure`` in a process of its own."""
-    request = {**asdict(config), "way": way, "at": steps}
-    return run_in_subprocess("benchmarks.update", f"{way} at S = {steps}", request)
+def table(config: BenchRL, result: dict[str, Any]) -> tuple[str, list[dict[str, str]]]:
+    """Title, and text by heading for each cell, those that were not run at the end."""
+    rows = [
+        {
+            "way": c["way"],
+            "S": str(c["steps"]),
+            "seconds": spread_text(c["seconds"]) if "seconds" in c else "not run",
+            "peak GiB": spread_text(c["peak_gib"]) if "seconds" in c else f"> {c['needs_gib']:.0f}",
+            "before": f"{c['before_gib']['median']:.2f}" if "seconds" in c else "",
+            "% GEMM": f"{100 * c['of_gemm_peak']:.0f}" if "seconds" in c else "",
+        }
+        for c in [*result["cells"], *result["not_run"]]
+    ]
+    size = f"{config.rows} rows of {config.prompt} + {config.length} tokens, V = {config.vocabulary}"
+    return f"one update, {size}; median (range) of {config.repeats}", rows
+
+
+def free_bytes(device: str) -> float:
+    """Memory that a benchmark may take."""
+    if device != "cpu":
+        return float(torch.cuda.mem_get_info()[0])
+    return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def random_rollout(config: BenchRL, lm: MaskedLM, steps: int) -> Rollout:
@@ -103,24 +89,21 @@ def random_rollout(config: BenchRL, lm: MaskedLM, steps: int) -> Rollout:
     low = len(lm.tokenizer)  # plain text ids: no end token, no mask
     prompt = torch.randint(low, config.vocabulary, (rows, config.prompt), generator=generator)
     tokens = torch.randint(low, config.vocabulary, (rows, length), generator=generator)
-    plan = torch.tensor(
-        [s for s, n in enumerate(Plan.uniform(length, steps).commits) for _ in range(n)], dtype=torch.int16
-    )
+    commits = torch.tensor(Plan.uniform(length, steps).commits)
+    plan = torch.arange(steps, dtype=torch.int16).repeat_interleave(commits)
     step = torch.stack([plan[torch.randperm(length, generator=generator)] for _ in range(rows)])
     decoder = make_decoder("full", max_new_tokens=length, steps=steps)
     logprob = torch.full((rows, length), -11.0)
-    trajectory = Trajectory(
-        prompt, torch.ones_like(prompt, dtype=torch.bool), tokens, step, logprob, lm.mask_id, decoder.config()
-    )
+    mask = torch.ones_like(prompt, dtype=torch.bool)
+    trajectory = Trajectory(prompt, mask, tokens, step, logprob, lm.mask_id, decoder.config())
     advantages = torch.tensor([1.0, -1.0]).repeat(rows)[:rows]
     # Without old log-probabilities the current ones serve, so that no token is clipped away.
     active, seeds = torch.ones(rows, dtype=torch.bool, device=config.device), torch.arange(rows, device=config.device)
     return Rollout(trajectory.to(config.device), advantages.to(config.device), active, seeds)
 
 
-def bench_trainer(config: BenchRL, objective: str, autocast: bool = False) -> DiffusionGRPOTrainer:
-    """A trainer around the stand-in, ready for ``update``; ``autocast`` to bfloat16 whatever the weights."""
-    adapter = adapter_config(config.lora, config.lora) if config.lora else None
+def prepare_update(config: BenchRL, objective: str, autocast: bool = False) -> tuple[DiffusionGRPOTrainer, Any]:
+    """A trainer around the stand-in and its model, ready for ``update``; ``autocast`` to bfloat16 whatever the weights."""
     args = DiffusionGRPOConfig(
         output_dir=tempfile.gettempdir(),
         objective=objective,
@@ -135,18 +118,17 @@ def bench_trainer(config: BenchRL, objective: str, autocast: bool = False) -> Di
         report_to=[],
         trainer_args={"use_cpu": config.device == "cpu", "save_strategy": "no"},
     )
-    return DiffusionGRPOTrainer(
-        stand_in(config, config.dtype, config.device), _no_reward, args, [{"prompt": "x"}], peft_config=adapter
-    )
+    lm = stand_in(config, config.dtype, config.device)
+    adapter = adapter_config(config.lora, config.lora) if config.lora else None
+    trainer = DiffusionGRPOTrainer(lm, _no_reward, args, [{"prompt": "x"}], peft_config=adapter)
+    if config.gradient_checkpointing:  # Trainer.train would do this
+        trainer.lm.model.activation_checkpointing_enable({"use_reentrant": False})
+    return trainer, trainer.accelerator.prepare(trainer.model).train()
 
 
 def measure(config: BenchRL, way: str, steps: int) -> dict[str, float]:
     """Seconds and peak bytes of one update after a warm-up of one; in this process."""
-    trainer = bench_trainer(config, way if way in ("one-step", "diffu") else "cj")
-    if config.gradient_checkpointing:  # Trainer.train would do this
-        trainer.lm.model.activation_checkpointing_enable({"use_reentrant": False})
-    model: Any = trainer.accelerator.prepare(trainer.model)
-    model.train()
+    trainer, model = prepare_update(config, way if way in ("one-step", "diffu") else "cj")
     rollout = random_rollout(config, trainer.lm, steps)
     update: Callable[[], Any] = {
         "plain": lambda: plain_update(model, rollout),
@@ -199,8 +181,3 @@ def bare_update(trainer: DiffusionGRPOTrainer, model: Any, rollout: Rollout) -> 
         rows = table.take(part)
         prompt = torch.zeros_like(rollout.trajectory.prompt_mask[rows.row])
         model(input_ids=rows.ids, positions=torch.cat([prompt, rows.scored], 1)).logits.sum().backward()
-
-
-if __name__ == "__main__":
-    own = ("way", "at")
-    subprocess_main(lambda r: measure(BenchRL(**{k: v for k, v in r.items() if k not in own}), *(r[k] for k in own)))

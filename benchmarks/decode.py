@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import product
-from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import torch
@@ -14,14 +13,15 @@ from torch import Tensor
 
 from benchmarks.common import (
     gemm_peak,
+    in_subprocess,
     pass_flops,
     peak_bytes,
     reset_peak,
-    run_in_subprocess,
     seconds,
     spread,
+    spread_text,
     stand_in,
-    subprocess_main,
+    write_result,
 )
 from benchmarks.config import STAND_IN, BenchDecode
 from benchmarks.reference import load_reference, reference_decode
@@ -30,36 +30,55 @@ from unmask.decoding.canvas import Canvases
 from unmask.decoding.decode import DecodingLoop
 from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
-from unmask.evaluation.evaluate import environment, task_prompts
-from unmask.io.files import check_writable, write_json
+from unmask.evaluation.evaluate import task_prompts
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.memory import GIB
 from unmask.tasks import make_task
 
-HEAD_SCALE = (
-    8.0  # the stand-in's head: confidences as far apart as a trained model's, so that no order hangs on rounding
-)
+# The stand-in's head: confidences as far apart as a trained model's, so that no order hangs on rounding.
+HEAD_SCALE = 8.0
 
 
-def bench_decode(config: BenchDecode, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Measure every cell in a fresh process; writes and returns the result."""
-    output = Path(config.output)
-    check_writable(output)
+def run(config: BenchDecode, progress: Callable[[str], None]) -> dict[str, Any]:
+    """Measure every cell in a fresh process; what is measured is kept, should a later cell fail."""
     peak = gemm_peak(config.dtype, config.device)
-    table: list[dict[str, Any]] = []
-    result = {"config": asdict(config), "environment": environment(), "gemm_flops": peak, "cells": table}
+    cells: list[dict[str, Any]] = []
     for model, length, spec, temperature in product(config.model, config.length, config.decoder, config.temperature):
-        label = f"{model} · L = {length} · {spec} · T = {temperature:g}"
-        progress(label)
-        request = {**asdict(config), "cell": [model, length, spec, temperature]}
-        found = run_in_subprocess("benchmarks.decoding", label, request)
-        cell = {"model": model, "length": length, "decoder": spec, "temperature": temperature, **found}
+        progress(f"{model} · L = {length} · {spec} · T = {temperature:g}")
+        cell: dict[str, Any] = {"model": model, "length": length, "decoder": spec, "temperature": temperature}
+        cell |= in_subprocess("decode", config, model, length, spec, temperature)
         if "step" in cell:
             cell["of_gemm_peak"] = cell["flops"] / cell["step"]["median"] / peak
-        table.append(cell)
-        write_json(output, result)  # what is measured is kept, should a later cell fail
+        cells.append(cell)
+        result = write_result(config, cells, gemm_flops=peak)
     return result
+
+
+def table(config: BenchDecode, result: dict[str, Any]) -> tuple[str, list[dict[str, str]]]:
+    """Title, and text by heading for each cell; ``-`` where something was not measured."""
+
+    def text(cell: dict[str, Any], key: str, show: Callable[[Any], str]) -> str:
+        return show(cell[key]) if key in cell else "-"
+
+    rows = [
+        {
+            "decoder": f"{c['model']} · {c['decoder']}",
+            "T": f"{c['temperature']:g}",
+            "L": str(c["length"]),
+            "passes": str(c["passes"]),
+            "trunk ms": text(c, "trunk", lambda found: f"{1000 * found['median']:.0f}"),
+            "step ms": text(c, "step", lambda found: f"{1000 * found['median']:.0f}"),
+            "step / needed": text(c, "step_over_needed", spread_text),
+            "tokens/s": f"{c['tokens_per_second']:.0f}",
+            "+GiB": f"{c['peak_gib'] - c['before_gib']:.2f}",
+            "% GEMM": text(c, "of_gemm_peak", lambda share: f"{100 * share:.0f}"),
+            "released / ours": text(c, "reference_over_ours", spread_text),
+            "same": text(c, "same_tokens", lambda same: "yes" if same else "no"),
+        }
+        for c in result["cells"]
+    ]
+    return f"decoding {config.rows} rows, {config.dtype}; median (range) of {config.repeats}", rows
 
 
 def prompts(config: BenchDecode, lm: MaskedLM) -> Tensor:
@@ -69,12 +88,10 @@ def prompts(config: BenchDecode, lm: MaskedLM) -> Tensor:
         low = len(lm.tokenizer)  # plain text ids: no end token, no mask
         return torch.randint(low, config.vocabulary, (config.rows, config.prompt), generator=generator).to(lm.device)
     task = make_task("countdown", lm.task_defaults)
-    problems = task.problems("test", 16 * config.rows)
-    by_length: dict[int, list[str]] = defaultdict(list)
-    for text in task_prompts(lm, task, problems):
-        by_length[lm.encode([text])[0].shape[1]].append(text)
-    most = max(by_length.values(), key=len)
-    return lm.encode([most[i % len(most)] for i in range(config.rows)])[0]
+    rows = [lm.encode([text])[0] for text in task_prompts(lm, task, task.problems("test", 16 * config.rows))]
+    length = mode(row.shape[1] for row in rows)
+    rows = [row for row in rows if row.shape[1] == length]
+    return torch.cat([rows[i % len(rows)] for i in range(config.rows)])
 
 
 @torch.no_grad()
@@ -107,23 +124,20 @@ def measure(config: BenchDecode, model: str, length: int, spec: str, temperature
     reference = None
     if config.reference is not None:
         reference = reference_decode(load_reference(config.reference), lm, prompt, decoder)
-    if reference is not None or decoder.cache != "none":
-        times: dict[str, list[float]] = {"decode": [], "reference": []}
-        if reference is not None and decoder.temperature == 0 and decoder.confidence != "random":
-            found["same_tokens"] = bool(torch.equal(reference(), trajectory.tokens))
-            if not found["same_tokens"] and decoder.eos == "keep":
-                found["ties"] = boundary_ties(lm, decoder, trajectory, seeds)
-        for _ in range(config.repeats):
-            times["decode"].append(seconds(ours, config.device))
-            if reference is not None:
-                times["reference"].append(seconds(reference, config.device))
-        found["decode"] = spread(times["decode"])
-        found.setdefault("tokens_per_second", trajectory.tokens.numel() / found["decode"]["median"])
+    if reference is None and decoder.cache == "none":
+        return found
+    if reference is not None and decoder.temperature == 0 and decoder.confidence != "random":
+        found["same_tokens"] = bool(torch.equal(reference(), trajectory.tokens))
+    times, theirs = [], []
+    for _ in range(config.repeats):
+        times.append(seconds(ours, config.device))
         if reference is not None:
-            found["reference"] = spread(times["reference"])
-            found["reference_over_ours"] = spread(
-                [r / d for r, d in zip(times["reference"], times["decode"], strict=True)]
-            )
+            theirs.append(seconds(reference, config.device))
+    found["decode"] = spread(times)
+    found.setdefault("tokens_per_second", trajectory.tokens.numel() / found["decode"]["median"])
+    if theirs:
+        found["reference"] = spread(theirs)
+        found["reference_over_ours"] = spread([r / d for r, d in zip(theirs, times, strict=True)])
     return found
 
 
@@ -137,7 +151,7 @@ def measure_passes(
     sums: dict[str, list[float]] = {way: [0.0] * config.repeats for way in ("step", "needed", "trunk")}
     flops = 0.0
     for repeat, s in product(range(-1, config.repeats), chosen):  # -1 warms up
-        rows = standing_at(lm, trajectory, s, seeds)
+        rows = rows_before(lm, trajectory, s, seeds)
         open_ = loop.step_quota_and_mask(rows)[2].flatten().nonzero()[:, 0]
         ids = rows.ids.repeat(decoder.copies, 1)
         positions = open_ // length * ids.shape[1] + width + open_ % length
@@ -162,24 +176,7 @@ def measure_passes(
     }
 
 
-def boundary_ties(lm: MaskedLM, decoder: Decoder, trajectory: Trajectory, seeds: Tensor) -> int:
-    """How often the last candidate that a step took and the first that it left have one float32 probability.
-
-    There the released code, which compares such probabilities, takes any of the two.
-    """
-    loop, length, ties = DecodingLoop(lm, decoder, early_stop=False), trajectory.tokens.shape[1], 0
-    for s in range(trajectory.steps):
-        rows = standing_at(lm, trajectory, s, seeds)
-        _, quota, open_ = loop.step_quota_and_mask(rows)
-        place = torch.arange(rows.width, rows.width + length, device=quota.device).expand(len(rows), -1)
-        p = lm.logits(rows.ids, rows.attention_mask, place).softmax(-1).amax(-1).masked_fill(~open_, -1.0)
-        ranked = torch.nn.functional.pad(p.sort(1, descending=True).values, (0, 1), value=-1.0)
-        last, following = ranked.gather(1, quota[:, None] - 1), ranked.gather(1, quota[:, None])
-        ties += int(((last == following) & (following >= 0)).sum())
-    return ties
-
-
-def standing_at(lm: MaskedLM, trajectory: Trajectory, s: int, seeds: Tensor) -> Canvases:
+def rows_before(lm: MaskedLM, trajectory: Trajectory, s: int, seeds: Tensor) -> Canvases:
     """The rows of a trajectory as they were before step ``s``; those that were done by then are left out."""
     canvas = trajectory.state(0)
     rows = Canvases.new(trajectory.prompt, trajectory.prompt_mask, canvas, lm.mask_id, seeds, range(len(seeds)))
@@ -187,9 +184,3 @@ def standing_at(lm: MaskedLM, trajectory: Trajectory, s: int, seeds: Tensor) -> 
     step = torch.where(trajectory.step < s, trajectory.step, -1)
     rows = replace(rows, step=step, at=torch.full_like(seeds, s), passes=[s] * len(seeds))
     return rows.take((step < 0).any(1).nonzero()[:, 0])
-
-
-if __name__ == "__main__":
-    subprocess_main(
-        lambda request: measure(BenchDecode(**{k: v for k, v in request.items() if k != "cell"}), *request["cell"])
-    )
