@@ -69,7 +69,7 @@ def test_every_cell_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match=r"steps \(200,\) do not fit a canvas of 128"):
         BenchRL(steps=(200,))
-    with pytest.raises(UserError, match="rows is 0: give 1 or more"):
+    with pytest.raises(UserError, match="rows is 0: choose 1 or more"):
         BenchRL(rows=0)
     with pytest.raises(UserError, match="did you mean 'eoser'"):
         BenchDecode(decoder=("eosr",))

@@ -279,7 +279,7 @@ def test_arguments_reach_the_model() -> None:
         ("pretrained=tiny,model=tiny", "give one"),
         ("batchsize=4", "did you mean 'batch_size'"),
         ("batch_size=auto", "give a number"),
-        ("mc_samples=0", "give 1 or more"),
+        ("mc_samples=0", "choose 1 or more"),
         ("mc_samples=many", "give a whole number"),
         ("pretrained=nowhere", "unknown model"),
         ("dtype=int8", "unknown dtype"),

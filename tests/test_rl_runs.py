@@ -210,7 +210,7 @@ def test_mistakes_on_the_command_line(rewards: Path, toy_folder: str, capsys: py
     for flags, message in (
         (["--num-generations", "3"], "does not divide the batch of 8"),
         (["--temperature", "0"], "temperature is 0"),
-        (["--reward-funcs", "rewards_for_tests:nothing"], "cannot be imported"),
+        (["--reward-funcs", "rewards_for_tests:nothing"], "cannot import"),
         (["--tasks", "sudok"], "did you mean 'sudoku'"),
         (["--attn-implementation", "flash"], "eager"),
         (["--steps", "3"], "unrecognized"),

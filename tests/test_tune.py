@@ -323,12 +323,12 @@ def test_names_with_brackets_are_shown_as_they_are(
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ("--task countdown --budget 0", "budget is 0: give 1 or more"),
+        ("--task countdown --budget 0", "budget is 0: choose 1 or more"),
         ("--task countdown --budget 1 --cfg-scale 1", "budget is 1, and guidance takes 2 passes at least"),
         ("--task countdown --budget 4 --cfg-scale -1", "cfg_scale is -1.0: give positive numbers"),
         ("--task cuontdown --budget 4", "did you mean 'countdown'"),
         ("--task countdown:data=/dev/null --budget 4", "split 'validation' is only generated"),
-        ("--task countdown --budget 4 --limit 0", "limit is 0: give 1 or more"),
+        ("--task countdown --budget 4 --limit 0", "limit is 0: choose 1 or more"),
         ("--task countdown --budget 4 --test-limit 0", "test_limit is 0"),
         ("--task countdown --budget 4 --run-off-limit 0", "run_off_limit is 0"),
         ("--task countdown --budget 4 --max-new-tokens 0", "max_new_tokens is 0"),

@@ -27,23 +27,23 @@ def check_at_least(config: Any, low: int, *names: str) -> None:
     """Raises UserError for the first of the named fields whose value is below ``low``."""
     for name in names:
         if getattr(config, name) < low:
-            raise UserError(f"{name} is {getattr(config, name)}: give {low} or more")
+            raise UserError(f"{name} is {getattr(config, name)}: choose {low} or more")
 
 
 def check_positive(config: Any, *names: str) -> None:
     """Raises UserError for the first of the named fields that is no positive finite number."""
     for name in names:
         if not 0 < getattr(config, name) < float("inf"):
-            raise UserError(f"{name} is {getattr(config, name)}: give a positive number")
+            raise UserError(f"{name} is {getattr(config, name)}: choose a positive number")
 
 
 def check_seed(config: Any) -> None:
     """Raises UserError for a ``seed`` out of range: seeds of problems and rows are made from it."""
     if not 0 <= config.seed < 2**30:
-        raise UserError(f"seed is {config.seed}: give 0 to {2**30 - 1}")
+        raise UserError(f"seed is {config.seed}: choose 0 to {2**30 - 1}")
 
 
 def check_own_folder(output: str) -> None:
     """Raises UserError for an ``output`` that is the folder the command was started in, or above it."""
     if not output.strip(". "):
-        raise UserError(f"output is {output!r}: give a folder of its own")
+        raise UserError(f"output is {output!r}: choose a folder of its own")

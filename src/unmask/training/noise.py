@@ -17,8 +17,7 @@ from torch import Tensor
 
 def sample_times(batch: int, generator: torch.Generator, t_min: float = 1e-3) -> Tensor:
     """Masking times in [t_min, 1), stratified over the batch and in random order. Returns (batch,) float32 on the CPU."""
-    offset = torch.rand((), generator=generator)
-    grid = (torch.arange(batch) + offset) / batch
+    grid = (torch.arange(batch) + torch.rand((), generator=generator)) / batch
     return t_min + (1 - t_min) * grid[torch.randperm(batch, generator=generator)]
 
 
