@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from unmask import DiffusionGRPOConfig, UserError, make_task
-from unmask.rl.dry_run import dry_run
+from unmask import UserError, make_task
 from unmask.rl.objectives import View, group_advantages, k3, sample_views, token_weights
 from unmask.rl.rewards import reward_functions, score
-from unmask.rl.rollout import RolloutSampler, row_seeds
+from unmask.rl.rollout import RolloutSampler
 
 
 def test_advantages_by_hand() -> None:
@@ -45,11 +44,6 @@ def test_steps_that_score_nothing_are_not_sampled() -> None:
     empty, full = (View(ids, torch.full((2, 3), fill)) for fill in (False, True))
     chosen = sample_views([empty, full, empty], 1, torch.arange(2), 0)
     assert [bool(v.scored.all()) for v in chosen] == [False, True, False]
-
-
-def test_the_largest_seed_is_a_seed() -> None:
-    seeds, views = row_seeds(2**30 - 1, 10_000, 2**20, 4)
-    assert len({*seeds.tolist(), *views.tolist()}) == 8
 
 
 def test_k3_is_zero_on_equal_policies_and_positive_elsewhere() -> None:
@@ -159,7 +153,7 @@ nested, std, given = partial(partial(length, scale=2.0)), length, lambda prompts
     ],
 )
 def test_every_function_has_a_metric_of_its_own(
-    rewards: list[str], names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_folder: str
+    rewards: list[str], names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("named", "other"):
         (tmp_path / f"{module}.py").write_text(MODULE)
@@ -170,9 +164,6 @@ def test_every_function_has_a_metric_of_its_own(
     if names == ["long", "short"]:
         table = score({name: f for name, (f, _) in functions.items()}, [{"prompt": "a"}], ["four"])
         assert table.tolist() == [[4, -8]]
-        sizes: dict[str, Any] = {"problems": 2, "validation_problems": 1, "max_completion_length": 4}
-        c = DiffusionGRPOConfig(output_dir="run", tasks=["sudoku:style=compact"], reward_funcs=rewards, **sizes)
-        assert "rewards    long, short\n" in dry_run(c)
 
 
 def test_rewards_of_tasks_and_of_callables_are_told_apart() -> None:
@@ -181,7 +172,7 @@ def test_rewards_of_tasks_and_of_callables_are_told_apart() -> None:
     names = reward_functions([], [one, two])
     assert {"gsm8k_correct", "math500_correct"} <= set(names)
     assert all(name.startswith(("gsm8k_", "math500_")) for name in names)
-    gym = [make_task(f"reasoning_gym:leg_counting,max_animals={n}", {}) for n in (3, 4)]
-    assert len(reward_functions([], gym)) == 2
+    small = [make_task(f"countdown:max_value={n}", {}) for n in (6, 7)]
+    assert list(reward_functions([], small)) == ["countdown_countdown", "countdown_countdown_2"]
     parts = [partial(constant(1), by=1), partial(constant(1), by=2), constant(1)]
     assert list(reward_functions(parts, [])) == ["reward", "reward_2", "reward_3"]

@@ -102,14 +102,8 @@ class DiffusionGRPOTrainer(RunTrainer):
             )
         if adapter is not None:
             lm = add_adapter(lm, adapter, args.seed)
-        super().__init__(
-            lm,
-            arguments,
-            data_collator=list,
-            train_dataset=data.training,
-            eval_dataset=data.validation or None,
-            callbacks=callbacks,
-        )
+        datasets = {"train_dataset": data.training, "eval_dataset": data.validation or None, "data_collator": list}
+        super().__init__(lm, arguments, callbacks=callbacks, **datasets)
         if self.is_fsdp_enabled and self.decoder.threshold is not None:
             raise UserError(
                 "a threshold decoder takes other numbers of steps on every rank, which FSDP cannot follow: use DDP"
@@ -217,10 +211,7 @@ class DiffusionGRPOTrainer(RunTrainer):
         return torch.stack(found)
 
     def microbatches(self, rows: ViewRows, active: Tensor) -> list[Microbatch]:
-        """The forward passes over view rows of ``active`` (B,) trajectories.
-
-        Every rank gets the same number, so that collectives meet; where one has less to do, the rest does not count.
-        """
+        """The forward passes over view rows of ``active`` (B,) trajectories, as many on every rank; idle ones do not count."""
         found = [(part, True) for part in rows.parts(self.config.rows_per_forward, active)]
         most = len(found)
         if self.args.world_size > 1:
@@ -333,11 +324,10 @@ class DiffusionGRPOTrainer(RunTrainer):
             self.pending_metrics["logprob_mismatch"] = mismatch
             rounded = self.args.bf16 or self.args.fp16 or self.lm.model.dtype != torch.float32
             exact = self.objective.recorded and not rounded
-            if exact and mismatch > self.config.max_logprob_mismatch:
+            if exact and mismatch > (most := self.config.max_logprob_mismatch):
                 raise UserError(
-                    f"the update does not see the policy that sampled: recorded and recomputed log-probabilities differ "
-                    f"by {mismatch:.2g} nats a token (at most {self.config.max_logprob_mismatch:g}); switch dropout off, or "
-                    "raise max_logprob_mismatch"
+                    f"the update does not see the policy that sampled: recorded and recomputed log-probabilities differ by "
+                    f"{mismatch:.2g} nats a token (at most {most:g}); switch dropout off, or raise max_logprob_mismatch"
                 )
         if self.config.beta == 0:
             del found["kl"]

@@ -86,11 +86,8 @@ def task_rows(lm: MaskedLM, tasks: Sequence[Task], split: str, counts: Sequence[
         problems = task.problems(split, count, seed)
         if not problems or problems[0].response is None:
             raise UserError(f"task {task.name} has no worked responses to learn in this form: try style=compact")
-        prompts = [task.prompt(lm, p) for p in problems]
-        tokens = [
-            lm.tokenizer(texts, add_special_tokens=False)["input_ids"]
-            for texts in (prompts, [p.response or "" for p in problems])
-        ]
+        texts = [task.prompt(lm, p) for p in problems], [p.response or "" for p in problems]
+        tokens = [lm.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
         per_task.append([_row(prompt, [*response, end_token(lm)]) for prompt, response in zip(*tokens, strict=True)])
     return [rows[i % len(rows)] for i in range(max(counts)) for rows in per_task]
 
