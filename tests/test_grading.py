@@ -92,7 +92,7 @@ def test_released_rewards_by_hand(task: str, row: Any, completion: str, paid: li
     grader = make_task(task, {})
     columns = {"problem": [grader.parse(row)], "task": [grader]}
     table = reward_functions(["released"], [grader])
-    assert [weight * f(prompts=["p"], completions=[completion], **columns)[0] for f, weight in table] == paid  # type: ignore[operator]
+    assert [weight * f(prompts=["p"], completions=[completion], **columns)[0] for f, weight in table.values()] == paid  # type: ignore[operator]
 
 
 def test_a_run_names_the_released_reward(tmp_path: Path) -> None:

@@ -72,13 +72,7 @@ def recipe(name: str) -> Path:
 
 
 RUN = [recipe(n) for n in ("cj_gsm8k", "coupled_math", "sft_s1k")]
-DRY = [
-    ("cj_math", ""),
-    ("diffu_gsm8k", ""),
-    ("one_step_countdown", ""),
-    ("coupled_sudoku", "cfg_scale=0.5"),
-    ("cj_sudoku", "cfg_scale=0.5"),
-]
+DRY = [("cj_math", ""), ("diffu_gsm8k", ""), ("coupled_sudoku", "cfg_scale=0.5")]
 
 
 def test_two_updates_on_two_processes(llada: str, data: Path, tmp_path: Path) -> None:

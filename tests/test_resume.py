@@ -71,13 +71,10 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     ("kind", "file", "damage"),
     [
         ("sft", "optimizer.pt", "malicious"),
-        ("sft", "optimizer.pt", "missing"),
         ("sft", "model.safetensors", "truncated"),
         ("sft", "trainer_state.json", "one byte"),
         ("sft", "checksums.json", "truncated"),
-        ("rl lora", "scheduler.pt", "malicious"),
-        ("rl lora", "rollout-0.safetensors", "one byte"),
-        ("rl lora", "adapter_model.safetensors", "missing"),
+        ("rl lora", "rollout-0.safetensors", "missing"),
     ],
 )
 def test_a_damaged_checkpoint_is_one_sentence_and_executes_nothing(
@@ -133,7 +130,7 @@ class Remover(TrainerCallback):
             shutil.rmtree(args.output_dir)
 
 
-@pytest.mark.parametrize(("kind", "moment"), [("sft", "on_step_begin"), ("rl", "on_log"), ("sft", "on_save")])
+@pytest.mark.parametrize(("kind", "moment"), [("sft", "on_step_begin"), ("rl", "on_log")])
 def test_a_folder_that_is_gone_ends_the_run(kind: str, moment: str, tmp_path: Path, toy_folder: str) -> None:
     with pytest.raises(UserError, match="was removed while the run wrote to it"):
         start(kind, tmp_path / "run", toy_folder, chat(tmp_path), [Remover(moment)])

@@ -12,7 +12,7 @@ import torch
 
 from conftest import PROMPTS, toy
 from unmask import DiffusionGRPOConfig, DiffusionGRPOTrainer, UserError
-from unmask.rl.objectives import OBJECTIVES, View, k3, sample_views, token_weights
+from unmask.rl.objectives import OBJECTIVES, View, sample_views, token_weights
 
 ROWS = [{"prompt": p} for p in PROMPTS]
 EVERYONE = torch.ones(16, dtype=torch.bool)
@@ -51,8 +51,14 @@ def disturb(model: torch.nn.Module, size: float) -> None:
 # ---- views --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("decoder", ["eoser-ass", "threshold", "semi-ar:block_length=8"])
+@pytest.mark.parametrize(
+    ("objective", "decoder"),
+    [
+        *((objective, "threshold") for objective in OBJECTIVES),
+        ("cj", "eoser-ass"),
+        ("coupled", "semi-ar:block_length=8"),
+    ],
+)
 def test_views_score_every_token(tmp_path: Path, objective: str, decoder: str) -> None:
     t = trainer(tmp_path, objective=objective, decoder=decoder, max_completion_length=32, num_iterations=2)
     t.rollout = t.sample(ROWS)
@@ -220,23 +226,10 @@ def test_the_first_update_of_coupled_equals_a_plain_restatement(tmp_path: Path, 
     assert torch.allclose(gradient, by_hand, rtol=1e-3, atol=1e-5 * float(by_hand.abs().max()))
 
 
-def test_row_batches_change_nothing(tmp_path: Path) -> None:
-    gradients = []
-    for rows in (1, 5, 64):
-        t = trainer(tmp_path, decoder="semi-ar:block_length=8", rows_per_forward=rows)
-        t.rollout = t.sample(ROWS)
-        t.update(t.model, t.rollout, 0)
-        gradients.append(torch.cat([p.grad.flatten() for p in t.lm.model.parameters()]))
-    for other in gradients[1:]:
-        assert torch.allclose(gradients[0], other, atol=1e-6)
-
-
 # ---- the paper's claim: optimise what was sampled ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "decoder", ["eoser-ass:cfg_scale=0.5", "threshold", "semi-ar:block_length=8", "dream:top_p=1", "hard-eos", "hybrid"]
-)
+@pytest.mark.parametrize("decoder", ["eoser-ass:cfg_scale=0.5", "threshold", "semi-ar:block_length=8", "dream:top_p=1"])
 def test_ratio_is_one_on_the_sampled_states(tmp_path: Path, decoder: str) -> None:
     """cj, mixed-length prompts, float32: recorded and recomputed log-probabilities agree under every kind of decoder."""
     t = trainer(tmp_path, decoder=decoder, max_completion_length=32, rows_per_forward=6)
@@ -255,9 +248,6 @@ def test_old_log_probabilities_recomputed_are_the_recorded_ones(tmp_path: Path) 
     assert rollout.old is not None and rollout.old is not rollout.trajectory.logprob
     recorded = rollout.trajectory.logprob[rollout.active]
     assert torch.allclose(rollout.old[0][rollout.active], recorded, atol=1e-4) and recorded.abs().max() > 1
-    assert (
-        trainer(tmp_path, old_logprobs="recomputed").sample(ROWS).old is None
-    )  # one inner iteration: the policy itself
 
 
 def test_other_objectives_score_another_policy(tmp_path: Path) -> None:
@@ -303,32 +293,8 @@ def test_sampled_steps_favor_no_row_and_no_step() -> None:
     assert counts.sum() == 800 and ((counts - 50).abs() < 25).all()
 
 
-def test_an_update_of_sampled_steps(tmp_path: Path) -> None:
-    t = trainer(tmp_path, decoder="full", steps_per_update=2)
-    t.rollout = t.sample(ROWS)
-    t.update(t.model, t.rollout, 0)
-    assert any(p.grad.abs().sum() > 0 for p in t.lm.model.parameters())
-
-
-@pytest.mark.parametrize("objective", ["one-step", "coupled"])
-def test_passes_that_only_keep_ranks_together_change_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, objective: str
-) -> None:
-    gradients = []
-    for idle in (0, 3):
-        t = trainer(tmp_path, objective=objective, beta=0.1)
-        t.rollout = t.sample(ROWS)
-        passes = t.microbatches
-        assert t.rollout.active[0]  # row 0 stands in for nothing
-        more = [(torch.tensor([0]), False)] * idle
-        monkeypatch.setattr(t, "microbatches", lambda views, rows: passes(views, rows) + more)  # noqa: B023
-        t.update(t.model, t.rollout, 0)
-        gradients.append(torch.cat([p.grad.flatten() for p in t.lm.model.parameters()]))
-    assert torch.equal(*gradients)
-
-
-def test_kl_counts_for_rows_at_their_groups_mean(tmp_path: Path) -> None:
-    """A row whose reward equals its group's mean has advantage 0 but stays in the loss."""
+def test_rows_at_their_groups_mean_stay_in_the_loss(tmp_path: Path) -> None:
+    """Their advantage is 0, but their KL counts."""
     values = itertools.cycle([0.0, 0.5, 1.0, 0.5])
 
     def cycled(prompts: Any, completions: Any, **_: Any) -> Any:
@@ -340,20 +306,7 @@ def test_kl_counts_for_rows_at_their_groups_mean(tmp_path: Path) -> None:
     disturb(t.lm.model, 0.01)
     t.rollout.advantages = torch.zeros(16)
     t.config.max_logprob_mismatch = 10.0
-    loss = t.update(t.model, t.rollout, 0)
-    assert float(loss) > 0 and float(loss) == pytest.approx(0.1 * mean_kl(t), rel=1e-4)
-
-
-def mean_kl(t: DiffusionGRPOTrainer) -> float:
-    """Every row's KL: mean over a step's tokens, then over steps; then over rows."""
-    assert t.rollout is not None and t.rollout.reference is not None
-    with t.inference() as policy:
-        new = t.score_views(policy, t.rollout, EVERYONE)[0].double()
-    values = k3(new, t.rollout.reference[0].double())
-    step = t.rollout.trajectory.step
-    return float(
-        torch.stack([torch.stack([values[b][step[b] == s].mean() for s in range(4)]).mean() for b in range(16)]).mean()
-    )
+    assert float(t.update(t.model, t.rollout, 0)) > 0
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -376,7 +329,6 @@ def test_activation_checkpointing_recomputes_and_changes_nothing(tmp_path: Path,
 
 def test_lora_reference_is_the_model_without_its_adapter(tmp_path: Path) -> None:
     lm = toy()
-    before = {k: v.clone() for k, v in lm.model.state_dict().items()}
     t = trainer(tmp_path, lm, beta=0.1, lora_r=4)
     trainable = [n for n, p in t.model.named_parameters() if p.requires_grad]
     assert len(trainable) == 2 * 2 * 7 and all("lora" in n for n in trainable)  # 2 layers, 7 matrices, A and B
@@ -388,10 +340,7 @@ def test_lora_reference_is_the_model_without_its_adapter(tmp_path: Path) -> None
     disturb(t.model, 0.02)
     again = t.sample(ROWS)
     assert again.reference is not None and not torch.allclose(again.reference[0], again.trajectory.logprob, atol=1e-2)
-    plain = toy()
-    plain_trainer = trainer(tmp_path, plain)
+    plain_trainer = trainer(tmp_path)
     with plain_trainer.inference() as policy:
         found = plain_trainer.score_views(policy, again, again.active)[0]
         assert torch.allclose(found, again.reference[0], atol=1e-4)
-    base = {k: v for k, v in t.model.get_base_model().state_dict().items() if "lora" not in k}
-    assert all(torch.equal(v, before[k.replace(".base_layer", "")]) for k, v in base.items())

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from unmask import DiffusionGRPOConfig, UserError, make_task
-from unmask.rl.dry_run import dry_run
+from unmask import UserError, make_task
 from unmask.rl.objectives import View, group_advantages, k3, sample_views, token_weights
-from unmask.rl.rewards import reward_functions, reward_names, score, task_rewards
-from unmask.rl.rollout import RolloutSampler, row_seeds
+from unmask.rl.rewards import reward_functions, score
+from unmask.rl.rollout import RolloutSampler
 
 
 def test_advantages_by_hand() -> None:
@@ -45,11 +44,6 @@ def test_steps_that_score_nothing_are_not_sampled() -> None:
     empty, full = (View(ids, torch.full((2, 3), fill)) for fill in (False, True))
     chosen = sample_views([empty, full, empty], 1, torch.arange(2), 0)
     assert [bool(v.scored.all()) for v in chosen] == [False, True, False]
-
-
-def test_the_largest_seed_is_a_seed() -> None:
-    seeds, views = row_seeds(2**30 - 1, 10_000, 2**20, 4)
-    assert len({*seeds.tolist(), *views.tolist()}) == 8
 
 
 def test_k3_is_zero_on_equal_policies_and_positive_elsewhere() -> None:
@@ -93,23 +87,25 @@ def short(prompts: Any, completions: Any, **_: Any) -> Any:
         (raises, "reward function raises raised ZeroDivisionError: division by zero"),
         (constant(float("nan")), "returned nan for the completion 'one': return a finite number"),
         (constant("good"), "returned 'good'"),
-        (constant(10**5000), "returned int that cannot be shown for"),
+        (constant(10**5000), "returned an object of type int for"),
         (constant(1e300), r"returned 1e\+300"),
-        (constant(torch.ones(2)), r"returned tensor\(\[1., 1.\]\)"),
+        (constant(torch.ones(2)), "returned an object of type Tensor"),
         (short, "returned 1 values for 2 completions"),
         (constant(None), "every reward function .* returned None for the prompt 'a'"),
     ],
 )
 def test_faulty_rewards_name_the_fix(function: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        score([function], [{"prompt": "a"}, {"prompt": "b"}], ["one", "two"])
+        score({function.__name__: function}, [{"prompt": "a"}, {"prompt": "b"}], ["one", "two"])
 
 
 def test_rewards_get_columns_and_may_abstain() -> None:
     def half(prompts: list[str], completions: list[str], kind: list[str], **_: Any) -> list[float | None]:
         return [1.0 if k == "x" else None for k in kind]
 
-    table = score([half, constant(2)], [{"prompt": "a", "kind": "x"}, {"prompt": "b", "kind": "y"}], ["1", "2"])
+    table = score(
+        {"half": half, "two": constant(2)}, [{"prompt": "a", "kind": "x"}, {"prompt": "b", "kind": "y"}], ["1", "2"]
+    )
     assert table[0].tolist() == [1, 2] and table[1, 0].isnan() and table[1, 1] == 2
 
 
@@ -152,34 +148,31 @@ nested, std, given = partial(partial(length, scale=2.0)), length, lambda prompts
     [
         (["named:long", "named:short"], ["long", "short"]),
         (["named:shout", "named:quiet", "named:nested", "named:given"], ["shout", "quiet", "nested", "given"]),
-        (["named:length", "other:length"], ["named.length", "other.length"]),
-        (["named:length", "named:length"], ["length", "length_2"]),
+        (["named:length", "other:length"], ["length", "length_2"]),
         (["named:std", "solved"], ["std_2", "solved"]),  # reward_std is the rollout's
     ],
 )
 def test_every_function_has_a_metric_of_its_own(
-    rewards: list[str], names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, toy_folder: str
+    rewards: list[str], names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("named", "other"):
         (tmp_path / f"{module}.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    functions = [f for f, _ in reward_functions(rewards, [])]
-    assert reward_names(functions) == names
+    functions = reward_functions(rewards, [])
+    assert list(functions) == names
     if names == ["long", "short"]:
-        assert score(functions, [{"prompt": "a"}], ["four"]).tolist() == [[4, -8]]
-        sizes: dict[str, Any] = {"problems": 2, "validation_problems": 1, "max_completion_length": 4}
-        c = DiffusionGRPOConfig(output_dir="run", tasks=["sudoku:style=compact"], reward_funcs=rewards, **sizes)
-        assert "rewards    long, short\n" in dry_run(c)
+        table = score({name: f for name, (f, _) in functions.items()}, [{"prompt": "a"}], ["four"])
+        assert table.tolist() == [[4, -8]]
 
 
 def test_rewards_of_tasks_and_of_callables_are_told_apart() -> None:
     one, two = make_task("gsm8k", {}), make_task("math500", {})
-    assert "correct" in reward_names([f for f, _ in task_rewards([one])])
-    names = reward_names([f for f, _ in task_rewards([one, two])])
-    assert len(set(names)) == len(names) and {"gsm8k_correct", "math500_correct"} <= set(names)
+    assert "correct" in reward_functions([], [one])
+    names = reward_functions([], [one, two])
+    assert {"gsm8k_correct", "math500_correct"} <= set(names)
     assert all(name.startswith(("gsm8k_", "math500_")) for name in names)
-    gym = [make_task(f"reasoning_gym:leg_counting,max_animals={n}", {}) for n in (3, 4)]
-    assert len(set(reward_names([f for f, _ in task_rewards(gym)]))) == 2
+    small = [make_task(f"countdown:max_value={n}", {}) for n in (6, 7)]
+    assert list(reward_functions([], small)) == ["countdown_countdown", "countdown_countdown_2"]
     parts = [partial(constant(1), by=1), partial(constant(1), by=2), constant(1)]
-    assert reward_names(parts) == ["reward", "reward_2", "reward_3"]
+    assert list(reward_functions(parts, [])) == ["reward", "reward_2", "reward_3"]

@@ -206,7 +206,6 @@ def test_adapters_reach_every_matrix_of_every_block() -> None:
     ("changes", "message"),
     [
         ({"max_length": 4096}, r"max_length is 4096, but .* takes 1024 tokens: lower it"),
-        ({"per_device_train_batch_size": 12}, r"11 training examples do not fill a batch of 12"),
         ({"validation_share": 1.0}, "leaves 0 rows to train on"),
     ],
 )
@@ -218,10 +217,9 @@ def test_runs_refuse_what_does_not_fit(tmp_path: Path, toy_folder: str, changes:
 # ---- the recipe ------------------------------------------------------------------------------------------------------
 
 
-def test_the_s1k_recipe_is_the_published_one(tmp_path: Path, toy_folder: str) -> None:
-    """d1's settings; and the file, with a toy and two made-up rows in place of the 8B and s1K, runs."""
-    file = ROOT / "configs" / "llada" / "sft_s1k.yaml"
-    c = read_config(SFTConfig, file)
+def test_the_s1k_recipe_is_the_published_one() -> None:
+    """d1's settings."""
+    c = read_config(SFTConfig, ROOT / "configs" / "llada" / "sft_s1k.yaml")
     published = {
         "model": "GSAI-ML/LLaDA-8B-Instruct",
         "data": "simplescaling/s1K",
@@ -250,15 +248,3 @@ def test_the_s1k_recipe_is_the_published_one(tmp_path: Path, toy_folder: str) ->
     names = [n for n, m in toy().model.named_modules() if isinstance(m, torch.nn.Linear)]
     reached = {n.rsplit(".", 1)[1] for n in names if re.fullmatch(c.lora_target_modules, n)}
     assert reached == {"q_proj", "k_proj", "v_proj"}
-
-    rows = [{"question": f"{i}?", "thinking_trajectories": ["well " * 60], "attempt": str(i)} for i in range(3)]
-    flags = [
-        "--output-dir",
-        str(tmp_path / "run"),
-        "--data",
-        write(tmp_path / "s1k.jsonl", rows),
-        "--model",
-        toy_folder,
-    ]
-    flags += ["--num-train-epochs", "1.0", "--max-length", "256", "--dtype", "float32", "--no-bf16", "--lora-r", "4"]
-    assert (train(read_config(SFTConfig, file, [*flags, "--report-to"])) / "model.safetensors").exists()

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
@@ -65,12 +64,11 @@ def test_corruption_masks_only_what_it_may_at_rate_t() -> None:
     assert abs(float(masked[:, 50:].float().mean()) - 0.3) < 0.01
 
 
-@pytest.mark.parametrize("eos_in_loss", [True, False])
-def test_trainer_loss_equals_restatement(tmp_path: Path, eos_in_loss: bool) -> None:
-    """The loss of a batch of tasks, row by row: only canvas tokens (with or without filling), weighted by 1/t."""
+def test_trainer_loss_equals_restatement(tmp_path: Path) -> None:
+    """The loss of a batch of tasks, row by row: only canvas tokens, weighted by 1/t."""
     lm = toy()
     tasks = [make_task(name, TASKS) for name in TASKS]
-    c = config(tmp_path, new_model=None, problems=[8, 4], eos_in_loss=eos_in_loss, canvas=[128])
+    c = config(tmp_path, new_model=None, problems=[8, 4], canvas=[128])
     trainer = SFTTrainer(lm, c, tasks)
     rows: Any = trainer.train_dataset
     width = max(len(row["prompt"]) for row in rows)
@@ -91,12 +89,10 @@ def test_trainer_loss_equals_restatement(tmp_path: Path, eos_in_loss: bool) -> N
     draws = torch.rand(batch["ids"].shape, generator=generator)
     total, tokens, first = 0.0, 0, trainer.prompt_width
     for i in range(4):
-        hidden = [j for j in range(first, first + 128) if draws[i, j] < t[i]]
-        last = first + (128 if eos_in_loss else len(rows[i]["response"]))
-        masked = [j for j in hidden if j < last]
-        tokens += last - first
+        masked = [j for j in range(first, first + 128) if draws[i, j] < t[i]]
+        tokens += 128
         noisy = batch["ids"][i].clone()
-        noisy[hidden] = lm.mask_id
+        noisy[masked] = lm.mask_id
         logits = lm.model(noisy[None], batch["visible"][i][None]).logits[0]
         total += float(F.cross_entropy(logits[masked], batch["ids"][i, masked], reduction="sum").detach()) / float(t[i])
     assert float(found.detach()) == pytest.approx(total / tokens, rel=1e-4)
@@ -112,15 +108,6 @@ def test_resume_equals_uninterrupted(tmp_path: Path) -> None:
     assert load(str(part)).model.config.task_defaults == TASKS
     with pytest.raises(UserError, match="run with other max_steps, seed, canvas"):
         train(config(tmp_path / "part", seed=1, max_steps=9, canvas=[128]))
-
-
-def test_training_learns(tmp_path: Path) -> None:
-    """Forty steps on one problem a task bring the loss down by more than half."""
-    few: dict[str, Any] = {"problems": [1], "per_device_train_batch_size": 2, "eval_steps": 40, "save_steps": 40}
-    train(config(tmp_path, max_steps=40, learning_rate=5e-3, warmup_steps=5, **few))
-    state = yaml.safe_load((tmp_path / "checkpoint-40" / "trainer_state.json").read_text())
-    losses = [entry["loss"] for entry in state["log_history"] if "loss" in entry]
-    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_muon_updates_matrices_only_and_restores_its_state() -> None:
@@ -167,27 +154,27 @@ def test_the_config_of_the_shipped_model_runs(tmp_path: Path) -> None:
         ({"model": None, "new_model": SHAPE}, {"optimizer": "muon", "learning_rate": 2e-3, "prompt_masking": 0.25}),
     ],
 )
-def test_what_is_left_open_suits_the_run_and_is_written(
+def test_what_is_left_open_suits_the_run(
     given: dict[str, Any], expected: dict[str, Any], tmp_path: Path, toy_folder: str
 ) -> None:
     data = chat(tmp_path)
     c = SFTConfig(
         **{"output_dir": tmp_path / "run", "data": data, "model": toy_folder, "report_to": [], **SHORT, **given}
     )
-    train(c)
-    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert expected == {name: written[name] for name in expected}
-    assert written["max_length"] >= 20
-    train(read_config(SFTConfig, tmp_path / "run" / "config.yaml"))  # what is written is the same run
+    model: Any = toy_folder if c.new_model is None else toy()
+    found = SFTTrainer(model, c).config  # what ``config.yaml`` says of the run
+    assert expected == {name: getattr(found, name) for name in expected}
+    assert found.max_length is not None and found.max_length >= 20
+    assert SFTTrainer(model, found).config == found  # what is written is the same run
 
 
-@pytest.mark.parametrize(("warmup", "warned"), [(3, False), (4, True), (None, False)])
+@pytest.mark.parametrize(("warmup", "warned"), [(1, False), (2, True)])
 def test_a_run_that_ends_in_its_warm_up_says_so(
-    warmup: int | None, warned: bool, tmp_path: Path, toy_folder: str, capsys: pytest.CaptureFixture[str]
+    warmup: int, warned: bool, tmp_path: Path, toy_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    values: dict[str, Any] = {**SHORT, "max_steps": 4, "warmup_steps": warmup, "report_to": []}
+    values: dict[str, Any] = {**SHORT, "warmup_steps": warmup, "report_to": []}
     train(SFTConfig(output_dir=tmp_path / "run", model=toy_folder, data=chat(tmp_path), **values))
-    assert (f"all 4 updates fall into the warm-up of {warmup}" in capsys.readouterr().err) == warned
+    assert (f"all 2 updates fall into the warm-up of {warmup}" in capsys.readouterr().err) == warned
 
 
 def test_other_arguments_of_the_trainer(tmp_path: Path, toy_folder: str) -> None:
@@ -227,9 +214,7 @@ def test_wrong_configs_name_the_fix(tmp_path: Path, text: str, message: str) -> 
         ({"data": "x.jsonl"}, "either tasks .* or data"),
         ({"num_train_epochs": 2.0}, "max_steps is 6, num_train_epochs is 2.0: set one"),
         ({"max_steps": None}, "max_steps is None, num_train_epochs is None: set one"),
-        ({"max_steps": None, "num_train_epochs": 0.0}, "num_train_epochs is 0.0"),
         ({"overlong": "cut"}, "unknown overlong 'cut': .*refuse"),
-        ({"lr_scheduler_type": "wsd"}, "unknown lr_scheduler_type 'wsd'"),
         ({"lora_dropout": 1.5}, "lora_dropout is 1.5"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
         ({"validation_share": 1.5}, "validation_share is 1.5"),

@@ -112,21 +112,15 @@ class DiffusionGRPOConfig(RunConfig):
                 f"max_completion_length is {self.max_completion_length}, but decoder {self.decoder} has a canvas of "
                 f"{decoder.max_new_tokens} tokens: set both alike, or leave it out of the decoder"
             )
-        if decoder.cache != "none":
-            raise UserError(
-                f"cache={decoder.cache} samples from an approximation of the policy: leave it out of the decoder"
-            )
-        if decoder.top_p < 1:
-            raise UserError(
-                f"top_p={decoder.top_p} samples from a cut distribution, not from the policy: set top_p=1 in the decoder "
-                f"{self.decoder}"
-            )
-        if self.compile and decoder.threshold is not None:
-            raise UserError(
-                "compile needs batches of one shape, and under a threshold rows leave at different times: switch it off"
-            )
-        if decoder.temperature == 0:
-            raise UserError("temperature is 0, so all completions of a group are equal: set it above 0")
+        together = self.compile and decoder.threshold is not None
+        for message, wrong in {
+            f"cache={decoder.cache} samples from an approximation of the policy: leave it out": decoder.cache != "none",
+            f"top_p={decoder.top_p} samples from a cut distribution, not the policy: set top_p=1": decoder.top_p < 1,
+            "temperature is 0, so all completions of a group are equal: set it above 0": decoder.temperature == 0,
+            "compile needs batches of one shape, and under a threshold rows leave early: switch it off": together,
+        }.items():
+            if wrong:
+                raise UserError(f"decoder {self.decoder}: {message}")
 
     def check_batch(self) -> None:
         """Raises UserError where groups do not fill a process's completions of an update."""

@@ -9,7 +9,7 @@ from typing import Any
 from unmask.errors import UserError
 from unmask.models.masked_lm import MaskedLM
 from unmask.rl.config import DiffusionGRPOConfig
-from unmask.rl.rewards import Row, reward_functions, reward_names
+from unmask.rl.rewards import Row, reward_functions
 from unmask.tasks import Task, make_task
 from unmask.tasks.base import Reward
 
@@ -20,9 +20,8 @@ class Data:
 
     training: list[Row]
     validation: list[Row]
-    reward_funcs: list[Reward]
+    reward_funcs: dict[str, Reward]
     weights: list[float]
-    names: list[str]
 
     def widest(self, lm: MaskedLM, canvas: int) -> int:
         """Tokens of the longest prompt. Raises UserError where it leaves no room for a canvas."""
@@ -41,36 +40,31 @@ def rl_data(
     Raises:
         UserError: for a data set without rows or prompts, no reward function, or a wrong number of weights.
     """
-    rewards, source = _listed(reward_funcs), _listed(train_dataset)
+    rewards, source = (
+        [value] if isinstance(value, Task | str) or callable(value) else value
+        for value in (reward_funcs, train_dataset)
+    )
     if rewards and isinstance(rewards[0], Task):
         rewards, source = [], rewards
     if source is None:
         source = [make_task(spec, lm.task_defaults) for spec in config.tasks]
     tasks = source if len(source) and isinstance(source[0], Task) else []
     if tasks:
-        source = problem_rows(lm, tasks, "train", config.problems, config.seed + 1)
+        source = _problem_rows(lm, tasks, "train", config.problems, config.seed + 1)
         if eval_dataset is None:
-            eval_dataset = problem_rows(lm, tasks, "validation", config.validation_problems, 0)
-    training = prompt_rows(lm, source, "train")
-    validation = [] if eval_dataset is None else prompt_rows(lm, eval_dataset, "validation")
+            eval_dataset = _problem_rows(lm, tasks, "validation", config.validation_problems, 0)
+    training = _prompt_rows(lm, source, "train")
+    validation = [] if eval_dataset is None else _prompt_rows(lm, eval_dataset, "validation")
     found = reward_functions(rewards or config.reward_funcs, tasks)
     if not found:
         raise UserError("no reward function: pass at least one as reward_funcs, or a task, which has its own")
-    functions, weights = map(list, zip(*found, strict=True))
-    names = reward_names(functions)
-    if config.reward_weights is not None and len(config.reward_weights) != len(names):
-        raise UserError(
-            f"{len(config.reward_weights)} reward_weights for the reward functions {', '.join(names)}: set one each"
-        )
-    return Data(training, validation, functions, config.reward_weights or weights, names)
+    weights = config.reward_weights or [weight for _, weight in found.values()]
+    if len(weights) != len(found):
+        raise UserError(f"{len(weights)} reward_weights for the reward functions {', '.join(found)}: set one each")
+    return Data(training, validation, {name: function for name, (function, _) in found.items()}, weights)
 
 
-def _listed(value: Any) -> Any:
-    """One thing as a list of it."""
-    return [value] if isinstance(value, Task | str) or callable(value) else value
-
-
-def problem_rows(lm: MaskedLM, tasks: Sequence[Task], split: str, count: int | None, seed: int) -> list[Row]:
+def _problem_rows(lm: MaskedLM, tasks: Sequence[Task], split: str, count: int | None, seed: int) -> list[Row]:
     """``count`` problems of every task as rows of ``prompt``, ``problem`` and ``task``, tasks taken in turn.
 
     Without a count, as many of each as the task with the fewest has. Raises UserError where a task has fewer than ``count``.
@@ -84,16 +78,14 @@ def problem_rows(lm: MaskedLM, tasks: Sequence[Task], split: str, count: int | N
     return [row for rows in zip(*columns, strict=False) for row in rows]
 
 
-def prompt_rows(lm: MaskedLM, rows: Sequence[Mapping[str, Any]], split: str) -> list[Row]:
+def _prompt_rows(lm: MaskedLM, rows: Sequence[Mapping[str, Any]], split: str) -> list[Row]:
     """Rows whose ``prompt`` is text; messages go through the chat template."""
     if not len(rows):
         raise UserError(f"the {split} data set is empty: set tasks, or pass a Task or at least one row")
     found = []
     for row in rows:
-        if row.keys() != rows[0].keys():
-            raise UserError(
-                f"rows of the {split} data set have different columns ({sorted(row.keys() ^ rows[0].keys())}): fill all"
-            )
+        if differing := row.keys() ^ rows[0].keys():
+            raise UserError(f"rows of the {split} data set have different columns ({sorted(differing)}): fill all")
         prompt = row.get("prompt")
         if isinstance(prompt, list):
             prompt = lm.render(prompt)

@@ -109,7 +109,7 @@ def dry_run(config: DiffusionGRPOConfig) -> str:
     drawn = rollouts * groups
     lines = {
         "model": f"{lm.name}: {lm.model.config.model_type}, {sum(p.numel() for p in lm.model.parameters()):,} parameters",
-        "rewards": ", ".join(data.names),
+        "rewards": ", ".join(data.reward_funcs),
         "prompts": f"{len(data.training)}, {drawn} drawn in the run ({drawn / len(data.training):.2f} epochs); "
         f"{len(data.validation)} for validation; the longest has {prompt} tokens",
         "batch": f"{world} processes × {batch} completions = {batch * world} an update: {groups} prompts × "

@@ -34,11 +34,7 @@ def rollout_metrics(lm: MaskedLM, trajectory: Trajectory, rewards: Tensor, num_g
 def update_sums(
     mismatch: Tensor, log_ratio: Tensor, kl: Tensor, entropy: Tensor, advantages: Tensor, epsilon: float
 ) -> Tensor:
-    """Sums over one forward pass's N scored tokens of what UPDATE names, (6,) float64.
-
-    The count of tokens, |mismatch| (recomputed - recorded), KL, whether the clip is active, entropy, the ratio. All arguments
-    (N,), in nats.
-    """
+    """Sums over one forward pass's N scored tokens of what UPDATE names, (6,) float64. All arguments (N,), in nats."""
     ratio = log_ratio.exp().double()
     clipped = torch.where(advantages > 0, ratio > 1 + epsilon, ratio < 1 - epsilon)
     values = (torch.ones_like(ratio), mismatch.abs(), kl, clipped, entropy, ratio)

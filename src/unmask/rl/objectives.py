@@ -1,10 +1,8 @@
 """Objectives: which views of a trajectory are scored, and with what advantages. One clipped surrogate serves them all.
 
 A *view* is a partly masked sequence and the canvas positions whose recorded tokens are scored in it. An objective is a short
-function that yields views; everything else (loss, weights, batching, old log-probabilities) is shared. Where a token's
-log-probability is a sum over views, each view has its share in it. Equations: docs/rl.md.
-
-The probability of *choosing the positions* is in none of these objectives, as in the paper.
+function that yields views; everything else (loss, weights, batching, old log-probabilities) is shared. The probability of
+*choosing the positions* is in none of them, as in the paper. Equations: docs/rl.md.
 """
 
 from __future__ import annotations
@@ -59,11 +57,10 @@ class ViewRows:
     @classmethod
     def of(cls, views: list[View]) -> ViewRows:
         """All rows of the views, view after view."""
-        batch = len(views[0].ids)
-        row = torch.arange(batch, device=views[0].ids.device).repeat(len(views))
+        ids, scored = torch.cat([v.ids for v in views]), torch.cat([v.scored for v in views])
+        row = torch.arange(len(views[0].ids), device=ids.device).repeat(len(views))
         shares = [v.share for v in views if v.share is not None]
-        share = torch.cat(shares) if shares else None
-        return cls(torch.cat([v.ids for v in views]), torch.cat([v.scored for v in views]), row, share)
+        return cls(ids, scored, row, torch.cat(shares) if shares else None)
 
     def take(self, index: Tensor) -> ViewRows:
         """Some of them, (n,) int64."""
@@ -108,11 +105,9 @@ def find_objective(name: str) -> Objective:
     found = OBJECTIVES.resolve(name)
     if isinstance(found, Objective):
         return found
-    if not callable(found) or isinstance(found, type):
-        raise UserError(
-            f"objective {name!r} is {type(found).__name__}: name an Objective, or a function that yields views"
-        )
-    return Objective(found)
+    if callable(found) and not isinstance(found, type):
+        return Objective(found)
+    raise UserError(f"objective {name!r} is {type(found).__name__}: name an Objective, or a function that yields views")
 
 
 @OBJECTIVES.register("cj")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,70 +27,46 @@ def solved(
     return [float(t.grade(p, c).solved) for t, p, c in zip(task, problem, completions, strict=True)]
 
 
-def reward_name(function: Reward) -> str:
-    """What a function is called in messages; a partial object by the function in it, any other object by its class."""
+def reward_functions(rewards: Sequence[str | Reward], tasks: Sequence[Task]) -> dict[str, tuple[Reward, float]]:
+    """The reward functions of a run with their weights, by the names of their metrics; the tasks' own where there are none.
+
+    Args:
+        rewards: functions, or their names: registered ones, ``package.module:name``, or ``released``. Where several have one
+            name, the second is ``NAME_2``, and so on.
+
+    Raises:
+        UserError: for a function that cannot be imported, and for ``released`` with a task that has no released reward.
+    """
+    found = [] if rewards else _task_rewards(tasks, released=False)
+    for spec in rewards:
+        function = REWARDS.resolve(spec) if isinstance(spec, str) else spec
+        if function is None:
+            found += _task_rewards(tasks, released=True)
+        elif not callable(function):
+            raise UserError(f"reward {spec!r} is not a function but {type(function).__name__}")
+        elif isinstance(function, type):
+            raise UserError(f"reward {spec!r} is a class: name an object of it, or a function")
+        else:
+            found.append((spec.rpartition(":")[2] if isinstance(spec, str) else _name(function), function, 1.0))
+    named: dict[str, tuple[Reward, float]] = {}
+    for name, function, weight in found:
+        names = (name, *(f"{name}_{k}" for k in range(2, len(found) + 2)))
+        named[next(n for n in names if n not in (*named, "std"))] = (
+            function,
+            weight,
+        )  # reward_std is the rollout's own
+    return named
+
+
+def _name(function: Reward) -> str:
+    """A partial object's name is that of the function in it, any other object's that of its class."""
     while isinstance(function, functools.partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__)
 
 
-def reward_names(functions: Sequence[Reward]) -> list[str]:
-    """A name for each function's metric, ``reward_NAME``; where several share one, the second is ``NAME_2``, and so on."""
-    names = ["std"]  # reward_std is the rollout's own
-    for function in functions:
-        numbered = (f"{reward_name(function)}{end}" for end in ("", *(f"_{k}" for k in range(2, len(functions) + 2))))
-        names.append(next(name for name in numbered if name not in names))
-    return names[1:]
-
-
-def _named(function: Reward, name: str) -> Reward:
-    """``function``, with ``name`` for its metric."""
-
-    def reward(*arguments: Any, **columns: Any) -> list[float | None]:
-        return function(*arguments, **columns)
-
-    reward.__name__ = name
-    return reward
-
-
-def reward_functions(rewards: Sequence[str | Reward], tasks: Sequence[Task]) -> list[tuple[Reward, float]]:
-    """The reward functions of a run with their weights; the tasks' own where there are none.
-
-    Args:
-        rewards: functions, or their names: registered ones, ``package.module:name``, or ``released``. Functions of one name in
-            several modules are called ``package.module.name``.
-
-    Raises:
-        UserError: for a function that cannot be imported, and for ``released`` with a task that has no released reward.
-    """
-    if not rewards:
-        return task_rewards(tasks)
-    last = {spec: spec.rpartition(":")[2] for spec in rewards if isinstance(spec, str)}
-    found: list[tuple[Reward, float]] = []
-    for spec in rewards:
-        function = REWARDS.resolve(spec) if isinstance(spec, str) else spec
-        if function is None:
-            found += task_rewards(tasks, released=True)
-        elif not callable(function):
-            raise UserError(f"reward {spec!r} is not a function but {type(function).__name__}")
-        elif isinstance(function, type):
-            raise UserError(f"reward {spec!r} is a class: name an object of it, or a function")
-        elif isinstance(spec, str):
-            alone = list(last.values()).count(last[spec]) == 1
-            found.append((_named(function, last[spec] if alone else spec.replace(":", ".")), 1.0))
-        else:
-            found.append((function, 1.0))
-    return found
-
-
-def task_rewards(tasks: Sequence[Task], released: bool = False) -> list[tuple[Reward, float]]:
-    """The reward functions of tasks (the released ones instead) with their weights; each returns None for rows of other tasks.
-
-    Those of several tasks bear their task's name before their own.
-
-    Raises:
-        UserError: where a task has no released reward.
-    """
+def _task_rewards(tasks: Sequence[Task], released: bool) -> list[tuple[str, Reward, float]]:
+    """The tasks' own reward functions (or the released ones), each None for rows of other tasks, with names and weights."""
 
     def only(task: Task, judge: Judge) -> Reward:
         def reward(
@@ -103,16 +79,17 @@ def task_rewards(tasks: Sequence[Task], released: bool = False) -> list[tuple[Re
 
     different = list(dict.fromkeys(tasks))
     return [
-        (_named(only(task, judge), name if len(different) == 1 else f"{task.name}_{name}"), weight)
+        (name if len(different) == 1 else f"{task.name}_{name}", only(task, judge), weight)
         for task in different
         for name, (judge, weight) in (task.released_rewards() if released else task.rewards()).items()
     ]
 
 
-def score(functions: Sequence[Reward], rows: list[Row], completions: list[str]) -> Tensor:
+def score(functions: Mapping[str, Reward], rows: list[Row], completions: list[str]) -> Tensor:
     """Every function's reward for every completion.
 
     Args:
+        functions: by their names in messages.
         rows: one a completion; ``prompt`` and any further columns, which the functions get as lists by name.
 
     Returns:
@@ -123,19 +100,17 @@ def score(functions: Sequence[Reward], rows: list[Row], completions: list[str]) 
             where every function returned None for a row.
     """
     columns = {f"{key}s" if key == "prompt" else key: [row[key] for row in rows] for key in rows[0]}
-    table = torch.stack([torch.tensor(_call(function, completions, columns)) for function in functions], 1)
+    table = torch.tensor([_call(*item, completions, columns) for item in functions.items()]).T.contiguous()
     silent = table.isnan().all(1).nonzero()
     if len(silent):
-        names = ", ".join(map(reward_name, functions))
         raise UserError(
-            f"every reward function ({names}) returned None for the prompt {rows[int(silent[0])]['prompt'][:60]!r}: "
-            "one of them must judge it"
+            f"every reward function ({', '.join(functions)}) returned None for the prompt "
+            f"{rows[int(silent[0])]['prompt'][:60]!r}: one of them must judge it"
         )
     return table
 
 
-def _call(function: Reward, completions: list[str], columns: dict[str, Any]) -> list[float]:
-    name = reward_name(function)
+def _call(name: str, function: Reward, completions: list[str], columns: dict[str, Any]) -> list[float]:
     try:
         values = list(function(completions=completions, **columns))
     except Exception as error:  # a user's function may raise anything
@@ -144,25 +119,18 @@ def _call(function: Reward, completions: list[str], columns: dict[str, Any]) -> 
         raise UserError(
             f"reward function {name} returned {len(values)} values for {len(completions)} completions: return one each"
         )
-    out = []
-    for value, completion in zip(values, completions, strict=True):
-        try:
-            number = math.nan if value is None else float(value)
-        except Exception:  # noqa: BLE001  (an object's own conversion may raise anything)
-            number = math.inf
-        if value is not None and not abs(number) <= torch.finfo(torch.float32).max:
-            raise UserError(
-                f"reward function {name} returned {_shown(value)} for the completion {completion[:60]!r}: "
-                "return a finite number, or None to leave the row to the other functions"
-            )
-        out.append(number)
-    return out
+    return [math.nan if v is None else _number(name, v, c) for v, c in zip(values, completions, strict=True)]
 
 
-def _shown(value: Any) -> str:
-    """The beginning of what a value looks like."""
+def _number(name: str, value: Any, completion: str) -> float:
     try:
-        text = repr(value)
-    except Exception:  # noqa: BLE001  (integers of many digits refuse, and objects may do anything)
-        text = f"{type(value).__name__} that cannot be shown"
-    return text if len(text) <= 60 else f"{text[:60]}…"
+        number = float(value)
+    except Exception:  # noqa: BLE001  (an object's own conversion may raise anything)
+        number = math.inf
+    if not abs(number) <= torch.finfo(torch.float32).max:
+        shown = f"{value!r:.60}" if isinstance(value, float | str) else f"an object of type {type(value).__name__}"
+        raise UserError(
+            f"reward function {name} returned {shown} for the completion {completion[:60]!r}: return a finite number, or "
+            "None to leave the row to the other functions"
+        )
+    return number

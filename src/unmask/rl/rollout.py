@@ -74,13 +74,10 @@ class RolloutSampler(Sampler[list[int]]):
             for k in range(start, start + self.prompts):
                 if k // self.size != epoch:
                     epoch = k // self.size
-                    order = torch.randperm(self.size, generator=_generator(self.seed, epoch))
+                    generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
+                    order = torch.randperm(self.size, generator=generator)
                 batch.append(int(order[k % self.size]))
             yield batch
-
-
-def _generator(seed: int, number: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed * 1_000_003 + number) % 2**63)
 
 
 def row_seeds(seed: int, rollout: int, first_row: int, rows: int) -> tuple[Tensor, Tensor]:
@@ -108,15 +105,8 @@ def score_rows(policy: MaskedLM, trajectory: Trajectory, rows: ViewRows) -> tupl
     at, column = rows.scored.nonzero(as_tuple=True)
     row = rows.row[at]
     tokens = trajectory.tokens[row, column]
-    found = score_states(
-        policy,
-        rows.ids,
-        trajectory.visible[rows.row],
-        (at, column + width),
-        tokens,
-        prompt=width,
-        w=trajectory.decoder["cfg_scale"],
-    )
+    where, scale = (at, column + width), trajectory.decoder["cfg_scale"]
+    found = score_states(policy, rows.ids, trajectory.visible[rows.row], where, tokens, prompt=width, w=scale)
     return *found, row, column
 
 

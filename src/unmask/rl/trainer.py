@@ -36,14 +36,7 @@ from unmask.rl.objectives import (
     token_weights,
 )
 from unmask.rl.rewards import Row, score
-from unmask.rl.rollout import (
-    Rollout,
-    RolloutSampler,
-    row_seeds,
-    sample_trajectory,
-    score_all,
-    score_rows,
-)
+from unmask.rl.rollout import Rollout, RolloutSampler, row_seeds, sample_trajectory, score_all, score_rows
 from unmask.tasks import Task
 from unmask.tasks.base import Reward
 from unmask.training.trainer import Model, RunTrainer, load_model, lora_config, training_arguments
@@ -95,8 +88,7 @@ class DiffusionGRPOTrainer(RunTrainer):
             data = rl_data(lm, args, reward_funcs, train_dataset, eval_dataset)
         if data.validation:
             arguments.eval_strategy, arguments.eval_on_start = IntervalStrategy.STEPS, True
-        self.reward_funcs, self.reward_names = data.reward_funcs, data.names
-        self.reward_weights = torch.tensor(data.weights)
+        self.reward_funcs, self.reward_weights = data.reward_funcs, torch.tensor(data.weights)
         self.decoder = args.rollout_decoder()
         self.objective: Objective = find_objective(args.objective)
         widest = data.widest(lm, args.max_completion_length)
@@ -104,22 +96,14 @@ class DiffusionGRPOTrainer(RunTrainer):
         if args.compile:
             lm.model.base_model.compile()
         adapter = lora_config(args) if peft_config is None else peft_config
+        if dropout := getattr(adapter, "lora_dropout", 0):
+            raise UserError(
+                f"lora_dropout is {dropout}: set it to 0, or the policy that is optimized is not the one that sampled"
+            )
         if adapter is not None:
-            if getattr(adapter, "lora_dropout", 0):
-                raise UserError(
-                    f"lora_dropout is {adapter.lora_dropout}: set it to 0, or the policy that is optimized is not the one "
-                    "that sampled"
-                )
             lm = add_adapter(lm, adapter, args.seed)
-        # Trainer's own validation wants data sets of tensors; rows of text and problems go through ours.
-        super().__init__(
-            lm,
-            arguments,
-            data_collator=list,
-            train_dataset=data.training,
-            eval_dataset=data.validation or None,
-            callbacks=callbacks,
-        )
+        datasets = {"train_dataset": data.training, "eval_dataset": data.validation or None, "data_collator": list}
+        super().__init__(lm, arguments, callbacks=callbacks, **datasets)
         if self.is_fsdp_enabled and self.decoder.threshold is not None:
             raise UserError(
                 "a threshold decoder takes other numbers of steps on every rank, which FSDP cannot follow: use DDP"
@@ -199,19 +183,14 @@ class DiffusionGRPOTrainer(RunTrainer):
         elif config.num_iterations > 1:
             with self.inference() as policy:
                 rollout.old = self.score_views(policy, rollout, active)
-        if config.beta > 0:
-            with self.inference() as policy, self._reference(policy) as reference:
+        if config.beta > 0 and self.reference_model is None:
+            with self.inference() as policy, cast(Any, policy.model).disable_adapter():
+                rollout.reference = self.score_views(policy, rollout, active)
+        elif config.beta > 0:
+            with torch.no_grad(), self.accelerator.autocast():  # the policy's own forward has it from accelerate
+                reference = replace(self.lm, model=self.reference_model)
                 rollout.reference = self.score_views(reference, rollout, active)
         return rollout
-
-    @contextmanager
-    def _reference(self, policy: MaskedLM) -> Iterator[MaskedLM]:
-        if self.reference_model is None:
-            with cast(Any, policy.model).disable_adapter():
-                yield policy
-        else:
-            with self.accelerator.autocast():  # the policy's own forward has it from accelerate
-                yield replace(policy, model=self.reference_model)
 
     def views(self, rollout: Rollout, iteration: int) -> list[View]:
         """The objective's views, without what the loss leaves out."""
@@ -232,10 +211,7 @@ class DiffusionGRPOTrainer(RunTrainer):
         return torch.stack(found)
 
     def microbatches(self, rows: ViewRows, active: Tensor) -> list[Microbatch]:
-        """The forward passes over view rows of ``active`` (B,) trajectories.
-
-        Every rank gets the same number, so that collectives meet; where one has less to do, the rest does not count.
-        """
+        """The forward passes over view rows of ``active`` (B,) trajectories, as many on every rank; idle ones do not count."""
         found = [(part, True) for part in rows.parts(self.config.rows_per_forward, active)]
         most = len(found)
         if self.args.world_size > 1:
@@ -329,13 +305,10 @@ class DiffusionGRPOTrainer(RunTrainer):
 
     def _record_rollout(self, trajectory: Trajectory, table: Tensor, rewards: Tensor) -> None:
         values = rollout_metrics(self.lm, trajectory, rewards, self.config.num_generations)
-        judged = torch.stack([table.nan_to_num().sum(0), (~table.isnan()).sum(0).float()])
-        means = self._mean([*values.values(), *judged.flatten().tolist()])
-        self.pending_metrics.update(zip(values, means, strict=False))
-        totals, counts = torch.tensor(means[len(values) :]).view(2, -1).tolist()
-        for name, total, count in zip(self.reward_names, totals, counts, strict=True):
-            if count:
-                self.pending_metrics[f"reward_{name}"] = total / count
+        self.pending_metrics.update(zip(values, self._mean([*values.values()]), strict=True))
+        totals, counts = (self._mean(x.sum(0)) for x in (table.nan_to_num(), (~table.isnan()).float()))
+        judged = zip(self.reward_funcs, totals, counts, strict=True)
+        self.pending_metrics |= {f"reward_{name}": total / count for name, total, count in judged if count}
 
     def _record_update(self, loss: Tensor, sums: Tensor, iteration: int) -> None:
         finite, *means = self._mean([float(loss.isfinite()), *sums.tolist()])
@@ -351,11 +324,10 @@ class DiffusionGRPOTrainer(RunTrainer):
             self.pending_metrics["logprob_mismatch"] = mismatch
             rounded = self.args.bf16 or self.args.fp16 or self.lm.model.dtype != torch.float32
             exact = self.objective.recorded and not rounded
-            if exact and mismatch > self.config.max_logprob_mismatch:
+            if exact and mismatch > (most := self.config.max_logprob_mismatch):
                 raise UserError(
-                    f"the update does not see the policy that sampled: recorded and recomputed log-probabilities differ "
-                    f"by {mismatch:.2g} nats a token (at most {self.config.max_logprob_mismatch:g}); switch dropout off, or "
-                    "raise max_logprob_mismatch"
+                    f"the update does not see the policy that sampled: recorded and recomputed log-probabilities differ by "
+                    f"{mismatch:.2g} nats a token (at most {most:g}); switch dropout off, or raise max_logprob_mismatch"
                 )
         if self.config.beta == 0:
             del found["kl"]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-import zlib
 from pathlib import Path
 
 from unmask.errors import UserError
@@ -15,10 +15,9 @@ CHECKSUMS = "checksums.json"
 
 def checkpoints(output: Path) -> list[Path]:
     """The whole checkpoints of a run folder, by their number of updates; a copy under another name is none."""
-    named = [p for p in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]
-    return sorted(
-        (p for p in named if (p / CHECKSUMS).is_file()), key=lambda p: int(p.name.removeprefix("checkpoint-"))
-    )
+    found = {p: re.fullmatch(r"checkpoint-(\d+)", p.name) for p in output.glob("checkpoint-*")}
+    numbers = {p: int(name[1]) for p, name in found.items() if name and (p / CHECKSUMS).is_file()}
+    return sorted(numbers, key=lambda p: numbers[p])
 
 
 def seal(folder: Path) -> None:
@@ -36,8 +35,5 @@ def verify(folder: Path) -> None:
 
 
 def _checksum(file: Path) -> str:
-    total = 0
     with file.open("rb") as stream:
-        while piece := stream.read(1 << 24):
-            total = zlib.crc32(piece, total)
-    return f"{file.stat().st_size}-{total:08x}"
+        return hashlib.file_digest(stream, "sha256").hexdigest()

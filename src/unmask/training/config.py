@@ -14,7 +14,7 @@ from unmask.errors import UserError, check_at_least, check_positive
 
 LONGEST = 4096
 """Tokens of a row of chat data, unless ``max_length`` says another number."""
-MAY_CHANGE = (
+MAY_CHANGE = [
     "output_dir",
     "logging_steps",
     "eval_steps",
@@ -22,7 +22,7 @@ MAY_CHANGE = (
     "report_to",
     "log_completions",
     "rows_per_forward",
-)
+]
 """Settings in which a run that goes on may differ from before."""
 
 
@@ -82,7 +82,7 @@ class RunConfig:
         check_at_least(self, 1, *self.chosen("lora_r", "lora_alpha", *counts))
         check_at_least(self, 0, *self.chosen("warmup_steps"))
         check_positive(self, "max_grad_norm", *self.chosen("learning_rate"))
-        for name in self.chosen("weight_decay", "adam_beta2"):
+        for name in ("weight_decay", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: choose 0 or more and below 1")
         check_reporters(self.report_to)
@@ -163,10 +163,11 @@ class SFTConfig(RunConfig):
 
     def resolved(self) -> SFTConfig:
         """These settings, with the defaults of their kind of run, from random weights or from a model, where none is set."""
-        if self.new_model is not None:
-            values: dict[str, Any] = {"optimizer": "muon", "learning_rate": 2e-3, "prompt_masking": 0.25}
-            values["warmup_steps"] = 100
-        else:
-            rate = 1e-5 if self.lora_r is None else 1e-4
-            values = {"optimizer": "adamw", "learning_rate": rate, "prompt_masking": 0.0}
-        return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
+        new = self.new_model is not None
+        defaults: dict[str, Any] = {
+            "optimizer": "muon" if new else "adamw",
+            "learning_rate": 2e-3 if new else 1e-5 if self.lora_r is None else 1e-4,
+            "prompt_masking": 0.25 if new else 0.0,
+            "warmup_steps": 100 if new else None,
+        }
+        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})

@@ -5,8 +5,7 @@ LLaDA (arXiv 2502.09992), Eq. 3: with t ~ U(0, 1) and every response token maske
     loss = - E_t [ (1/t) * sum_i 1[x_t^i = MASK] log p(x_0^i | x_t) ] / L
 
 of one response of L tokens, which bounds the negative log-likelihood per token. Here the sum of a batch is divided by all its
-maskable tokens, and t is stratified over the batch (one draw shifts an even grid), which keeps the expectation and lowers its
-variance.
+maskable tokens, and t is stratified over the batch, which keeps the expectation and lowers its variance.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ from torch import Tensor
 
 def sample_times(batch: int, generator: torch.Generator, t_min: float = 1e-3) -> Tensor:
     """Masking times in [t_min, 1), stratified over the batch and in random order. Returns (batch,) float32 on the CPU."""
-    offset = torch.rand((), generator=generator)
-    grid = (torch.arange(batch) + offset) / batch
+    grid = (torch.arange(batch) + torch.rand((), generator=generator)) / batch
     return t_min + (1 - t_min) * grid[torch.randperm(batch, generator=generator)]
 
 

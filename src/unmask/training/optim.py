@@ -16,17 +16,15 @@ class MuonAdamW(torch.optim.Optimizer):
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, embedding: set[int]) -> None:
-        matrices: list[nn.Parameter] = []
-        rest: list[nn.Parameter] = []
-        for p in parameters:
-            if p.requires_grad:
-                (matrices if p.ndim == 2 and id(p) not in embedding else rest).append(p)
-        parts: list[torch.optim.Optimizer] = []  # an adapter may have nothing but matrices
+        trained = [p for p in parameters if p.requires_grad]
+        matrices = [p for p in trained if p.ndim == 2 and id(p) not in embedding]
+        rest = [p for p in trained if p.ndim != 2 or id(p) in embedding]
+        self.parts: list[torch.optim.Optimizer] = []  # an adapter may have nothing but matrices
         if matrices:
-            parts.append(torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"))
+            muon = torch.optim.Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+            self.parts.append(muon)
         if rest:
-            parts.append(torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0))
-        self.parts = tuple(parts)
+            self.parts.append(torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=0.0))
         super().__init__([*matrices, *rest], {"lr": lr})
         self._share_groups()
 
@@ -36,8 +34,6 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        if closure is not None:
-            raise ValueError("MuonAdamW takes no closure")
         for part in self.parts:
             part.step()
 

@@ -32,8 +32,12 @@ def run(trainer: RunTrainer) -> Path:
     """
     config, args = trainer.config, trainer.args
     output, first = Path(config.output_dir), trainer.is_world_process_zero()
-    checkpoint = claim(output, config, first)
+    checkpoint = _newest(output, config)
     if first:
+        check_own_folder(str(output))
+        with writing_to(output, "--output-dir"):
+            output.mkdir(parents=True, exist_ok=True)
+            save_config(config, output / "config.yaml")
         if trainer.notice:
             print(trainer.notice, file=sys.stderr)
         if args.max_steps <= args.warmup_steps:
@@ -44,66 +48,49 @@ def run(trainer: RunTrainer) -> Path:
             )
         if config.bf16:
             warn_of_slow_bf16(args.device)
-    trainer.add_callback(FolderCheck(output))
+    trainer.add_callback(_FolderCheck())
     args.eval_on_start = args.eval_on_start and checkpoint is None  # a resumed run has that line already
     last = output / f"checkpoint-{args.max_steps}"
-    if checkpoint != last:  # the Trainer would take a finished run one step further
-        with writing_run(output):
+    with _writing_run(output):
+        if checkpoint != last:  # the Trainer would take a finished run one step further
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if first:
-        verify(last)
-        history = TrainerState.load_from_json(str(last / "trainer_state.json")).log_history
-        lm = load(str(last), config.dtype, "cpu")  # whole also where weights are sharded; an adapter is merged
-        with writing_run(output):
+        if first:
+            verify(last)
+            history = TrainerState.load_from_json(str(last / "trainer_state.json")).log_history
+            lm = load(str(last), config.dtype, "cpu")  # whole also where weights are sharded; an adapter is merged
             export(lm, output / "final", model_card(lm, config, history))
     trainer.accelerator.wait_for_everyone()
     return output / "final"
 
 
-def claim(output: Path, config: RunConfig, write: bool = True) -> Path | None:
-    """Make the run folder this run's; returns its newest whole checkpoint, if any.
-
-    Args:
-        config: saved as ``config.yaml``. write: whether this process writes (only one of several may).
-
-    Raises:
-        UserError: if the folder cannot be written, or holds checkpoints of a run with other settings.
-    """
+def _newest(output: Path, config: RunConfig) -> Path | None:
+    """The newest whole checkpoint of a run folder, if any. Raises UserError where it is of a run with other settings."""
     found = checkpoints(output)
     if found and (output / "config.yaml").is_file():
         before, now = asdict(read_config(type(config), output / "config.yaml")), asdict(config)
-        changed = [k for k in now if before[k] != now[k] and k not in MAY_CHANGE]
-        if changed:
+        if changed := [k for k in now if before[k] != now[k] and k not in MAY_CHANGE]:
             raise UserError(
                 f"{output} holds a run with other {', '.join(changed)}: choose another --output-dir or remove it"
             )
-    if write:
-        check_own_folder(str(output))
-        with writing_to(output, "--output-dir"):
-            output.mkdir(parents=True, exist_ok=True)
-            save_config(config, output / "config.yaml")
     return found[-1] if found else None
 
 
-class FolderCheck(TrainerCallback):
+class _FolderCheck(TrainerCallback):
     """Ends a run whose folder is gone: the Trainer would make it anew, without what the run needs to go on."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not (self.folder / "config.yaml").is_file():
-            raise removed(self.folder)
+        if not (Path(args.output_dir) / "config.yaml").is_file():
+            raise removed(Path(args.output_dir))
 
 
 @contextmanager
-def writing_run(folder: Path) -> Iterator[None]:
+def _writing_run(folder: Path) -> Iterator[None]:
     """Turns what a run raises that cannot write to its folder, gone or on a full disk, into a UserError."""
     try:
         yield
+    except BrokenPipeError:  # of standard output
+        raise
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, BrokenPipeError):
-            raise  # of standard output
         if not (folder / "config.yaml").is_file():
             raise removed(folder) from None
         here = isinstance(error, OSError) and str(error.filename or "").startswith(str(folder))

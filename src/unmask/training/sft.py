@@ -1,9 +1,8 @@
 """Supervised training with the masked diffusion loss (LLaDA, arXiv 2502.09992, Eq. 3 and 5), on ``transformers.Trainer``.
 
-Each example is a prompt and a response; the response ends with its end-of-turn token and is filled with EOS up to the canvas
-length, and by default the filling is learned like any other token. In a share of the rows the prompt is masked too
-(whole-sequence pre-training). All noise of a step is drawn from one generator seeded by (seed, step, rank), its micro-batches
-in turn, so a resumed run continues exactly as the uninterrupted one would have.
+A response ends with its end-of-turn token and is filled with EOS up to the canvas length; by default that is learned too. In a
+share of the rows the prompt is masked as well (whole-sequence pre-training). All noise of a step is drawn from one
+generator seeded by (seed, step, rank), its micro-batches in turn, so a resumed run continues exactly.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ from unmask.training.sft_data import Data, chat_data, task_data
 from unmask.training.trainer import Model, RunTrainer, load_model, lora_config, training_arguments
 
 EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
-_NOTHING = "there is nothing to train on: choose tasks (with worked responses) or data (a chat data set)"
 
 
 class SFTTrainer(RunTrainer):
@@ -82,14 +80,8 @@ class SFTTrainer(RunTrainer):
             lm = add_adapter(lm, adapter, config.seed)
         self.canvases, self.notice, self.prompt_width = data.canvases, data.notice, data.collate.prompt_width
         self._noise, self._noise_step = torch.Generator(), -1
-        super().__init__(
-            lm,
-            arguments,
-            train_dataset=data.training,
-            eval_dataset=data.validation,
-            data_collator=data.collate,
-            callbacks=callbacks,
-        )
+        datasets = {"train_dataset": data.training, "eval_dataset": data.validation, "data_collator": data.collate}
+        super().__init__(lm, arguments, callbacks=callbacks, **datasets)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.config.optimizer == "adamw":
@@ -113,13 +105,7 @@ class SFTTrainer(RunTrainer):
         return self.loss_at(model, inputs, t, canvas, self.config.prompt_masking or 0.0, self._noise)
 
     def loss_at(
-        self,
-        model: Any,
-        inputs: dict[str, Tensor],
-        t: Tensor,
-        canvas: int,
-        prompt_masking: float,
-        generator: torch.Generator,
+        self, model: Any, inputs: dict[str, Tensor], t: Tensor, canvas: int, prompt_masking: float, generator: Any
     ) -> Tensor:
         """The diffusion loss of a batch at masking times ``t`` (B,), its canvas cut to ``canvas`` tokens.
 
@@ -167,7 +153,7 @@ class SFTTrainer(RunTrainer):
                 generator = torch.Generator().manual_seed(number * 10 + i)
                 with self.compute_loss_context_manager():
                     loss = self.loss_at(model, batch, t, max(self.canvases), 0.0, generator)
-                sums[i] += loss.float() * len(batch["ids"]) * (k < len(batches))
+                sums[i] += loss.float() * len(t) * (k < len(batches))
         model.train()
         means = (self.accelerator.reduce(sums) / len(rows)).tolist()
         metrics = {f"{metric_key_prefix}_loss_t{t}": m for t, m in zip(EVAL_TIMES, means, strict=True)}
@@ -180,7 +166,7 @@ def _data(lm: MaskedLM, config: SFTConfig, source: Any) -> Data:
         source = config.data or [make_task(spec, lm.task_defaults) for spec in config.tasks]
     tasks = [source] if isinstance(source, Task) else source
     if not len(tasks):
-        raise UserError(_NOTHING)
+        raise UserError("there is nothing to train on: choose tasks (with worked responses) or data (a chat data set)")
     if isinstance(tasks[0], Task):
         return task_data(lm, tasks, config.problems, config.canvas, config.validation_problems, config.seed)
     return chat_data(lm, source, config.max_length, config.overlong, config.validation_share)
@@ -209,8 +195,6 @@ def train(config: SFTConfig) -> Path:
     Raises:
         UserError: for an unknown model, task or data set, or responses that do not fit.
     """
-    if not config.tasks and config.data is None:
-        raise UserError(_NOTHING)
     if config.new_model is not None:
         return run(SFTTrainer(MaskedLM.wrap(*new_model(config.new_model, config.seed), name="new model"), config))
     if config.model is None:

@@ -26,7 +26,8 @@ from unmask.training.config import LONGEST
 _REASONING = (
     "Think between <reasoning> and </reasoning>, then write only the final answer between <answer> and </answer>.\n\n"
 )
-_COLUMNS = (("messages",), ("prompt", "completion"), ("question", "thinking_trajectories", "attempt"))
+_S1K = ("question", "thinking_trajectories", "attempt")
+_COLUMNS = (("messages",), ("prompt", "completion"), _S1K)
 
 Prompt = str | list[dict[str, str]]
 """Text, or messages for the chat template."""
@@ -85,11 +86,8 @@ def task_rows(lm: MaskedLM, tasks: Sequence[Task], split: str, counts: Sequence[
         problems = task.problems(split, count, seed)
         if not problems or problems[0].response is None:
             raise UserError(f"task {task.name} has no worked responses to learn in this form: try style=compact")
-        prompts = [task.prompt(lm, p) for p in problems]
-        tokens = [
-            lm.tokenizer(texts, add_special_tokens=False)["input_ids"]
-            for texts in (prompts, [p.response or "" for p in problems])
-        ]
+        texts = [task.prompt(lm, p) for p in problems], [p.response or "" for p in problems]
+        tokens = [lm.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
         per_task.append([_row(prompt, [*response, end_token(lm)]) for prompt, response in zip(*tokens, strict=True)])
     return [rows[i % len(rows)] for i in range(max(counts)) for rows in per_task]
 
@@ -229,23 +227,30 @@ def tokenize(lm: MaskedLM, prompt: Prompt, response: str) -> tuple[list[int], li
 
 def _exchange(row: Mapping[str, Any]) -> tuple[Prompt, str]:
     """Prompt and response of a row, in the first format whose columns are all there."""
-    known = next((columns for columns in _COLUMNS if set(columns) <= set(row)), ())
-    values = [row[column] for column in known]
-    if known == _COLUMNS[0]:
-        return _last_turn(values[0])
-    if known == _COLUMNS[1]:
-        prompt, completion = values
+    if "messages" in row:
+        return _last_turn(row["messages"])
+    if {"prompt", "completion"} <= set(row):
+        prompt, completion = row["prompt"], row["completion"]
         if isinstance(prompt, list) != isinstance(completion, list):
             raise UserError("one of prompt and completion is text, the other messages: write both alike")
-        if isinstance(completion, list):
-            if len(completion) != 1:
-                raise UserError(
-                    f"completion holds {len(completion)} messages: leave the assistant's there, and move the others to prompt"
-                )
-            return _last_turn([*prompt, *completion])
-        return _text(prompt, "prompt"), _text(completion, "completion")
-    if known == _COLUMNS[2]:
-        return _s1k(*values)
+        if not isinstance(completion, list):
+            return _text(prompt, "prompt"), _text(completion, "completion")
+        if len(completion) != 1:
+            raise UserError(
+                f"completion holds {len(completion)} messages: leave the assistant's there, and move the others to prompt"
+            )
+        return _last_turn([*prompt, *completion])
+    if set(_S1K) <= set(row):  # simplescaling/s1K: the first trajectory, in tags that the user's turn asks for
+        values = [row[name] for name in _S1K]
+        if isinstance(values[1], list):
+            values[1] = (values[1] or [None])[0]
+        texts = {name: _text(value, name) for name, value in zip(_S1K, values, strict=True)}
+        for name, text in texts.items():
+            if not text.strip():
+                raise UserError(f"{name} is empty: fill or remove the row")
+        question, reasoning, answer = texts.values()
+        response = f"<reasoning>{reasoning}</reasoning>\n<answer>{answer}</answer>"
+        return [{"role": "user", "content": _REASONING + question}], response
     formats = " or ".join(" + ".join(columns) for columns in _COLUMNS)
     raise UserError(f"the row has the columns {', '.join(sorted(row)) or '(none)'}: rename them to {formats}")
 
@@ -266,16 +271,3 @@ def _last_turn(messages: Any) -> tuple[Prompt, str]:
     if turns[-1]["role"] != "assistant":
         raise UserError(f"the last message is by {turns[-1]['role']!r}: end with the assistant's")
     return turns[:-1], turns[-1]["content"]
-
-
-def _s1k(question: Any, trajectories: Any, attempt: Any) -> tuple[Prompt, str]:
-    """simplescaling/s1K: the first reasoning trajectory and the final answer, in tags that the user's turn asks for."""
-    if trajectories is not None and not isinstance(trajectories, list):
-        raise UserError(f"thinking_trajectories is {type(trajectories).__name__}: write a list of texts")
-    found = [question, (trajectories or [None])[0], attempt]
-    texts = [_text(value, name) for value, name in zip(found, _COLUMNS[2], strict=True)]
-    for text, name in zip(texts, _COLUMNS[2], strict=True):
-        if not text.strip():
-            raise UserError(f"{name} is empty: fill or remove the row")
-    response = f"<reasoning>{texts[1]}</reasoning>\n<answer>{texts[2]}</answer>"
-    return [{"role": "user", "content": _REASONING + texts[0]}], response

@@ -93,7 +93,7 @@ class RunTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
 
-    def train(self, resume_from_checkpoint: Any = None, trial: Any = None, ignore_keys_for_eval: Any = None) -> Any:
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers'. Raises UserError where the checkpoint to go on from is not as it was saved."""
         if resume_from_checkpoint is True:
             found = checkpoints(Path(str(self.args.output_dir)))
@@ -102,7 +102,7 @@ class RunTrainer(Trainer):
             if self.is_world_process_zero():
                 verify(Path(resume_from_checkpoint))
             self.restore(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def restore(self, checkpoint: Path) -> None:
         """Take up what a checkpoint holds besides the Trainer's own files."""
