@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from unmask.cli import main
-from unmask.evaluation import evaluate, tune, tune_report
+from unmask.evaluation import evaluate, tune
 from unmask.results import accuracy as report
 from unmask.study import run as study
 
@@ -49,10 +49,9 @@ def command(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
         ("eval", evaluate, "kept_trajectories", "was removed while the run wrote to it"),
         ("eval", report, "accuracy_figure", "cannot write to"),
         ("tune", tune, "run_cell", "cannot write to"),
-        ("tune", tune_report, "front_figure", "cannot write to"),
         ("study", study, "wait", "was removed while the run wrote to it"),
     ],
-    ids=["eval, a batch", "eval, the figure", "tune, a batch", "tune, the figure", "study, a job"],
+    ids=["eval, a batch", "eval, the figure", "tune, a batch", "study, a job"],
 )
 def test_a_folder_removed_meanwhile_is_one_sentence(
     name: str,
