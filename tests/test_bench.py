@@ -20,7 +20,7 @@ from unmask.decoding import decode
 from unmask.decoding.decode import DecodingLoop
 from unmask.rl.objectives import OBJECTIVES
 
-SHAPE = {"d_model": 32, "n_layers": 2, "mlp_hidden_size": 64, "repeats": 2}
+SHAPE = {"d_model": 32, "n_layers": 2, "mlp_hidden_size": 64, "repeats": 1}
 SMALL = {**SHAPE, "steps": (2, 4), "length": 16, "prompt": 8, "vocabulary": 200}
 
 
@@ -173,7 +173,7 @@ def test_timed_passes_are_those_of_the_decode(toy_lm: MaskedLM) -> None:
     ids, mask = toy_lm.encode(["make 5 from 1 2 2", "make 5 from 1 2 3"])
     seeds = torch.tensor([3, 4])
     for spec in ("eoser-ass:temperature=1", "threshold:threshold=0.2,block_length=8", "full-random"):
-        decoder = make_decoder(spec, max_new_tokens=32)
+        decoder = make_decoder(spec, max_new_tokens=16)
         trajectory = decode(toy_lm, ids, mask, decoder, seeds=seeds)
         loop = DecodingLoop(toy_lm, decoder, early_stop=False)
         for s in range(trajectory.steps):

@@ -34,20 +34,13 @@ def records(output: Path) -> dict[str, list[dict[str, object]]]:
     return {k: [{f: v for f, v in r.items() if f != "seconds"} for r in rows] for k, rows in found.items()}
 
 
-def test_records_do_not_depend_on_the_batch(model: str, tmp_path: Path) -> None:
-    evaluate(config(model, tmp_path / "a"))
-    evaluate(config(model, tmp_path / "b", batch_size=7))
-    a, b = records(tmp_path / "a"), records(tmp_path / "b")
-    assert len(a) == 6 and a == b
-    assert [r["index"] for r in next(iter(a.values()))] == list(range(10))
-
-
 class Stop(Exception):
     pass
 
 
-def test_killed_and_resumed_equals_uninterrupted(model: str, tmp_path: Path) -> None:
+def test_killed_and_resumed_in_other_batches_equals_uninterrupted(model: str, tmp_path: Path) -> None:
     whole = evaluate(config(model, tmp_path / "whole"))
+    assert [r["index"] for r in next(iter(records(tmp_path / "whole").values()))] == list(range(10))
     seen: set[tuple[str, int]] = set()
 
     def stop(label: str, done: int, total: int) -> None:
@@ -57,7 +50,7 @@ def test_killed_and_resumed_equals_uninterrupted(model: str, tmp_path: Path) -> 
 
     for _ in range(40):
         try:
-            part = evaluate(config(model, tmp_path / "part"), stop)
+            part = evaluate(config(model, tmp_path / "part", batch_size=7), stop)
             break
         except Stop:
             # A crash in the middle of writing a line.
@@ -66,22 +59,18 @@ def test_killed_and_resumed_equals_uninterrupted(model: str, tmp_path: Path) -> 
                 file.write('{"index": 3, "id": "cut o')
     assert {done for _, done in seen} >= {10} and len({label for label, done in seen if done == 10}) == 6
     assert records(tmp_path / "whole") == records(tmp_path / "part")
-    assert whole["config"] == part["config"]
+    assert whole["config"] == {**part["config"], "batch_size": 4}
     for a, b in zip(whole["cells"], part["cells"], strict=True):
         assert {k: v for k, v in a.items() if k != "seconds"} == {k: v for k, v in b.items() if k != "seconds"}
 
 
 def test_a_folder_belongs_to_one_evaluation(model: str, tmp_path: Path) -> None:
-    evaluate(config(model, tmp_path, decoder=["ass"]))
+    evaluate(config(model, tmp_path, decoder=["ass"], limit=4))
+    first = records(tmp_path)
+    evaluate(config(model, tmp_path, decoder=["ass"]))  # a raised limit goes on
     before = records(tmp_path)
-    more = evaluate(config(model, tmp_path / "raised", decoder=["ass"], limit=4))
-    first = records(tmp_path / "raised")
-    assert evaluate(config(model, tmp_path / "raised", decoder=["ass"])) != more  # a raised limit goes on
-    assert records(tmp_path / "raised") == before
     assert {name: rows[:4] for name, rows in before.items()} == first
-    assert {r["decoder"] for rows in before.values() for r in rows} == {"ass"} and all(
-        r["truth"] for r in first.popitem()[1]
-    )
+    assert all(r["decoder"] == "ass" and r["truth"] for rows in before.values() for r in rows)
     with pytest.raises(UserError, match=r"other decoders, max_new_tokens: choose another --output"):
         evaluate(config(model, tmp_path, decoder=["ass"], max_new_tokens=16))
     grown = evaluate(config(model, tmp_path, decoder=["ass", "hybrid:block_length=8"]))  # another decoder may join
@@ -165,3 +154,20 @@ def test_worked_examples_stand_in_front(tiny_lm: MaskedLM, tmp_path: Path) -> No
         assert all(str(e.response) in longer and task.instruction(e) in longer for e in shown)
     with pytest.raises(UserError, match="no worked responses"):
         task_prompts(tiny_lm, make_task("countdown:style=paper", {}), problems, shots=1)
+
+
+def test_data_names_the_file_of_one_task(model: str, tmp_path: Path) -> None:
+    file = tmp_path / "problems.jsonl"
+    file.write_text('{"input": "3,4,5", "output": "12"}\n')
+    evaluate(config(model, tmp_path / "run", decoder=["ass"], task=["countdown"], data=str(file)))
+    before = records(tmp_path / "run")
+    assert [len(rows) for rows in before.values()] == [1]
+    same = config(model, tmp_path / "run", decoder=["ass"], task=[f"countdown:data={file}"])
+    evaluate(same)  # the same evaluation, so the folder takes it
+    assert records(tmp_path / "run") == before
+    with pytest.raises(UserError, match="for 2 tasks: choose one --task"):
+        config(model, tmp_path, data=str(file))
+    with pytest.raises(UserError, match="without a comma"):
+        config(model, tmp_path, task=["countdown"], data="a,b")
+    with pytest.raises(UserError, match="'data' is given twice"):
+        evaluate(config(model, tmp_path / "other", task=["countdown:data=x"], data=str(file)))

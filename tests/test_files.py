@@ -20,9 +20,9 @@ import report_folders
 from unmask import Trajectory
 from unmask.cli import grade_file
 from unmask.errors import UserError
+from unmask.evaluation.config import TuneConfig
 from unmask.evaluation.evaluate import EvalConfig, evaluate, prepare
-from unmask.evaluation.tune import prepare_trials
-from unmask.evaluation.tune_config import TuneConfig
+from unmask.evaluation.tune import Trials
 from unmask.io.schema import MEASURED
 from unmask.results.collect import collect
 from unmask.results.summary import run_lines
@@ -81,7 +81,7 @@ def stores(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, St
     run, study = report_folders.run(at / "run", 0), report_folders.study(at / "study")
     limits = {"limit": 1, "run_off_limit": 2, "test_limit": 1}
     tuned = TuneConfig(model=model, task="countdown", budget=4, max_new_tokens=16, **limits, output=str(at))
-    trials = prepare_trials(tuned, ["ass"], None)
+    trials = Trials(tuned, ["ass"])
     measured = {key: value for key, value in report_folders.records(1, 1, 4)[0].items() if key in MEASURED}
     measured |= {"split": "validation", "decoder": "ass", "id": trials.cells["validation", "ass"].problems[0].id}
     trials.store.append([measured])

@@ -1,10 +1,10 @@
-"""The search for a decoder on a toy model: resumed = uninterrupted, the file it writes, what it refuses."""
+"""The search for a decoder: its parts by hand, on a toy model resumed = uninterrupted, what it leaves, what it refuses."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,13 @@ import pytest
 
 from unmask import UserError, make_decoder
 from unmask.cli import main
-from unmask.config import read_flags
-from unmask.errors import TooFewProblems
+from unmask.decoding.decoder import PRESETS
 from unmask.evaluation import tune as module
-from unmask.evaluation import tune_report
 from unmask.evaluation.command import tune_command
-from unmask.evaluation.progress import progress_bars
-from unmask.evaluation.tune import Standing, pareto, tune
-from unmask.evaluation.tune_config import TuneConfig
-from unmask.evaluation.tune_space import candidates
+from unmask.evaluation.config import TuneConfig
+from unmask.evaluation.tune import Standing, in_run_off, pareto, round_sizes, successive_halving, top_fraction, tune
+from unmask.evaluation.tune_report import advice, decoder_file, report, rows
+from unmask.evaluation.tune_space import behavior, candidates
 from unmask.results.statistics import paired_difference
 from unmask.rl.config import DiffusionGRPOConfig
 from unmask.tasks import Grade, Problem
@@ -31,14 +29,135 @@ from unmask.tasks.countdown import Countdown
 Result = dict[str, Any]
 
 
+# ---- the search, without a model -------------------------------------------------------------------------------------
+
+
+def standings(text: str) -> list[Standing]:
+    return [Standing(name, float(value), float(nfe)) for name, value, nfe in map(str.split, text.split(","))]
+
+
+def names(found: Sequence[Standing]) -> str:
+    return "".join(s.name for s in found)
+
+
+def test_front_and_top_fraction_by_hand() -> None:
+    found = standings("a 0.5 8, b 0.3 2, c 0.3 4, d 0.6 9, e 0.5 8, f 0.2 1, g 0.4 2")
+    # c is no better than b at more passes, g beats b at the same, e equals a, which comes first.
+    assert names(pareto(found)) == "fgad" and pareto([]) == []
+    found = standings("a 0.5 8, b 0.1 1, c 0.5 6, d 0.4 9, e 0.4 7, f 0.0 2, g 0.5 7")
+    # Front: b, c. Then a (8 passes) before g (7) at 0.5. A third of seven is three, the others are left for a larger least.
+    for least, kept in ((1, "abc"), (5, "abcdg"), (99, "abcdefg")):
+        assert names(top_fraction(found, least)) == kept
+    assert round_sizes(32) == [4, 8, 16, 32] and round_sizes(25)[3:] == [25]  # from the FIRST_ROUND of this file
+    assert round_sizes(4) == [4] and round_sizes(3) == [3]
+
+
+def test_halving_by_hand() -> None:
+    asked: list[str] = []
+
+    def left(table: dict[str, list[tuple[float, ...]]], budget: float, least: int, safe: str) -> str:
+        def measure(names: Sequence[str], size: int) -> list[Standing]:
+            asked.append(f"{size} {''.join(names)}")
+            return [Standing(name, *table[name][(8, 16, 32).index(size)]) for name in names]
+
+        asked.clear()
+        return names(successive_halving([*table], (8, 16, 32), measure, budget, least, safe))
+
+    halved: dict[str, list[tuple[float, ...]]] = {
+        "a": [(0.5, 4.0), (0.5, 4.0), (0.50, 4.0)],
+        "b": [(0.6, 5.0), (0.6, 5.5)],  # over the budget on 16: out
+        "c": [(0.9, 5.1)],  # over it at once
+        "d": [(0.1, 5.0)],
+        "e": [(0.2, 4.5)],
+        "f": [(0.3, 5.0)],
+    }
+    assert left(halved, 5.0, 1, "") == "a" and asked == ["8 abcdef", "16 ab", "32 a"]
+    # The best that cannot exceed the budget goes on: a looks better on 8 problems, and is over the budget on 16.
+    safe: dict[str, list[tuple[float, ...]]] = {
+        "a": [(0.6, 31.9), (0.6, 33.0)],
+        "b": [(0.3, 32.0), (0.2, 32.0), (0.2, 32.0)],
+        "c": [(0.2, 32.0), (0.9, 32.0), (0.9, 32.0)],
+    }
+    assert [left(safe, 32, 1, s) for s in ("bc", "c", "")] == ["b", "c", ""]
+    # Only the last round cuts at the budget itself, the others two standard errors above it.
+    slack: dict[str, list[tuple[float, ...]]] = {
+        "a": [(0.9, 5.9, 0.5), (0.9, 5.9, 0.5), (0.9, 4.9, 0.1)],
+        "b": [(0.8, 5.9, 0.5), (0.8, 5.9, 0.5), (0.8, 5.1, 0.1)],
+        "c": [(0.9, 5.9, 0.4)],
+        "d": [(0.1, 5.0), (0.1, 5.0), (0.1, 5.0)],
+    }
+    assert left(slack, 5.0, 3, "") == "ad" and asked == ["8 abcd", "16 abd", "32 abd"]
+
+
+def test_the_run_off_by_hand() -> None:
+    best = "a .9 8, b .8 8, c .7 8, d .6 8, e .5 8, f .4 8, g .3 8"
+    found = standings(f"{best}, p .1 3, q .1 2, r 0 1, s .2 9")
+    # The six best, the best preset (q: of equals the cheaper), the best preset that cannot exceed the budget.
+    assert in_run_off(found, presets="pqr", safe="ars") == list("abcdefqr")
+    assert in_run_off(found, presets="apr", safe="a") == list("abcdef")
+    assert in_run_off(found[-4:], presets="pqr", safe="pq") == list("sqpr")
+
+
+# ---- the space -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("length", "early_stop"), [(1, True), (16, False), (100, True), (128, False)])
+def test_candidates_are_different_exact_and_near_the_budget(length: int, early_stop: bool) -> None:
+    for budget in (1, 8, 300):
+        presets, others = candidates(budget, length, early_stop, [])
+        decoders = [make_decoder(spec, max_new_tokens=length) for spec in (*presets, *others)]
+        assert len({behavior(d) for d in decoders}) == len(decoders) < 250
+        assert all(d.top_p == 1 and d.cache == "none" and d.temperature == 0 and d.cfg_scale == 0 for d in decoders)
+        assert all(spec.split(":")[0] in PRESETS for spec in presets)
+        assert any(d.passes <= budget and d.threshold is None for d in decoders[: len(presets)])
+        if not early_stop:
+            assert all(d.threshold is not None or d.passes <= budget for d in decoders)
+
+
+def test_the_space_holds_every_family() -> None:
+    presets, others = candidates(8, 128, True, [])
+    assert {"ass", "eoser-ass", "full:steps=8", "semi-ar:steps=8", "threshold", "hybrid"} <= set(presets)
+    assert not any("dream" in spec for spec in presets)
+    found = "full:steps=8,confidence=margin eoser:gamma_min=0.01,steps=16 hard-eos:threshold=0.9 ass:blocks=7"
+    found += " semi-ar:block_length=16,steps=16,confidence=entropy hybrid:block_length=64,confidence=entropy"
+    assert set(found.split()) <= set(others)
+    # ascending plans take 7 passes: those of a budget of 32 are only the presets
+    assert not any("ass" in spec for spec in candidates(32, 128, True, [])[1])
+    # one step a block commits all that is open, so the confidence makes no difference
+    assert "semi-ar:block_length=16,steps=8" in others
+    assert "semi-ar:block_length=16,steps=8,confidence=margin" not in others
+    added = set(candidates(8, 128, True, [0.5])[1]) - set(others)  # guidance, at half the passes
+    assert {"full:steps=2,cfg_scale=0.5", "full:steps=4,cfg_scale=0.5"} <= added
+    assert all(make_decoder(spec).cfg_scale == 0.5 for spec in added)
+
+
+def test_behavior_by_hand() -> None:
+    def same(one: str, other: str, length: int = 16) -> bool:
+        first, second = (behavior(make_decoder(spec, max_new_tokens=length)) for spec in (one, other))
+        return first == second
+
+    assert same("full", "full:steps=64", 128) and same("full:gamma_min=0.1", "full")
+    assert same("hybrid:block_length=2", "semi-ar:block_length=2")  # a block of two in one step
+    assert same("ass", "full:steps=1", 2) and same("full:steps=1", "eoser:steps=1,confidence=margin")  # all at once
+    assert same("full:threshold=0.5", "hard-eos:threshold=0.9", 1)
+    for other in ("full:steps=4", "full:steps=8,confidence=margin", "eoser:steps=8", "full:steps=8,block_length=8"):
+        assert not same("full:steps=8", other)
+    assert not same("eoser:steps=8", "eoser:steps=8,gamma_min=0.1") and not same("eoser:steps=8", "hard-eos:steps=8")
+    assert not same("full:steps=1", "full:steps=1,cfg_scale=1")
+    assert not same("full:threshold=0.5", "full:threshold=0.7")
+
+
+# ---- a search on a toy model -----------------------------------------------------------------------------------------
+
+
 def some(*arguments: Any) -> tuple[list[str], list[str]]:
     presets, others = candidates(*arguments)
-    return presets, others[::2]
+    return presets, others[::4]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
-    """Half of the candidates, four finalists; and since a random model solves nothing, grades by the hash of a text."""
+    """A quarter of the candidates; and since a random model solves nothing, grades by the hash of a text."""
 
     def grade(task: Countdown, problem: Problem, completion: str) -> Grade:
         return Grade(bucket(completion, 3) == 0, float(bucket(completion, 5)), 4.0, completion)
@@ -47,15 +166,13 @@ def small() -> Iterator[None]:
         patch.setattr(Countdown, "grade", grade)
         patch.setattr(module, "candidates", some)
         patch.setattr(module, "MIN_SURVIVORS", 4)
-        patch.setattr(module, "FIRST_ROUND", 8)
+        patch.setattr(module, "FIRST_ROUND", 4)
         yield
 
 
 def config(model: str, output: Path, **changes: object) -> TuneConfig:
     values = {"task": "countdown", "budget": 4, "max_new_tokens": 16}
-    values |= {"limit": 18, "run_off_limit": 23, "test_limit": 12}
-    if "limit" in changes:
-        values["run_off_limit"] = 1  # the last round's problems decide
+    values |= {"limit": 9, "run_off_limit": 12, "test_limit": 8}
     return TuneConfig(**{"model": model, "output": str(output), **values, **changes})  # type: ignore[arg-type]
 
 
@@ -65,14 +182,10 @@ def searched(model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tune
     return chosen, tune(chosen)
 
 
-def lines(output: str | Path) -> list[Result]:
-    return [json.loads(line) for line in (Path(output) / "measurements.jsonl").read_text().splitlines()]
-
-
 def measured(output: str | Path) -> dict[tuple[str, str], list[Result]]:
     """Records by split and decoder, in order of their index."""
     records: dict[tuple[str, str], list[Result]] = {}
-    for line in lines(output):
+    for line in map(json.loads, (Path(output) / "measurements.jsonl").read_text().splitlines()):
         records.setdefault((line["split"], line["decoder"]), []).append(line)
     return {key: sorted(mine, key=lambda r: r["index"]) for key, mine in records.items()}
 
@@ -80,18 +193,15 @@ def measured(output: str | Path) -> dict[tuple[str, str], list[Result]]:
 def lasting(value: Any) -> Any:
     """Without seconds and hardware."""
     if isinstance(value, dict):
-        return {k: lasting(v) for k, v in value.items() if k not in ("seconds", "environment")}
+        return {k: lasting(v) for k, v in value.items() if k not in ("seconds", "environment", "batch_size")}
     return [lasting(v) for v in value] if isinstance(value, list) else value
-
-
-# ---- a search --------------------------------------------------------------------------------------------------------
 
 
 def test_result_is_what_the_measurements_say(searched: tuple[TuneConfig, Result]) -> None:
     chosen, result = searched
     records = measured(chosen.output)
     found = {e["decoder"]: e for e in result["candidates"]}
-    assert result["rounds"] == [8, 16, 18] and {e["problems"] for e in result["candidates"]} == {8, 16, 18}
+    assert result["rounds"] == [4, 8, 9] and {4, 9} <= {e["problems"] for e in result["candidates"]} <= {4, 8, 9}
     decided = {e["decoder"]: e for e in result["run_off"]}
     for name, entry in [*found.items(), *decided.items()]:
         all_of_it = records["validation", name]
@@ -100,19 +210,18 @@ def test_result_is_what_the_measurements_say(searched: tuple[TuneConfig, Result]
         assert entry["solved"] == sum(r["solved"] for r in mine) / len(mine)
         assert entry["nfe"] == sum(r["nfe"] for r in mine) / len(mine)
     last = [found[name] for name in result["finalists"]]
-    assert all(e["problems"] == 18 and e["nfe"] <= chosen.budget for e in last)
+    assert all(e["problems"] == 9 and e["nfe"] <= chosen.budget for e in last)
     over = [e for e in found.values() if e["nfe"] > chosen.budget]
     assert over and not {e["decoder"] for e in over} & set(result["finalists"])
     assert result["front"] == [s.name for s in pareto([Standing(e["decoder"], e["solved"], e["nfe"]) for e in last])]
-    assert set(decided) < set(result["finalists"]) and {e["problems"] for e in decided.values()} == {23}
+    assert set(decided) < set(result["finalists"]) and {e["problems"] for e in decided.values()} == {12}
     within = [e for e in decided.values() if e["nfe"] <= chosen.budget]
-    assert len(within) >= 6 and result["winner"] == min(within, key=lambda e: (-e["solved"], e["nfe"]))
+    assert result["winner"] == min(within, key=lambda e: (-e["solved"], e["nfe"]))
     assert result["best_preset"] == min((e for e in within if e["preset"]), key=lambda e: (-e["solved"], e["nfe"]))
-    assert result["winner"]["solved"] != found[result["winner"]["decoder"]]["solved"]
     ours, theirs = (records["test", result[k]["decoder"]] for k in ("winner", "best_preset"))
-    assert len(ours) == len(theirs) == 12
+    assert len(ours) == len(theirs) == 8
     assert {r["id"] for r in ours}.isdisjoint(r["id"] for r in records["validation", result["winner"]["decoder"]])
-    difference, interval = paired_difference([r["solved"] for r in ours], [r["solved"] for r in theirs], [1.0] * 12)
+    difference, interval = paired_difference([r["solved"] for r in ours], [r["solved"] for r in theirs], [1.0] * 8)
     assert (result["test"]["difference"], result["test"]["difference_interval"]) == (difference, list(interval))
     for split in ("validation", "test"):
         spent = sum(r["nfe"] for (where, _), mine in records.items() if where == split for r in mine)
@@ -124,11 +233,11 @@ class Stop(Exception):
     pass
 
 
-def test_killed_anywhere_and_resumed_equals_uninterrupted(
+def test_killed_anywhere_in_other_batches_and_resumed_equals_uninterrupted(
     searched: tuple[TuneConfig, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen, whole = searched
-    part = replace(chosen, output=str(tmp_path / "part"))
+    part = replace(chosen, output=str(tmp_path / "part"), batch_size=5)
     run_cell, batches, kills = module.run_cell, 0, 0
 
     def killed(*arguments: Any) -> Iterator[list[Result]]:
@@ -136,7 +245,7 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(
         for records in run_cell(*arguments):
             yield records
             batches += 1
-            if batches % 23 == 11:  # in the middle of a share, and at its end
+            if batches % 17 == 5:  # in the middle of a share, and at its end
                 kills += 1
                 raise Stop
 
@@ -148,22 +257,16 @@ def test_killed_anywhere_and_resumed_equals_uninterrupted(
         except Stop:
             with (tmp_path / "part" / "measurements.jsonl").open("a") as file:
                 file.write('{"split": "validation", "decoder": "cut o')
-    assert kills >= 5
+    assert kills >= 3
     assert lasting(result) == lasting(whole)
     assert lasting(measured(part.output)) == lasting(measured(chosen.output))  # each problem once
-    monkeypatch.setattr(module, "run_cell", None)  # all is there: nothing is decoded
-    assert lasting(tune(part)) == lasting(result)
-
-
-def test_batch_size_does_not_change_results(searched: tuple[TuneConfig, Result], tmp_path: Path) -> None:
-    chosen, whole = searched
-    result = tune(replace(chosen, output=str(tmp_path), batch_size=5))
-    without = {k: v for k, v in lasting(result).items() if k != "config"}
-    assert without == {k: v for k, v in lasting(whole).items() if k != "config"}
+    batches = 0
+    assert lasting(tune(part)) == lasting(result) and batches == 0  # all is there: nothing is decoded
 
 
 def test_metric_and_guidance(model: str, tmp_path: Path) -> None:
-    result = tune(config(model, tmp_path, metric="score", cfg_scale=[1.0], budget=2, limit=8, early_stop=False))
+    limits = {"limit": 8, "run_off_limit": 1, "test_limit": 2}
+    result = tune(config(model, tmp_path, metric="score", cfg_scale=[1.0], budget=2, early_stop=False, **limits))
     found = {e["decoder"]: e for e in result["candidates"]}
     last = [found[name] for name in result["finalists"]]
     assert result["winner"]["score"] == max(e["score"] for e in last)
@@ -173,66 +276,82 @@ def test_metric_and_guidance(model: str, tmp_path: Path) -> None:
 
 
 def test_where_no_candidate_fits_the_preset_is_the_winner(model: str, tmp_path: Path) -> None:
-    result = tune(config(model, tmp_path, budget=1, limit=2, test_limit=2))
+    result = tune(config(model, tmp_path, budget=1, limit=2, run_off_limit=1, test_limit=2))
     assert result["winner"] == result["best_preset"] and result["finalists"] == ["full:steps=1"]
-    assert result["test"]["difference"] == 0 and len(measured(tmp_path)) == len(result["candidates"]) + 1
-    assert "Take full:steps=1." in tune_report.sentences(result)[-1]
-    assert len(tune_report.write(result, config(model, tmp_path, budget=1))) == 4
+    assert result["test"]["difference"] == 0 and "Take full:steps=1." in advice(result)[-1]
 
 
 # ---- what it leaves --------------------------------------------------------------------------------------------------
 
 
-def test_the_decoder_file_is_the_winner(
-    searched: tuple[TuneConfig, Result], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_decoder_file_is_the_winner(searched: tuple[TuneConfig, Result], tmp_path: Path) -> None:
     chosen, result = searched
-    written = tune_report.write(result, chosen)
-    assert [p.name for p in written] == ["front.md", "front.png", "front.svg", "decoder.yaml"]
-    path = Path(chosen.output) / "decoder.yaml"
+    report(result, tmp_path)
+    path = tmp_path / "decoder.yaml"
     winner = make_decoder(result["winner"]["decoder"], max_new_tokens=16)
     assert make_decoder(str(path)) == winner
     header = [line for line in path.read_text().splitlines() if line.startswith("# ")]
-    assert [line.split(":")[0] for line in header] == ["# task", "# model", "# budget", "# test", "# command"]
-    assert f"{100 * result['test']['winner']['solved']:.1f} [" in header[3] and "of 12 unseen problems" in header[3]
-    repeated = read_flags(TuneConfig, shlex.split(header[4].split(": ", 1)[1])[2:], prog="unmask tune")
-    assert repeated == chosen
-    settings = ["--model", chosen.model, "--task", "countdown", "--limit", "2", "--output", str(tmp_path / "eval")]
-    assert main(["eval", *settings, "--decoder", str(path)]) == 0
+    assert [line.split(":")[0] for line in header] == ["# task", "# model", "# budget", "# test"]
+    assert f"{100 * result['test']['winner']['solved']:.1f} [" in header[3] and "of 8 unseen problems" in header[3]
     assert main(["generate", "make 5 from 1 2 2", "--model", chosen.model, "--decoder", str(path)]) == 0
     rollouts = DiffusionGRPOConfig(
         output_dir="x", tasks=["countdown"], decoder=str(path), max_completion_length=16
     ).rollout_decoder()
     assert rollouts == winner.replace(temperature=1.0)
+    result["config"]["model"]["name"] = "a\nb\x85c: é"  # stays inside the comment
+    path.write_text(decoder_file(result), encoding="utf-8")
+    assert make_decoder(str(path)) == winner
 
 
 def test_the_command_prints_front_and_advice(
-    searched: tuple[TuneConfig, Result], capsys: pytest.CaptureFixture[str]
-) -> None:
-    chosen, result = searched
-    tune_command(shlex.split(tune_report.command_line(chosen))[2:])
-    said = capsys.readouterr().out
-    table = (Path(chosen.output) / "front.md").read_text()
-    for name in (*result["front"], *(e["decoder"] for e in result["candidates"] if e["preset"])):
-        assert f"| {name} |" in table
-    assert all(sentence in said and sentence in table for sentence in tune_report.sentences(result))
-    assert "decoder.yaml" in said and "over the budget" in table
-
-
-def test_names_with_brackets_are_shown_as_they_are(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "[b]$x_^$").symlink_to(model)
-    settings = shlex.split(
-        "--model '[b]$x_^$' --budget 1 --limit 2 --run-off-limit 3 --test-limit 2 --max-new-tokens 16"
-    )
-    tune_command(["--task", "countdown", "--output", "out[/b][bold] :smile:", *settings])
-    said = capsys.readouterr()
-    assert "out[/b][bold] :smile:/decoder.yaml" in said.out and "[b]$x_^$, countdown" in " ".join(said.out.split())
-    with progress_bars() as progress:
-        progress("sudoku:[/b] · x", 1, 2)
-    assert "sudoku:[/b] · x" in capsys.readouterr().err
+    flags = shlex.split("--task countdown --budget 2 --limit 2 --run-off-limit 3 --test-limit 2 --max-new-tokens 16")
+    tune_command(["--model", "[b]$x_^$", "--output", "out[/b][bold] :smile:", *flags])
+    said = capsys.readouterr().out
+    folder = tmp_path / "out[/b][bold] :smile:"
+    table, result = (folder / "front.md").read_text(), json.loads((folder / "front.json").read_text())
+    for name in (*result["front"], *(e["decoder"] for e in result["candidates"] if e["preset"])):
+        assert f"| {name} |" in table
+    assert all(sentence in said and sentence in table for sentence in advice(result))
+    assert "out[/b][bold] :smile:/decoder.yaml" in said and "[b]$x_^$, countdown" in " ".join(said.split())
+
+
+def entry(decoder: str, problems: int, solved: float, nfe: float = 4.0) -> Result:
+    facts = {"decoder": decoder, "preset": decoder in "pq", "plan": 9, "problems": problems, "nfe": nfe}
+    return {**facts, "solved": solved, "solved_interval": [0.0, 1.0], "score": 0.0, "score_interval": [0.0, 0.0]}
+
+
+def test_rows_by_hand() -> None:
+    found = [entry("p", 16, 0.4), entry("q", 8, 0.3, 4.6), entry("a", 16, 0.5), entry("b", 16, 0.2, 3.0)]
+    run_off = [entry("a", 40, 0.35), entry("p", 40, 0.45), entry("b", 40, 0.1, 4.2)]
+    result = {"config": {"budget": 4, "metric": "solved"}, "candidates": found, "front": ["b", "a"], "run_off": run_off}
+    made = rows({**result, "winner": run_off[1], "best_preset": run_off[1]})
+    assert [f"{row[0]} {row[3].split()[0]} {row[5]} {row[6]}" for row in made] == [
+        *("b 20.0 16 ", "a 50.0 16 ", "p 40.0 16 preset", "q 30.0 8 preset, over the budget"),
+        *("p 45.0 40 winner, best preset", "a 35.0 40 ", "b 10.0 40 over the budget"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("difference", "low", "high", "passes", "said"),
+    [
+        (0.1, 0.01, 0.2, (8, 8), "The winner is better on unseen problems. Take W."),
+        (0.1, 0.0, 0.2, (8, 9), "The winner is not clearly better on unseen problems. Take W."),
+        (-0.1, -0.2, 0.1, (9, 8), "The preset is not clearly better on unseen problems. Take P."),
+        (-0.1, -0.2, -0.01, (9, 8), "The preset is better on unseen problems. Take P."),
+        (0.1, 0.01, 0.2, (8.2, 8), "On test it takes 8.2 passes a problem, more than the budget of 8."),
+        (-0.1, -0.2, 0.01, (8, 8.25), "On test it takes 8.25 passes a problem, more than the budget of 8."),
+    ],
+)
+def test_advice_by_hand(difference: float, low: float, high: float, passes: tuple[float, float], said: str) -> None:
+    sides = {s: entry(n, 12, 0.5, p) for s, n, p in zip(("winner", "best_preset"), "WP", passes, strict=True)}
+    result = {"config": {"budget": 8, "metric": "solved"}, "candidates": [], "rounds": [8], "run_off": []}
+    result |= {"forward_passes": {"validation": 100, "test": 50}, "winner": sides["winner"]}
+    test = {**sides, "difference": difference, "difference_interval": [low, high]}
+    assert advice({**result, "test": test})[-1] == said
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------------------
@@ -242,15 +361,18 @@ def test_names_with_brackets_are_shown_as_they_are(
     ("flags", "said"),
     [
         ("--task countdown --budget 0", "budget is 0: choose 1 or more"),
-        ("--task countdown --budget 1 --cfg-scale 1", "budget is 1, and guidance takes 2 passes at least"),
-        ("--task countdown --budget 4 --cfg-scale -1", "cfg_scale is -1.0: use positive numbers"),
-        ("--task cuontdown --budget 4", "did you mean 'countdown'"),
+        ("--task countdown --budget 1 --cfg-scale 1", "budget is 1, but guidance takes 2 passes"),
+        ("--task countdown --budget 4 --cfg-scale -1", "use positive numbers"),
+        ("--task cuontdown --budget 4 --model /no/such/model", "did you mean 'countdown'"),  # found without it
         ("--task countdown:data=/dev/null --budget 4", "split 'validation' is only generated"),
         ("--task countdown --budget 4 --run-off-limit 0", "run_off_limit is 0"),
-        ("--task countdown --budget 4 --max-new-tokens 40000", "max_new_tokens is 40000"),
+        ("--task countdown --budget 4 --max-new-tokens 40000", "is 40000: choose less"),
         ("--task countdown --budget 4 --metric accuracy", "metric"),
         ("--task countdown", "--budget"),
-        ("--task countdown --budget some", "budget"),
+        (
+            "--task countdown --budget 4 --limit 1 --run-off-limit 1 --test-limit 1 --output /proc/nothing",
+            "cannot write to /proc",
+        ),
     ],
 )
 def test_mistakes(model: str, tmp_path: Path, flags: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,33 +383,15 @@ def test_mistakes(model: str, tmp_path: Path, flags: str, said: str, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_too_few_problems_name_the_settings(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def few(*_: Any) -> list[Problem]:
-        raise TooFewProblems("only 3 exist: ask for fewer")
-
-    monkeypatch.setattr(Countdown, "problems", few)
-    with pytest.raises(UserError, match=r"ask for fewer \(--limit 18 and --run-off-limit 23 ask for the larger"):
-        tune(config(model, tmp_path))
-
-
 def test_a_folder_belongs_to_one_search(
     searched: tuple[TuneConfig, Result], toy_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen, _ = searched
-    before = lasting(lines(chosen.output))
-    changes: list[Result] = [
-        {"budget": 5},
-        {"limit": 16},
-        {"run_off_limit": 19},
-        {"test_limit": 8},
-        {"model": toy_folder},
-    ]
-    changes += [{"metric": "score"}, {"early_stop": False}, {"seed": 1}, {"cfg_scale": [0.5]}, {"max_new_tokens": 32}]
-    for change in changes:
-        name = next(iter(change))
-        with pytest.raises(UserError, match=rf"holds results with other .*{name}.*choose another --output"):
-            tune(replace(chosen, **change))
-    assert lasting(lines(chosen.output)) == before
+    before = measured(chosen.output)
+    for change in ({"budget": 5}, {"test_limit": 4}, {"model": toy_folder}, {"metric": "score"}, {"seed": 1}):
+        with pytest.raises(UserError, match=rf"holds results with other .*{next(iter(change))}.*choose another"):
+            tune(replace(chosen, **change))  # type: ignore[arg-type]
+    assert measured(chosen.output) == before
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="one process"):

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.config import read_flags
-from unmask.evaluation.config import EvalConfig
-from unmask.evaluation.tune_config import TuneConfig
+from unmask.evaluation.config import EvalConfig, TuneConfig
 from unmask.io.files import write_text, writing_to
 from unmask.io.terminal import console
 
@@ -61,8 +60,8 @@ def tune_command(arguments: list[str]) -> None:
     config = read_flags(TuneConfig, arguments, prog="unmask tune")
     from unmask.evaluation.progress import progress_bars
     from unmask.evaluation.tune import tune
-    from unmask.evaluation.tune_report import show, write
+    from unmask.evaluation.tune_report import report
 
     with progress_bars() as progress:
         result = tune(config, progress)
-    show(result, write(result, config))
+    report(result, Path(config.output))

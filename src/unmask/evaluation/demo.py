@@ -29,12 +29,8 @@ def command(arguments: list[str]) -> None:
     """``unmask demo``."""
     a = read_flags(DemoArguments, arguments, prog="unmask demo")
     config = EvalConfig(decoder=DECODERS, limit=a.limit, output=a.output)
-    minutes = 0.4 + a.limit / 10
-    print(
-        f"Three canvases, then {a.limit} problems of each of two tasks under {len(DECODERS)} decoders: "
-        f"about {minutes:.1f} minutes on two idle cores.",
-        flush=True,
-    )
+    work = f"{a.limit} problems of each of two tasks under {len(DECODERS)} decoders"
+    print(f"Three canvases, then {work}: about {0.4 + a.limit / 10:.1f} minutes on two idle cores.", flush=True)
     show_canvases()
     print(flush=True)
     run_evaluation(config)

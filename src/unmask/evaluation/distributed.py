@@ -1,7 +1,6 @@
-"""An evaluation on several processes: who this one is, what the others found, one sentence where anything is wrong.
+"""An evaluation on several processes, started by torchrun or accelerate, which end all when one fails.
 
-The processes exchange a few small objects before and after decoding, over gloo also where each has a GPU: nothing that waits
-then occupies a GPU, and several processes may share one. Started by torchrun or accelerate, which end all when one fails.
+They exchange a few small objects over gloo, also where each has a GPU: nothing that waits occupies one.
 """
 
 from __future__ import annotations
@@ -45,9 +44,8 @@ class Processes:
         try:
             dist.all_gather_object(found, value, group=self.group)
         except RuntimeError:
-            raise AgreedError(
-                "another process of this evaluation ended: what is written stays, and the same command goes on from there"
-            ) from None
+            said = "another process of this evaluation ended: what is written stays, and the same command goes on from there"
+            raise AgreedError(said) from None
         return found
 
     @contextmanager

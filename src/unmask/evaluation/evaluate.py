@@ -16,6 +16,8 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -90,16 +92,16 @@ class PreparedEvaluation:
 
 def prepare(config: EvalConfig) -> PreparedEvaluation:
     """Everything that can be wrong with a request is found here, before a folder is claimed. Raises UserError."""
+    for spec in config.task_specs():
+        make_task(spec, {})  # a typo is refused before weights are read
     lm = config.load()
     if lm.model.dtype == torch.bfloat16:
         warn_of_slow_bf16(lm.device)
     tasks = {spec: make_task(spec, lm.task_defaults) for spec in config.task_specs()}
     decoders = {spec: make_decoder(spec, max_new_tokens=config.max_new_tokens) for spec in config.decoder}
-    cached = [spec for spec, decoder in decoders.items() if decoder.cache != "none"]
+    cached = next((spec for spec, decoder in decoders.items() if decoder.cache != "none"), None)
     if config.compile and cached:
-        raise UserError(
-            f"compile needs forward passes of one shape, and {cached[0]} has windows: leave one of them out"
-        )
+        raise UserError(f"compile needs forward passes of one shape, and {cached} has windows: leave one of them out")
     settings = {
         "model": lm.info(),
         **{k: v for k, v in asdict(config).items() if k not in NOT_IN_CONFIG},
@@ -113,30 +115,27 @@ def prepare(config: EvalConfig) -> PreparedEvaluation:
         prompts = task_prompts(lm, task, problems, config.shots, config.seed)
         widest = max(widest, lm.encode(prompts, canvas)[0].shape[1])
         for spec, decoder in decoders.items():
-            store = _store(config, f"{slug(task_spec)}--{slug(spec)}.jsonl", decoder, problems)
+            path = Path(config.output) / "records" / f"{slug(task_spec)}--{slug(spec)}.jsonl"
+            schema = dict(RECORD)
+            if config.trajectories:
+                step, length = Number(-1, decoder.plan.steps - 1, whole=True), decoder.max_new_tokens
+                schema |= {"tokens": [COUNT, length], "steps": [step, length], "logprobs": [Number(), length]}
+            check = partial(check_problem, problems=problems)
+            store = RecordStore(path, schema, itemgetter("index"), FIX, check)
             cells.append(Cell(task_spec, spec, task, decoder, problems, prompts, store))
     if config.compile:
         lm.model.base_model.compile()
     return PreparedEvaluation(lm, cells, settings, widest if config.compile else 0)
 
 
-def _store(config: EvalConfig, name: str, decoder: Decoder, problems: list[Problem]) -> RecordStore:
-    schema = dict(RECORD)
-    if config.trajectories:
-        step = Number(-1, decoder.plan.steps - 1, whole=True)
-        for key, kind in {"tokens": COUNT, "steps": step, "logprobs": Number()}.items():
-            schema[key] = [kind, decoder.max_new_tokens]
-    path = Path(config.output) / "records" / name
-    return RecordStore(path, schema, lambda r: r["index"], FIX, lambda r: check_problem(r, problems))
-
-
 def run_cell(
     prepared: PreparedEvaluation, cell: Cell, indexes: list[int], config: EvalConfig
 ) -> Iterator[list[Record]]:
     """Decode and grade the problems at ``indexes``; yields the records of those that finish together."""
-    lm = prepared.lm
+    if not indexes:
+        return
+    lm, seeds = prepared.lm, row_seeds(config.seed, indexes)
     prompts = [cell.prompts[i] for i in indexes]
-    seeds = row_seeds(config.seed, indexes)
     start = time.perf_counter()
     found = decode_each(lm, prompts, cell.decoder, seeds, config.batch_size, config.early_stop, prepared.static_width)
     for numbers, trajectory in found:
@@ -145,27 +144,25 @@ def run_cell(
         seconds = (time.perf_counter() - start) / len(numbers)
         committed = (trajectory.step >= 0).sum(1).tolist()
         kept = kept_trajectories(trajectory) if config.trajectories else [{}] * len(numbers)
-        records = []
-        for row, number in enumerate(numbers):
-            problem = cell.problems[indexes[number]]
-            records.append(
-                {
-                    "index": indexes[number],
-                    "id": problem.id,
-                    "task": cell.task_spec,
-                    "decoder": cell.decoder_spec,
-                    "truth": problem.truth,
-                    "prompt": prompts[number],
-                    "completion": texts[row],
-                    **asdict(cell.task.grade(problem, texts[row])),
-                    "nfe": nfe[row],
-                    "committed": committed[row],
-                    "length": lengths[row],
-                    "seconds": round(seconds, 6),
-                    **kept[row],
-                }
-            )
-        yield records
+        problems = [cell.problems[indexes[number]] for number in numbers]
+        yield [
+            {
+                "index": indexes[number],
+                "id": problem.id,
+                "task": cell.task_spec,
+                "decoder": cell.decoder_spec,
+                "truth": problem.truth,
+                "prompt": prompts[number],
+                "completion": texts[row],
+                **asdict(cell.task.grade(problem, texts[row])),
+                "nfe": nfe[row],
+                "committed": committed[row],
+                "length": lengths[row],
+                "seconds": round(seconds, 6),
+                **kept[row],
+            }
+            for row, (number, problem) in enumerate(zip(numbers, problems, strict=True))
+        ]
         start = time.perf_counter()  # grading and writing are not decoding
 
 
@@ -183,46 +180,39 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
         UserError: for anything wrong in the request, and where ``output`` holds an evaluation with other settings; an
             AgreedError, on every process, where there are several.
     """
-    processes = init_distributed()
+    processes, output = init_distributed(), Path(config.output)
     if processes.world > 1 and config.device != "cpu":
         take_own_gpu()
     with processes.sync_errors():
         prepared = prepare(config)
-    settings, done = processes.on_rank0(lambda: _open(prepared, config, processes.world))
+
+    def claimed() -> tuple[dict[str, Any], list[set[int]]]:
+        with writing_to(output):
+            claim(output, prepared.settings, ["batch_size"], ["tasks", "decoders", "limit"])
+            (output / "records").mkdir(exist_ok=True)
+            return prepared.settings, [set(cell.store.merge(processes.world)) for cell in prepared.cells]
+
+    settings, done = processes.on_rank0(claimed)
     with processes.sync_errors():
         if settings != prepared.settings:
             raise UserError("the processes find different models or data: put the same files on every machine")
-        if not (Path(config.output) / "config.json").is_file():
-            raise UserError(f"not every machine sees {config.output}: choose an --output that they all share")
-    _decode(prepared, config, processes, done, progress if processes.rank == 0 else None)
-    return processes.on_rank0(lambda: _finish(prepared, config, processes.world))
-
-
-def _open(prepared: PreparedEvaluation, config: EvalConfig, world: int) -> tuple[dict[str, Any], list[set[int]]]:
-    """Claim the folder and merge what a killed run left; the settings and the problems done, cell by cell."""
-    output = Path(config.output)
-    with writing_to(output):
-        claim(output, prepared.settings, ["batch_size"], ["tasks", "decoders", "limit"])
-        (output / "records").mkdir(exist_ok=True)
-        return prepared.settings, [set(cell.store.merge(world)) for cell in prepared.cells]
+        if not (output / "config.json").is_file():
+            raise UserError(f"not every machine sees {output}: choose an --output that they all share")
+    _decode(prepared, config, processes, done, progress if processes.rank == 0 and progress else lambda *_: None)
+    return processes.on_rank0(lambda: _summary(prepared, config, processes.world))
 
 
 def _decode(
-    prepared: PreparedEvaluation,
-    config: EvalConfig,
-    processes: Processes,
-    done: list[set[int]],
-    progress: Progress | None,
+    prepared: PreparedEvaluation, config: EvalConfig, processes: Processes, done: list[set[int]], progress: Progress
 ) -> None:
     """This process's share of every cell into its shards; returns when all processes have done theirs."""
-    progress = progress or (lambda label, done, total: None)
     whose = f" · process 1 of {processes.world}" if processes.world > 1 else ""
     for cell, finished in zip(prepared.cells, done, strict=True):
         share = cell.todo(finished)[processes.rank :: processes.world]
         label, count = f"{cell.task_spec} · {cell.decoder_spec}{whose}", len(finished)
         total = count + len(share)
         progress(label, count, total)
-        for records in run_cell(prepared, cell, share, config) if share else ():
+        for records in run_cell(prepared, cell, share, config):
             if not (Path(config.output) / "config.json").is_file():
                 raise removed(Path(config.output))
             with writing_to(config.output):
@@ -236,7 +226,7 @@ def _decode(
         progress("the other processes", 1, 1)
 
 
-def _finish(prepared: PreparedEvaluation, config: EvalConfig, world: int) -> dict[str, Any]:
+def _summary(prepared: PreparedEvaluation, config: EvalConfig, world: int) -> dict[str, Any]:
     """Merge the shards and write the summary."""
     cells, kept = [], []
     for cell in prepared.cells:
@@ -248,15 +238,13 @@ def _finish(prepared: PreparedEvaluation, config: EvalConfig, world: int) -> dic
                 "share and no other run writes to, and start again"
             )
         names = {"task": cell.task_spec, "decoder": cell.decoder_spec, "score_name": cell.task.score_name}
-        found = summarize(records)
+        cells.append({**names, **summarize(records)})
         if config.trajectories:
             steps = cell.decoder.plan.steps if cell.decoder.threshold is None else None
-            found["curves"] = curves(records, prepared.lm.end_ids, steps)
-        cells.append({**names, **found})
+            cells[-1]["curves"] = curves(records, prepared.lm.end_ids, steps)
         kept.append(records)
     compare_to_best(cells, kept)
-    facts = {**environment(), "processes": world}
-    summary = {"config": prepared.settings, "environment": facts, "cells": cells}
+    summary = {"config": prepared.settings, "environment": environment() | {"processes": world}, "cells": cells}
     with writing_to(config.output):
         write_json(Path(config.output) / "summary.json", summary)
     return summary

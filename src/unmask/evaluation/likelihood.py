@@ -79,14 +79,6 @@ def batches(pairs: Sequence[Pair], size: int) -> Iterator[list[int]]:
         yield from (alike[a : a + size] for a in range(0, len(alike), size))
 
 
-def _left_padded(lm: MaskedLM, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Rows of token ids as (B, T) int64 and (B, T) bool (False = padding), on the CPU."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[lm.pad_id] * (width - len(r)) + list(r) for r in rows], dtype=torch.int64)
-    spare = torch.tensor([[width - len(r)] for r in rows])
-    return ids, torch.arange(width) >= spare
-
-
 @torch.no_grad()
 def bounds(
     lm: MaskedLM, pairs: Sequence[Pair], samples: int, seed: int, batch_size: int, cfg_scale: float = 0.0
@@ -104,7 +96,7 @@ def bounds(
     length = len(pairs[0][1])
     if not length:
         return [0.0] * len(pairs)
-    ids, visible = _left_padded(lm, [context + continuation for context, continuation in pairs])
+    ids, visible = (t.cpu() for t in lm.encode([context + continuation for context, continuation in pairs]))
     found = [mask_sets(length, samples, content_seed(seed, *pair)) for pair in pairs]
     masks, weights = (torch.cat(parts) for parts in zip(*found, strict=True))
     owner = torch.arange(len(pairs)).repeat_interleave(len(masks) // len(pairs))
@@ -116,21 +108,14 @@ def bounds(
         targets = rows[row, column].to(lm.device)
         rows[row, column] = lm.mask_id
         distinct, home = torch.cat([rows, seen.long()], 1).unique(dim=0, return_inverse=True)
+        distinct, scored = distinct.to(lm.device), (home[row].to(lm.device), column.to(lm.device))
         rows, seen = distinct[:, :width], distinct[:, width:].bool()
-
-        logprob, _ = score_states(
-            lm,
-            rows.to(lm.device),
-            None if seen.all() else seen.to(lm.device),
-            (home[row].to(lm.device), column.to(lm.device)),
-            targets,
-            prompt=width - length,
-            w=cfg_scale,
-        )
+        mask, prompt = None if seen.all() else seen, width - length
+        logprob, _ = score_states(lm, rows, mask, scored, targets, prompt=prompt, w=cfg_scale)
         total.index_add_(0, owner[part][row], weights[part][row] * logprob.cpu().double())
     if not total.isfinite().all():
         raise UserError("the model's log-probabilities are not finite: try dtype=float32, or check its weights")
-    return [float(t) for t in total]
+    return total.tolist()
 
 
 def is_greedy(lm: MaskedLM, pairs: Sequence[Pair], cfg_scale: float = 0.0) -> list[bool]:
@@ -142,7 +127,7 @@ def is_greedy(lm: MaskedLM, pairs: Sequence[Pair], cfg_scale: float = 0.0) -> li
     if not length:
         return [True] * len(pairs)
     contexts = list(dict.fromkeys(tuple(context) for context, _ in pairs))
-    prompt, visible = (t.to(lm.device) for t in _left_padded(lm, contexts))
+    prompt, visible = lm.encode(contexts, length, empty=True)
     decoder = Decoder(max_new_tokens=length, steps=length, cfg_scale=cfg_scale)
     written = dict(zip(contexts, decode(lm, prompt, visible, decoder).tokens.tolist(), strict=True))
     return [written[tuple(context)] == continuation for context, continuation in pairs]

@@ -37,7 +37,6 @@ except ImportError:
 
 log = logging.getLogger(__name__)
 UNASKED_DEVICE = "cuda:0"  # what lm-eval's command line passes where nobody named a device
-READ_KWARGS = {"until", "max_gen_toks", "temperature", "do_sample"}
 
 
 @dataclass(kw_only=True)
@@ -60,12 +59,9 @@ class HarnessSettings(ModelSource):
 
     @classmethod
     def read(cls, arguments: dict[str, Any]) -> HarnessSettings:
-        """From lm-eval's model arguments, whose values it has guessed types for. Raises UserError."""
+        """From lm-eval's model arguments, which it has guessed types for. Raises UserError."""
         if "pretrained" in arguments and "model" in arguments:
-            names = f"pretrained={arguments['pretrained']} and model={arguments['model']}"
-            raise UserError(f"{names} are one thing: use one of them")
-        if str(arguments.get("batch_size", "")).startswith("auto"):
-            raise UserError("batch_size is 'auto', which unmask does not know: use a number")
+            raise UserError("pretrained and model are one thing: use one of them")
         values = {"model" if k == "pretrained" else k: v if v is None else str(v) for k, v in arguments.items()}
         hint = "a decoder's own go into it with semicolons, decoder=eoser-ass:blocks=4;temperature=0.7"
         return build(cls, values, f"--model unmask ({hint})")
@@ -102,9 +98,7 @@ class UnmaskLM(TemplateLM):
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> UnmaskLM:
         """From model arguments, and lm-eval's own flags for what these leave open."""
-        flags = {k: v for k, v in (additional_config or {}).items() if v is not None}
-        if flags.get("device") == UNASKED_DEVICE:
-            del flags["device"]
+        flags = {k: v for k, v in (additional_config or {}).items() if v not in (None, UNASKED_DEVICE)}
         return cls(**{**flags, **arg_dict})
 
     @classmethod
@@ -130,7 +124,7 @@ class UnmaskLM(TemplateLM):
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids; special tokens only where the text spells them, as everywhere here."""
-        return list(self.tokenizer.encode(string, add_special_tokens=False))
+        return self.lm.tokens(string)
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """The prompt of a conversation; without a generation prompt it ends inside its last message."""
@@ -159,15 +153,15 @@ class UnmaskLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The texts, in the order of the requests: up to the first end token, then up to the first stop string."""
-        prompts: list[str] = []
+        prompts: list[list[int]] = []
         groups: dict[Decoder, list[int]] = {}
         cut = 0
         for i, request in enumerate(requests):
             context, kwargs = request.args
             decoder = self._decoder_for(kwargs)
-            prompt = self._fitted(context, decoder.max_new_tokens)
-            cut += prompt != context
-            prompts.append(prompt)
+            tokens, room = self.tok_encode(context), max(1, self.max_length - decoder.max_new_tokens)
+            prompts.append(tokens[-room:])
+            cut += len(tokens) > room
             groups.setdefault(decoder, []).append(i)
         self._tell_cut(cut, len(requests))
         seeds = self._seeds(requests)
@@ -187,30 +181,18 @@ class UnmaskLM(TemplateLM):
 
     def _decoder_for(self, kwargs: dict[str, Any]) -> Decoder:
         """The decoder with a request's canvas, and its temperature where it asks for sampling."""
-        for name in kwargs.keys() - READ_KWARGS - {"max_new_tokens", "max_tokens", "max_completion_tokens"}:
-            warning_once(log, "unmask does not read %s in generation_kwargs: set the decoder instead", name)
         asked = normalize_gen_kwargs(kwargs, self.decoder.max_new_tokens)
+        for name in asked.keys() - {"until", "max_gen_toks", "temperature", "do_sample"}:
+            warning_once(log, "unmask does not read %s in generation_kwargs: set the decoder instead", name)
         try:
             decoder = make_decoder(self.spec, max_new_tokens=asked["max_gen_toks"])
             decoder = decoder.replace(max_new_tokens=asked["max_gen_toks"])  # also where a file names another
             if asked["do_sample"] and "temperature" in kwargs:
                 decoder = decoder.replace(temperature=float(kwargs["temperature"]))
-            return decoder
         except UserError as error:
             hint = "the canvas is the task's max_gen_toks, which --gen_kwargs max_gen_toks=N sets"
             raise UserError(f"{error}; {hint}") from None
-
-    def _fitted(self, context: str, canvas: int) -> str:
-        """A context that leaves room for the canvas, cut from the left where it must be. Raises UserError."""
-        room = self.max_length - canvas
-        whole = row = self.tok_encode(context)
-        for keep in range(room, 0, -1):  # a text's end may take other tokens than it had
-            if len(row) <= room:
-                break
-            context = str(self.tokenizer.decode(whole[-keep:]))
-            row = self.tok_encode(context)
-        self.lm.encode([context], canvas)
-        return context
+        return decoder
 
     def _seeds(self, requests: Sequence[Instance]) -> Tensor:
         """One seed a request, of its content; equal requests (repeats) get different ones."""
@@ -258,15 +240,11 @@ class UnmaskLM(TemplateLM):
         """Batches of pairs that fit: their indexes, the pairs, their bounds."""
         fitting = [truncate_context(self.lm, pair) for pair in pairs]
         self._tell_cut(sum(a != b for a, b in zip(fitting, pairs, strict=True)), len(pairs))
-        s = self.settings
+        s, scale = self.settings, self.decoder.cfg_scale
         with self._bar(len(pairs), what, disable_tqdm) as bar:
             for members in batches(fitting, self.batch_size):
                 chosen = [fitting[i] for i in members]
-                yield (
-                    members,
-                    chosen,
-                    bounds(self.lm, chosen, s.mc_samples, s.seed, s.batch_size, self.decoder.cfg_scale),
-                )
+                yield members, chosen, bounds(self.lm, chosen, s.mc_samples, s.seed, s.batch_size, scale)
                 bar.update(len(members))
 
     def _tell_cut(self, cut: int, of: int) -> None:

@@ -43,38 +43,27 @@ def candidates(budget: int, length: int, early_stop: bool, cfg_scales: list[floa
 
     Returns:
         Specs of the presets, and of all others. A preset whose plan is too long is also there with its steps brought down
-        to the budget; those of ``unfit_presets`` are not. No two decode alike.
+        to the budget; one whose blocks do not divide the canvas is not. No two decode alike.
     """
     presets, others = list(_presets(budget, length)), list(_space(budget, length))
     for scale in cfg_scales:
         others += [with_parameters(spec, cfg_scale=scale) for spec in _space(budget // 2, length)]
-    seen: set[tuple[Any, ...]] = set()
-
-    def fitting(specs: list[str], least: float) -> list[str]:
-        found = []
-        for spec in specs:
-            decoder = make_decoder(spec, max_new_tokens=length)
-            if _may_fit(decoder, budget, early_stop, least) and behaviour(decoder) not in seen:
-                seen.add(behaviour(decoder))
-                found.append(spec)
-        return found
-
-    return fitting(presets, 0.0), fitting(others, LEAST)
-
-
-def unfit_presets(length: int) -> list[str]:
-    """The presets with blocks that do not divide a canvas of ``length`` tokens."""
-    return [name for name, settings in PRESETS.items() if length % settings.get("block_length", length)]
+    first: dict[tuple[Any, ...], str] = {}
+    for spec in (*presets, *others):
+        decoder = make_decoder(spec, max_new_tokens=length)
+        if _may_fit(decoder, budget, early_stop, 0.0 if spec in presets else LEAST):
+            first.setdefault(behavior(decoder), spec)
+    return [s for s in first.values() if s in presets], [s for s in first.values() if s not in presets]
 
 
 def _presets(budget: int, length: int) -> Iterator[str]:
-    unfit = unfit_presets(length)
     for name, settings in PRESETS.items():
-        if name in unfit or settings.get("top_p", 1) < 1:
+        block = settings.get("block_length", length)
+        if length % block or settings.get("top_p", 1) < 1:
             continue
         yield name
         if "schedule" not in settings and make_decoder(name, max_new_tokens=length).passes > budget:
-            parts = length // settings.get("block_length", length)
+            parts = length // block
             yield from (with_parameters(name, steps=steps) for steps in _steps(budget, length, parts, (1.0,)))
 
 
@@ -125,7 +114,7 @@ def _may_fit(decoder: Decoder, budget: int, early_stop: bool, least: float) -> b
     return least * longest <= decoder.passes <= budget * (PACES[-1] if stops else 1)
 
 
-def behaviour(decoder: Decoder) -> tuple[Any, ...]:
+def behavior(decoder: Decoder) -> tuple[Any, ...]:
     """The same for two decoders of the space if and only if they do the same: what their names and settings come to.
 
     A step that commits all that is open asks neither the confidence nor the EOS rule; a plan of such steps asks none.
