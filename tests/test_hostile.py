@@ -50,7 +50,7 @@ def command(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
         ("eval", style, "atomic_write", "cannot write to"),
         ("tune", tune, "run_cell", "cannot write to"),
         ("tune", tune_report, "front_figure", "cannot write to"),
-        ("study", study, "wait", "was removed while the run wrote to it"),
+        ("study", study.time, "sleep", "was removed while the run wrote to it"),
     ],
     ids=["eval, a batch", "eval, the figure", "tune, a batch", "tune, the figure", "study, a job"],
 )
