@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from unmask.config import default_of, save_config
 from unmask.errors import UserError
 from unmask.evaluation.config import EvalConfig
+from unmask.evaluation.progress import Progress
 from unmask.io.files import (
     atomic_write,
     read_json,
@@ -41,8 +42,6 @@ from unmask.results.pivot import Values
 from unmask.rl.config import DiffusionGRPOConfig
 from unmask.study.config import StudyConfig
 from unmask.study.grid import Cell, Job, read_grid
-
-Progress = Callable[[int, int, list[str]], None]
 
 
 class Lines:
@@ -81,7 +80,7 @@ def study(config: StudyConfig, config_dir: Path, progress: Progress | None = Non
     """Run or go on with a study; returns its summary.
 
     Args:
-        config_dir: the folder of the study's file. progress: called with (jobs done, jobs in all, names of those at work).
+        config_dir: the folder of the study's file.
 
     Raises:
         UserError: for anything wrong in the request, where the folder holds cells of another study, and where a job fails;
@@ -121,8 +120,8 @@ def study(config: StudyConfig, config_dir: Path, progress: Progress | None = Non
 @contextmanager
 def _exclusive_lock(output: Path) -> Iterator[None]:
     """Raises UserError where another process runs a study in this folder."""
+    lock = FileLock(output / "lock", timeout=0)
     with writing_to(output, "output"):
-        lock = FileLock(output / "lock", timeout=0)
         try:
             lock.acquire()
         except Timeout:
@@ -176,12 +175,14 @@ def _run(waiting: list[Job], total: int, at_once: int, cells: Lines, runs: Lines
     import torch
 
     output, done = cells.path.parent, total - len(waiting)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
-    threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // at_once))}
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    if gpus == [""]:
+        gpus = [str(i) for i in range(torch.cuda.device_count())] or [""]
+    threads = str(max(1, torch.get_num_threads() // at_once))
     slots: dict[int, tuple[Job, Iterator[list[str]], subprocess.Popen[bytes]]] = {}
     try:
         while waiting or slots:
-            for slot, gpu in zip(range(at_once), _cycle(visible), strict=False):
+            for slot in range(at_once):
                 if slot in slots:
                     job, commands, process = slots[slot]
                     if process.poll() is None:
@@ -192,39 +193,34 @@ def _run(waiting: list[Job], total: int, at_once: int, cells: Lines, runs: Lines
                 elif waiting:
                     job = waiting.pop(0)
                     commands = _commands(job, output / "jobs" / job.name, cells, runs)
+                    if progress:
+                        progress("jobs", done, total)
                 else:
                     continue
                 with writing_to(output, "output"):
-                    command = next(commands, None)
-                    if command is None:
-                        slots.pop(slot, None)
-                        done += 1
-                    else:
-                        slots[slot] = job, commands, _start(command, output / "jobs" / job.name, threads | gpu)
+                    if command := next(commands, None):
+                        chosen = {"OMP_NUM_THREADS": threads, "CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
+                        slots[slot] = job, commands, _start(command, output / "jobs" / job.name, chosen)
+                        continue
+                slots.pop(slot, None)
+                done += 1
                 if progress:
-                    progress(done, total, [job.name for job, *_ in slots.values()])
+                    progress("jobs", done, total)
             time.sleep(0.05)
     finally:
         for *_, process in slots.values():
             process.communicate()  # closes its input, which ends it
 
 
-def _cycle(visible: str) -> Iterator[dict[str, str]]:
-    """The GPUs that this process may use in turn, as what the environment says of each."""
-    names = visible.split(",")
-    while True:
-        yield from ({"CUDA_VISIBLE_DEVICES": name} if name else {} for name in names)
-
-
-def _start(command: list[str], folder: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    """Start a command of unmask, what it prints in log.txt; it and all that it starts are a process group."""
+def _start(command: list[str], folder: Path, chosen: dict[str, str]) -> subprocess.Popen[bytes]:
+    """A command of unmask; it and all that it starts are a process group, and what they print goes to log.txt."""
     with (folder / "log.txt").open("ab") as log:
         return subprocess.Popen(
             [sys.executable, "-m", "unmask.study.job", *command],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
-            env={**os.environ, **environment},
+            env={**os.environ, **chosen},
             start_new_session=True,
         )
 
