@@ -49,7 +49,7 @@ def command(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
         ("eval", evaluate, "kept_trajectories", "was removed while the run wrote to it"),
         ("eval", style, "atomic_write", "cannot write to"),
         ("tune", tune, "run_cell", "cannot write to"),
-        ("study", study, "wait", "was removed while the run wrote to it"),
+        ("study", study.time, "sleep", "was removed while the run wrote to it"),
     ],
 )
 def test_a_folder_removed_meanwhile_is_one_sentence(

@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,16 @@ import yaml
 
 from unmask.cli import main
 from unmask.config import read_config
+from unmask.decoding import Decoder
+from unmask.evaluation.config import EvalConfig
 from unmask.evaluation.records import read_records
 from unmask.io.files import read_lines
 from unmask.results.summary import read_cells
 from unmask.rl.config import DiffusionGRPOConfig
-from unmask.study.grid import StudyConfig, _key, jobs_of, labels
-from unmask.study.run import _defer_sigint, training_budget
+from unmask.study.config import StudyConfig
+from unmask.study.grid import Grid, read_grid
+from unmask.study.run import training_budget
+from unmask.tasks.countdown import Countdown
 
 ROOT = Path(__file__).parent.parent
 RL = {
@@ -47,10 +51,8 @@ def write(folder: Path, **values: Any) -> Path:
     return path
 
 
-def cells_of(path: Path) -> tuple[list[dict[str, Any]], dict[str, list[Any]]]:
-    jobs = jobs_of(read_config(StudyConfig, path), path.parent)
-    tables, axes = labels(jobs)
-    return [tables[c.key] for job in jobs for c in job.cells], axes
+def grid_of(path: Path) -> Grid:
+    return read_grid(read_config(StudyConfig, path), path.parent)
 
 
 # ---- the grid --------------------------------------------------------------------------------------------------------------
@@ -61,14 +63,15 @@ def test_axes_are_multiplied_and_equal_cells_are_one(tmp_path: Path) -> None:
         {"task": ["sudoku", "countdown"], "decoder": ["full", "eoser"]},
         {"task": "countdown", "decoder": ["eoser", "full"], "gamma_min": [0.4, 0.1], "batch_size": 8},
     ]
-    cells, axes = cells_of(write(tmp_path, evaluate=tables))
-    names = [(c["task"], c["decoder"], c["gamma_min"]) for c in cells]
+    grid = grid_of(write(tmp_path, evaluate=tables))
+    names = [(c["task"], c["decoder"], c["gamma_min"]) for c in grid.labels.values()]
     # Countdown with gamma_min = 0.4, the default, stands in both tables.
     assert names == [
         *[("sudoku", "full", 0.4), ("sudoku", "eoser", 0.4), ("countdown", "full", 0.4), ("countdown", "eoser", 0.4)],
         *[("countdown", "eoser", 0.1), ("countdown", "full", 0.1)],
     ]
-    assert axes == {"task": ["sudoku", "countdown"], "decoder": ["full", "eoser"], "gamma_min": [0.4, 0.1]}
+    assert grid.axes == {"task": ["sudoku", "countdown"], "decoder": ["full", "eoser"], "gamma_min": [0.4, 0.1]}
+    assert [len(job.cells) for job in grid.jobs] == [2, 4]  # all decoders of a task in one
 
 
 def test_trainings_by_seed_each_evaluated_everywhere(tmp_path: Path) -> None:
@@ -78,34 +81,50 @@ def test_trainings_by_seed_each_evaluated_everywhere(tmp_path: Path) -> None:
         {"base": "base.yaml", "objective": "cj", "seed": [0, 1], "tasks": [["countdown"], ["sudoku"]]},
     ]
     path = write(tmp_path, train=train, evaluate=[{"task": "countdown", "decoder": ["full", "ass"]}])
-    jobs = jobs_of(read_config(StudyConfig, path), tmp_path)
-    runs = [(j.training.seed, j.training.objective, j.training.tasks) for j in jobs if j.training]
+    grid = grid_of(path)
+    trainings = [job.training for job in grid.jobs if job.training]
+    runs = [(t.seed, t.objective, t.tasks) for t in trainings]
     both = [("cj", ["countdown"]), ("one-step", ["countdown"]), ("cj", ["sudoku"])]
     assert runs == [(seed, *run) for seed in (0, 1) for run in both]
-    assert all(j.training.learning_rate == 0.01 for j in jobs if j.training)
-    cells, axes = cells_of(path)
+    assert all(t.learning_rate == 0.01 for t in trainings)
+    cells = list(grid.labels.values())
     assert len(cells) == 2 + 6 * 2  # the model that no training has touched comes first
     assert cells[0]["train.objective"] is None and cells[1]["decoder"] == "ass"
-    assert set(axes) == {"task", "decoder", "train.objective", "train.decoder", "train.seed", "train.tasks"}
+    assert set(grid.axes) == {"task", "decoder", "train.objective", "train.decoder", "train.seed", "train.tasks"}
 
 
-def test_what_is_finished_survives_new_settings(tmp_path: Path) -> None:
-    """A key says what differs from the defaults: a field that is added later changes none."""
-    plain = jobs_of(StudyConfig("x", [{"task": "countdown", "decoder": "full"}]), tmp_path)
-    said = jobs_of(StudyConfig("x", [{"task": "countdown", "decoder": "full", "cfg_scale": 0, "shots": 0}]), tmp_path)
-    other = jobs_of(StudyConfig("x", [{"task": "countdown", "decoder": "full", "cfg_scale": 1}]), tmp_path)
-    keys = [jobs[0].cells[0].key for jobs in (plain, said, other)]
-    assert keys[0] == keys[1] != keys[2]
-    assert keys[0] == _key({}, {"task": ["countdown"], "trajectories": True, "output": "none"}, {})
+def test_settings_and_not_their_names_make_a_cell(tmp_path: Path) -> None:
+    plain, said, other = (
+        read_grid(StudyConfig("x", [{"task": "countdown", "decoder": "full", **more}]), tmp_path).cells[0].key
+        for more in ({}, {"cfg_scale": 0, "shots": 0, "batch_size": 3}, {"cfg_scale": 1})
+    )
+    assert plain == said != other
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "only_trained"),
+    [
+        (EvalConfig, "early_stop", False, False),
+        (Decoder, "eos_tokens", "eos+eot", False),
+        (Countdown, "numbers", 4, False),
+        (DiffusionGRPOConfig, "beta", 0.1, True),
+    ],
+)
+def test_a_default_that_changes_accepts_no_old_cell(
+    kind: type, name: str, value: Any, only_trained: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, train=[RL], evaluate=[{"task": "countdown", "decoder": "full"}])
+    before = grid_of(path).cells
+    monkeypatch.setattr(kind, "__init__", partialmethod(kind.__init__, **{name: value}))
+    after = grid_of(path).cells
+    assert [old.key == new.key for old, new in zip(before, after, strict=True)] == [only_trained, False]
+    assert before[1].job != after[1].job or not only_trained  # and a training is not taken for the old one
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "study").glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_committed_studies_are_sound(path: Path) -> None:
     config = read_config(StudyConfig, path)
-    jobs = jobs_of(config, path.parent)
-    _, axes = labels(jobs)
-    assert set(config.compare) <= set(axes) and jobs
-    assert config.output == f"runs/study/{path.stem}"
+    assert read_grid(config, path.parent).jobs and config.output == f"runs/study/{path.stem}"
 
 
 MISTAKES = [
@@ -153,53 +172,34 @@ def without_times(folder: Path) -> dict[str, Any]:
     return {"cells": lines, "runs": runs, "summary": summary, "table": (folder / "table.md").read_text()}
 
 
-def test_ctrl_c_waits_until_a_process_has_started() -> None:
-    done = []
-    with pytest.raises(KeyboardInterrupt), _defer_sigint():
-        os.kill(os.getpid(), signal.SIGINT)
-        done.append(signal.getsignal(signal.SIGINT))
-    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_processes_start_from_other_threads_too() -> None:
-    def start() -> Any:
-        with _defer_sigint():  # such a thread may set no handler, and Ctrl-C never comes to it
-            return signal.getsignal(signal.SIGINT)
-
-    with ThreadPoolExecutor() as pool:
-        assert pool.submit(start).result() is signal.default_int_handler
-
-
-def test_killed_twice_and_resumed_equals_uninterrupted(
+def test_killed_and_resumed_equals_uninterrupted(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values: dict[str, Any] = {
-        "train": [{**RL, "model": model, "objective": ["cj", "one-step"]}],
+        "train": [{**RL, "model": model}],
         "evaluate": [{"task": "countdown", "decoder": ["ass", "full:steps=4"], "limit": 5, "max_new_tokens": 16}],
-        "jobs": 2,
     }
     whole, parts = write(tmp_path, **values), tmp_path / "parts"
     assert main(["study", str(whole)]) == 0
-    command = [sys.executable, "-m", "unmask", "study", str(whole), "--output", str(parts)]
-    for cells in (1, 3):  # kill -9 as soon as so many cells are finished
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while len(read_lines(parts / "cells.jsonl")) < cells:
-            assert process.poll() is None
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert len(read_lines(parts / "cells.jsonl")) < 6
-        with (parts / "cells.jsonl").open("a") as file:
-            file.write('{"key": "cut o')
+    command = [sys.executable, "-m", "unmask", "study", str(whole), "--output", str(parts), "--jobs", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not read_lines(parts / "cells.jsonl"):  # kill -9 as soon as a cell is finished
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(read_lines(parts / "cells.jsonl")) < 4
+    with (parts / "cells.jsonl").open("a") as file:
+        file.write('{"key": "cut o')
     subprocess.run(command, check=True, capture_output=True)
     found = without_times(parts)
     assert found == without_times(tmp_path / "out")
-    assert len(found["cells"]) == 6 and len(found["runs"]) == 2
-    assert not list(parts.glob("jobs/*/training/checkpoint-*")) and len(list(parts.glob("jobs/*/training/final"))) == 2
+    assert len(found["cells"]) == 4 and len(found["runs"]) == 1
+    assert not list(parts.glob("jobs/*/training/checkpoint-*")) and list(parts.glob("jobs/*/training/final"))
     # A line is its records, whatever made them.
     line = next(c for c in found["cells"] if c["cell"]["train.objective"] == "cj")
-    records = next(parts.glob(f"jobs/*/evaluations/{line['key']}/records/*.jsonl"))
-    assert line["length"] == [r["length"] for r in read_records(records)]
+    records = next(parts.glob("jobs/cj*/*/records/countdown--ass.jsonl"))
+    assert line["cell"]["decoder"] == "ass" and line["length"] == [r["length"] for r in read_records(records)]
     # The same study again only prints; another one is refused, and so is a second one at the same time.
     assert main(["study", str(whole), "--jobs", "1"]) == 0
     other = write(tmp_path, evaluate=[{"task": "countdown", "decoder": "ass", "limit": 5, "max_new_tokens": 16}])
@@ -211,19 +211,13 @@ def test_killed_twice_and_resumed_equals_uninterrupted(
 
 
 STAYS = """
-import subprocess, sys
-from unmask.cli import main
-from unmask.study import run
+import pathlib, subprocess
 
-def stay(job, folder, done, report):
+def reward(*_, **__):
     subprocess.Popen(["sleep", "1000"])
-    (folder / "busy").touch()
+    pathlib.Path("busy").touch()
     while True:
         pass
-
-run.run_job, run._check_problems = stay, lambda jobs: None
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
 """
 
 
@@ -239,21 +233,23 @@ def processes_of(marker: str) -> list[str]:
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="needs Linux's table of processes")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])  # SIGTERM ends a study as SIGKILL does
-def test_nothing_outlives_a_study(number: signal.Signals, tmp_path: Path) -> None:
-    """Neither a job, busy for ever, nor what it started, nor the server that forks jobs."""
+def test_nothing_outlives_a_study(number: signal.Signals, model: str, tmp_path: Path) -> None:
+    """Neither a job, busy for ever, nor what it started."""
     (tmp_path / "stays.py").write_text(STAYS)
-    path = write(tmp_path, evaluate=[{"task": "countdown", "decoder": "ass"}])
+    train = {**RL, "model": model, "reward_funcs": [["stays:reward"]]}
+    path = write(tmp_path, train=[train], evaluate=[{"task": "countdown", "decoder": "ass", "limit": 1}], jobs=2)
     process = subprocess.Popen(
-        [sys.executable, str(tmp_path / "stays.py"), "study", str(path)],
+        [sys.executable, "-m", "unmask", "study", str(path)],
+        cwd=tmp_path,
         env={**os.environ, "MARKER": str(tmp_path)},
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
     )
-    while not list(tmp_path.glob("out/jobs/*/busy")):
+    while not (tmp_path / "busy").exists():
         assert process.poll() is None
         time.sleep(0.05)
-    assert sum("sleep" in name for name in processes_of(str(tmp_path))) == 1
+    assert any("sleep" in name for name in processes_of(str(tmp_path)))
     process.send_signal(number)
     said = process.communicate(timeout=200)[1]
     assert "Traceback" not in said and (number != signal.SIGINT or process.returncode == 130)
@@ -293,7 +289,7 @@ def test_a_failing_job_is_named_and_the_rest_stays(
     path = write(tmp_path, evaluate=[table, {**table, "shots": 60}])  # examples that the model has no room for
     assert main(["study", str(path)]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
-    assert "job countdown--ass-" in said and "shorten the prompt" in said
+    assert "job countdown--" in said and "shorten the prompt" in said
     assert len(read_cells(tmp_path / "out")) == 1
 
 

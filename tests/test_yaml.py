@@ -16,7 +16,8 @@ from unmask.config import read_config
 from unmask.io.files import as_yaml, read_yaml
 from unmask.models.scratch import new_model
 from unmask.rl.config import DiffusionGRPOConfig
-from unmask.study.grid import StudyConfig, jobs_of
+from unmask.study.config import StudyConfig
+from unmask.study.grid import read_grid
 from unmask.training.config import SFTConfig
 
 
@@ -117,4 +118,4 @@ def test_files_of_every_command(tmp_path: Path) -> None:
     assert decoder.gamma_min == 0.01
     tables = "evaluate: [{task: sudoku, decoder: eoser, gamma_min: [1e-2, 5e-2]}]"
     study = read_config(StudyConfig, write("study.yaml", f"output: x\n{tables}"))
-    assert {c.decoder.gamma_min for job in jobs_of(study, tmp_path) for c in job.cells} == {0.01, 0.05}
+    assert {cell.decoder.gamma_min for cell in read_grid(study, tmp_path).cells} == {0.01, 0.05}

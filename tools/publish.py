@@ -25,7 +25,8 @@ from unmask.results.collect import collect
 from unmask.results.style import save_figure
 from unmask.results.summary import cell_lines, markdown, read_cells, run_lines, summarize_study
 from unmask.results.tables import Table, percent, points
-from unmask.study.grid import Job, StudyConfig, jobs_of, labels, settings_of, training_labels
+from unmask.study.config import StudyConfig
+from unmask.study.grid import Grid, read_grid
 from unmask.study.run import Lines
 
 ROOT = Path(__file__).parent.parent
@@ -35,20 +36,20 @@ PLACE = re.compile(r"(<!-- (?:study (?P<study>[\w-]+): (?P<title>.+?)|searches) 
 DOCUMENTS = [ROOT / "docs" / name for name in ("results.md", "results-rl.md", "tune.md")]
 
 
-def study(name: str) -> tuple[StudyConfig, list[Job]]:
-    """A study's file and its jobs."""
+def study(name: str) -> tuple[StudyConfig, Grid]:
+    """A study's file and what it asks for."""
     path = ROOT / "configs" / "study" / f"{name}.yaml"
     config = read_config(StudyConfig, path)
-    return config, jobs_of(config, path.parent)
+    return config, read_grid(config, path.parent)
 
 
 @cache
 def tables(folder: Path) -> tuple[str, dict[str, str]]:
     """table.md of a study's committed cells, and the tables for reading by title."""
-    config, jobs = study(folder.name)
-    shown = pivot.pivots(config.tables, settings_of(jobs, labels(jobs)[0]), config.compare, config.baselines)
-    summary = summarize_study(read_cells(folder), config.compare, config.baselines, shown)
-    return markdown(summary, shown), {table.title: table.titled_markdown() for table in pivot.tables(shown, summary)}
+    config, grid = study(folder.name)
+    summary = summarize_study(read_cells(folder), config.compare, config.baselines, grid.tables)
+    reading = {table.title: table.titled_markdown() for table in pivot.tables(grid.tables, summary)}
+    return markdown(summary, grid.tables), reading
 
 
 def figure(folder: Path) -> Figure:
@@ -98,17 +99,15 @@ def with_tables(text: str) -> str:
 def publish(name: str) -> None:
     """Copy one study, its cells under the labels that its file gives them now."""
     run, folder = ROOT / "runs" / "study" / name, RESULTS / name
-    config, jobs = study(name)
+    config, grid = study(name)
     if not (run / "cells.jsonl").is_file():
         raise SystemExit(f"{run} holds no cells: run unmask study configs/study/{name}.yaml first")
     folder.mkdir(parents=True, exist_ok=True)
     for file in ("cells.jsonl", "runs.jsonl"):
         shutil.copy(run / file, folder)
-    named = labels(jobs)[0]
-    Lines(folder / "cells.jsonl", [cell.key for job in jobs for cell in job.cells], cell_lines).label("cell", named)
-    trainings = training_labels(jobs, named)
-    Lines(folder / "runs.jsonl", list(trainings), run_lines).label("train", trainings)
-    if not trainings:
+    Lines(folder / "cells.jsonl", "cell", grid.labels, cell_lines).write()
+    Lines(folder / "runs.jsonl", "train", grid.trainings, run_lines).write()
+    if not grid.trainings:
         (folder / "runs.jsonl").unlink()
     summarised = {"compare": config.compare, "baselines": config.baselines, "tables": config.tables}
     (folder / "study.yaml").write_text(as_yaml(summarised), encoding="utf-8")

@@ -11,55 +11,110 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unmask.config import build, default_of, read_config, with_parameters
+from unmask.config import build, read_config, with_parameters
 from unmask.decoding import Decoder, make_decoder
 from unmask.errors import UserError, unknown
 from unmask.evaluation.config import EvalConfig
 from unmask.io.files import expand_home, slug
-from unmask.results.pivot import PLAN, SEEDS, Values, distinct
+from unmask.io.store import FORMAT
+from unmask.results.pivot import PLAN, SEEDS, Pivot, Values, distinct, pivots
 from unmask.rl.config import DiffusionGRPOConfig
 from unmask.study.config import StudyConfig
 from unmask.tasks import make_task
 from unmask.training.config import MAY_CHANGE
 
-_NAMES = ("name", "decoder", "batch_size")
-"""Settings of an evaluation that change no record."""
-_CHOSEN_HERE = ("output", "data", "compile", "trajectories")
+_SET_HERE = ("output", "data", "compile", "trajectories")
+_NO_RESULT = ("decoder", "batch_size", *_SET_HERE)
+"""Settings of an evaluation that change no record, or stand in a cell's key in another form."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One evaluation under one decoder: its settings, and its key: a hash of all that decides its records."""
+    """One task under one decoder. ``key`` is a hash of all settings that decide its records, defaults included."""
 
     evaluation: EvalConfig
     decoder: Decoder
     named: Values
     """The settings as the study's file names them, ``decoder`` without what other axes add to it."""
     training: DiffusionGRPOConfig | None
-    key: str
+    run: str
+    """A hash of the same without the decoder: cells that share it are one run of ``unmask eval``."""
+    job: str
+    """The name of the job that makes it."""
 
     @property
-    def source(self) -> str:
-        """The model it is about, in so far as settings say it: for all cells of one, the weights must be the same."""
-        model = self.evaluation
-        return _key(_training_part(self.training), model.model, model.adapter, model.revision)
+    def key(self) -> str:
+        return _key(self.run, {k: v for k, v in self.decoder.config().items() if k != "name"})
 
 
 @dataclass(frozen=True)
 class Job:
-    """What one process does: train, where there is something to train, then evaluate the cells."""
+    """A training, where there is one, and the cells that are evaluated behind it."""
 
     name: str
     training: DiffusionGRPOConfig | None
     cells: list[Cell]
 
 
+@dataclass(frozen=True)
+class Grid:
+    """The cells of a study in the order of its file, what tells them apart by key, the axes with their values, the tables."""
+
+    cells: list[Cell]
+    labels: dict[str, Values]
+    axes: dict[str, list[Any]]
+    tables: list[Pivot]
+
+    @property
+    def jobs(self) -> list[Job]:
+        """A job for each training, and for each run of ``unmask eval`` of a model that none makes."""
+        found: dict[str, Job] = {}
+        for cell in self.cells:
+            found.setdefault(cell.job, Job(cell.job, cell.training, [])).cells.append(cell)
+        return list(found.values())
+
+    @property
+    def trainings(self) -> dict[str, Values]:
+        """What tells the trainings apart, by the name of their job."""
+        trained = {job.name: self.labels[job.cells[0].key] for job in self.jobs if job.training}
+        return {name: {k: v for k, v in own.items() if k.startswith("train.")} for name, own in trained.items()}
+
+
+def read_grid(config: StudyConfig, config_dir: Path) -> Grid:
+    """What a study's file asks for; ``base`` is looked for in ``config_dir``.
+
+    Raises:
+        UserError: for an unknown key, a value that a setting cannot take, or a comparison or table that there cannot be.
+    """
+    cells = _cells(_trainings(config, config_dir), _evaluations(config))
+    labels, axes = _labels(cells)
+    vary = [axis for axis, values in axes.items() if len(values) > 1 and axis not in ("task", *SEEDS)]
+    for axis in config.compare:
+        if axis not in vary:
+            raise UserError(f"compare names {axis!r}: choose from what varies, {', '.join(vary) or 'which is nothing'}")
+    for decoder in config.baselines:
+        if decoder not in axes["decoder"]:
+            raise unknown("decoder of baselines", decoder, axes["decoder"])
+    settings = [{**labels[c.key], PLAN: c.decoder.passes} for c in cells]
+    settings = distinct({k: v for k, v in own.items() if k not in SEEDS} for own in settings)
+    return Grid(cells, labels, axes, pivots(config.tables, settings, config.compare, config.baselines))
+
+
 def _key(*settings: Any) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _training_key(training: DiffusionGRPOConfig | None) -> str:
+    """A hash of all settings that decide what a training makes, those of its tasks and its decoder included."""
+    if training is None:
+        return ""
+    own = {k: v for k, v in dataclasses.asdict(training).items() if k not in (*MAY_CHANGE, "decoder")}
+    decoder = {k: v for k, v in training.rollout_decoder().config().items() if k != "name"}
+    return _key(FORMAT, own, decoder, [make_task(spec, {}).config() for spec in training.tasks])
 
 
 def _product(table: Mapping[str, Any], is_axis: Mapping[str, bool]) -> Iterator[Values]:
@@ -67,44 +122,40 @@ def _product(table: Mapping[str, Any], is_axis: Mapping[str, bool]) -> Iterator[
     axes = [k for k in table if is_axis[k]]
     for key in axes:
         if not table[key]:
-            raise UserError(f"{key} is an empty list: give at least one value")
+            raise UserError(f"{key} is an empty list: list at least one value")
     for values in itertools.product(*(table[k] for k in axes)):
         yield {**table, **dict(zip(axes, values, strict=True))}
 
 
 def _trainings(config: StudyConfig, config_dir: Path) -> list[DiffusionGRPOConfig]:
-    hints = {f.name: f.type for f in dataclasses.fields(DiffusionGRPOConfig)}
+    """Every training once, by seed, so that a study cut short has whole seeds."""
+    hints = {f.name: str(f.type) for f in dataclasses.fields(DiffusionGRPOConfig)}
     found: dict[str, DiffusionGRPOConfig] = {}
     for table in config.train:
-        table = dict(table)
-        base = table.pop("base", None)
-        values = _base(config_dir / expand_home(str(base))) if base is not None else {}
+        table, values = dict(table), {}
+        if (base := table.pop("base", None)) is not None:
+            values = dataclasses.asdict(read_config(DiffusionGRPOConfig, config_dir / expand_home(str(base))))
         for key in table:
             if key not in hints or key == "output_dir":
                 raise unknown("key in train", key, [h for h in hints if h != "output_dir"])
-        takes_list = {k: "list" in str(hints[k]) for k in table}
+        lists = {k: v for k, v in table.items() if isinstance(v, list)}
         axes = {
-            k: isinstance(v, list) and (not takes_list[k] or (bool(v) and all(isinstance(e, list) for e in v)))
-            for k, v in table.items()
+            k: "list" not in hints[k] or (bool(v) and all(isinstance(e, list) for e in v)) for k, v in lists.items()
         }
-        for settings in _product(table, axes):
+        for settings in _product(table, dict.fromkeys(table, False) | axes):
             if "tasks" not in {**values, **settings}:
                 raise UserError("train lacks tasks: add it, or a base that has it")
-            run = build(DiffusionGRPOConfig, {**values, **settings, "output_dir": "none"}, "train")
-            run.check_batch()
-            found.setdefault(_key(_training_part(run)), run)
-    if len(models := {run.model for run in found.values()}) > 1:
+            training = build(DiffusionGRPOConfig, {**values, **settings, "output_dir": "none"}, "train")
+            training.check_batch()
+            found.setdefault(_training_key(training), training)
+    if len(models := {training.model for training in found.values()}) > 1:
         raise UserError(f"train starts from {' and '.join(sorted(map(str, models)))}: make a study of each")
-    return list(found.values())
-
-
-def _base(path: Path) -> Values:
-    return dataclasses.asdict(read_config(DiffusionGRPOConfig, path))
+    return sorted(found.values(), key=lambda training: training.seed)
 
 
 def _evaluations(config: StudyConfig) -> list[tuple[EvalConfig, Decoder, Values]]:
     """Every evaluation of one task under one decoder, with the settings that the file names."""
-    of_evaluation = {f.name for f in dataclasses.fields(EvalConfig)} - set(_CHOSEN_HERE)
+    of_evaluation = {f.name for f in dataclasses.fields(EvalConfig)} - set(_SET_HERE)
     of_decoder = {f.name for f in dataclasses.fields(Decoder)} - {"name"} - of_evaluation
     found = []
     for table in config.evaluate:
@@ -114,8 +165,7 @@ def _evaluations(config: StudyConfig) -> list[tuple[EvalConfig, Decoder, Values]
         table = {"task": EvalConfig().task, "decoder": EvalConfig().decoder, **table}
         for settings in _product(table, {k: isinstance(v, list) for k, v in table.items()}):
             make_task(str(settings["task"]), {})  # refuses what is none
-            extra = {k: v for k, v in settings.items() if k in of_decoder}
-            spec = with_parameters(str(settings["decoder"]), **extra)
+            spec = with_parameters(str(settings["decoder"]), **{k: v for k, v in settings.items() if k in of_decoder})
             values = {k: v for k, v in settings.items() if k in of_evaluation}
             values |= {"task": [str(settings["task"])], "decoder": [spec], "trajectories": True, "output": "none"}
             evaluation = build(EvalConfig, values, "evaluate")
@@ -123,113 +173,49 @@ def _evaluations(config: StudyConfig) -> list[tuple[EvalConfig, Decoder, Values]
     return found
 
 
-def jobs_of(config: StudyConfig, config_dir: Path) -> list[Job]:
-    """The jobs in the order of the file, trainings by seed first: a study cut short has whole seeds.
-
-    Args:
-        config_dir: the folder of the study's file, where ``base`` is looked for.
-
-    Raises:
-        UserError: for an unknown key or a value that a setting cannot take.
-    """
-    trainings, evaluations = _trainings(config, config_dir), _evaluations(config)
+def _cells(trainings: list[DiffusionGRPOConfig], evaluations: list[tuple[EvalConfig, Decoder, Values]]) -> list[Cell]:
+    """Every evaluation of the model that no training has touched, then of each trained one."""
     if trainings and any("model" in named for _, _, named in evaluations):
         raise UserError("evaluate names a model beside train: the models are those that train makes")
     if trainings and len({evaluation.seed for evaluation, _, _ in evaluations}) > 1:
         raise UserError("evaluate varies the seed beside train: vary the seed of the trainings, on the same problems")
-    trainings.sort(key=lambda t: t.seed)  # stable
-    jobs: list[Job] = []
-    seen: set[str] = set()
+    found: dict[str, Cell] = {}
     for training in (None, *trainings):
-        cells = []
+        trained = _training_key(training)
         for evaluation, decoder, named in evaluations:
+            if trainings:
+                evaluation = replace(evaluation, model="(trained)" if training else str(trainings[0].model))
+            settings = {k: v for k, v in dataclasses.asdict(evaluation).items() if k not in _NO_RESULT}
+            run = _key(FORMAT, trained, settings, make_task(evaluation.task[0], {}).config())
+            job = f"{evaluation.task[0]}--{run[:8]}"
             if training is not None:
-                evaluation = dataclasses.replace(evaluation, model="(trained)")
-            elif trainings:
-                evaluation = dataclasses.replace(evaluation, model=str(trainings[0].model))
-            key = _cell_key(training, evaluation, decoder)
-            if key not in seen:
-                seen.add(key)
-                cells.append(Cell(evaluation, decoder, named, training, key))
-        if training is not None:
-            label = f"{training.objective}--{training.decoder}--seed{training.seed}"
-            jobs.append(Job(slug(f"{label}-{_key(_training_part(training))[:8]}"), training, cells))
-        else:
-            jobs += [Job(slug(f"{c.evaluation.task[0]}--{c.decoder.name}-{c.key[:8]}"), None, [c]) for c in cells]
-    return jobs
+                job = f"{training.objective}--{training.decoder}--seed{training.seed}-{trained[:8]}"
+            cell = Cell(evaluation, decoder, named, training, run, slug(job))
+            found.setdefault(cell.key, cell)
+    return list(found.values())
 
 
-def _cell_key(training: DiffusionGRPOConfig | None, evaluation: EvalConfig, decoder: Decoder) -> str:
-    """Names do not count: ``full`` and ``full:cfg_scale=0`` are one decoder."""
-    evaluated, decoded = (
-        {k: v for k, v in _changed(settings).items() if k not in _NAMES} for settings in (evaluation, decoder)
-    )
-    return _key(_training_part(training), evaluated, decoded)
-
-
-def _training_part(training: DiffusionGRPOConfig | None) -> Values:
-    """The settings of a training that decide what comes out."""
-    return {} if training is None else {k: v for k, v in _changed(training).items() if k not in MAY_CHANGE}
-
-
-def _changed(settings: Any) -> Values:
-    """Fields that are not at their defaults: one that is added later leaves what is finished as it is."""
-    values = {f.name: (getattr(settings, f.name), default_of(f)) for f in dataclasses.fields(settings)}
-    return {name: value for name, (value, default) in values.items() if value != default}
-
-
-def check_compared(config: StudyConfig, axes: dict[str, list[Any]]) -> None:
-    """Raises UserError where a comparison is asked for that there cannot be."""
-    vary = [axis for axis, values in axes.items() if len(values) > 1 and axis not in ("task", *SEEDS)]
-    for axis in config.compare:
-        if axis not in vary:
-            raise UserError(f"compare names {axis!r}: choose from what varies, {', '.join(vary) or 'which is nothing'}")
-    for decoder in config.baselines:
-        if decoder not in axes["decoder"]:
-            raise unknown("decoder of baselines", decoder, axes["decoder"])
-
-
-def labels(jobs: list[Job]) -> tuple[dict[str, Values], dict[str, list[Any]]]:
+def _labels(cells: list[Cell]) -> tuple[dict[str, Values], dict[str, list[Any]]]:
     """What tells the cells apart, by key, and the axes with their values in the order of the file.
 
     A setting is an axis where cells of one task differ in it. Task and decoder always are; those of the training have a
     prefix and are None for the model that no training has touched.
     """
-    named = {k for job in jobs for c in job.cells for k in c.named} - {"task", *_NAMES}
-    tables: dict[str, Values] = {}
-    for job in jobs:
-        trained = (
-            {}
-            if job.training is None
-            else {k: v for k, v in dataclasses.asdict(job.training).items() if k not in MAY_CHANGE}
-        )
-        for cell in job.cells:
-            table: Values = {"task": cell.evaluation.task[0], "decoder": str(cell.named["decoder"])}
-            table |= {
-                k: getattr(cell.evaluation if hasattr(cell.evaluation, k) else cell.decoder, k) for k in sorted(named)
-            }
-            table |= {f"train.{k}": v for k, v in trained.items()}
-            tables[cell.key] = table
-    keys = list(dict.fromkeys(k for t in tables.values() for k in t))
+    named = sorted({k for cell in cells for k in cell.named} - {"task", "decoder", "name", "batch_size"})
+    labels: dict[str, Values] = {}
+    for cell in cells:
+        own: Values = {"task": cell.evaluation.task[0], "decoder": str(cell.named["decoder"])}
+        own |= {k: getattr(cell.evaluation if hasattr(cell.evaluation, k) else cell.decoder, k) for k in named}
+        trained = {} if cell.training is None else dataclasses.asdict(cell.training)
+        labels[cell.key] = own | {f"train.{k}": v for k, v in trained.items() if k not in MAY_CHANGE}
     axes: dict[str, list[Any]] = {}
-    for key in keys:
-        values = distinct(t[key] for t in tables.values() if key in t)
-        of_task = {(t["task"], json.dumps(t[key])) for t in tables.values() if key in t}
+    for key in dict.fromkeys(k for own in labels.values() for k in own):
+        having = [own for own in labels.values() if key in own]
+        of_task = {(own["task"], json.dumps(own[key])) for own in having}
+        # What is trained is said also where only one thing is.
         if len(of_task) > len({task for task, _ in of_task}) or key in ("task", "decoder"):
-            axes[key] = values
-    if any(job.training for job in jobs):  # what is trained is said also where only one thing is
+            axes[key] = distinct(own[key] for own in having)
+    if any(cell.training for cell in cells):
         for key in ("train.objective", "train.decoder"):
-            axes.setdefault(key, [t[key] for t in tables.values() if key in t][:1])
-    return {key: {k: t.get(k) for k in axes} for key, t in tables.items()}, axes
-
-
-def settings_of(jobs: list[Job], tables: dict[str, Values]) -> list[Values]:
-    """What tells the cells apart, seeds aside, and the passes of their plans."""
-    found = [{**tables[c.key], PLAN: c.decoder.passes} for job in jobs for c in job.cells]
-    return distinct({k: v for k, v in table.items() if k not in SEEDS} for table in found)
-
-
-def training_labels(jobs: list[Job], tables: dict[str, Values]) -> dict[str, Values]:
-    """What tells the trainings apart, by the name of their job."""
-    trained = {job.name: tables[job.cells[0].key] for job in jobs if job.training}
-    return {name: {k: v for k, v in table.items() if k.startswith("train.")} for name, table in trained.items()}
+            axes.setdefault(key, [own[key] for own in labels.values() if key in own][:1])
+    return {key: {k: own.get(k) for k in axes} for key, own in labels.items()}, axes
