@@ -57,6 +57,10 @@ def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "    return [sum(c in 'aeiou0123456789' for c in text) / 10 for text in completions]\n\n\n"
         "def some(prompts, completions, **_):\n"
         "    return [v * (len(p) % 2) for v, p in zip(digits(prompts, completions), prompts)]\n\n\n"
+        "def dies(prompts, completions, **_):\n"
+        "    import os\n"
+        "    os._exit(9) if os.environ.get('RANK') == '1' else None\n"
+        "    return digits(prompts, completions)\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -178,6 +182,13 @@ def test_two_processes_equal_one(rewards: Path, toy_folder: str) -> None:
             assert x.keys() == y.keys()
             kept = (k for k in x if k not in ("loss", "logprob_mismatch"))
             assert all(x[k] == pytest.approx(y[k], rel=1e-3, abs=1e-5) for k in kept)
+
+
+def test_a_lost_rank_ends_the_run(rewards: Path, toy_folder: str) -> None:
+    c = config(rewards / "run", toy_folder, reward_funcs=["rewards_for_tests:dies"], max_steps=50, save_steps=50)
+    process = start(["rl", write(rewards / "c.yaml", c)], rewards, processes=2)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode not in (0, None) and "exitcode" in output
 
 
 def test_mistakes_on_the_command_line(rewards: Path, toy_folder: str, capsys: pytest.CaptureFixture[str]) -> None:
