@@ -144,7 +144,7 @@ def test_a_study_reads_as_its_summary_says(tmp_path: Path) -> None:
     folder = study(tmp_path / "study")
     computed = collect([folder])
     summary = summarize_study(read_cells(folder))
-    write_json(folder / "summary.json", {**summary, "note": "of fewer cells"})  # the cells are what counts
+    write_json(folder / "summary.json", {**summary, "cells": []})  # the cells are what counts
     assert computed.differences == [{"folder": "study", **d} for d in summary["differences"]]
     (folder / "study.yaml").write_text("compare: [train.objective]\n")
     assert {d["axis"] for d in collect([folder]).differences} == {
@@ -255,7 +255,7 @@ def test_a_mistake_is_one_sentence(tmp_path: Path) -> None:
         ([waiting], "metrics.jsonl is empty: let the run make its first update"),
         ([sft], "no rewards among the metrics"),
         ([no_cells], "holds no finished cell of a study"),
-        ([twice], "cells.jsonl holds a cell twice: give a whole study"),
+        ([twice], "cells.jsonl holds a cell twice: choose a complete folder"),
         ([good, "--output", "/proc/nothing"], "cannot write to /proc/nothing.*; choose another --output"),
     ):
         with pytest.raises(UserError, match=message) as caught:

@@ -172,7 +172,7 @@ def without_times(folder: Path) -> dict[str, Any]:
     return {"cells": lines, "runs": runs, "summary": summary, "table": (folder / "table.md").read_text()}
 
 
-def test_killed_and_resumed_equals_uninterrupted(
+def test_killed_and_resumed_equals_uninterrupted_and_grows(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     values: dict[str, Any] = {
@@ -201,23 +201,44 @@ def test_killed_and_resumed_equals_uninterrupted(
     records = next(parts.glob("jobs/cj*/*/records/countdown--ass.jsonl"))
     assert line["cell"]["decoder"] == "ass" and line["length"] == [r["length"] for r in read_records(records)]
     # The same study again only prints; another one is refused, and so is a second one at the same time.
-    assert main(["study", str(whole), "--jobs", "1"]) == 0
+    assert main(["study", str(whole)]) == 0
     other = write(tmp_path, evaluate=[{"task": "countdown", "decoder": "ass", "limit": 5, "max_new_tokens": 16}])
     assert main(["study", str(other)]) == 2 and "does not name" in capsys.readouterr().err
     with (parts / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert main(["study", str(whole), "--output", str(parts)]) == 2
+        assert main(command[3:]) == 2
     assert "another process runs a study" in capsys.readouterr().err
+    # It grows: a cell and a new axis join; what is finished is neither trained nor evaluated again.
+    (table,) = values["evaluate"]
+    more = {**table, "decoder": "ass", "gamma_min": 0.1}
+    write(tmp_path, train=values["train"], evaluate=[more, table])
+    before = {c["key"]: c["seconds"] for c in read_cells(tmp_path / "out")}
+    made = next((tmp_path / "out").glob("jobs/*/training/final/model.safetensors")).stat().st_mtime_ns
+    assert main(["study", str(whole)]) == 0
+    after = read_cells(tmp_path / "out")
+    assert next((tmp_path / "out").glob("jobs/*/training/final/model.safetensors")).stat().st_mtime_ns == made
+    assert {c["key"]: c["seconds"] for c in after if c["key"] in before} == before
+    assert [(c["cell"]["decoder"], c["cell"]["gamma_min"]) for c in after[3:]] == [
+        ("ass", 0.1),
+        ("ass", 0.4),
+        ("full:steps=4", 0.4),
+    ]
+    # Other weights under the same name are noticed.
+    changed = [{**c, "model": {**c["model"], "weights": "other"}} if i == 4 else c for i, c in enumerate(after)]
+    (tmp_path / "out" / "cells.jsonl").write_text("".join(json.dumps(c) + "\n" for c in changed))
+    assert main(["study", str(whole)]) == 2 and "different weights" in capsys.readouterr().err
 
 
 STAYS = """
 import pathlib, subprocess
+from unmask.tasks.countdown import Countdown
 
-def reward(*_, **__):
-    subprocess.Popen(["sleep", "1000"])
-    pathlib.Path("busy").touch()
-    while True:
-        pass
+class Stays(Countdown):
+    def grade(self, *_, **__):
+        subprocess.Popen(["sleep", "1000"])
+        pathlib.Path("busy").touch()
+        while True:
+            pass
 """
 
 
@@ -236,8 +257,7 @@ def processes_of(marker: str) -> list[str]:
 def test_nothing_outlives_a_study(number: signal.Signals, model: str, tmp_path: Path) -> None:
     """Neither a job, busy for ever, nor what it started."""
     (tmp_path / "stays.py").write_text(STAYS)
-    train = {**RL, "model": model, "reward_funcs": [["stays:reward"]]}
-    path = write(tmp_path, train=[train], evaluate=[{"task": "countdown", "decoder": "ass", "limit": 1}], jobs=2)
+    path = write(tmp_path, evaluate=[{"task": "stays:Stays", "decoder": "ass", "limit": 1, "model": model}])
     process = subprocess.Popen(
         [sys.executable, "-m", "unmask", "study", str(path)],
         cwd=tmp_path,
@@ -257,29 +277,6 @@ def test_nothing_outlives_a_study(number: signal.Signals, model: str, tmp_path: 
     while left := processes_of(str(tmp_path)):
         assert time.time() < deadline, left
         time.sleep(0.05)
-
-
-def test_a_study_grows(model: str, tmp_path: Path) -> None:
-    """Cells and a new axis join; what is finished is neither trained nor evaluated again."""
-    train = {**RL, "model": model, "max_steps": 1}
-    table = {"task": "countdown", "limit": 3, "max_new_tokens": 16}
-    path = write(tmp_path, train=[train], evaluate=[{**table, "decoder": "ass"}])
-    assert main(["study", str(path)]) == 0
-    before = {c["key"]: c["seconds"] for c in read_cells(tmp_path / "out")}
-    final = next((tmp_path / "out").glob("jobs/*/training/final/model.safetensors"))
-    made = final.stat().st_mtime_ns
-    tables = [{**table, "decoder": "eoser", "gamma_min": [0.4, 0.1]}, {**table, "decoder": "ass"}]
-    write(tmp_path, train=[train], evaluate=tables)
-    assert main(["study", str(path)]) == 0
-    after = read_cells(tmp_path / "out")
-    assert len(after) == 6 and final.stat().st_mtime_ns == made
-    assert {c["key"]: c["seconds"] for c in after if c["key"] in before} == before
-    assert all("gamma_min" in c["cell"] for c in after)
-    assert [c["cell"]["decoder"] for c in after[3:]] == ["eoser", "eoser", "ass"]
-    # Other weights under the same name are noticed.
-    changed = [{**c, "model": {**c["model"], "weights": "other"}} if i == 4 else c for i, c in enumerate(after)]
-    (tmp_path / "out" / "cells.jsonl").write_text("".join(json.dumps(c) + "\n" for c in changed))
-    assert main(["study", str(path)]) == 2
 
 
 def test_a_failing_job_is_named_and_the_rest_stays(

@@ -329,7 +329,7 @@ def test_a_mean_is_over_axes_of_the_training() -> None:
     ("table", "says"),
     [
         ({"columns": ["x"]}, "table 1 of tables lacks rows: add it"),
-        ({"rows": ["task", "decoder", "x"], "show": []}, "the table 'T' shows nothing: give show or against"),
+        ({"rows": ["task", "decoder", "x"], "show": []}, "the table 'T' shows nothing: set show or against"),
         ({"rows": {"decoder": 1}}, "rows of table 1 of tables is {'decoder': 1}"),
         ({"rows": ["decoder", "taks"]}, r"unknown axis in the table 'T' 'taks': did you mean 'task'"),
         ({"rows": ["decoder"], "columns": ["y"]}, "unknown axis in the table 'T' 'y'"),

@@ -97,7 +97,7 @@ def with_tables(text: str) -> str:
 
 
 def publish(name: str) -> None:
-    """Copy one study, its cells under the labels that its file gives them now."""
+    """Copy one study, its cells under the labels of its file as it is now."""
     run, folder = ROOT / "runs" / "study" / name, RESULTS / name
     config, grid = study(name)
     if not (run / "cells.jsonl").is_file():

@@ -76,9 +76,9 @@ def pivots(
                 raise UserError(f"table {number} of tables lacks {key}: add it")
         pivot = build(Pivot, table, f"table {number} of tables")
         if pivot.title in [before.title for before in found]:
-            raise UserError(f"two of tables have the title {pivot.title!r}: give each its own")
+            raise UserError(f"two of tables have the title {pivot.title!r}: choose one for each")
         if not pivot.show and not pivot.against:
-            raise UserError(f"the table {pivot.title!r} shows nothing: give show or against")
+            raise UserError(f"the table {pivot.title!r} shows nothing: set show or against")
         _check_names(pivot, cells, compared)
         kept = [{axis: value for axis, value in cell.items() if axis not in pivot.mean_over} for cell in cells]
         if not _places(pivot, distinct(kept)):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment
 
@@ -88,18 +88,13 @@ def _sections(material: Material) -> Iterator[Section]:
 
 def _of(folder: Folder, table: Table, folders: Sequence[Folder]) -> Table:
     """The table with its folder in the title, where there are several."""
-    title = f"{folder.name}: {table.title}" if len(folders) > 1 else table.title
-    return Table(table.headings, table.rows, table.left, title, table.notes)
+    return replace(table, title=f"{folder.name}: {table.title}") if len(folders) > 1 else table
 
 
 def _render(folders: Sequence[Folder], sections: Sequence[Section], sources: dict[str, str]) -> str:
     here = files("unmask.results")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["json"] = _pretty
+    environment.filters["json"] = partial(json.dumps, indent=2, ensure_ascii=False, default=str)
     template = environment.from_string((here / "page.html").read_text(encoding="utf-8"))
     style = (here / "page.css").read_text(encoding="utf-8")
     return template.render(folders=folders, sections=sections, sources=sources, style=style)
-
-
-def _pretty(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False, default=str)

@@ -21,13 +21,15 @@ from unmask.results.pivot import OTHERS, SEEDS, Pivot, Values
 from unmask.results.statistics import Bootstrap, holm, student_half_width, student_p, wilson
 from unmask.results.tables import METRICS, QUANTITIES, Table, plain, points, quantity
 
+_FIX = "choose a complete folder"
 
-def cell_lines(path: Path, fix: str = "give a whole study") -> list[Values]:
+
+def cell_lines(path: Path, fix: str = _FIX) -> list[Values]:
     """The lines of a cells.jsonl. Raises UserError, with ``fix`` as its end, where one is no cell."""
     return list(each_line(path, CELL, fix, whole_cell))
 
 
-def run_lines(path: Path, fix: str = "give a whole study") -> list[Values]:
+def run_lines(path: Path, fix: str = _FIX) -> list[Values]:
     """The lines of a runs.jsonl. Raises UserError, with ``fix`` as its end, where one is no training."""
     return list(each_line(path, RUN, fix))
 
@@ -38,7 +40,7 @@ def read_cells(folder: Path) -> list[Values]:
     if not cells:
         raise UserError(f"{folder} holds no finished cell of a study (cells.jsonl): let it run first")
     if len({cell["key"] for cell in cells}) < len(cells):
-        raise UserError(f"{folder / 'cells.jsonl'} holds a cell twice: give a whole study")
+        raise UserError(f"{folder / 'cells.jsonl'} holds a cell twice: {_FIX}")
     if any(set(cell["cell"]) != set(cells[0]["cell"]) for cell in cells):
         raise UserError(f"{folder / 'cells.jsonl'} holds cells with different axes: let unmask study write it again")
     return cells
@@ -100,7 +102,7 @@ def summarize_study(
         pivots: the tables for reading, for the means over more axes than the seeds that they ask for.
 
     Returns:
-        ``axes`` with their values, ``cells`` with 95 % intervals, paired ``differences``, the ``note`` on their number,
+        ``axes`` with their values, ``cells`` with 95 % intervals, paired ``differences``,
         ``budgets``: what all trained cells have alike, and ``pools``: axes, cells and differences once more for each
         ``mean_over`` of the tables, named by ``over``.
     """
@@ -112,7 +114,6 @@ def summarize_study(
     means = {tuple(pivot.mean_over): pivot.mean_over for pivot in pivots if pivot.mean_over}
     return {
         **summary,
-        "note": _note(summary["differences"], [len(g.lines) for g in groups.values()]),
         "budgets": {
             k: trained[0].get(k) if len({b.get(k) for b in trained}) == 1 else None
             for k in ("updates", "completions", "training_passes")
@@ -249,24 +250,8 @@ def _compared(axis: str, pairs: Sequence[tuple[Group, Group]], bootstrap: Bootst
     return found
 
 
-def _note(differences: Sequence[Values], seeds: Sequence[int]) -> str:
-    by_axis = [sum(d["axis"] == axis for d in differences) for axis in dict.fromkeys(d["axis"] for d in differences)]
-    text = "No comparisons." if not by_axis else f"{sum(by_axis)} comparison{'s' * (sum(by_axis) > 1)}."
-    if by_axis:
-        text += (
-            " An interval speaks of one comparison alone: of twenty without any true difference one is expected to leave zero "
-            "out. Holm's p holds for all comparisons along one axis together."
-        )
-    if max(seeds) > 1:
-        text += (
-            f" Problems and seeds are both resampled. {max(seeds)} seeds say little of their spread, so each interval and p is "
-            "the more careful of the bootstrap's and Student's t over the seeds."
-        )
-    return text
-
-
 def markdown(summary: Values, pivots: Sequence[Pivot] = ()) -> str:
-    """The summary as Markdown: the tables for reading, all cells, budgets, differences, note."""
+    """The summary as Markdown: the tables for reading, all cells, budgets, differences."""
     cells = cells_table(summary)
     text = "".join(table.titled_markdown() + "\n" for table in reading.tables(pivots, summary))
     text += f"**{cells.title}**\n\n" * bool(pivots) + cells.markdown() + f"\n{said(summary)}\n"
@@ -289,15 +274,27 @@ def cells_table(summary: Values) -> Table:
 
 
 def said(summary: Values) -> str:
-    """What all cells have in common, and what their intervals say."""
+    """What all cells have in common, and what their intervals and differences say."""
     budgets = {key.replace("_", " "): value for key, value in summary["budgets"].items()}
     equal = [f"{value:,} {name}" for name, value in budgets.items() if value is not None]
     differ = [name for name, value in budgets.items() if value is None]
     problems = sorted({c["problems"] for c in summary["cells"]})
+    count, seeds = len(summary["differences"]), max(c["seeds"] for c in summary["cells"])
     text = f"{' or '.join(map(str, problems))} problems a cell and seed. "
     text += f"Every training has {' and '.join(equal)}. " if equal else ""
     text += f"They differ in {' and '.join(differ)}. " if differ else ""
-    return text + summary["note"]
+    text += f"{count or 'No'} comparison{'s' * (count != 1)}."
+    if count:
+        text += (
+            " An interval speaks of one comparison alone: of twenty without any true difference one is expected to leave zero "
+            "out. Holm's p holds for all comparisons along one axis together."
+        )
+    if seeds > 1:
+        text += (
+            f" Problems and seeds are both resampled. {seeds} seeds say little of their spread, so each interval and p is "
+            "the more careful of the bootstrap's and Student's t over the seeds."
+        )
+    return text
 
 
 def difference_tables(summary: Values) -> list[Table]:
