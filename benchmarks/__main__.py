@@ -31,10 +31,10 @@ def command(arguments: list[str]) -> None:
         raise unknown("benchmark", name, BENCHMARKS)
     config = read_flags(BENCHMARKS[name][0], arguments[1:], f"python -m benchmarks {name}")
     from rich.text import Text
-    from unmask.results.accuracy import markdown
 
     from unmask.io.files import check_writable, write_text
     from unmask.io.terminal import console, fitting_table
+    from unmask.results.tables import Table
 
     check_writable(Path(config.output))
     module = import_module(f"benchmarks.{name}")
@@ -46,7 +46,7 @@ def command(arguments: list[str]) -> None:
     screen.print(
         fitting_table(screen, title, headings, cells, drop_first=("% GEMM", "+GiB", "T", "trunk ms", "step ms"))
     )
-    write_text(Path(config.output).with_suffix(".md"), markdown(headings, cells))
+    write_text(Path(config.output).with_suffix(".md"), Table(headings, cells).markdown())
     print(f"result  {config.output}")
 
 

@@ -198,7 +198,7 @@ def test_other_arguments_of_the_trainer(tmp_path: Path, toy_folder: str) -> None
         ("output_dir: x\ntasks: [sudoku]\nnew_model: {}\noptimizer: sgd", "unknown optimizer .*muon"),
         ("tasks: [sudoku]\nnew_model: {}", "lacks output_dir"),
         ("- a\n- b", "not a table"),
-        ("a: [", "not YAML"),
+        ("a: [", "is not a table of settings"),
     ],
 )
 def test_wrong_configs_name_the_fix(tmp_path: Path, text: str, message: str) -> None:

@@ -132,7 +132,9 @@ RUN = {
 
 
 def whole_summary(summary: dict[str, Any]) -> dict[str, Any]:
-    """The same. Raises ValueError where curves that belong together are not equally long."""
+    """The same. Raises ValueError where there are no cells, or curves that belong together are not equally long."""
+    if not summary["cells"]:
+        raise ValueError("cells is empty")
     for cell in summary["cells"]:
         _check_same_length(cell.get("curves", {}), *STEPS)
     return summary

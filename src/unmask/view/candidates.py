@@ -26,7 +26,7 @@ def top_candidates_per_step(lm: MaskedLM, trajectory: Trajectory, count: int) ->
         vocabulary's size where that is less.
     """
 
-    def likeliest(head: Head, hidden: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+    def likeliest(head: Head, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         found = []
         for h in hidden.split(ROWS):
             logits = torch.cat([piece for _, piece in head.pieces(h)], 1)
