@@ -32,7 +32,7 @@ from unmask.evaluation.distributed import Processes, init_distributed, take_own_
 from unmask.evaluation.progress import Progress
 from unmask.evaluation.prompts import row_seeds, task_prompts
 from unmask.evaluation.records import FIX, check_problem, compare_to_best, summarize
-from unmask.io.files import removed, slug, write_json, writing_to
+from unmask.io.files import folder_removed, slug, write_json, writing_to
 from unmask.io.schema import COUNT, RECORD, Number
 from unmask.io.store import Record, RecordStore, claim
 from unmask.models.load import warn_of_slow_bf16
@@ -214,7 +214,7 @@ def _decode(
         progress(label, count, total)
         for records in run_cell(prepared, cell, share, config):
             if not (Path(config.output) / "config.json").is_file():
-                raise removed(Path(config.output))
+                raise folder_removed(Path(config.output))
             with writing_to(config.output):
                 cell.store.append(records, processes.rank)
             count += len(records)

@@ -36,7 +36,7 @@ except ImportError:
     raise UserError("lm-evaluation-harness 0.4.13 or later is not installed: pip install unmask[lm-eval]") from None
 
 log = logging.getLogger(__name__)
-UNASKED_DEVICE = "cuda:0"  # what lm-eval's command line passes where nobody named a device
+DEFAULT_DEVICE = "cuda:0"  # what lm-eval's command line passes where nobody named a device
 
 
 @dataclass(kw_only=True)
@@ -98,7 +98,7 @@ class UnmaskLM(TemplateLM):
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> UnmaskLM:
         """From model arguments, and lm-eval's own flags for what these leave open."""
-        flags = {k: v for k, v in (additional_config or {}).items() if v not in (None, UNASKED_DEVICE)}
+        flags = {k: v for k, v in (additional_config or {}).items() if v not in (None, DEFAULT_DEVICE)}
         return cls(**{**flags, **arg_dict})
 
     @classmethod

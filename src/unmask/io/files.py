@@ -42,7 +42,7 @@ def writing_to(output: Path | str, instead: str = "--output") -> Iterator[None]:
         raise UserError(f"cannot write to {output}: {reason}; choose another {instead}") from None
 
 
-def removed(folder: Path) -> UserError:
+def folder_removed(folder: Path) -> UserError:
     return UserError(f"{folder} was removed while the run wrote to it: run the same command again, which starts anew")
 
 
@@ -221,7 +221,7 @@ def expand_home(value: T) -> T:
     return os.path.expanduser(value) if isinstance(value, str) else value  # type: ignore[return-value]
 
 
-def read_typed(text: str) -> str:
+def as_utf8(text: str) -> str:
     """Text of a command line; bytes that the locale could not read are read as UTF-8. Raises UserError where they are not."""
     try:
         return text.encode(errors="surrogateescape").decode()

@@ -131,7 +131,7 @@ RUN = {
 """A line of a study's runs.jsonl."""
 
 
-def whole_summary(summary: dict[str, Any]) -> dict[str, Any]:
+def check_summary(summary: dict[str, Any]) -> dict[str, Any]:
     """The same. Raises ValueError where there are no cells, or curves that belong together are not equally long."""
     if not summary["cells"]:
         raise ValueError("cells is empty")
@@ -140,7 +140,7 @@ def whole_summary(summary: dict[str, Any]) -> dict[str, Any]:
     return summary
 
 
-def whole_cell(cell: dict[str, Any]) -> dict[str, Any]:
+def check_cell(cell: dict[str, Any]) -> dict[str, Any]:
     """The same. Raises ValueError where its lists have not an entry a problem, or its curves not an entry a step."""
     if not cell["solved"] or set(cell["solved"]) - {"0", "1"}:
         raise ValueError("solved is not a 0 or 1 for each problem")

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unmask.errors import UserError
-from unmask.io.files import read_typed
+from unmask.io.files import as_utf8
 from unmask.models.backbone import KVCache
 from unmask.models.head import Head
 
@@ -149,7 +149,7 @@ class MaskedLM:
             return "".join(f"{asked}{answered}\n\n" for asked, answered in examples) + user + prefill
         turns = [turn for asked, answered in examples for turn in (("user", asked), ("assistant", answered))]
         messages = [{"role": role, "content": text} for role, text in (*turns, ("user", user))]
-        return read_typed(self.render(messages) + prefill)
+        return as_utf8(self.render(messages) + prefill)
 
     def render(self, messages: list[dict[str, str]], answer: bool = True, unfinished: bool = False) -> str:
         """Messages as the chat template writes them; UserError where it cannot.
@@ -169,7 +169,7 @@ class MaskedLM:
     def tokens(self, text: Text) -> list[int]:
         """Token ids of a text, without special tokens around it; ids as they are. Raises UserError for what cannot be one."""
         if isinstance(text, str):
-            return self.tokenizer(read_typed(text), add_special_tokens=False)["input_ids"]
+            return self.tokenizer(as_utf8(text), add_special_tokens=False)["input_ids"]
         ids, vocabulary = [int(i) for i in text], len(self.model.get_input_embeddings().weight)  # type: ignore[arg-type]
         for i in ids:
             if not 0 <= i < vocabulary:

@@ -14,7 +14,7 @@ import pandas as pd
 from unmask.config import build
 from unmask.errors import UserError, unknown
 from unmask.io.files import each_line, read_json, read_lines, read_yaml, slug
-from unmask.io.schema import COUNT, CURVES, METRICS, POSITIVE, RECORD, SUMMARY, TIMES, whole_summary
+from unmask.io.schema import COUNT, CURVES, METRICS, POSITIVE, RECORD, SUMMARY, TIMES, check_summary
 from unmask.results import pivot, summary
 from unmask.results.pivot import PLAN, SEEDS, Values
 from unmask.results.tables import Table, evaluation_table, percent, plain
@@ -99,7 +99,7 @@ def evaluation_cells(found: Values) -> list[Values]:
 
 
 def _read_evaluation(folder: Path, name: str, material: Material) -> None:
-    found = read_json(folder / "summary.json", SUMMARY, _FIX, whole_summary)
+    found = read_json(folder / "summary.json", SUMMARY, _FIX, check_summary)
     for cell in evaluation_cells(found):
         records = folder / "records" / f"{slug(cell['task'])}--{slug(cell['decoder'])}.jsonl"
         lengths = list(each_line(records, RECORD, _FIX, itemgetter("length")))  # not the whole records at once

@@ -15,7 +15,7 @@ import numpy as np
 
 from unmask.errors import UserError
 from unmask.io.files import each_line
-from unmask.io.schema import CELL, RUN, whole_cell
+from unmask.io.schema import CELL, RUN, check_cell
 from unmask.results import pivot as reading
 from unmask.results.pivot import OTHERS, SEEDS, Pivot, Values
 from unmask.results.statistics import Bootstrap, holm, student_half_width, student_p, wilson
@@ -26,7 +26,7 @@ _FIX = "choose a complete folder"
 
 def cell_lines(path: Path, fix: str = _FIX) -> list[Values]:
     """The lines of a cells.jsonl. Raises UserError, with ``fix`` as its end, where one is no cell."""
-    return list(each_line(path, CELL, fix, whole_cell))
+    return list(each_line(path, CELL, fix, check_cell))
 
 
 def run_lines(path: Path, fix: str = _FIX) -> list[Values]:

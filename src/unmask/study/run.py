@@ -28,10 +28,10 @@ from unmask.evaluation.config import EvalConfig
 from unmask.evaluation.progress import Progress
 from unmask.io.files import (
     atomic_write,
+    folder_removed,
     read_json,
     read_lines,
     read_text,
-    removed,
     slug,
     write_json,
     write_text,
@@ -188,7 +188,7 @@ def _run(waiting: list[Job], total: int, at_once: int, cells: Lines, runs: Lines
                     if process.poll() is None:
                         continue
                     if not (output / "study.yaml").is_file():
-                        raise removed(output)
+                        raise folder_removed(output)
                     _check_end(job.name, process.returncode, output / "jobs" / job.name / "log.txt")
                 elif waiting:
                     job = waiting.pop(0)

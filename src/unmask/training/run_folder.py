@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerState
 
 from unmask.config import read_config, save_config
 from unmask.errors import UserError, check_own_folder
-from unmask.io.files import removed, writing_to
+from unmask.io.files import folder_removed, writing_to
 from unmask.models.load import load, warn_of_slow_bf16
 from unmask.models.masked_lm import MaskedLM
 from unmask.training.checkpoints import checkpoints, verify
@@ -80,7 +80,7 @@ class _FolderCheck(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not (Path(args.output_dir) / "config.yaml").is_file():
-            raise removed(Path(args.output_dir))
+            raise folder_removed(Path(args.output_dir))
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def _writing_run(folder: Path) -> Iterator[None]:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
         if not (folder / "config.yaml").is_file():
-            raise removed(folder) from None
+            raise folder_removed(folder) from None
         here = isinstance(error, OSError) and str(error.filename or "").startswith(str(folder))
         if here or "No space left" in str(error) or "PytorchStreamWriter" in str(error):
             reason = getattr(error, "strerror", None) or "no space left"
