@@ -177,4 +177,9 @@ def _text(lm: MaskedLM, row: _Row, trajectory: Trajectory, stop: Sequence[str]) 
         text = row.start + str(lm.tokenizer.decode([t for t in trajectory.tokens[0].tolist() if t not in lm.end_ids]))
     else:
         text = lm.text(trajectory.tokens)[0]
-    return text[: min((found for s in stop if (found := text.find(s)) >= 0), default=len(text))]
+    return until(text, stop)
+
+
+def until(text: str, stops: Sequence[str]) -> str:
+    """The text before the first of the stop strings that are not empty."""
+    return text[: min((at for stop in stops if stop and (at := text.find(stop)) >= 0), default=len(text))]

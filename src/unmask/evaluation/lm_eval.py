@@ -19,6 +19,7 @@ from tqdm import tqdm
 from unmask import __version__
 from unmask.config import build
 from unmask.decoding import Decoder, decode_each, make_decoder
+from unmask.decoding.generate import until
 from unmask.errors import UserError, check_at_least
 from unmask.evaluation.distributed import init_distributed
 from unmask.evaluation.likelihood import Pair, batches, bounds, content_seed, is_greedy, truncate_context
@@ -253,11 +254,6 @@ class UnmaskLM(TemplateLM):
 
     def _bar(self, total: int, what: str, disable: bool) -> tqdm:
         return tqdm(total=total, desc=f"Running {what} requests", disable=disable or self.rank != 0)
-
-
-def until(text: str, stops: Sequence[str]) -> str:
-    """The text before the first of the stop strings that are not empty."""
-    return text[: min((at for stop in stops if stop and (at := text.find(stop)) >= 0), default=len(text))]
 
 
 def command(arguments: list[str]) -> None:
