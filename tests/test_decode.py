@@ -13,7 +13,7 @@ from scipy.stats import chi2
 from torch import Tensor, nn
 
 from conftest import PROMPTS, toy
-from unmask import PRESETS, MaskedLM, Trajectory, UserError, decode, make_decoder, make_task, replay
+from unmask import PRESETS, Decoder, MaskedLM, Trajectory, UserError, decode, make_decoder, make_task, replay
 from unmask.decoding.confidence import CONFIDENCES, Confidence, exclude_eos, reject_eos, suppress_eos
 from unmask.decoding.sampling import Candidates, candidates, uniform_noise
 from unmask.decoding.score import forward_with_guidance
@@ -314,6 +314,8 @@ def test_decoder_files_and_specs(tmp_path: Path) -> None:
     assert from_file.name == "mine"
     assert from_file.replace(name="") == from_spec.replace(name="")
     assert make_decoder(f"{file}:blocks=2").blocks == 2
+    assert Decoder.from_preset("eoser-ass", blocks=4, gamma_min=0.1) == from_spec
+    assert Decoder.from_preset("dream", max_new_tokens=16, threshold=None).steps == 16
     assert make_decoder("full", max_new_tokens=40).plan.steps == 20
     assert make_decoder("semi-ar:block_length=8", max_new_tokens=40).plan.steps == 20
 

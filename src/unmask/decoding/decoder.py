@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from unmask.config import Registry, build, split_spec
+from unmask.config import Registry, build, split_spec, with_parameters
 from unmask.decoding.confidence import Confidence
 from unmask.decoding.plan import Plan
 from unmask.errors import UserError
@@ -84,7 +84,7 @@ class Decoder:
     @classmethod
     def from_preset(cls, preset: str, **fields: Any) -> Decoder:
         """A preset with some fields changed: ``Decoder.from_preset("eoser-ass", blocks=4)``. Raises UserError."""
-        return make_decoder(preset).replace(**fields)
+        return make_decoder(with_parameters(preset, **fields))
 
     @cached_property
     def plan(self) -> Plan:
