@@ -71,9 +71,9 @@ class Processes:
         return self.gather(result)[0]
 
     def exit_after_rank0(self) -> None:
-        """Called with an AgreedError in hand: only rank 0 returns, to say it; the others end silently once it is gone.
+        """Called after an AgreedError: only rank 0 returns, to print it; the others exit silently once rank 0 has exited.
 
-        An earlier end of theirs would make the launcher kill rank 0 before it has spoken.
+        If they exited earlier, the launcher would kill rank 0 before it has printed it.
         """
         if self.rank:
             with suppress(UserError):
