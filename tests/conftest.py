@@ -11,22 +11,10 @@ from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.scratch import new_model
 
-SHAPE = {
-    "d_model": 32,
-    "n_layers": 2,
-    "n_heads": 4,
-    "n_kv_heads": 2,
-    "mlp_hidden_size": 64,
-    "rope_theta": 10000.0,
-    "max_sequence_length": 1024,
-    "init_std": 0.5,
-}
-PROMPTS = [
-    "make 5 from 1 2 2",
-    "solve a1... b.4.. c..3. d...2",
-    "x",
-    "a longer prompt, so that the padding of the others is long as well",
-]
+SHAPE = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "mlp_hidden_size": 64}
+SHAPE |= {"rope_theta": 10000.0, "max_sequence_length": 1024, "init_std": 0.5}
+PROMPTS = ["make 5 from 1 2 2", "solve a1... b.4.. c..3. d...2", "x"]
+PROMPTS += ["a longer prompt, so that the padding of the others is long as well"]
 
 
 def toy(**shape: object) -> MaskedLM:

@@ -50,20 +50,16 @@ def test_the_table_names_every_room() -> None:
 
 
 def test_arrows_point_one_way() -> None:
-    wrong = [
-        (name, other)
-        for name, others in imports().items()
-        for other in others
-        if name not in ("unmask", "unmask.__main__") and ROOMS.index(room(other)) > ROOMS.index(room(name))
-    ]
-    assert not wrong
+    for name in imports().keys() - {"unmask", "unmask.__main__"}:
+        for other in imports()[name]:
+            assert ROOMS.index(room(other)) <= ROOMS.index(room(name)), f"{name} imports {other}"
 
 
 def test_no_circle_between_files() -> None:
     TopologicalSorter({n: others for n, others in imports().items() if n != "unmask"}).prepare()
 
 
-STATE = """
+UNCHANGED = """
 import logging, os, sys, warnings
 def state():
     root = logging.getLogger()
@@ -71,21 +67,19 @@ def state():
 before = state()
 import unmask
 assert state() == before, "import unmask"
-"""
-NAMES = """
 import matplotlib, transformers
-backend = matplotlib.rcParams._get("backend")
-before = [*sys.path], dict(os.environ), transformers.utils.logging.is_progress_bar_enabled()
+def state():
+    bars, backend = transformers.utils.logging.is_progress_bar_enabled(), matplotlib.rcParams._get("backend")
+    return [*sys.path], dict(os.environ), bars, backend, "matplotlib.pyplot" in sys.modules
+before = state()
 for name in unmask.__all__:
     getattr(unmask, name)
 unmask.load("tiny").generate("make 5 from 2 3 9", "eoser-ass", max_new_tokens=16)
 from unmask.results import figures
-assert ([*sys.path], dict(os.environ), transformers.utils.logging.is_progress_bar_enabled()) == before, "used"
-assert matplotlib.rcParams._get("backend") == backend and "matplotlib.pyplot" not in sys.modules, "drawing"
+assert state() == before, "used"
 """
 
 
 def test_importing_and_using_it_changes_nothing_around_it() -> None:
     """``sys.path``, environment, warnings, loggers, progress bars and matplotlib's backend are the caller's."""
-    for flags, code in ((["-W", "error"], STATE), ([], STATE + NAMES)):
-        subprocess.run([sys.executable, *flags, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", UNCHANGED], check=True)

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import time
 import typing
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tyro
@@ -27,12 +29,6 @@ from unmask.io.store import shard
 ROOT = Path(__file__).parent.parent
 
 
-def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
-    assert main(arguments) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("unmask: ") and err.count("\n") == 1 and "Traceback" not in err and said in err, err
-
-
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == main(["--help"]) == 0
     text = capsys.readouterr().out
@@ -43,63 +39,6 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 SFT = str(ROOT / "configs" / "tiny" / "sft.yaml")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ("evall", "did you mean 'eval'"),
-        (["generate", ""], "prompt is empty"),
-        (["generate", "a <|mdm_mask|> b"], "mask token"),
-        (["generate", "x" * 3000], "3002 tokens"),
-        ("generate x --decoder fulll", "did you mean 'full'"),
-        ("generate x --decoder ass:gama_min=1", "did you mean 'gamma_min'"),
-        ("generate x --model no/such/path", "unknown model 'no/such/path'"),
-        ("generate x --max-new-tokens 0", "length is 0"),
-        ("generate x --device nowhere", "nowhere"),
-        ("generate x --seed -1", "seed is -1"),
-        ("generate x --batch-size 0", "batch_size is 0"),
-        ("generate x --adapter nothing", "unknown adapter 'nothing'"),
-        ("generate x --revision v1", "revision=v1 belongs to a hub name"),
-        ("generate x --model /proc/version", "is a file"),
-        ("eval --task sudokku", "did you mean 'sudoku'"),
-        ("eval --limit 0", "choose 1 or more"),
-        ("eval --batch-size 0", "batch_size is 0"),
-        ("eval --seed 99999999999", "seed is 99999999999"),
-        ("eval --max-new-tokens 4000 --decoder ass", "at most 2048 together"),
-        ("eval --task countdown:data=/dev/null", "holds no rows"),
-        ("eval --task countdown:max_value=2", "choose at least 5"),
-        ("eval --split tset", "choose from"),
-        ("eval --output /proc/nothing --limit 1", "cannot write to /proc/nothing"),
-        ("eval --dtype float8", "unknown dtype"),
-        (["eval", "--output", ""], "output is ''"),
-        ("eval --task gsm8k countdown --data x.jsonl", "data"),
-        (f"sft {SFT} --max-steps 0", "max_steps is 0"),
-        ("sft no.yaml", "cannot read the config no.yaml"),
-        ("rl --dry-run no.yaml", "cannot read the config no.yaml"),
-        ("grade no.jsonl --task countdown", "cannot read no.jsonl"),
-        ("info tiny --load-in-4bit", "leave them out"),
-        ("info tiny --no-weights --adapter x", "reads no adapter"),
-        # flags that cannot be read
-        ("eval --taks sudoku", "unrecognized options: --taks, sudoku: did you mean --task?"),
-        ("eval --limit abc", "error parsing --limit: no type matching"),
-        ("eval stray", "unrecognized options: stray"),
-        ("eval --output", "missing value for argument '--output'"),
-        ("grade", "unmask grade lacks arguments and --task"),
-        ("export", "unmask export lacks arguments: see unmask export --help"),
-        ("rl", "unmask rl lacks an argument"),
-        (f"sft {SFT} --compile false", "--name or --no-name; see unmask sft"),
-    ],
-)
-def test_mistakes(
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    arguments: str | list[str],
-    said: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    fails(capsys, arguments.split() if isinstance(arguments, str) else arguments, said)
-
-
 FILES = {
     "deep.json": "[" * 100_000,
     "deep.yaml": "a: " + "[" * 5_000,
@@ -108,31 +47,70 @@ FILES = {
     "number.jsonl": '{"question": "q", "completion": 5, "ground_truth": "1"}\n',
     "truth.jsonl": '{"question": "q", "completion": "5", "ground_truth": {"a": 1}}\n',
     "lacks.jsonl": '{"question": "q", "completion": "5"}\n',
+    "empty.jsonl": "",
 }
+MISTAKES = [
+    ("evall", "did you mean 'eval'"),
+    ("generate a<|mdm_mask|>b", "mask token"),
+    (f"generate {'x' * 3000}", "3002 tokens"),
+    ("generate x --decoder fulll", "did you mean 'full'"),
+    ("generate x --decoder ass:gama_min=1", "did you mean 'gamma_min'"),
+    ("generate x --model no/such/path", "unknown model 'no/such/path'"),
+    ("generate x --max-new-tokens 0", "length is 0"),
+    ("generate x --device nowhere", "nowhere"),
+    ("generate x --seed -1", "seed is -1"),
+    ("generate x --adapter nothing", "unknown adapter 'nothing'"),
+    ("generate x --revision v1", "revision=v1 belongs to a hub name"),
+    ("generate x --model /proc/version", "is a file"),
+    ("generate x --decoder twice.yaml", "the decoder file twice.yaml"),
+    ("eval --task sudokku", "did you mean 'sudoku'"),
+    ("eval --batch-size 0", "batch_size is 0"),
+    ("eval --seed 99999999999", "seed is 99999999999"),
+    ("eval --max-new-tokens 4000 --decoder ass", "at most 2048 together"),
+    ("eval --task countdown:data=empty.jsonl", "holds no rows"),
+    ("eval --task countdown:data=deep.json --output out", "deep.json is not a list of JSON objects"),
+    ("eval --task countdown:max_value=2", "choose at least 5"),
+    ("eval --split tset", "choose from"),
+    ("eval --output /proc/nothing --limit 1", "cannot write to /proc/nothing"),
+    ("eval --dtype float8", "unknown dtype"),
+    ("eval --output=", "output is ''"),
+    (f"sft {SFT} --max-steps 0", "max_steps is 0"),
+    ("rl --dry-run no.yaml", "cannot read the config no.yaml"),
+    ("rl deep.yaml", "the config deep.yaml is not"),
+    ("rl twice.yaml", "the key 'steps' occurs twice"),
+    ("rl no_base.yaml", "cannot read the base of no_base.yaml, nothing.yaml"),
+    ("info tiny --load-in-4bit", "leave them out"),
+    ("info tiny --no-weights --adapter x", "reads no adapter"),
+    ("grade no.jsonl --task countdown", "cannot read no.jsonl"),
+    ("grade number.jsonl --task countdwn", "did you mean 'countdown'"),
+    ("grade number.jsonl --task gsm8k", "number.jsonl:1 cannot be used (completion is 5, not text): write a JSON"),
+    ("grade number.jsonl --task gsm8k:extraction=x", "choose from default, published"),
+    ("grade truth.jsonl --task gsm8k", "not a number"),
+    ("grade truth.jsonl --task math500", "not a formula"),
+    ("grade lacks.jsonl --task gsm8k", "lacks.jsonl:1 cannot be used (it lacks 'ground_truth')"),
+    ("grade empty.jsonl --task gsm8k", "holds no completions"),
+    # flags that cannot be read
+    ("eval --taks sudoku", "unrecognized options: --taks, sudoku: did you mean --task?"),
+    ("eval --limit abc", "error parsing --limit: no type matching"),
+    ("eval stray", "unrecognized options: stray"),
+    ("eval --output", "missing value for argument '--output'"),
+    ("grade", "unmask grade lacks arguments and --task"),
+    ("export", "unmask export lacks arguments: see unmask export --help"),
+    ("rl", "unmask rl lacks an argument"),
+    (f"sft {SFT} --compile false", "--name or --no-name; see unmask sft"),
+]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ("eval --task countdown --data deep.json --output out", "deep.json is not JSON"),
-        ("rl deep.yaml", "the config deep.yaml is not"),
-        ("rl twice.yaml", "the key 'steps' stands twice"),
-        ("rl no_base.yaml", "cannot read the base of no_base.yaml, nothing.yaml"),
-        ("generate x --decoder twice.yaml", "the decoder file twice.yaml"),
-        ("grade number.jsonl --task gsm8k", "number.jsonl:1 cannot be used (completion is 5, not text): write a JSON"),
-        ("grade truth.jsonl --task gsm8k", "not a number"),
-        ("grade truth.jsonl --task math500", "not a formula"),
-        ("grade lacks.jsonl --task gsm8k", "lacks.jsonl:1 cannot be used (it lacks 'ground_truth')"),
-        ("grade lacks.jsonl --task gsm8k:extraction=published --extraction default", "both name one"),
-    ],
-)
-def test_damaged_files(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str, said: str
+@pytest.mark.parametrize(("arguments", "said"), MISTAKES)
+def test_mistakes(
+    arguments: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
-    fails(capsys, arguments.split(), said)
+    assert main(arguments.split()) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("unmask: ") and err.count("\n") == 1 and "Traceback" not in err and said in err, err
     assert {p.name for p in tmp_path.iterdir()} == set(FILES)
 
 
@@ -142,12 +120,12 @@ HEAVY = ("torch", "transformers", "matplotlib", "datasets", "peft", "reasoning_g
 ANSWERED_AT_ONCE = [
     *([name, "--help"] for name in COMMANDS if name != "lm-eval"),
     *([name, "--nothing", "x"] for name in ("generate", "info", "view", "eval", "sft", "rl", "tune", "study", "demo")),
-    *([name, "no.yaml"] for name in ("sft", "rl", "study")),
     *(
-        [name, str(ROOT / "configs" / "tiny" / file), "--stepz", "2"]
-        for name, file in (("sft", "sft.yaml"), ("rl", "cj_sudoku.yaml"))
+        ["study", "no.yaml"],
+        ["sft", SFT, "--stepz", "2"],
+        ["rl", "configs/tiny/cj_sudoku.yaml", "--stepz", "2"],
+        ["evall"],
     ),
-    ["evall"],
 ]
 BENCHED_AT_ONCE = [["--help"], *([name, flag] for name in BENCHMARKS for flag in ("--help", "--nothing")), ["decoding"]]
 
@@ -184,7 +162,7 @@ def test_help_lists_every_option(
     for name, hint in typing.get_type_hints(read[0], include_extras=True).items():
         marks = getattr(hint, "__metadata__", ())
         if tyro.conf.Suppress in marks:
-            assert name in said.split("Only in the file:")[1]
+            assert name in said
         elif tyro.conf.Positional not in marks and typing.get_origin(hint) is not typing.ClassVar:
             assert f"--{name.replace('_', '-')} " in said.replace(",", " "), name
     if command in ("sft", "rl", "study"):
@@ -211,37 +189,25 @@ def test_streamers_see_the_canvas_fill(tiny_lm: MaskedLM, capsys: pytest.Capture
 
 
 def test_grade(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    rows = [
-        {"question": "q", "completion": "\\boxed{8*3+5}", "ground_truth": [[8, 3, 5], 29]},
-        {"question": "q", "completion": "<answer>8*3+5</answer>", "ground_truth": [[8, 3, 5], 29]},
-        {"question": "q", "completion": "no", "ground_truth": [[8, 3, 5], 29]},
-    ]
-    file = tmp_path / "c.jsonl"
-    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert main(["grade", str(file), "--task", "countdown"]) == 0
+    answers = ("\\boxed{8*3+5}", "<answer>8*3+5</answer>", "no")
+    rows = [{"question": "q", "completion": answer, "ground_truth": [[8, 3, 5], 29]} for answer in answers]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert main(["grade", f"{tmp_path}/c.jsonl", "--task", "countdown"]) == 0
     default, published = capsys.readouterr().out.split("countdown, published")
     assert "2 of 3" in default and "1 of 3" in published
-    file.write_text('{"question": "q"}\n')
-    fails(capsys, ["grade", str(file), "--task", "countdown"], ":1 cannot be used (it lacks 'completion')")
-    file.write_text(json.dumps({**rows[0], "ground_truth": [[8, 3, 5], "29"]}))
-    fails(capsys, ["grade", str(file), "--task", "countdown"], "is not [[numbers], target]")
-    fails(capsys, ["grade", str(file), "--task", "countdown", "--extraction", "x"], "choose from default, published")
-    file.write_text("")
-    fails(capsys, ["grade", str(file), "--task", "countdown"], "holds no completions")
-    fails(capsys, ["grade", str(file), "--task", "countdwn"], "did you mean 'countdown'")
 
 
-def test_ctrl_c_keeps_the_records_and_a_second_call_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_keeps_the_records_and_a_second_call_resumes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "unmask", "eval", "--task", "countdown", "--decoder", "full", "--limit", "24"]
     command += ["--batch-size", "2", "--max-new-tokens", "32", "--output", str(tmp_path)]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
-    )
+    streams: dict[str, Any] = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "text": True,
+        "start_new_session": True,
+    }
+    usual = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background shell ignores it
+    process = subprocess.Popen(command, **streams, preexec_fn=usual)
     whole = tmp_path / "records" / "countdown--full.jsonl"
     file = shard(whole, 0)
     deadline = time.time() + 300
@@ -249,8 +215,7 @@ def test_ctrl_c_keeps_the_records_and_a_second_call_goes_on(tmp_path: Path) -> N
         time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=200)
-    assert process.returncode == 130
-    assert "interrupted" in err and "Traceback" not in err
+    assert process.returncode == 130 and "interrupted" in err and "Traceback" not in err
     before = file.read_text().splitlines()
     assert 4 <= len(before) < 24 and not whole.exists() and not (tmp_path / "summary.json").exists()
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

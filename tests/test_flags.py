@@ -47,11 +47,6 @@ def test_other_words_are_no_none() -> None:
             read_flags(Settings, flags, "test")
 
 
-@pytest.mark.parametrize(
-    ("name", "says"),
-    [("tensorbord", "did you mean 'tensorboard'"), ("wandbb", "did you mean 'wandb'"), ("nowhere", "choose from")],
-)
-def test_loggers_are_named(name: str, says: str) -> None:
-    with pytest.raises(UserError, match=f"{name}.*{says}"):
-        check_reporters([name])
-    check_reporters([])
+def test_loggers_are_named() -> None:
+    with pytest.raises(UserError, match=r"'tensorbord': choose from the installed loggers, .*tensorboard"):
+        check_reporters(["tensorboard", "tensorbord"])

@@ -139,7 +139,7 @@ def test_interrupting_the_launcher_leaves_a_folder_to_go_on_with(alone: Path, to
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGINT)
     code, said = end(process)
-    assert code != 0 and said.count("the same command goes on from there") == 1, said
+    assert code != 0 and said.count("the same command resumes") == 1, said
     assert any(len(lines) < 11 for lines in records(tmp_path / "run").values())
     evaluate(config(toy_folder, tmp_path / "run"))
     assert records(tmp_path / "run") == records(alone)

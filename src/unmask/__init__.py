@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unmask.decoding import (
-        CONFIDENCES,
-        PRESETS,
-        SCHEDULES,
-        Confidence,
-        Decoder,
-        Plan,
-        decode,
-        decode_each,
-        make_decoder,
-        replay,
-    )
+    from unmask.decoding.confidence import CONFIDENCES, Confidence
+    from unmask.decoding.decode import decode, decode_each
+    from unmask.decoding.decoder import PRESETS, SCHEDULES, Decoder, make_decoder
     from unmask.decoding.generate import Generation
+    from unmask.decoding.plan import Plan
+    from unmask.decoding.score import replay
     from unmask.decoding.trajectory import Trajectory
     from unmask.errors import UserError
     from unmask.models.load import load
@@ -32,10 +24,7 @@ if TYPE_CHECKING:
     from unmask.training.config import SFTConfig
     from unmask.training.sft import SFTTrainer
 
-try:
-    __version__ = version("unmask")
-except PackageNotFoundError:  # run from a source folder that is not installed
-    __version__ = "0+unknown"
+__version__ = "0.1.0"
 
 # Names are imported when first used, so that `unmask --help` does not wait for torch.
 _HOMES = {

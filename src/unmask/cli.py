@@ -9,23 +9,20 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from unmask.config import command_config, convert, overview, read_flags, split_spec
+import unmask
+from unmask.config import command_config, overview, read_flags, split_spec
 from unmask.errors import UserError, unknown
 from unmask.io.files import each_line, writing_to
 from unmask.io.launcher import rank
 from unmask.io.terminal import standard_streams
 
-if TYPE_CHECKING:
-    from unmask.tasks import Grade, Task
+# Heavy imports are inside the commands, so that --help and a typo answer at once.
 
-# Heavy imports stand inside the commands, so that --help and a typo answer at once.
-
-
-TRAINER_ARGS = "trainer_args holds other fields of transformers.TrainingArguments."
+TRAINER_ARGS = "Only in the file: trainer_args, a table of other fields of transformers.TrainingArguments"
 
 
 def _say(text: str) -> None:
@@ -37,7 +34,7 @@ def _say(text: str) -> None:
 def sft(arguments: list[str]) -> None:
     from unmask.training.config import SFTConfig
 
-    about = f"Supervised training with the masked diffusion loss. {TRAINER_ARGS}"
+    about = f"Supervised training with the masked diffusion loss. {TRAINER_ARGS}, and new_model, a table."
     config = command_config(SFTConfig, arguments, "unmask sft", about)
     from unmask.training.sft import train
 
@@ -47,11 +44,13 @@ def sft(arguments: list[str]) -> None:
 def rl(arguments: list[str]) -> None:
     from unmask.rl.config import DiffusionGRPOConfig
 
-    about = f"Reinforcement learning (GRPO) along the trajectories of any decoder. {TRAINER_ARGS}"
-    switch = "Print what the run would do (batches, forward passes, memory) and stop; no weights are read."
-    given = [a for a in arguments if a != "--dry-run"]
-    config = command_config(DiffusionGRPOConfig, given, "unmask rl", about, dry_run=switch)
-    if given != arguments:
+    about = (
+        "Reinforcement learning (GRPO) along the trajectories of any decoder. --dry-run prints what the run would do "
+        f"(batches, forward passes, memory) and reads no weights. {TRAINER_ARGS}."
+    )
+    flags = [a for a in arguments if a != "--dry-run"]
+    config = command_config(DiffusionGRPOConfig, flags, "unmask rl", about)
+    if flags != arguments:
         from unmask.rl.dry_run import dry_run
 
         return _say(dry_run(config))
@@ -84,9 +83,7 @@ def export_checkpoint(arguments: list[str]) -> None:
 
 
 def lm_eval(arguments: list[str]) -> None:
-    if not {"-h", "--help"}.isdisjoint(arguments) and find_spec(
-        "lm_eval"
-    ):  # its help knows no models, so it needs none
+    if {"-h", "--help"} & {*arguments} and find_spec("lm_eval"):  # needs no model
         sys.argv = ["lm-eval", *arguments]
         import_module("lm_eval.__main__").cli_evaluate()
     import_module("unmask.evaluation.lm_eval").command(arguments)
@@ -98,20 +95,7 @@ class GradeArguments:
 
     file: Annotated[str, tyro.conf.Positional]
     task: str
-    """Task spec, e.g. ``countdown``, ``sudoku``, ``gsm8k`` or ``math500``."""
-    extraction: str | None = None
-    """``default``, or ``published`` for the rules of the released evaluation; by default both are shown."""
-
-
-def grade_file(task: Task, path: str) -> list[Grade]:
-    """Grades of a completions file, in its order. Raises UserError naming the first line that is not a completion."""
-    schema = {"question?": str, "completion": str, "ground_truth": object}
-    fix = f"write a JSON object with the question, completion and ground_truth of a {task.name} problem"
-    rows = each_line(Path(path), schema, fix, lambda row: (task.completion_truth(row), row["completion"]), own=False)
-    grades = [task.grade(problem, completion) for problem, completion in rows]
-    if not grades:
-        raise UserError(f"{path} holds no completions")
-    return grades
+    """Task spec, e.g. ``countdown``, or ``gsm8k:extraction=published``; without an extraction both are shown."""
 
 
 def grade(arguments: list[str]) -> None:
@@ -121,82 +105,68 @@ def grade(arguments: list[str]) -> None:
     from unmask.tasks import make_task
 
     asked = make_task(a.task, {})
-    named = "extraction" in split_spec(a.task)[1]
-    if named and a.extraction is not None:
-        raise UserError(f"--extraction {a.extraction} and --task {a.task} both name one: use one of them")
-    for reading in [asked.extraction] if named else [a.extraction] if a.extraction else ["default", "published"]:
-        task = replace(asked, extraction=convert(reading, Literal["default", "published"], "extraction"))
-        grades = grade_file(task, a.file)
+    schema = {"question?": str, "completion": str, "ground_truth": object}
+    fix = f"write a JSON object with the question, completion and ground_truth of a {asked.name} problem"
+    rows = [*each_line(Path(a.file), schema, fix, lambda r: (asked.completion_truth(r), r["completion"]), own=False)]
+    if not rows:
+        raise UserError(f"{a.file} holds no completions")
+    for extraction in [asked.extraction] if "extraction" in split_spec(a.task)[1] else ["default", "published"]:
+        task = replace(asked, extraction=extraction)
+        grades = [task.grade(problem, completion) for problem, completion in rows]
         solved, points, possible = ([getattr(g, name) for g in grades] for name in ("solved", "points", "possible"))
         share = percent(sum(solved) / len(grades), wilson(sum(solved), len(grades)))
-        print(f"{a.task}, {reading} extraction")
+        print(f"{a.task}, {extraction} extraction")
         print(f"  solved         {share} % ({sum(solved)} of {len(grades)})")
         print(f"  {task.score_name:<14} {percent(sum(points) / sum(possible), pooled_bootstrap(points, possible))} %")
 
 
-COMMANDS: dict[str, tuple[str | Callable[[list[str]], None], str]] = {
-    "generate": ("unmask.evaluation.generate", "decode one prompt and watch the canvas fill, or many from a file"),
-    "info": ("unmask.models.info", "what a checkpoint is, its self-test, the memory that decoding and training take"),
-    "view": ("unmask.view.command", "one HTML page that shows a canvas filling, decoders side by side"),
-    "eval": ("unmask.evaluation.command", "score a model on tasks under decoders: records, table, figure"),
-    "sft": (sft, "train on worked responses with the masked diffusion loss"),
-    "rl": (rl, "train on rewards with GRPO along the decoder's trajectories"),
-    "report": ("unmask.results.command", "figures and one HTML file of evaluations, trainings and studies"),
-    "tune": ("unmask.evaluation.command:tune_command", "the best decoder for a task within a budget of forward passes"),
-    "study": ("unmask.study.command", "a grid of trainings and evaluations with equal budgets, resumable"),
-    "export": (export_checkpoint, "merge a checkpoint's adapter into a plain checkpoint"),
-    "lm-eval": (lm_eval, "lm-evaluation-harness's own command line, with --model unmask"),
-    "grade": (grade, "grade completions made elsewhere"),
-    "demo": ("unmask.evaluation.demo", "the shipped model under each decoder"),
+COMMANDS = {
+    "generate": ("evaluation.generate:command", "decode one prompt and watch the canvas fill, or many from a file"),
+    "info": ("models.info:command", "what a checkpoint is, its self-test, the memory that decoding and training take"),
+    "view": ("view.command:command", "one HTML page that shows a canvas filling, decoders side by side"),
+    "eval": ("evaluation.command:command", "score a model on tasks under decoders: records, table, figure"),
+    "sft": ("cli:sft", "train on worked responses with the masked diffusion loss"),
+    "rl": ("cli:rl", "train on rewards with GRPO along the decoder's trajectories"),
+    "report": ("results.command:command", "figures and one HTML file of evaluations, trainings and studies"),
+    "tune": ("evaluation.command:tune_command", "the best decoder for a task within a budget of forward passes"),
+    "study": ("study.command:command", "a grid of trainings and evaluations with equal budgets, resumable"),
+    "export": ("cli:export_checkpoint", "merge a checkpoint's adapter into a plain checkpoint"),
+    "lm-eval": ("cli:lm_eval", "lm-evaluation-harness's own command line, with --model unmask"),
+    "grade": ("cli:grade", "grade completions made elsewhere"),
+    "demo": ("evaluation.demo:command", "the shipped model under each decoder"),
 }
-"""What runs a command, a function or a module with the function ``command``, and what it does."""
-
-
-def usage() -> str:
-    return overview("unmask", "COMMAND", {name: what for name, (_, what) in COMMANDS.items()})
+"""The function that runs a command, and what the command does."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns the exit code. Raises SystemExit after ``--help``, and where nobody takes the output."""
+    """Run one command; returns the exit code. Raises SystemExit after ``--help``, and where the output cannot be written."""
+    given = sys.argv[1:] if arguments is None else arguments
     with standard_streams():
-        return _run(sys.argv[1:] if arguments is None else arguments)
+        return run_command(lambda: _run(given or ["--help"]))
 
 
-def _run(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(usage(), end="")
-        return 0
-    if arguments[0] == "--version":
-        from unmask import __version__
-
-        print(__version__)
-        return 0
-
-    def work() -> None:
-        if arguments[0] not in COMMANDS:
-            raise unknown("command", arguments[0], COMMANDS)
-        command = COMMANDS[arguments[0]][0]
-        if isinstance(command, str):
-            module, _, name = command.partition(":")
-            command = getattr(import_module(module), name or "command")
-        command(arguments[1:])
-
-    return run_command(work, arguments[0] in ("eval", "sft", "rl", "study", "tune", "demo"))
+def _run(arguments: list[str]) -> None:
+    name = arguments[0]
+    if name in ("-h", "--help", "help"):
+        print(overview("unmask", "COMMAND", {name: does for name, (_, does) in COMMANDS.items()}), end="")
+    elif name == "--version":
+        print(unmask.__version__)
+    elif name not in COMMANDS:
+        raise unknown("command", name, COMMANDS)
+    else:
+        module, function = COMMANDS[name][0].split(":")
+        getattr(import_module(f"unmask.{module}"), function)(arguments[1:])
 
 
-def run_command(work: Callable[[], None], resumes: bool = False) -> int:
+def run_command(work: Callable[[], None]) -> int:
     """The exit code of a command: 2 and one sentence for a user's mistake, 130 for Ctrl-C."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        if cache := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):  # torch makes it as soon as it is imported
-            with writing_to(cache, "TORCHINDUCTOR_CACHE_DIR"):
-                os.makedirs(cache, exist_ok=True)
         work()
     except UserError as error:
         print(f"unmask: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        advice = "; what is written stays, and the same command goes on from there" if resumes else ""
-        print(f"\nunmask: interrupted{advice}", file=sys.stderr)
+        print("\nunmask: interrupted; the same command resumes a run that has written results", file=sys.stderr)
         return 130
     return 0

@@ -12,12 +12,13 @@ import typing
 from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
 from unmask.errors import UserError, unknown
 from unmask.io.files import as_yaml, expand_home, read_yaml, write_text
+from unmask.io.schema import KINDS
 
 T = TypeVar("T")
 _IMPORT_PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w-]*(?=[:,]|$)")
@@ -29,14 +30,14 @@ LORA_TARGETS = (
 
 
 class Registry(dict[str, T]):
-    """Things of one kind by name: those that ship, those that ``register`` adds, and any object as ``package.module:name``."""
+    """Things of one kind by name: shipped, added by ``register``, or any object as ``package.module:name``."""
 
     def __init__(self, kind: str, entries: Mapping[str, T] | None = None) -> None:
         super().__init__(entries or {})
         self.kind = kind
 
     def register(self, name: str) -> Callable[[Any], Any]:
-        """A decorator that adds what it decorates; of several of one name the last holds."""
+        """A decorator that adds what it decorates, in place of an earlier entry of that name."""
 
         def add(thing: Any) -> Any:
             self[name] = thing
@@ -45,7 +46,7 @@ class Registry(dict[str, T]):
         return add
 
     def resolve(self, name: str) -> T:
-        """What ``name`` means; modules are also looked for in the current folder. Raises UserError for an unknown name."""
+        """The entry or imported object; modules are also looked for in the current folder. Raises UserError."""
         if name in self:
             return self[name]
         if not _IMPORT_PATH.fullmatch(name):
@@ -81,10 +82,7 @@ def with_parameters(spec: str, **parameters: Any) -> str:
 
 
 def split_spec(spec: str) -> tuple[str, dict[str, str]]:
-    """``"ass:blocks=4,temperature=1"`` -> ``("ass", {"blocks": "4", "temperature": "1"})``. Raises UserError.
-
-    The name may be of the form ``package.module:name``.
-    """
+    """``"ass:blocks=4,temperature=1"`` -> ``("ass", {"blocks": "4", "temperature": "1"})``. Raises UserError."""
     path = _IMPORT_PATH.match(spec.strip())
     name, _, rest = (path[0], "", spec.strip()[path.end() + 1 :]) if path else spec.strip().partition(":")
     parameters: dict[str, str] = {}
@@ -99,11 +97,8 @@ def split_spec(spec: str) -> tuple[str, dict[str, str]]:
 
 
 def is_none(value: Any) -> bool:
-    """Whether a value of a file, a flag or a spec says none: ``none`` and ``null`` in any case, and YAML's null."""
+    """Whether a value of a file, flag or spec is none: ``none`` and ``null`` in any case, and YAML's null."""
     return value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null"))
-
-
-_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", list: "a list", dict: "a table"}
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
@@ -132,12 +127,11 @@ def convert(value: Any, hint: Any, where: str) -> Any:
                 number = kind(value)
                 if kind is float or not isinstance(value, float) or number == value:
                     return number
-    names = " or ".join(_KINDS.get(typing.get_origin(a) or a, "none") for a in arms)
+    names = " or ".join({**KINDS, dict: "a table", type(None): "none"}[typing.get_origin(a) or a] for a in arms)
     raise UserError(f"{where} is {value!r:.100}: choose {names}")
 
 
 def _typed(cls: type, values: Mapping[str, Any], kind: str, of: str) -> dict[str, Any]:
-    """Values by field name, as the types that a dataclass declares. Raises UserError for an unknown name or a wrong type."""
     hints, fields = typing.get_type_hints(cls), [f.name for f in dataclasses.fields(cls) if f.init]
     for key in values:
         if key not in fields:
@@ -146,7 +140,7 @@ def _typed(cls: type, values: Mapping[str, Any], kind: str, of: str) -> dict[str
 
 
 def build(cls: type[T], parameters: Mapping[str, Any], what: str) -> T:
-    """A dataclass from text or file values, called ``what`` in the UserError for an unknown name or a wrong type."""
+    """A dataclass from text or file values. Raises UserError, which calls it ``what``, for an unknown name or a wrong type."""
     return cls(**_typed(cls, parameters, "parameter", f"of {what}"))
 
 
@@ -155,25 +149,18 @@ def build(cls: type[T], parameters: Mapping[str, Any], what: str) -> T:
 
 @_REGISTRY.primitive_rule
 def _none(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[None] | None:
-    """``none`` in every form that files and specs know."""
-    if info.type is not type(None):
-        return None
+    """None in every spelling of ``is_none``."""
 
     def read(words: list[str]) -> None:
         if not is_none(words[0]):
             raise ValueError(f"{words[0]} is not none")
 
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="none",
-        instance_from_str=read,
-        is_instance=lambda value: value is None,
-        str_from_instance=lambda _: ["none"],
-    )
+    spec = tyro.constructors.PrimitiveConstructorSpec[None](1, "none", read, is_none, lambda _: ["none"])
+    return spec if info.type is type(None) else None
 
 
 def read_flags(kind: type[T], arguments: list[str], prog: str, **settings: Any) -> T:
-    """``tyro.cli``, except that what it draws in a box is one sentence of a UserError. SystemExit follows ``--help``."""
+    """``tyro.cli``, with the error that it draws in a box as one sentence of a UserError. SystemExit follows ``--help``."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said), _REGISTRY:
@@ -191,13 +178,12 @@ def read_flags(kind: type[T], arguments: list[str], prog: str, **settings: Any) 
 
 def overview(prog: str, what: str, choices: Mapping[str, str]) -> str:
     """The help of a command that is a choice of others: their names, and what each does."""
-    width = max(map(len, choices))
-    rows = "".join(f"  {name:<{width}}  {does}\n" for name, does in choices.items())
+    rows = "".join(f"  {name:<{max(map(len, choices))}}  {does}\n" for name, does in choices.items())
     return f"usage: {prog} {what} …    ({prog} {what} --help for its options)\n\n{rows}"
 
 
 def _sentence(box: str, prog: str) -> str:
-    """What the parser says in a box, as one sentence, with the nearest flag."""
+    """The parser's message, which it draws in a box, as one sentence, with the nearest flag."""
     text = re.sub("[│╭╮╰╯]", "", box.split("\n", 1)[1])  # without its title
     what, *others = (part for part in re.split(r"[─-]{8,}", text) if part.strip())
     if missing := re.findall(r"^ {4,6}(--[\w-]+|[A-Z]+\b)", what, re.MULTILINE) if "Missing from" in what else []:
@@ -213,44 +199,26 @@ def _sentence(box: str, prog: str) -> str:
 # ---- run files -------------------------------------------------------------------------------------------------------
 
 
-def command_config(cls: type[T], arguments: list[str], prog: str, about: str, **switches: str) -> T:
-    """The configuration that ``CONFIG --key value …`` asks for.
+def command_config(cls: type[T], arguments: list[str], prog: str, about: str) -> T:
+    """The configuration of ``CONFIG --key value …``. ``about`` begins the help, which lists the keys.
 
-    Args:
-        about: the first sentence of the help, which lists the keys with their defaults. switches: further flags of the command
-            and what they do, for the help.
-
-    Raises:
-        UserError: as ``read_config``, and where no file comes first.
-        SystemExit: after ``--help``.
+    Raises UserError as ``read_config`` and where no file comes first, SystemExit after ``--help``.
     """
     if arguments and arguments[0] in ("-h", "--help"):
-        note = tyro.conf.arg(metavar="CONFIG", help="YAML file of the keys below.")
-        own: list[Any] = [("config", Annotated[str, tyro.conf.Positional, note])]
-        own += [(k, Annotated[bool, tyro.conf.arg(help=v)], False) for k, v in switches.items()]
-        hints = typing.get_type_hints(cls, include_extras=True).items()
-        tables = [k for k, hint in hints if tyro.conf.Suppress in getattr(hint, "__metadata__", ())]
-        about += (
-            " The options are the keys of the file; each may follow as a flag, which then holds. Only in the file: "
-            f"{', '.join(tables)} (tables)."
-        )
-        kind = dataclasses.make_dataclass("Help", own, bases=(cls,), kw_only=True, namespace={"__doc__": about})
-        read_flags(kind, arguments[:1], prog)
+        about += " CONFIG is a YAML file of the keys below, which override it as flags."
+        read_flags(cls, arguments[:1], f"{prog} CONFIG", description=about)
     if not arguments or arguments[0].startswith("-"):
         raise UserError(f"{prog} lacks an argument: pass a YAML file first, then flags; see {prog} --help")
     return read_config(cls, arguments[0], arguments[1:])
 
 
 def read_config(cls: type[T], path: str | Path, arguments: list[str] | None = None) -> T:
-    """A dataclass from a YAML file, then flags (``--steps 2``) over it.
+    """A dataclass from a YAML file over the file that its key ``base`` names (relative to it), overridden by flags.
 
-    The key ``base`` names another file, beside this one, whose values hold where this one sets none.
-
-    Raises:
-        UserError: for an unreadable file, an unknown key (with the nearest one), or a value of the wrong type.
+    Raises UserError for an unreadable file, an unknown key (with the nearest one), or a value of the wrong type.
     """
     values = _typed(cls, _read(Path(expand_home(str(path)))), "key", f"in {path}")
-    draft = object.__new__(cls)  # unchecked: a check may take long, and a flag may mend what the file says
+    draft = object.__new__(cls)  # unchecked: a check may take long, and a flag may correct what the file says
     for f in dataclasses.fields(cls):  # type: ignore[arg-type]
         if f.name not in values and f.default is f.default_factory is dataclasses.MISSING:
             raise UserError(f"{path} lacks {f.name}: add it")
@@ -261,26 +229,22 @@ def read_config(cls: type[T], path: str | Path, arguments: list[str] | None = No
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The values of a file over those of its ``base``."""
-    values = read_yaml(path, "the config" if not above else f"the base of {above[-1]},")
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    if not isinstance(base, str) or path in above:
-        raise UserError(f"base of {path} is {base!r}: choose another file, which does not lead back here")
-    return {**_read(path.parent / expand_home(base), (*above, path)), **values}
+    if path in above:
+        raise UserError(f"base of {above[-1]} leads back to {path}: choose another file")
+    values = read_yaml(path, f"the base of {above[-1]}," if above else "the config")
+    base = convert(values.pop("base", None), str | None, f"base of {path}")
+    return {**_read(path.parent / base, (*above, path)), **values} if base else values
 
 
 def save_config(config: Any, path: Path) -> None:
-    """Write the resolved configuration beside a run's results, whole or not at all."""
+    """Write the resolved configuration into a run's folder, atomically."""
     write_text(path, as_yaml(dataclasses.asdict(config)))
 
 
 def check_reporters(names: Collection[str]) -> None:
     """Raises UserError for the first name that is no logger of transformers, or one that is not installed."""
-    from transformers.integrations import get_available_reporting_integrations, integration_utils  # heavy
+    from transformers.integrations import get_available_reporting_integrations  # heavy
 
     for name in names:
-        if name not in integration_utils.INTEGRATION_TO_CALLBACK:
-            raise unknown("logger in report_to", name, integration_utils.INTEGRATION_TO_CALLBACK)
-        if name not in get_available_reporting_integrations():
-            raise UserError(f"report_to names {name!r}, which is not installed: pip install it or leave it out")
+        if name not in (known := get_available_reporting_integrations()):
+            raise UserError(f"report_to names {name!r}: choose from the installed loggers, {', '.join(known)}")

@@ -12,7 +12,7 @@ class UserError(Exception):
 
 
 class TooFewProblems(UserError):
-    """A split does not have as many problems as were asked for."""
+    """A split has fewer problems than were asked for."""
 
 
 def unknown(kind: str, value: str, choices: Iterable[str]) -> UserError:
@@ -44,6 +44,6 @@ def check_seed(config: Any) -> None:
 
 
 def check_own_folder(output: str) -> None:
-    """Raises UserError for an ``output`` that is the folder the command was started in, or above it."""
+    """Raises UserError for an ``output`` that is the current folder or one above it."""
     if not output.strip(". "):
         raise UserError(f"output is {output!r}: choose an output folder other than the current one")

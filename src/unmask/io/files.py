@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files: written atomically, and checked where they are read."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import yaml
 
 from unmask.errors import UserError
-from unmask.io.schema import DEEPEST, check
+from unmask.io.schema import check
 
 T = TypeVar("T")
 
@@ -32,11 +32,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing_to(output: Path | str, instead: str = "--output") -> Iterator[None]:
-    """Turns an OSError of the block into the UserError that names the output and the flag that changes it."""
+    """Turns an OSError of the block into a UserError that names the output and the flag that changes it."""
     try:
         yield
     except BrokenPipeError:
-        raise  # what it says meanwhile finds no reader: no fault of the output
+        raise  # the reader of the progress display has gone: no fault of the output
     except (OSError, UnicodeEncodeError) as error:  # the latter: a name that the locale does not have
         reason = getattr(error, "strerror", error)
         raise UserError(f"cannot write to {output}: {reason}; choose another {instead}") from None
@@ -47,91 +47,67 @@ def folder_removed(folder: Path) -> UserError:
 
 
 def check_writable(output: Path) -> None:
-    """Raises UserError where a result file cannot be written: before anything is measured for it. An earlier result stays."""
+    """Raises UserError, before anything is computed, where a result file cannot be written. An earlier result stays."""
     with writing_to(output):
         output.parent.mkdir(parents=True, exist_ok=True)
-        there = output.exists()
+        exists = output.exists()
         output.open("a", encoding="utf-8").close()
-        if not there:
+        if not exists:
             output.unlink()
 
 
 def read_text(path: Path | str, what: str = "") -> str:
-    """A UTF-8 text file without its byte-order mark, lines ended by newlines.
-
-    Raises:
-        UserError: for a file that cannot be read, called ``what`` and its path, or the first line that is not UTF-8.
-    """
-    file = f"{what} {path}" if what else path
+    """A UTF-8 text file without its byte-order mark. Raises UserError, which calls the file ``what`` and its path."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        byte = f"byte 0x{error.object[error.start]:02x}"
-        raise UserError(f"cannot read {file}: line {line} is not UTF-8 ({byte}); save it as UTF-8") from None
-    except (OSError, ValueError) as error:  # ValueError: a path that the system cannot have
-        raise UserError(f"cannot read {file}: {getattr(error, 'strerror', error)}; check the path") from None
+    except (OSError, ValueError) as error:  # ValueError: other encodings, a path that the system cannot have
+        reason, file = getattr(error, "strerror", error), f"{what} {path}".strip()
+        fix = "save it as UTF-8" if isinstance(error, UnicodeDecodeError) else "check the path"
+        raise UserError(f"cannot read {file}: {reason}; {fix}") from None
 
 
 def write_text(path: Path, text: str) -> None:
-    """A UTF-8 text file, whole or not at all. Bytes of a file name that the locale could not read are escaped, also in JSON."""
+    """A UTF-8 text file, atomically. Bytes of a file name that the locale could not read are escaped, also in JSON."""
     with atomic_write(path) as partial:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Indented JSON, whole or not at all."""
+    """Indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-# ---- YAML ------------------------------------------------------------------------------------------------------------------
+# ---- YAML and JSON ---------------------------------------------------------------------------------------------------------
 
-MOST_VALUES = 100_000
-"""Values of a YAML file, with every alias written out."""
-_TAG, _POWER = "tag:yaml.org,2002:", r"[eE][-+]?[0-9]+"
-_NUMBERS = {
-    "int": r"[-+]?(?:0b[01_]+|0[0-7_]*|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$",
-    "float": rf"(?:[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*(?:{_POWER})?|{_POWER})|\.[0-9][0-9_]*(?:{_POWER})?|\.(?:inf|Inf|INF))"
-    r"|\.(?:nan|NaN|NAN))$",
-}
+_DAMAGE = (yaml.YAMLError, ValueError, TypeError, KeyError, OverflowError, RecursionError)
+
+
+def _reason(error: Exception) -> str:
+    said = f"it lacks {error}" if isinstance(error, KeyError) else getattr(error, "problem", None) or str(error)
+    return " ".join(said.split())[:150]
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML with numbers as in YAML 1.2 (1e-5 is one, 12:30 is not); dates are text, other types are refused."""
+    """PyYAML's types, with 1e-5 as a number; a key that occurs twice in a table is refused."""
 
-    def get_single_node(self) -> yaml.Node | None:
-        """The document. Raises YAMLError for other types, keys that are no text or stand twice, and more or deeper values than
-        MOST_VALUES and DEEPEST with aliases written out."""
-        root = super().get_single_node()
-        waiting, count = [(root, 1)] if root is not None else [], 0
-        while waiting:
-            (node, level), count, keys = waiting.pop(), count + 1, set()
-            if level > DEEPEST or count > MOST_VALUES:
-                raise yaml.YAMLError(f"it holds more than {DEEPEST} levels or {MOST_VALUES:,} values")
-            if node.tag.removeprefix(_TAG) not in ("null", "bool", "int", "float", "str", "seq", "map"):
-                raise yaml.MarkedYAMLError(None, None, f"the tag {node.tag:.60} is not read", node.start_mark)
-            for child in node.value if isinstance(node, yaml.CollectionNode) else ():
-                key, value = child if isinstance(child, tuple) else (None, child)
-                if key is not None:
-                    text = key.tag in (_TAG + "str", _TAG + "merge")
-                    if not text or key.value in keys:
-                        said = f"the key {key.value!r:.60} stands twice" if text else "a key is no text"
-                        raise yaml.MarkedYAMLError(None, None, said, key.start_mark)
-                    keys.add(key.value)
-                waiting.append((value, level + 1))
-        return root
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {key.value!r:.60} occurs twice", problem_mark=key.start_mark
+                )
+            seen.add(str(key.value))
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
     """Writes what ``_Loader`` reads back as it was."""
 
 
-_Loader.yaml_implicit_resolvers = _Dumper.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in known if tag.removeprefix(_TAG) in ("bool", "null", "merge")]
-    for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _name, _pattern in _NUMBERS.items():
-    _Loader.add_implicit_resolver(_TAG + _name, re.compile(_pattern), list("-+.0123456789"))
+_POWER_OF_TEN = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _POWER_OF_TEN, list("-+.0123456789"))
 
 
 def as_yaml(value: Any) -> str:
@@ -152,22 +128,22 @@ def read_yaml(path: Path, what: str, schema: Any = dict) -> dict[str, Any]:
     return found
 
 
-# ---- JSON ------------------------------------------------------------------------------------------------------------------
-
-_DAMAGE = (yaml.YAMLError, ValueError, TypeError, KeyError, OverflowError, RecursionError)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return f"it has more than {DEEPEST} levels"
-    said = f"it lacks {error}" if isinstance(error, KeyError) else getattr(error, "problem", None) or str(error)
-    return " ".join(said.split())[:150]
+def parse_json(
+    text: str | bytes, schema: Any, wrong: str, fix: str, make: Callable[[Any], Any] = lambda value: value
+) -> Any:
+    """The value of a JSON text. Raises UserError where it is not as ``schema`` says: ``wrong`` (the reason): ``fix``."""
+    try:
+        value = json.loads(text)
+        check(value, schema)
+        return make(value)
+    except _DAMAGE as error:
+        raise UserError(f"{wrong} ({_reason(error)}): {fix}") from None
 
 
 def read_json(path: Path, schema: Any, fix: str, make: Callable[[Any], Any] = lambda value: value) -> Any:
     """The value in a JSON file; arguments and errors as for ``each_line``."""
     try:
-        return _parse(path.read_bytes(), schema, f"{path} is damaged", fix, make)
+        return parse_json(path.read_bytes(), schema, f"{path} is damaged", fix, make)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; {fix}") from None
 
@@ -175,40 +151,27 @@ def read_json(path: Path, schema: Any, fix: str, make: Callable[[Any], Any] = la
 def each_line(
     path: Path, schema: Any, fix: str, make: Callable[[Any], Any] = lambda value: value, own: bool = True
 ) -> Iterator[Any]:
-    """The lines of a JSON-lines file, one at a time, each as its schema (``schema.py``) says.
+    """The lines of a JSON-lines file. Raises UserError naming the first line that is not as ``schema`` says.
 
     Args:
-        fix: what to do where a line is not, as the end of a sentence.
-        make: what becomes of a line; a ValueError, KeyError, TypeError or OverflowError of it is the line's mistake.
-        own: whether a run writes the file: then it may be missing, and a last line that is not (yet) whole is passed over.
-            Else empty lines are.
-
-    Raises:
-        UserError: naming the file and the first line that is something else.
+        fix: what to do about such a line, as the end of a sentence.
+        make: applied to each line; a ValueError, KeyError, TypeError or OverflowError of it is the line's mistake.
+        own: whether a run writes the file: it may be missing, and an unfinished last line is skipped. Else empty lines are.
     """
     try:
         with path.open("rb") as file:
             for number, raw in enumerate(file, 1):
                 if raw.endswith(b"\n") if own else raw.strip():
                     wrong = f"{path}:{number} {'is damaged' if own else 'cannot be used'}"
-                    yield _parse(raw, schema, wrong, fix, make)
+                    yield parse_json(raw, schema, wrong, fix, make)
     except OSError as error:
         if not own or not isinstance(error, FileNotFoundError):
             raise UserError(f"cannot read {path}: {error.strerror}; {fix}") from None
 
 
 def read_lines(path: Path, schema: Any = dict, fix: str = "remove it") -> list[dict[str, Any]]:
-    """The whole lines of a file that a run writes, as ``each_line`` reads them."""
+    """The finished lines of a file that a run writes."""
     return list(each_line(path, schema, fix))
-
-
-def _parse(raw: bytes, schema: Any, wrong: str, fix: str, make: Callable[[Any], Any]) -> Any:
-    try:
-        value = json.loads(raw.decode("utf-8-sig"))
-        check(value, schema)
-        return make(value)
-    except _DAMAGE as error:
-        raise UserError(f"{wrong} ({_reason(error)}): {fix}") from None
 
 
 # ---- text and names --------------------------------------------------------------------------------------------------------
@@ -226,13 +189,11 @@ def as_utf8(text: str) -> str:
     try:
         return text.encode(errors="surrogateescape").decode()
     except UnicodeError:
-        raise UserError(
-            f"{text[:40]!r} is not UTF-8 text: write it as UTF-8, or set the locale it is written in"
-        ) from None
+        raise UserError(f"{text[:40]!r} is not UTF-8: write it as UTF-8, or set the locale it is written in") from None
 
 
 def slug(text: str) -> str:
-    """A file name for a spec, of at most 109 characters; a hash keeps apart what cutting and replacing would confuse."""
+    """A file name for a spec, of at most 109 characters, with a hash where characters were cut or replaced."""
     plain = re.sub(r"[^A-Za-z0-9.+=-]+", "_", text).strip("_")[:100]
     digest = hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
     return plain if plain == text else f"{plain}-{digest[:8]}"

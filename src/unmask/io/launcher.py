@@ -1,4 +1,4 @@
-"""This process among those that torchrun or accelerate started, as the environment tells it."""
+"""The environment variables that torchrun and accelerate set."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def rank() -> int:
-    """0 where there is only one."""
+    """0 in a single process."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -16,10 +16,10 @@ def world_size() -> int:
 
 
 def is_launched() -> bool:
-    """Whether a launcher started this process beside others."""
+    """Whether a launcher started this process as one of several."""
     return world_size() > 1 and "RANK" in os.environ
 
 
 def local_rank() -> int:
-    """The place on this machine."""
+    """The rank among the processes of this machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))

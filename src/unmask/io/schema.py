@@ -2,7 +2,7 @@
 
 A schema is ``str``, ``bool``, ``None``, ``object`` (anything), ``float`` (any number, also NaN), a ``Number``, ``dict`` (any
 object), ``[schema]`` (a list of it), ``[schema, n]`` (n of it), a tuple of alternatives, or an object ``{key: schema}``. There
-a key with ``?`` may be missing, and ``...`` stands for all other keys, whose values may else be anything.
+a key with ``?`` may be missing, and ``...`` means all other keys, whose values may otherwise be anything.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import reprlib
 from dataclasses import dataclass
 from typing import Any
 
-DEEPEST = 32
-"""Levels of lists and objects that a file may have."""
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", type(None): "null", str: "text"}
+KINDS |= {list: "a list", dict: "an object", object: "text, a number, true, false, null, a list or an object"}
 
 
 @dataclass(frozen=True)
@@ -27,36 +27,27 @@ class Number:
 def _fits(value: Any, schema: Any) -> bool:
     """Whether a value is of a schema's kind, whatever is in it."""
     if isinstance(schema, Number):
-        kinds = (int,) if schema.whole else (int, float)
-        return type(value) in kinds and schema.low <= value <= schema.high
+        return type(value) in ((int,) if schema.whole else (int, float)) and schema.low <= value <= schema.high
     if schema is float:
         return type(value) is float or (type(value) is int and abs(value) < 2**63)
+    if schema is object:
+        return isinstance(value, str | int | float | list | dict | None)
     return isinstance(value, schema if isinstance(schema, type) else type(schema))
 
 
 def _name(schema: Any) -> str:
     if isinstance(schema, Number):
         return f"a {'whole ' * schema.whole}number from {schema.low:g} to {schema.high:g}"
-    names = {
-        str: "text",
-        bool: "true or false",
-        float: "a number",
-        list: "a list",
-        dict: "an object",
-        type(None): "null",
-    }
-    return names[schema if isinstance(schema, type) else type(schema)]
+    return KINDS[schema if isinstance(schema, type) else type(schema)]
 
 
-def check(value: Any, schema: Any, where: str = "it", level: int = 0) -> None:
-    """Raises ValueError, which names the place, unless a value read from a file is as its schema says, is no more than
-    DEEPEST levels deep and holds no lone surrogate (``\\ud800``), which cannot be written as UTF-8."""
+def check(value: Any, schema: Any, where: str = "it") -> None:
+    """Raises ValueError, which names the place, unless a value read from a file is as its schema says and holds no lone
+    surrogate (``\\ud800``), which cannot be written as UTF-8; RecursionError where it is nested too deeply."""
     kinds = schema if isinstance(schema, tuple) else (schema,)
     kind = next((k for k in kinds if _fits(value, k)), ...)
     if kind is ...:
         raise ValueError(f"{where} is {reprlib.repr(value)}, not {' or '.join(map(_name, kinds))}")
-    if level > DEEPEST:
-        raise ValueError(f"{where} lies more than {DEEPEST} levels deep")
     if isinstance(value, str):
         value.encode()
     elif isinstance(value, list):
@@ -64,92 +55,65 @@ def check(value: Any, schema: Any, where: str = "it", level: int = 0) -> None:
         if count and len(value) != count[0]:
             raise ValueError(f"{where} has {len(value)} entries, not {count[0]}")
         for i, entry in enumerate(value):
-            check(entry, inner, f"{where}[{i}]", level + 1)
+            check(entry, inner, f"{where}[{i}]")
     elif isinstance(value, dict):
         known = kind if isinstance(kind, dict) else {}
         for key in known:
             if key is not ... and not key.endswith("?") and key not in value:
                 raise ValueError(f"{where} lacks {key!r}")
         for key, entry in value.items():
-            key.encode()
+            check(key, str, f"the key {key!r:.60}")
             inside = f"{key:.60}" if where == "it" else f"{where}.{key:.60}"
-            check(entry, known.get(key, known.get(f"{key}?", known.get(..., object))), inside, level + 1)
+            check(entry, known.get(key, known.get(f"{key}?", known.get(..., object))), inside)
 
 
-# ---- what there is in which file -------------------------------------------------------------------------------------------
+# ---- the files of runs ----------------------------------------------------------------------------------------------------
 
 COUNT, POSITIVE = Number(0, whole=True), Number(1, whole=True)
 AMOUNT, SHARE = Number(0), Number(0, 1)
-_MAYBE = [(SHARE, None)]
 
 METRICS = {"step": COUNT, ...: float}
 """A line of an ``rl`` run's metrics.jsonl; what a diverging run logs may not be finite."""
 TIMES = {"step": COUNT, "seconds_rollout?": AMOUNT, "seconds_update?": AMOUNT}
-MEASURED = {
-    **dict.fromkeys(("index", "committed", "length"), COUNT),
-    **{"points": AMOUNT, "seconds": AMOUNT, "possible": Number(1e-6), "nfe": POSITIVE, "id": str, "solved": bool},
-}
+MEASURED = {"index": COUNT, "id": str, "solved": bool, "points": AMOUNT, "possible": Number(1e-6)}
+MEASURED |= {"nfe": POSITIVE, "committed": COUNT, "length": COUNT, "seconds": AMOUNT}
 """What is counted of a problem: with split and decoder, a line of ``tune``'s measurements.jsonl."""
 RECORD = {**MEASURED, "task?": str, "decoder?": str, "prompt": str, "completion": str}
 """A line of ``eval``'s records."""
-CONFIG = {
-    **{"model": {"name": str, "weights": str, "dtype": str}, "tasks": {...: dict}, "decoders": {...: dict}},
-    **{"seed": Number(0, 2**30 - 1, whole=True), "early_stop": bool, "load_in_4bit": bool},
-    **{"adapter": (str, None), "revision": (str, None)},
-}
+CONFIG = {"model": {"name": str, "weights": str, "dtype": str}, "tasks": {...: dict}, "decoders": {...: dict}}
+CONFIG |= {"seed": Number(0, 2**30 - 1, whole=True), "early_stop": bool, "load_in_4bit": bool}
+CONFIG |= {"adapter": (str, None), "revision": (str, None)}
 """``eval``'s config.json."""
 STEPS = ("commits", "eos_share", "end_confidence", "other_confidence")
 """Which curves have one entry a step."""
-CURVES = {"commits": [AMOUNT], **dict.fromkeys(STEPS[1:], _MAYBE), "order": [[(SHARE, None), 32], 16]}
-SUMMARY = {
-    "config": {"model": {"name": str}, "split": str},
-    "environment": dict,
-    "cells": [
-        {
-            **dict.fromkeys(("task", "decoder", "score_name"), str),
-            **dict.fromkeys(("score", "tokens_per_forward", "length", "seconds"), AMOUNT),
-            **{"problems": POSITIVE, "solved": SHARE, "nfe": Number(1), "curves?": CURVES},
-            **{"solved_interval": [SHARE, 2], "score_interval": [AMOUNT, 2]},
-        }
-    ],
-}
+CURVES = {"commits": [AMOUNT], **{key: [(SHARE, None)] for key in STEPS[1:]}, "order": [[(SHARE, None), 32], 16]}
+_ROW = {"task": str, "decoder": str, "problems": POSITIVE, "solved": SHARE, "solved_interval": [SHARE, 2]}
+_ROW |= {"score_name": str, "score": AMOUNT, "score_interval": [AMOUNT, 2], "nfe": Number(1)}
+_ROW |= {"tokens_per_forward": AMOUNT, "length": AMOUNT, "seconds": AMOUNT, "curves?": CURVES}
+SUMMARY = {"config": {"model": {"name": str}, "split": str}, "environment": dict, "cells": [_ROW]}
 """``eval``'s summary.json."""
 _TRAINED = {"updates": COUNT, "completions": COUNT, "training_passes": COUNT}
-CELL = {
-    **dict.fromkeys(("key", "score_name", "problems", "solved"), str),
-    **{"length": [COUNT], "committed": [COUNT], "points": [AMOUNT], "possible": [Number(1e-6)], "nfe": [POSITIVE]},
-    **{"seconds": AMOUNT, "curves?": CURVES, "environment": dict},
-    "cell": {"task": str, "decoder": str},
-    "budget": {"nfe": POSITIVE, **{f"{key}?": COUNT for key in _TRAINED}},
-    "model": {"name": str, "weights": str},
-}
+CELL = {"key": str, "cell": {"task": str, "decoder": str}, "model": {"name": str, "weights": str}}
+CELL |= {"problems": str, "solved": str, "score_name": str, "points": [AMOUNT], "possible": [Number(1e-6)]}
+CELL |= {"nfe": [POSITIVE], "length": [COUNT], "committed": [COUNT], "seconds": AMOUNT, "environment": dict}
+CELL |= {"budget": {"nfe": POSITIVE, **{f"{key}?": COUNT for key in _TRAINED}}, "curves?": CURVES}
 """A line of a study's cells.jsonl."""
-RUN = {
-    **{"key": str, "train": dict, "budget": _TRAINED, "metrics": [METRICS]},
-    "seconds": {"rollout": AMOUNT, "update": AMOUNT},
-}
+RUN = {"key": str, "train": dict, "budget": _TRAINED, "metrics": [METRICS]}
+RUN |= {"seconds": {"rollout": AMOUNT, "update": AMOUNT}}
 """A line of a study's runs.jsonl."""
 
 
 def check_summary(summary: dict[str, Any]) -> dict[str, Any]:
-    """The same. Raises ValueError where there are no cells, or curves that belong together are not equally long."""
+    """The same. Raises ValueError where there are no cells."""
     if not summary["cells"]:
         raise ValueError("cells is empty")
-    for cell in summary["cells"]:
-        _check_same_length(cell.get("curves", {}), *STEPS)
     return summary
 
 
 def check_cell(cell: dict[str, Any]) -> dict[str, Any]:
-    """The same. Raises ValueError where its lists have not an entry a problem, or its curves not an entry a step."""
+    """The same. Raises ValueError where its lists have not an entry a problem."""
     if not cell["solved"] or set(cell["solved"]) - {"0", "1"}:
         raise ValueError("solved is not a 0 or 1 for each problem")
-    _check_same_length(cell, "solved", "points", "possible", "nfe", "length", "committed")
-    _check_same_length(cell.get("curves", {}), *STEPS)
+    if len({len(cell[key]) for key in ("solved", "points", "possible", "nfe", "length", "committed")}) > 1:
+        raise ValueError("solved, points, possible, nfe, length and committed have not as many entries each")
     return cell
-
-
-def _check_same_length(value: dict[str, Any], *keys: str) -> None:
-    sizes = {key: len(value[key]) for key in keys if key in value}
-    if len(set(sizes.values())) > 1:
-        raise ValueError(f"{', '.join(f'{k} has {n} entries' for k, n in sizes.items())}: not as many each")

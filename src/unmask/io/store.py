@@ -1,4 +1,4 @@
-"""Results that a run goes on with: the folder that belongs to its settings, and records as JSON lines."""
+"""What makes a run resumable: a folder that belongs to its settings, and records as JSON lines."""
 
 from __future__ import annotations
 
@@ -13,23 +13,18 @@ from unmask.io.files import atomic_write, each_line, read_json, write_json
 
 Record = dict[str, Any]
 FORMAT = 1
-"""Version of what the run folders hold, raised where equal settings no longer mean equal results; others are refused."""
+"""Version of what run folders hold, raised where equal settings no longer mean equal results; others are refused."""
 
 
 def claim(
     folder: Path, settings: dict[str, Any], may_change: Collection[str] = (), may_grow: Collection[str] = ()
 ) -> None:
-    """Make a folder this run's: write ``config.json``, or refuse a folder that holds something else.
+    """Make a folder this run's: write ``config.json``, or refuse a folder that holds something else with a UserError.
 
     Args:
-        settings: all that decides the results as JSON values, defaults included: they are compared whole, so a default that
-            changes, or a setting that is new, is a difference.
+        settings: all that decides the results as JSON values, defaults included, so a default that changes is a difference.
         may_change: keys in which a later call may differ.
-        may_grow: keys of tables that later calls may add to (what is there stays), and of numbers that they may raise (None:
-            no limit).
-
-    Raises:
-        UserError: where the folder was made with other settings or by another version, or holds results without settings.
+        may_grow: keys of tables that later calls may add to, and of numbers that they may raise (None: no limit).
     """
     path = folder / "config.json"
     now = json.loads(json.dumps({"format": FORMAT, **settings}))
@@ -55,7 +50,7 @@ def _grows(before: Any, now: Any) -> bool:
 
 
 def shard(path: Path, rank: int) -> Path:
-    """Where one of several processes writes what belongs into the file ``path``."""
+    """The file that one of several processes appends to instead of ``path``."""
     return path.with_name(f"{path.name}.rank-{rank}")
 
 
@@ -67,12 +62,12 @@ def as_lines(records: Iterable[Record]) -> str:
 class RecordStore:
     """A file of JSON lines, each the record of one ``key``: what is there is read, what is new is appended.
 
-    Several processes append to a shard each; ``merge`` takes all shards, of whatever number of processes, into the file. It is
-    in place, whole and sorted by key, before a shard goes, and a key counts once: a crash at any moment neither loses nor
-    doubles a record. A last line that an interruption cut off is dropped.
+    Several processes append to a shard each; ``merge`` takes all shards, of any number of processes, into the file, which is
+    complete before a shard is removed: a crash neither loses nor doubles a record. A last line that was cut off is dropped.
 
     Attributes:
-        schema: of a line, as in ``schema.py``. fix: what to do about a damaged line, as the end of a sentence.
+        schema: of a line, as in ``schema.py``.
+        fix: what to do about a damaged line, as the end of a sentence.
         check: raises ValueError where a record does not belong here.
     """
 
@@ -83,23 +78,16 @@ class RecordStore:
     check: Callable[[Record], Any] = lambda record: None
 
     def merge(self, world: int = 0) -> dict[Any, Record]:
-        """All records by key, in order; the file then holds them, and there are no shards.
+        """All records by key, in order; the file then holds them, and there are no shards. UserError changes no file.
 
         Shards of ranks below ``world`` are looked for by name, since a network file system may list late.
-
-        Raises:
-            UserError: where a file is damaged or holds records of something else; everything then stays as it is.
         """
         listed = {*self.path.parent.glob(f"{self.path.name}.rank-*"), *(shard(self.path, r) for r in range(world))}
         shards = sorted(p for p in listed if p.exists())
         records: dict[Any, Record] = {}
         for part in (self.path, *shards):
-            for record in each_line(part, self.schema, self.fix):
-                try:
-                    self.check(record)
-                except ValueError as error:
-                    raise UserError(f"{part} holds a record of something else ({error}): {self.fix}") from None
-                records.setdefault(self.key(record), record)
+            for _, key, record in each_line(part, self.schema, self.fix, lambda r: (self.check(r), self.key(r), r)):
+                records.setdefault(key, record)
         records = dict(sorted(records.items()))
         if records or shards:
             with atomic_write(self.path) as partial:

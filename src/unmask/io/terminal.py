@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import sys
@@ -14,22 +13,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-_UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO)
-
 
 @contextmanager
 def standard_streams() -> Iterator[None]:
-    """Standard output and error that cannot make a command fail: characters that they cannot show are escaped.
-
-    What is written to a closed stream (``>&-``) is dropped.
-
-    Raises:
-        SystemExit: where the reader of a pipe has gone (``| head -1``), silently; where standard output cannot be written (a
-            full disk), with a sentence.
-    """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in this order each takes its own descriptor
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    """Standard streams that escape what they cannot show. SystemExit where the reader of a pipe has gone (``| head -1``)."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -38,16 +25,11 @@ def standard_streams() -> Iterator[None]:
             yield
         finally:  # here and not at the interpreter's end, where nothing catches the error
             sys.stdout.flush()
-    except OSError as error:
-        if error.filename is not None or error.errno not in _UNWRITABLE:
-            raise
-        reader_gone = isinstance(error, BrokenPipeError)
-        with open(os.devnull, "w", encoding="utf-8") as devnull:  # for what is still buffered
-            for stream in (sys.stdout, *((sys.stderr,) if reader_gone else ())):
+    except BrokenPipeError:
+        with open(os.devnull, "w", encoding="utf-8") as devnull:  # takes what is still buffered
+            for stream in (sys.stdout, sys.stderr):
                 with suppress(OSError, ValueError):  # a stream without a descriptor buffers nothing
                     os.dup2(devnull.fileno(), stream.fileno())
-        if not reader_gone:
-            sys.stderr.write(f"unmask: cannot write the output: {error.strerror}\n")
         raise SystemExit(1) from None
 
 
@@ -72,17 +54,16 @@ def fitting_table(
     """A table as wide as the screen allows: words in the first ``text_columns``, numbers in the others.
 
     Args:
-        drop_first: headings of the columns that go, in this order, where the screen is too narrow for all; what then still does
-            not fit is folded, not cut.
+        drop_first: headings of columns to drop, in this order, where the screen is too narrow; then text is folded, not cut.
         sections: rows under which a line is drawn.
     """
     from rich.measure import Measurement
     from rich.table import Table
 
     for dropped in range(len(drop_first) + 1):
-        gone = drop_first[:dropped]
-        table = Table(title=title, caption=f"without {', '.join(gone)}: the screen is narrow" if gone else None)
-        kept = [i for i, heading in enumerate(headings) if heading not in gone]
+        without = drop_first[:dropped]
+        table = Table(title=title, caption=f"without {', '.join(without)}: the screen is narrow" if without else None)
+        kept = [i for i, heading in enumerate(headings) if heading not in without]
         for i in kept:
             table.add_column(headings[i], justify="left" if i < text_columns else "right", overflow="fold")
         for number, row in enumerate(rows):
