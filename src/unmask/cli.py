@@ -140,13 +140,12 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code. Raises SystemExit after ``--help``, and where the output cannot be written."""
-    given = sys.argv[1:] if arguments is None else arguments
     with standard_streams():
-        return run_command(lambda: _run(given or ["--help"]))
+        return run_command(lambda: _run(sys.argv[1:] if arguments is None else arguments))
 
 
 def _run(arguments: list[str]) -> None:
-    name = arguments[0]
+    name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help", "help"):
         print(overview("unmask", "COMMAND", {name: does for name, (_, does) in COMMANDS.items()}), end="")
     elif name == "--version":

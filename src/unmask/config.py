@@ -144,9 +144,6 @@ def build(cls: type[T], parameters: Mapping[str, Any], what: str) -> T:
     return cls(**_typed(cls, parameters, "parameter", f"of {what}"))
 
 
-# ---- flags -----------------------------------------------------------------------------------------------------------
-
-
 @_REGISTRY.primitive_rule
 def _none(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[None] | None:
     """None in every spelling of ``is_none``."""
@@ -194,9 +191,6 @@ def _sentence(box: str, prog: str) -> str:
     if re.search(r"^Unrecognized.*\b(true|false|yes|no)\b", what, re.IGNORECASE):
         hint = "a switch takes no value, write --name or --no-name; "
     return f"{what if missing else what[0].lower() + what[1:]}: {hint}see {prog} --help"
-
-
-# ---- run files -------------------------------------------------------------------------------------------------------
 
 
 def command_config(cls: type[T], arguments: list[str], prog: str, about: str) -> T:

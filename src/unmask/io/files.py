@@ -9,14 +9,12 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
 from unmask.errors import UserError
 from unmask.io.schema import check
-
-T = TypeVar("T")
 
 
 @contextmanager
@@ -77,8 +75,6 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-# ---- YAML and JSON ---------------------------------------------------------------------------------------------------------
-
 _DAMAGE = (yaml.YAMLError, ValueError, TypeError, KeyError, OverflowError, RecursionError)
 
 
@@ -94,9 +90,7 @@ class _Loader(yaml.SafeLoader):
         node, seen = super().compose_mapping_node(anchor), set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key.value!r:.60} occurs twice", problem_mark=key.start_mark
-                )
+                raise yaml.MarkedYAMLError(None, None, f"the key {key.value!r:.60} occurs twice", key.start_mark)
             seen.add(str(key.value))
         return node
 
@@ -174,14 +168,11 @@ def read_lines(path: Path, schema: Any = dict, fix: str = "remove it") -> list[d
     return list(each_line(path, schema, fix))
 
 
-# ---- text and names --------------------------------------------------------------------------------------------------------
-
-
-def expand_home(value: T) -> T:
+def expand_home(value: Any) -> Any:
     """Text that starts with ``~`` as a path from the home folder; lists entry by entry; anything else as it is."""
     if isinstance(value, list):
-        return [expand_home(v) for v in value]  # type: ignore[return-value]
-    return os.path.expanduser(value) if isinstance(value, str) else value  # type: ignore[return-value]
+        return [expand_home(v) for v in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def as_utf8(text: str) -> str:

@@ -112,8 +112,7 @@ def check_summary(summary: dict[str, Any]) -> dict[str, Any]:
 
 def check_cell(cell: dict[str, Any]) -> dict[str, Any]:
     """The same. Raises ValueError where its lists have not an entry a problem."""
-    if not cell["solved"] or set(cell["solved"]) - {"0", "1"}:
-        raise ValueError("solved is not a 0 or 1 for each problem")
-    if len({len(cell[key]) for key in ("solved", "points", "possible", "nfe", "length", "committed")}) > 1:
-        raise ValueError("solved, points, possible, nfe, length and committed have not as many entries each")
+    lengths = {len(cell[key]) for key in ("solved", "points", "possible", "nfe", "length", "committed")}
+    if len(lengths) > 1 or 0 in lengths or set(cell["solved"]) - {"0", "1"}:
+        raise ValueError("not each problem has a solved of 0 or 1, points, possible, nfe, length and committed")
     return cell

@@ -57,7 +57,6 @@ def fitting_table(
         drop_first: headings of columns to drop, in this order, where the screen is too narrow; then text is folded, not cut.
         sections: rows under which a line is drawn.
     """
-    from rich.measure import Measurement
     from rich.table import Table
 
     for dropped in range(len(drop_first) + 1):
@@ -68,6 +67,6 @@ def fitting_table(
             table.add_column(headings[i], justify="left" if i < text_columns else "right", overflow="fold")
         for number, row in enumerate(rows):
             table.add_row(*(row[i] for i in kept), end_section=number in sections)
-        if Measurement.get(screen, screen.options.update(max_width=10_000), table).maximum <= screen.width:
+        if screen.measure(table, options=screen.options.update(max_width=10_000)).maximum <= screen.width:
             break
     return table
