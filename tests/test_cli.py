@@ -13,7 +13,6 @@ import time
 import typing
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tyro
@@ -27,16 +26,13 @@ from unmask.decoding.stream import MASK, LiveCanvas
 from unmask.io.store import shard
 
 ROOT = Path(__file__).parent.parent
+SFT = str(ROOT / "configs" / "tiny" / "sft.yaml")
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == main(["--help"]) == 0
-    text = capsys.readouterr().out
-    assert all(name in text for name in COMMANDS)
+    assert {*COMMANDS} <= {*capsys.readouterr().out.split()}
     assert main(["--version"]) == 0
-
-
-SFT = str(ROOT / "configs" / "tiny" / "sft.yaml")
 
 
 FILES = {
@@ -53,49 +49,30 @@ MISTAKES = [
     ("evall", "did you mean 'eval'"),
     ("generate a<|mdm_mask|>b", "mask token"),
     (f"generate {'x' * 3000}", "3002 tokens"),
-    ("generate x --decoder fulll", "did you mean 'full'"),
     ("generate x --decoder ass:gama_min=1", "did you mean 'gamma_min'"),
     ("generate x --model no/such/path", "unknown model 'no/such/path'"),
-    ("generate x --max-new-tokens 0", "length is 0"),
     ("generate x --device nowhere", "nowhere"),
-    ("generate x --seed -1", "seed is -1"),
-    ("generate x --adapter nothing", "unknown adapter 'nothing'"),
-    ("generate x --revision v1", "revision=v1 belongs to a hub name"),
-    ("generate x --model /proc/version", "is a file"),
     ("generate x --decoder twice.yaml", "the decoder file twice.yaml"),
-    ("eval --task sudokku", "did you mean 'sudoku'"),
     ("eval --batch-size 0", "batch_size is 0"),
     ("eval --seed 99999999999", "seed is 99999999999"),
     ("eval --max-new-tokens 4000 --decoder ass", "at most 2048 together"),
     ("eval --task countdown:data=empty.jsonl", "holds no rows"),
     ("eval --task countdown:data=deep.json --output out", "deep.json is not a list of JSON objects"),
-    ("eval --task countdown:max_value=2", "choose at least 5"),
-    ("eval --split tset", "choose from"),
     ("eval --output /proc/nothing --limit 1", "cannot write to /proc/nothing"),
-    ("eval --dtype float8", "unknown dtype"),
     ("eval --output=", "output is ''"),
     (f"sft {SFT} --max-steps 0", "max_steps is 0"),
     ("rl --dry-run no.yaml", "cannot read the config no.yaml"),
     ("rl deep.yaml", "the config deep.yaml is not"),
-    ("rl twice.yaml", "the key 'steps' occurs twice"),
     ("rl no_base.yaml", "cannot read the base of no_base.yaml, nothing.yaml"),
     ("info tiny --load-in-4bit", "leave them out"),
-    ("info tiny --no-weights --adapter x", "reads no adapter"),
-    ("grade no.jsonl --task countdown", "cannot read no.jsonl"),
-    ("grade number.jsonl --task countdwn", "did you mean 'countdown'"),
     ("grade number.jsonl --task gsm8k", "number.jsonl:1 cannot be used (completion is 5, not text): write a JSON"),
     ("grade number.jsonl --task gsm8k:extraction=x", "choose from default, published"),
     ("grade truth.jsonl --task gsm8k", "not a number"),
-    ("grade truth.jsonl --task math500", "not a formula"),
     ("grade lacks.jsonl --task gsm8k", "lacks.jsonl:1 cannot be used (it lacks 'ground_truth')"),
-    ("grade empty.jsonl --task gsm8k", "holds no completions"),
     # flags that cannot be read
     ("eval --taks sudoku", "unrecognized options: --taks, sudoku: did you mean --task?"),
     ("eval --limit abc", "error parsing --limit: no type matching"),
-    ("eval stray", "unrecognized options: stray"),
-    ("eval --output", "missing value for argument '--output'"),
     ("grade", "unmask grade lacks arguments and --task"),
-    ("export", "unmask export lacks arguments: see unmask export --help"),
     ("rl", "unmask rl lacks an argument"),
     (f"sft {SFT} --compile false", "--name or --no-name; see unmask sft"),
 ]
@@ -115,17 +92,11 @@ def test_mistakes(
 
 
 HEAVY = ("torch", "transformers", "matplotlib", "datasets", "peft", "reasoning_gym", "lm_eval")
-
-
 ANSWERED_AT_ONCE = [
     *([name, "--help"] for name in COMMANDS if name != "lm-eval"),
     *([name, "--nothing", "x"] for name in ("generate", "info", "view", "eval", "sft", "rl", "tune", "study", "demo")),
-    *(
-        ["study", "no.yaml"],
-        ["sft", SFT, "--stepz", "2"],
-        ["rl", "configs/tiny/cj_sudoku.yaml", "--stepz", "2"],
-        ["evall"],
-    ),
+    *([name, "no.yaml"] for name in ("sft", "rl", "study")),
+    *(["evall"], ["sft", SFT, "--stepz", "2"]),
 ]
 BENCHED_AT_ONCE = [["--help"], *([name, flag] for name in BENCHMARKS for flag in ("--help", "--nothing")), ["decoding"]]
 
@@ -144,8 +115,7 @@ for run, arguments in [*((main, a) for a in {ANSWERED_AT_ONCE!r}), *((benchmark,
     assert code == (0 if "--help" in arguments else 2), arguments
     assert not (found := {{*{HEAVY!r}}} & {{*sys.modules}}), (arguments, found)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=200, cwd=ROOT)
 
 
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name != "lm-eval"])  # whose help is its own
@@ -200,14 +170,8 @@ def test_grade(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 def test_ctrl_c_keeps_the_records_and_a_second_call_resumes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "unmask", "eval", "--task", "countdown", "--decoder", "full", "--limit", "24"]
     command += ["--batch-size", "2", "--max-new-tokens", "32", "--output", str(tmp_path)]
-    streams: dict[str, Any] = {
-        "stdout": subprocess.PIPE,
-        "stderr": subprocess.PIPE,
-        "text": True,
-        "start_new_session": True,
-    }
     usual = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background shell ignores it
-    process = subprocess.Popen(command, **streams, preexec_fn=usual)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=usual)
     whole = tmp_path / "records" / "countdown--full.jsonl"
     file = shard(whole, 0)
     deadline = time.time() + 300

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import types
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -33,11 +35,10 @@ PAGES = [p for p in [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")
 @pytest.fixture
 def registries() -> Iterator[None]:
     """What a page registers is gone after it."""
-    before = [dict(registry) for registry in REGISTRIES]
-    yield
-    for registry, entries in zip(REGISTRIES, before, strict=True):
-        registry.clear()
-        registry.update(entries)
+    with ExitStack() as stack:
+        for registry in REGISTRIES:
+            stack.enter_context(patch.dict(registry))
+        yield
 
 
 @pytest.mark.usefixtures("registries")

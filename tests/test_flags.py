@@ -26,8 +26,7 @@ class Settings:
 @pytest.mark.parametrize("key", ["whole", "share", "text", "entries", "names", "rule"])
 def test_none_is_none_everywhere(key: str, none: str, tmp_path: Path) -> None:
     """Of a list it is the empty one, and where none is one of the choices it is that choice."""
-    if key == "rule" and none != "none":
-        return
+    none = "none" if key == "rule" else none
     (tmp_path / "c.yaml").write_text(f"{key}: {none}")
     found: list[Any] = [
         read_flags(Settings, [f"--{key}", none], "test"),
@@ -41,10 +40,9 @@ def test_none_is_none_everywhere(key: str, none: str, tmp_path: Path) -> None:
 
 
 def test_other_words_are_no_none() -> None:
-    assert read_flags(Settings, ["--text", "nothing", "--names", "none", "x"], "test").names == ["none", "x"]
-    for flags in (["--whole", "nothing"], ["--share", "no"]):
-        with pytest.raises(UserError, match=f"{flags[0]}.*{flags[1]}"):
-            read_flags(Settings, flags, "test")
+    assert read_flags(Settings, ["--names", "none", "x"], "test").names == ["none", "x"]
+    with pytest.raises(UserError, match=r"--whole.*nothing"):
+        read_flags(Settings, ["--whole", "nothing"], "test")
 
 
 def test_loggers_are_named() -> None:

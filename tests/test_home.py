@@ -12,8 +12,6 @@ import yaml
 from test_sft_data import chat, no_shared_cache  # noqa: F401  (a fixture for every test)
 from unmask import load, make_decoder
 from unmask.cli import main
-from unmask.config import build, read_config
-from unmask.rl.config import DiffusionGRPOConfig
 from unmask.tasks import make_task
 from unmask.training.config import SFTConfig
 
@@ -48,12 +46,11 @@ def write(home: Path, **settings: Any) -> str:
 def test_a_training_is_one_folder(command: str, home: Path) -> None:
     """Paths in the file for ``sft``, as flags for ``rl`` with an adapter."""
     paths = {"output_dir": "~/run", "model": "~/model"}
-    settings = {"base": "~/base.yaml"}
-    if command == "sft":
-        file, flags = write(home, **settings, **paths, data="~/chat.jsonl", validation_share=0.1), []
-    else:
+    base = {"base": "~/base.yaml"}
+    file, flags = write(home, **base, **paths, data="~/chat.jsonl", validation_share=0.1), []
+    if command == "rl":
         flags = ["--output-dir=~/run", "--model=~/model"]
-        file = write(home, **settings, **RL, output_dir="~/elsewhere", validation_problems=1, lora_r=2)
+        file = write(home, **base, **RL, output_dir="~/elsewhere", validation_problems=1, lora_r=2)
     for _ in range(2):  # the second resumes in the same folder
         assert main([command, file, *flags]) == 0
     found = {p.name for p in (home / "run").iterdir()}
@@ -76,7 +73,4 @@ def test_evaluations_reports_and_studies(home: Path) -> None:
     task = make_task("gsm8k:template=~/prompt.txt,data=~/gsm8k.jsonl", {})
     assert task.data == str(home / "gsm8k.jsonl")
     assert make_decoder("~/ass.yaml").name == "ass" and make_decoder("~/ass.yaml:temperature=1").temperature == 1
-    built = build(SFTConfig, {"output_dir": "x", "tasks": ["a"], "model": "~/m", "max_steps": 1}, "x")
-    read = read_config(SFTConfig, write(home, base="~/base.yaml", output_dir="~/a", data="~/b", model="~/c"))
-    assert (built.model, read.data) == (f"{home}/m", f"{home}/b")
-    assert DiffusionGRPOConfig(output_dir="~/run", tasks=["sudoku"]).output_dir == f"{home}/run"
+    assert SFTConfig(output_dir="~/run", tasks=["sudoku"], max_steps=1, model="tiny").output_dir == f"{home}/run"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,16 @@ from unmask.io.files import read_lines
 from unmask.io.schema import COUNT
 from unmask.io.store import Record, RecordStore, as_lines, claim, shard
 
-FIX = "remove it, and it is made again"
-
 
 def test_a_folder_belongs_to_its_settings(tmp_path: Path) -> None:
     def again(**changes: Any) -> dict[str, Any]:
         claim(tmp_path / "run", {**settings, **changes}, ["batch"], ["limit", "tasks"])
-        found: dict[str, Any] = json.loads((tmp_path / "run" / "config.json").read_text())
-        return found
+        return json.loads((tmp_path / "run" / "config.json").read_text())
 
     settings = {"seed": 0, "pair": (1, 2), "batch": 4, "limit": 8, "tasks": {"a": {"x": 1}}}
     assert again() == again() == {"format": module.FORMAT, **settings, "pair": [1, 2]}
-    for change, names in (
-        ({"seed": 1}, "seed"),
-        ({"pair": (1, 3), "seed": 1}, "pair, seed"),
-        ({"new": None}, "new"),  # a setting that did not exist then
-        ({"limit": 7}, "limit"),
-        ({"tasks": {"a": {"x": 2}, "b": {}}}, "tasks"),
-    ):
-        with pytest.raises(UserError, match=f"holds results with other {names}: choose another --output"):
+    for change in ({"seed": 1}, {"pair": (1, 3), "seed": 1}, {"new": None}, {"limit": 7}, {"tasks": {"a": {"x": 2}}}):
+        with pytest.raises(UserError, match=f"holds results with other {', '.join(change)}: choose another --output"):
             again(**change)
     assert again(batch=7, limit=9, tasks={"b": {}})["tasks"] == {"a": {"x": 1}, "b": {}}
     assert again(limit=None)["limit"] is None
@@ -73,7 +65,7 @@ def check(record: Record) -> None:
 
 
 def a_store(folder: Path) -> RecordStore:
-    return RecordStore(folder / "cell.jsonl", {"index": COUNT}, lambda r: r["index"], FIX, check)
+    return RecordStore(folder / "cell.jsonl", {"index": COUNT}, itemgetter("index"), "remove it", check)
 
 
 def rows(*indexes: int, **more: str) -> list[Record]:

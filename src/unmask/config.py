@@ -199,7 +199,7 @@ def command_config(cls: type[T], arguments: list[str], prog: str, about: str) ->
     Raises UserError as ``read_config`` and where no file comes first, SystemExit after ``--help``.
     """
     if arguments and arguments[0] in ("-h", "--help"):
-        about += " CONFIG is a YAML file of the keys below, which override it as flags."
+        about += " CONFIG is a YAML file of the keys below; each is also a flag, which overrides the file."
         read_flags(cls, arguments[:1], f"{prog} CONFIG", description=about)
     if not arguments or arguments[0].startswith("-"):
         raise UserError(f"{prog} lacks an argument: pass a YAML file first, then flags; see {prog} --help")
