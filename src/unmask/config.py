@@ -65,13 +65,13 @@ class Registry(dict[str, T]):
 
 
 def expand_paths(settings: Any) -> None:
-    """``expand_home`` for every field of a dataclass but those that hold text as a person wrote it."""
+    """``expand_home`` for every field of a dataclass except prompts, which are literal text."""
     for name in {f.name for f in dataclasses.fields(settings)} - {"prompt", "prefill"}:
         setattr(settings, name, expand_home(getattr(settings, name)))
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
-    """The value that a field with a default takes where none is given."""
+    """The default of a dataclass field that has one."""
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 

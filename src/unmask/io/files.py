@@ -79,8 +79,8 @@ _DAMAGE = (yaml.YAMLError, ValueError, TypeError, KeyError, OverflowError, Recur
 
 
 def _reason(error: Exception) -> str:
-    said = f"it lacks {error}" if isinstance(error, KeyError) else getattr(error, "problem", None) or str(error)
-    return " ".join(said.split())[:150]
+    message = f"it lacks {error}" if isinstance(error, KeyError) else getattr(error, "problem", None) or str(error)
+    return " ".join(message.split())[:150]
 
 
 class _Loader(yaml.SafeLoader):
@@ -110,7 +110,7 @@ def as_yaml(value: Any) -> str:
 
 
 def read_yaml(path: Path, what: str, schema: Any = dict) -> dict[str, Any]:
-    """A YAML file of settings. Raises UserError, which calls the file ``what``, where it is none or not as ``schema`` says."""
+    """A YAML file of settings. Raises UserError, which calls the file ``what``, where it does not match ``schema``."""
     text = read_text(path, what)
     try:
         found: dict[str, Any] = yaml.load(text, Loader=_Loader)
@@ -125,7 +125,7 @@ def read_yaml(path: Path, what: str, schema: Any = dict) -> dict[str, Any]:
 def parse_json(
     text: str | bytes, schema: Any, wrong: str, fix: str, make: Callable[[Any], Any] = lambda value: value
 ) -> Any:
-    """The value of a JSON text. Raises UserError where it is not as ``schema`` says: ``wrong`` (the reason): ``fix``."""
+    """The value of a JSON text. Raises UserError, "``wrong`` (the reason): ``fix``", where it does not match ``schema``."""
     try:
         value = json.loads(text)
         check(value, schema)
@@ -145,10 +145,10 @@ def read_json(path: Path, schema: Any, fix: str, make: Callable[[Any], Any] = la
 def each_line(
     path: Path, schema: Any, fix: str, make: Callable[[Any], Any] = lambda value: value, own: bool = True
 ) -> Iterator[Any]:
-    """The lines of a JSON-lines file. Raises UserError naming the first line that is not as ``schema`` says.
+    """The lines of a JSON-lines file. Raises UserError naming the first line that does not match ``schema``.
 
     Args:
-        fix: what to do about such a line, as the end of a sentence.
+        fix: what to do about such a line: the end of the message.
         make: applied to each line; a ValueError, KeyError, TypeError or OverflowError of it is the line's mistake.
         own: whether a run writes the file: it may be missing, and an unfinished last line is skipped. Else empty lines are.
     """

@@ -92,7 +92,7 @@ def _split_files(folder: str, split: str, configuration: str | None, instead: st
 
 
 def _failure(what: str, error: BaseException, fix: str) -> UserError:
-    """The error for what a library stumbles over, with the first line of what it says."""
+    """The UserError for an exception of a library, with the first line of its message."""
     reason = (str(error).strip() or repr(error)).splitlines()[0]
     return UserError(f"{what} ({reason}): {fix}")
 

@@ -42,8 +42,8 @@ def _name(schema: Any) -> str:
 
 
 def check(value: Any, schema: Any, where: str = "it") -> None:
-    """Raises ValueError, which names the place, unless a value read from a file is as its schema says and holds no lone
-    surrogate (``\\ud800``), which cannot be written as UTF-8; RecursionError where it is nested too deeply."""
+    """Raises ValueError, which names the place, unless a value read from a file matches its schema and has no lone surrogate
+    (``\\ud800``), which cannot be written as UTF-8; RecursionError where it is nested too deeply."""
     kinds = schema if isinstance(schema, tuple) else (schema,)
     kind = next((k for k in kinds if _fits(value, k)), ...)
     if kind is ...:

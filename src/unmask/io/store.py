@@ -67,7 +67,7 @@ class RecordStore:
 
     Attributes:
         schema: of a line, as in ``schema.py``.
-        fix: what to do about a damaged line, as the end of a sentence.
+        fix: what to do about a damaged line: the end of the message.
         check: raises ValueError where a record does not belong here.
     """
 
@@ -97,6 +97,6 @@ class RecordStore:
         return records
 
     def append(self, records: Iterable[Record], rank: int | None = None) -> None:
-        """Write records at once: to the file (behind ``merge``), or to a process's shard."""
+        """Write records at once: to the file (after ``merge``), or to a process's shard."""
         with (self.path if rank is None else shard(self.path, rank)).open("a", encoding="utf-8") as file:
             file.write(as_lines(records))
