@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -110,7 +110,8 @@ def grade(arguments: list[str]) -> None:
     rows = [*each_line(Path(a.file), schema, fix, lambda r: (asked.completion_truth(r), r["completion"]), own=False)]
     if not rows:
         raise UserError(f"{a.file} holds no completions")
-    for extraction in [asked.extraction] if "extraction" in split_spec(a.task)[1] else ["default", "published"]:
+    both: list[Literal["default", "published"]] = ["default", "published"]
+    for extraction in [asked.extraction] if "extraction" in split_spec(a.task)[1] else both:
         task = replace(asked, extraction=extraction)
         grades = [task.grade(problem, completion) for problem, completion in rows]
         solved, points, possible = ([getattr(g, name) for g in grades] for name in ("solved", "points", "possible"))

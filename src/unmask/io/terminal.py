@@ -37,8 +37,7 @@ def console(stderr: bool = False) -> Console:
     """A rich console that shows text as it is: no markup, no emoji codes; 132 columns where there is no terminal."""
     from rich.console import Console
 
-    stream = sys.stderr if stderr else sys.stdout
-    width = None if stream.isatty() or "COLUMNS" in os.environ else 132
+    width = None if (sys.stderr if stderr else sys.stdout).isatty() or "COLUMNS" in os.environ else 132
     return Console(stderr=stderr, width=width, markup=False, emoji=False, highlight=False)
 
 
