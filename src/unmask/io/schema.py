@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", type(None): "null", str: "text"}
-KINDS |= {list: "a list", dict: "an object", object: "text, a number, true, false, null, a list or an object"}
+KINDS |= {list: "a list", dict: "an object", object: "text (dates in quotes), a number, true, false, null, list or object"}
 
 
 @dataclass(frozen=True)
