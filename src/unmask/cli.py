@@ -141,9 +141,8 @@ COMMANDS: dict[str, tuple[str | Callable[[list[str]], None], str]] = {
     "eval": ("unmask.evaluation.command", "score a model on tasks under decoders: records, table, figure"),
     "sft": (sft, "train on worked responses with the masked diffusion loss"),
     "rl": (rl, "train on rewards with GRPO along the decoder's trajectories"),
-    "report": ("unmask.results.command", "figures and one HTML file of evaluations, trainings and studies"),
+    "report": ("unmask.results.command", "figures and one HTML file of evaluations and trainings"),
     "tune": ("unmask.evaluation.command:tune_command", "the best decoder for a task within a budget of forward passes"),
-    "study": ("unmask.study.command", "a grid of trainings and evaluations with equal budgets, resumable"),
     "export": (export_checkpoint, "merge a checkpoint's adapter into a plain checkpoint"),
     "lm-eval": (lm_eval, "lm-evaluation-harness's own command line, with --model unmask"),
     "grade": (grade, "grade completions made elsewhere"),
@@ -181,7 +180,7 @@ def _run(arguments: list[str]) -> int:
             command = getattr(import_module(module), name or "command")
         command(arguments[1:])
 
-    return run_command(work, arguments[0] in ("eval", "sft", "rl", "study", "tune", "demo"))
+    return run_command(work, arguments[0] in ("eval", "sft", "rl", "tune", "demo"))
 
 
 def run_command(work: Callable[[], None], resumes: bool = False) -> int:

@@ -114,21 +114,6 @@ SUMMARY = {
     ],
 }
 """``eval``'s summary.json."""
-_TRAINED = {"updates": COUNT, "completions": COUNT, "training_passes": COUNT}
-CELL = {
-    **dict.fromkeys(("key", "score_name", "problems", "solved"), str),
-    **{"length": [COUNT], "committed": [COUNT], "points": [AMOUNT], "possible": [Number(1e-6)], "nfe": [POSITIVE]},
-    **{"seconds": AMOUNT, "curves?": CURVES, "environment": dict},
-    "cell": {"task": str, "decoder": str},
-    "budget": {"nfe": POSITIVE, **{f"{key}?": COUNT for key in _TRAINED}},
-    "model": {"name": str, "weights": str},
-}
-"""A line of a study's cells.jsonl."""
-RUN = {
-    **{"key": str, "train": dict, "budget": _TRAINED, "metrics": [METRICS]},
-    "seconds": {"rollout": AMOUNT, "update": AMOUNT},
-}
-"""A line of a study's runs.jsonl."""
 
 
 def check_summary(summary: dict[str, Any]) -> dict[str, Any]:
@@ -136,20 +121,12 @@ def check_summary(summary: dict[str, Any]) -> dict[str, Any]:
     if not summary["cells"]:
         raise ValueError("cells is empty")
     for cell in summary["cells"]:
-        _check_same_length(cell.get("curves", {}), *STEPS)
+        check_same_length(cell.get("curves", {}), *STEPS)
     return summary
 
 
-def check_cell(cell: dict[str, Any]) -> dict[str, Any]:
-    """The same. Raises ValueError where its lists have not an entry a problem, or its curves not an entry a step."""
-    if not cell["solved"] or set(cell["solved"]) - {"0", "1"}:
-        raise ValueError("solved is not a 0 or 1 for each problem")
-    _check_same_length(cell, "solved", "points", "possible", "nfe", "length", "committed")
-    _check_same_length(cell.get("curves", {}), *STEPS)
-    return cell
-
-
-def _check_same_length(value: dict[str, Any], *keys: str) -> None:
+def check_same_length(value: dict[str, Any], *keys: str) -> None:
+    """Raises ValueError where the lists under some keys, of those that are there, have not as many entries each."""
     sizes = {key: len(value[key]) for key in keys if key in value}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"{', '.join(f'{k} has {n} entries' for k, n in sizes.items())}: not as many each")

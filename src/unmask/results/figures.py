@@ -14,13 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from unmask.io.files import slug
-from unmask.results.collect import Material, difference_names, task_of
-from unmask.results.pivot import ALPHA, Values
+from unmask.results.collect import Values, task_of
 from unmask.results.statistics import pareto_front
-from unmask.results.style import INK, OTHER, SOFT, color, legend, legible, line, look, marker, panels
+from unmask.results.style import OTHER, SOFT, color, legend, legible, line, look, marker, panels
 
 _NAMED = 24  # with more labels, a figure names those on a front alone
-_PANELS, _ROWS = 12, 30  # at most so many panels, or rows one above the other, in one figure
+PANELS, ROWS = 12, 30  # at most so many panels, or rows one above the other, in one figure
 _END, _OTHER = color(3), color(0)
 _EXACT = 1e-6  # mismatches below it are rounding
 _CURVES = {
@@ -142,45 +141,6 @@ def accuracy_picture(cells: Sequence[Values]) -> Picture:
     return Picture("front", caption, accuracy(cells))
 
 
-# ---- differences -----------------------------------------------------------------------------------------------------------
-
-
-@look()
-def differences(material: Material) -> list[Picture]:
-    """Paired differences in problems solved, a figure (of up to 30 rows) for each axis of each study."""
-    pictures = []
-    folders = len({row["folder"] for row in material.differences})
-    for (folder, axis), own in _groups(material.differences, "folder", "axis"):
-        title = (
-            f"{axis}: each against {'the baseline of as many passes' if axis == 'equal passes' else 'its first value'}"
-        )
-        title = "training: each against untrained" if axis == "training" else title
-        title += f" in {folder}" * (folders > 1)
-        stem = "differences-" + slug(f"{folder}-{axis}" if folders > 1 else axis)
-        for part, rows in _parts(list(zip(own, difference_names(own), strict=True)), _ROWS):
-            pictures.append(Picture(stem + part, *_differences(rows, title)))
-    return pictures
-
-
-def _differences(rows: Sequence[tuple[Values, str]], title: str) -> tuple[str, Figure]:
-    width = max(8.5, 5 + 0.08 * max(len(name) for _, name in rows))
-    figure = Figure(figsize=(width, 0.3 * len(rows) + 1.3), layout="constrained")
-    axis = figure.subplots()
-    clear = [row["solved_holm"] < ALPHA for row, _ in rows]
-    for y, ((row, _), filled) in enumerate(zip(rows, clear, strict=True)):
-        axis.plot([100 * v for v in row["solved_interval"]], [y, y], color=INK, linewidth=1.3)
-        axis.plot(100 * row["solved"], y, "o", color=INK, markersize=6, markerfacecolor=INK if filled else "white")
-    axis.axvline(0, color=SOFT, linewidth=1)
-    axis.set_yticks(range(len(rows)), [name for _, name in rows])
-    axis.set(ylim=(len(rows) - 0.4, -0.6), xlabel="difference in problems solved (percentage points), 95 % interval")
-    axis.grid(axis="y", visible=False)
-    axis.set_title(title)
-    return (
-        f"{title}. Paired differences on the same problems; {sum(clear)} of {len(rows)} are clear after Holm's adjustment "
-        f"(filled, p < {ALPHA}), the others are hollow."
-    ), figure
-
-
 # ---- small multiples -------------------------------------------------------------------------------------------------------
 
 
@@ -189,7 +149,7 @@ def _groups(rows: Sequence[Values], *keys: str) -> Iterator[tuple[tuple[Any, ...
         yield group, [row for row in rows if tuple(row[key] for key in keys) == group]
 
 
-def _parts(rows: Sequence[Any], size: int) -> Iterator[tuple[str, Sequence[Any]]]:
+def pieces(rows: Sequence[Any], size: int) -> Iterator[tuple[str, Sequence[Any]]]:
     """Pieces of up to ``size`` rows, with what tells their names apart."""
     for start in range(0, len(rows), size):
         yield f"-{start // size + 1}" if len(rows) > size else "", rows[start : start + size]
@@ -202,7 +162,7 @@ def _each_task(
     """``draw`` for the cells of every task, in pieces."""
     pictures = []
     for (task,), own in _groups(cells, "task"):
-        for part, some in _parts(own, size):
+        for part, some in pieces(own, size):
             caption, figure = draw(task, some)
             pictures.append(Picture(f"{name}-{slug(task)}{part}", f"{task}: {caption}", figure))
     return pictures
@@ -210,7 +170,7 @@ def _each_task(
 
 def steps(cells: Sequence[Values]) -> list[Picture]:
     """End tokens and confidence over the steps, a panel a decoder."""
-    return _each_task([c for c in cells if "eos_share" in c["curves"]], "steps", _PANELS, _steps)
+    return _each_task([c for c in cells if "eos_share" in c["curves"]], "steps", PANELS, _steps)
 
 
 def _steps(task: str, cells: Sequence[Values]) -> tuple[str, Figure]:
@@ -236,7 +196,7 @@ def _steps(task: str, cells: Sequence[Values]) -> tuple[str, Figure]:
 
 def order(cells: Sequence[Values]) -> list[Picture]:
     """When each part of the canvas is committed, a heat map a decoder."""
-    return _each_task([c for c in cells if "order" in c["curves"]], "order", _PANELS, _order)
+    return _each_task([c for c in cells if "order" in c["curves"]], "order", PANELS, _order)
 
 
 def _order(task: str, cells: Sequence[Values]) -> tuple[str, Figure]:
@@ -270,7 +230,7 @@ def forward_fill(shares: np.ndarray) -> np.ndarray:
 
 def lengths(cells: Sequence[Values]) -> list[Picture]:
     """Distributions of text lengths, one above the other."""
-    return _each_task([c for c in cells if c["lengths"]], "lengths", _ROWS, _lengths)
+    return _each_task([c for c in cells if c["lengths"]], "lengths", ROWS, _lengths)
 
 
 def _lengths(task: str, cells: Sequence[Values]) -> tuple[str, Figure]:

@@ -15,15 +15,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.study import PLAN, SEEDS, Values, distinct
+from benchmarks.study.config import StudyConfig
+from benchmarks.study.tables import Pivot, pivots
 from unmask.config import build, read_config, with_parameters
 from unmask.decoding import Decoder, make_decoder
 from unmask.errors import UserError, unknown
 from unmask.evaluation.config import EvalConfig
 from unmask.io.files import expand_home, slug
 from unmask.io.store import FORMAT
-from unmask.results.pivot import PLAN, SEEDS, Pivot, Values, distinct, pivots
 from unmask.rl.config import DiffusionGRPOConfig
-from unmask.study.config import StudyConfig
 from unmask.tasks import make_task
 from unmask.training.config import MAY_CHANGE
 
@@ -100,7 +101,6 @@ def read_grid(config: StudyConfig, config_dir: Path) -> Grid:
         if decoder not in axes["decoder"]:
             raise unknown("decoder of baselines", decoder, axes["decoder"])
     settings = [{**labels[c.key], PLAN: c.decoder.passes} for c in cells]
-    settings = distinct({k: v for k, v in own.items() if k not in SEEDS} for own in settings)
     return Grid(cells, labels, axes, pivots(config.tables, settings, config.compare, config.baselines))
 
 
