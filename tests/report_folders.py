@@ -1,4 +1,4 @@
-"""Folders as ``unmask eval``, ``unmask rl`` and ``unmask study`` leave them, small and with known numbers."""
+"""Folders as ``unmask eval``, ``unmask rl`` and a study leave them, small and with known numbers."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def cell(
 
 
 def study(folder: Path) -> Path:
-    """Cells and runs as ``unmask study`` leaves them, without the summary that follows from them."""
+    """Cells and runs as a study leaves them, without the summary that follows from them."""
     cells = [
         cell("full", "0000000000", curves=curves()),
         cell("ass", "0100000000"),

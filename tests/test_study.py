@@ -236,7 +236,7 @@ from unmask.tasks.countdown import Countdown
 class Stays(Countdown):
     def grade(self, *_, **__):
         subprocess.Popen(["sleep", "1000"])
-        pathlib.Path("busy").touch()
+        pathlib.Path(__file__).with_name("busy").touch()
         while True:
             pass
 """
@@ -260,8 +260,8 @@ def test_nothing_outlives_a_study(number: signal.Signals, model: str, tmp_path: 
     path = write(tmp_path, evaluate=[{"task": "stays:Stays", "decoder": "ass", "limit": 1, "model": model}])
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks", "study", str(path)],
-        cwd=tmp_path,
-        env={**os.environ, "MARKER": str(tmp_path)},
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))},
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it

@@ -35,7 +35,8 @@ def paired_difference(
     ours: Sequence[float], theirs: Sequence[float], possible: Sequence[float]
 ) -> tuple[float, tuple[float, float]]:
     """sum(ours)/sum(possible) - sum(theirs)/sum(possible) on the same problems, with its paired 95 % bootstrap interval."""
-    difference, whole = np.subtract(ours, theirs)[:, None], np.array(possible, dtype=float)[:, None]
+    a, b, whole = (np.array(values, dtype=float)[:, None] for values in (ours, theirs, possible))
+    difference = a - b
     weights = problem_weights("problems", len(whole), 10_000)
     low, high = np.quantile((weights @ difference) / (weights @ whole), [0.025, 0.975])
     return float(difference.sum() / whole.sum()), (float(low), float(high))
