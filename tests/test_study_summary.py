@@ -100,24 +100,18 @@ def test_one_seed_has_the_interval_of_an_evaluation() -> None:
 
 def test_seeds_are_paired_by_name() -> None:
     """A study cut short: a has seeds 0 and 1, b has 1 and 2."""
-    cells = [
-        line("0000", 0, decoder="a"),
-        line("0011", 1, decoder="a"),
-        line("0111", 1, decoder="b"),
-        line("1111", 2, decoder="b"),
-    ]
+    runs = (("0000", 0, "a"), ("0011", 1, "a"), ("0111", 1, "b"), ("1111", 2, "b"))
+    cells = [line(solved, seed, decoder=decoder) for solved, seed, decoder in runs]
     (difference,) = summarize(cells)["differences"]
     assert difference["solved"] == 0.25
     assert summarize([cells[0], cells[3]])["differences"] == []
 
 
-def test_trained_models_stand_against_the_untrained_one() -> None:
+def test_trained_models_are_compared_with_the_untrained_one() -> None:
     budget = {"nfe": 7, "updates": 1, "completions": 2, "training_passes": 3}
     base = {**line("0011"), "cell": {"task": "t", "decoder": "a", "train.objective": None, "train.seed": None}}
-    trained = []
-    for objective in ("cj", "diffu"):
-        for seed in (0, 1):
-            trained.append({**line("0111", seed, **{"train.objective": objective}), "budget": budget})
+    runs = [(objective, seed) for objective in ("cj", "diffu") for seed in (0, 1)]
+    trained = [{**line("0111", seed, **{"train.objective": o}), "budget": budget} for o, seed in runs]
     summary = summarize([base, *trained])
     assert summary["axes"]["train.objective"] == ["cj", "diffu"]
     found = [(d["axis"], d["cell"]["train.objective"], d["solved"]) for d in summary["differences"]]
@@ -125,43 +119,26 @@ def test_trained_models_stand_against_the_untrained_one() -> None:
     assert summary["budgets"] == {"updates": 1, "completions": 2, "training_passes": 3}
 
 
-def test_decoders_stand_against_the_baseline_of_as_many_passes() -> None:
-    cells = []
-    for decoder, solved, passes in (
-        ("full", "0011", 64),
-        ("full:steps=7", "0001", 7),
-        ("ass", "0111", 7),
-        ("odd", "1111", 5),
-    ):
-        cells.append({**line(solved, decoder=decoder), "budget": {"nfe": passes}})
-    summary = summarize(cells, ["decoder"], ["full", "full:steps=7"])
-    found = {
-        (d["cell"]["decoder"], d["against"]["decoder"]): d["solved"]
-        for d in summary["differences"]
-        if d["axis"] != "decoder"
-    }
-    assert found == {("ass", "full:steps=7"): 0.5}
-    assert "Against the baseline of as many passes" in markdown(summary)
+def test_decoders_are_compared_with_the_baseline_of_as_many_passes() -> None:
+    """With guidance 32 steps take 64 passes: guided cells are compared with guided baselines where there is one."""
 
+    def compared(cells: list[tuple[str, str, int, int]], *baselines: str) -> dict[Any, float]:
+        lines = [
+            {**line(solved, decoder=decoder, cfg_scale=scale), "budget": {"nfe": passes}}
+            for decoder, solved, passes, scale in cells
+        ]
+        summary = summarize(lines, ["decoder"], baselines)
+        assert "Against the baseline of as many passes" in markdown(summary)
+        found = [d for d in summary["differences"] if d["axis"] == "equal passes"]
+        names = ("decoder", "cfg_scale")
+        return {tuple(d[side][k] for side in ("cell", "against") for k in names): d["solved"] for d in found}
 
-def test_of_several_baselines_the_one_with_the_same_settings_counts() -> None:
-    """With guidance 32 steps take 64 passes: guided cells stand against guided baselines where there is one."""
-    cells = [
-        {**line(solved, decoder=decoder, cfg_scale=scale), "budget": {"nfe": 64}}
-        for decoder, scale, solved in (
-            ("full", 0, "0000"),
-            ("full:steps=32", 1, "0001"),
-            ("full:steps=32", 2, "0011"),
-            ("ass", 2, "0111"),
-            ("ass", 0, "0111"),
-        )
-    ]
-    found = {
-        (d["cell"]["cfg_scale"], d["against"]["decoder"], d["against"]["cfg_scale"]): d["solved"]
-        for d in summarize(cells, ["decoder"], ["full", "full:steps=32"])["differences"]
-        if d["axis"] == "equal passes"
-    }
-    assert found == {(2, "full:steps=32", 2): 0.25, (0, "full", 0): 0.75}
+    cells = [("full", "0011", 64, 0), ("full:steps=7", "0001", 7, 0), ("ass", "0111", 7, 0), ("odd", "1111", 5, 0)]
+    assert compared(cells, "full", "full:steps=7") == {("ass", 0, "full:steps=7", 0): 0.5}
+    half = "full:steps=32"
+    cells = [("full", "0000", 64, 0), (half, "0001", 64, 1), (half, "0011", 64, 2)]
+    cells += [("ass", "0111", 64, 2), ("ass", "0111", 64, 0)]
+    assert compared(cells, "full", half) == {("ass", 2, half, 2): 0.25, ("ass", 0, "full", 0): 0.75}
 
 
 def test_holm_and_p_by_hand() -> None:
@@ -184,17 +161,9 @@ def test_paired_difference_is_narrower_than_two_intervals() -> None:
 def pivot_line(solved: str, passes: int, **cell: Any) -> dict[str, Any]:
     """A cell of a study with as many points as problems solved, out of twice as many."""
     n = len(solved)
-    made = line(solved, problems=f"p{n}")
     changed = {"points": [float(c == "1") for c in solved], "nfe": [passes - 0.5] * n, "length": [3] * n}
-    settings = {"task": "t", "decoder": "a", **cell}
-    task = settings.pop("task")
-    return {
-        **made,
-        **changed,
-        "key": f"{solved}{task}{settings}",
-        "cell": {**settings, "task": task},
-        "budget": {"nfe": passes},
-    }
+    settings = {"decoder": "a", **cell, "task": cell.get("task", "t")}
+    return {**line(solved, problems=f"p{n}"), **changed, "cell": settings, "budget": {"nfe": passes}}
 
 
 CELLS = [
@@ -242,16 +211,12 @@ def test_columns_stand_by_their_axes_whatever_cell_came_first() -> None:
 
 def test_differences_and_their_stars() -> None:
     table = {"rows": ["task", "x"], "columns": ["decoder"], "show": []}
-    text = shown(**table, against=["decoder"])
-    assert (
-        "| task | x | b |" in text and text.count("\n| ") == 1 + 1 + 2
-    )  # the first decoder has none, nor has a row alone
+    text = shown(**table, against=["decoder"])  # the first decoder has none, nor has a row alone
+    assert "| task | x | b |" in text and text.count("\n| ") == 1 + 1 + 2
     assert "| t | – | +50.0 [+0.0, +100.0] |" in text and "| u | 0.5 | -100.0 [-100.0, -100.0]* |" in text
     assert "Difference: in points of solved from the cell of decoder a" in text and "over all 2 of this kind" in text
-    text = shown(**{**table, "show": ["score"]}, against=["decoder"])
-    assert (
-        "| u | 0.5 | 50.0 [50.0, 50.0] | 0.0 [0.0, 0.0] | -50.0 [-50.0, -50.0]* |" in text
-    )  # of the metric that is shown
+    text = shown(**{**table, "show": ["score"]}, against=["decoder"])  # of the metric that is shown
+    assert "| u | 0.5 | 50.0 [50.0, 50.0] | 0.0 [0.0, 0.0] | -50.0 [-50.0, -50.0]* |" in text
     text = shown(baselines=("a",), **table, against=["equal passes", "x"])
     assert "| task | x | a difference (x) | b difference (equal passes) |" in text
     assert "from the baseline of as many passes" in text and "from the cell of x –" in text
@@ -287,27 +252,24 @@ def test_a_mean_over_an_axis_takes_its_values_for_further_seeds() -> None:
     assert pooled.splitlines()[:7] == plain.splitlines()[:7] and note in pooled and note not in plain
 
 
-def test_a_mean_is_over_axes_of_the_training() -> None:
-    cells = [trained("0011", d, "cj", 0) for d in ("full", "ass")]
-    assert "| cj | 7 |" in shown(cells, rows=["train.objective"], mean_over=["train.decoder"], show=["nfe"]).replace(
-        "6.5", "7"
-    )
-    for table, says in (
-        (
-            {"rows": ["train.objective"], "mean_over": ["decoder"]},
-            "unknown axis of the training in mean_over .* 'decoder'",
-        ),
-        ({"rows": ["train.decoder"], "mean_over": ["train.decoder"]}, "unknown axis in the table 'T' 'train.decoder'"),
-        ({"rows": ["decoder"], "mean_over": ["train.decoder"], "against": ["train.decoder"]}, "unknown comparison"),
-    ):
-        with pytest.raises(UserError, match=says) as error:
-            shown(cells, **table)
-        assert "\n" not in str(error.value)
+TRAINED = [trained("0011", decoder, "cj", 0) for decoder in ("full", "ass")]
 
 
 @pytest.mark.parametrize(
     ("table", "says"),
     [
+        (
+            {"cells": TRAINED, "rows": ["train.objective"], "mean_over": ["decoder"]},
+            "axis of the training .* 'decoder'",
+        ),
+        (
+            {"cells": TRAINED, "rows": ["train.decoder"], "mean_over": ["train.decoder"]},
+            "unknown axis .* 'train.decoder'",
+        ),
+        (
+            {"cells": TRAINED, "rows": ["decoder"], "mean_over": ["train.decoder"], "against": ["train.decoder"]},
+            "unknown comparison",
+        ),
         ({"columns": ["x"]}, "table 1 of tables lacks rows: add it"),
         ({"rows": ["task", "decoder", "x"], "show": []}, "the table 'T' shows nothing: set show or against"),
         ({"rows": {"decoder": 1}}, "rows of table 1 of tables is {'decoder': 1}"),
