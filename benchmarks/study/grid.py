@@ -1,7 +1,7 @@
 """A study's file as the list of its jobs: what is trained, what is evaluated, and what tells the cells apart.
 
-A value that is a list where one is expected is an axis; a table's axes are multiplied, and the tables of a list stand beside
-each other. What two tables have in common is run once.
+A value that is a list where one is expected is an axis; a table's axes are multiplied, and the tables of a list
+are joined. What two tables have in common is run once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from unmask.training.config import MAY_CHANGE
 
 _SET_HERE = ("output", "data", "compile", "trajectories")
 _NO_RESULT = ("decoder", "batch_size", *_SET_HERE)
-"""Settings of an evaluation that change no record, or stand in a cell's key in another form."""
+"""Settings of an evaluation that change no record, or are in a cell's key in another form."""
 
 
 @dataclass(frozen=True)

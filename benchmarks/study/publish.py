@@ -2,7 +2,7 @@
 
 The cells of ``runs/study/STUDY`` go to ``docs/results/study/STUDY`` with the tables and the figure that follow from them, and
 the tables that its file names go into docs/results.md or docs/results-rl.md, between ``<!-- study STUDY: TITLE -->`` and
-``<!-- end -->``. A study need not be finished. ``tune`` stands for the searches in ``runs/tune/TASK-BUDGET``: they go to
+``<!-- end -->``. A study need not be finished. ``tune``: the searches in ``runs/tune/TASK-BUDGET``, which go to
 ``docs/results`` and docs/tune.md.
 """
 

@@ -47,7 +47,7 @@ ROOT = str(Path(__file__).parent.parent.parent)
 
 
 def study(config: StudyConfig, config_dir: Path, progress: Progress | None = None) -> Values:
-    """Run or go on with a study; returns its summary.
+    """Run or resume a study; returns its summary.
 
     Args:
         config_dir: the folder of the study's file.
@@ -206,7 +206,7 @@ def _check_end(name: str, code: int, log: Path) -> None:
     if code == 2 and said.startswith("unmask: "):
         raise UserError(f"job {name}: {said.removeprefix('unmask: ')}")
     raise UserError(
-        f"job {name} ended with exit code {code}: see {log}; what is finished stays, and the same command goes on from there"
+        f"job {name} ended with exit code {code}: see {log}; what is finished is kept, and the same command resumes"
     )
 
 
@@ -250,7 +250,7 @@ def _flags(evaluation: EvalConfig) -> Iterator[str]:
 
 
 def _training_line(config: DiffusionGRPOConfig) -> Values:
-    """What runs.jsonl says of a finished training. Its checkpoints, which only serve to go on, are removed."""
+    """What runs.jsonl says of a finished training. Its checkpoints, which only serve to resume, are removed."""
     from unmask.training.checkpoints import checkpoints
 
     folder = Path(config.output_dir)

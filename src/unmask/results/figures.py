@@ -48,7 +48,7 @@ def accuracy(cells: Sequence[Values], metric: str = "solved", budget: float | No
 
     Args:
         cells: rows with task, label, nfe, metric and its interval; those with ``aside`` are named, but on no front.
-        budget: passes at which a line stands.
+        budget: passes at which a line is drawn.
     """
     groups = {task: own for (task,), own in _groups(cells, "task")}
     fronts = {task: _front([c for c in own if not c.get("aside")], metric) for task, own in groups.items()}
