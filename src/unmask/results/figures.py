@@ -50,7 +50,7 @@ def accuracy(cells: Sequence[Values], metric: str = "solved", budget: float | No
         cells: rows with task, label, nfe, metric and its interval; those with ``aside`` are named, but on no front.
         budget: passes at which a line is drawn.
     """
-    groups = {task: own for (task,), own in _groups(cells, "task")}
+    groups = _by("task", cells)
     fronts = {task: _front([c for c in own if not c.get("aside")], metric) for task, own in groups.items()}
     labels = list(dict.fromkeys(cell["label"] for cell in cells))
     if len(labels) > _NAMED:
@@ -96,8 +96,7 @@ def _point(axis: Axes, place: float, value: float, interval: Sequence[float], nu
             "capsize": 2.5,
         }
     ends = [
-        [max(0, 100 * (value - interval[0]))],
-        [max(0, 100 * (interval[1] - value))],
+        [max(0, 100 * end)] for end in (value - interval[0], interval[1] - value)
     ]  # a bootstrap's may round past it
     shown = f"{number}  {label}" if number else "on no front: see the tables"
     axis.errorbar(place, 100 * value, yerr=ends, label=shown, **style)
@@ -130,7 +129,7 @@ def _counts(cells: Sequence[Values]) -> str:
 def accuracy_picture(cells: Sequence[Values]) -> Picture:
     """``accuracy`` with a caption that names what is on the front."""
     said = []
-    for (task,), own in _groups(cells, "task"):
+    for task, own in _by("task", cells).items():
         best = [f"{c['label']} ({c['nfe']:.3g} passes, {100 * c['solved']:.1f} %)" for c in _front(own)]
         said.append(f"{task}: {', '.join(best)}")
     caption = (
@@ -144,9 +143,9 @@ def accuracy_picture(cells: Sequence[Values]) -> Picture:
 # ---- small multiples -------------------------------------------------------------------------------------------------------
 
 
-def _groups(rows: Sequence[Values], *keys: str) -> Iterator[tuple[tuple[Any, ...], list[Values]]]:
-    for group in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
-        yield group, [row for row in rows if tuple(row[key] for key in keys) == group]
+def _by(key: str, rows: Sequence[Values]) -> dict[Any, list[Values]]:
+    """The rows of each value of a key, in their order."""
+    return {value: [row for row in rows if row[key] == value] for value in dict.fromkeys(row[key] for row in rows)}
 
 
 def pieces(rows: Sequence[Any], size: int) -> Iterator[tuple[str, Sequence[Any]]]:
@@ -161,7 +160,7 @@ def _each_task(
 ) -> list[Picture]:
     """``draw`` for the cells of every task, in pieces."""
     pictures = []
-    for (task,), own in _groups(cells, "task"):
+    for task, own in _by("task", cells).items():
         for part, some in pieces(own, size):
             caption, figure = draw(task, some)
             pictures.append(Picture(f"{name}-{slug(task)}{part}", f"{task}: {caption}", figure))
@@ -203,9 +202,8 @@ def _order(task: str, cells: Sequence[Values]) -> tuple[str, Figure]:
     figure, axes = panels(len(cells), 4, 2.6, 2.3, sharex=True, sharey=True)
     for axis, cell in zip(axes, cells, strict=True):
         shares = np.ma.masked_invalid(forward_fill(cell["curves"]["order"]))
-        image = axis.imshow(
-            shares, cmap="cividis", vmin=0, vmax=1, extent=(0, 100, 100, 0), aspect="auto", interpolation="nearest"
-        )
+        style: Any = {"cmap": "cividis", "extent": (0, 100, 100, 0), "aspect": "auto", "interpolation": "nearest"}
+        image = axis.imshow(shares, vmin=0, vmax=1, **style)
         axis.set_title(fill(cell["label"], 24))
         axis.set_facecolor("#d5d9df")
         axis.grid(visible=False)
@@ -237,13 +235,8 @@ def _lengths(task: str, cells: Sequence[Values]) -> tuple[str, Figure]:
     figure = Figure(figsize=(8.5, 0.5 * len(cells) + 1.0), layout="constrained")
     axis = figure.subplots()
     names = [fill(cell["label"], 40) for cell in cells]
-    axis.boxplot(
-        [c["lengths"] for c in cells],
-        orientation="horizontal",
-        tick_labels=names,
-        widths=0.6,
-        flierprops={"markersize": 3},
-    )
+    found = [cell["lengths"] for cell in cells]
+    axis.boxplot(found, orientation="horizontal", tick_labels=names, widths=0.6, flierprops={"markersize": 3})
     axis.invert_yaxis()
     axis.set(xlabel="tokens before the first end token", title=task)
     return "lengths of the texts: median, quartiles, and what lies far from them.", figure
@@ -261,16 +254,15 @@ def training(runs: Sequence[Values]) -> Picture:
     figure, axes = panels(len(shown), 3, 3.6, 2.6)
     for axis, (key, title) in zip(axes, shown.items(), strict=True):
         measured = key.startswith("eval_")
-        for number, ((label,), own) in enumerate(_groups(runs, "label")):
+        for number, (label, own) in enumerate(_by("label", runs).items()):
             seeds = over_seeds([run["metrics"][key] for run in own if key in run["metrics"]], 1 if measured else 10)
             style: Any = {"color": color(number), "linestyle": line(number), "marker": "o" if measured else ""}
             axis.plot(seeds["mean"], label=legible(label), linewidth=1.5, markersize=4, **style)
             axis.fill_between(seeds.index, seeds["min"], seeds["max"], alpha=0.18, color=color(number), linewidth=0)
         axis.set_title(title)
         axis.set_xlabel("update")
-        if (
-            key == "logprob_mismatch" and axis.get_ylim()[1] > _EXACT
-        ):  # else all is rounding, and a linear axis has round ticks
+        # Where all is rounding, a linear axis has round ticks.
+        if key == "logprob_mismatch" and axis.get_ylim()[1] > _EXACT:
             axis.set_yscale("symlog", linthresh=_EXACT)
             axis.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
         if key in ("logprob_mismatch", "kl"):
