@@ -63,7 +63,7 @@ rl: $(READY)
 # The studies of docs/results.md and docs/results-rl.md: hours; each goes on where it was stopped.
 STUDIES ?= decoders ascending gamma lengths objectives variants
 study: $(READY)
-	for study in $(STUDIES); do $(BIN)/unmask study configs/study/$$study.yaml --jobs 2 || exit 1; done
+	for study in $(STUDIES); do $(BIN)/python -m benchmarks study configs/study/$$study.yaml --jobs 2 || exit 1; done
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""``python -m benchmarks NAME``: time and memory of decoding and updates, each beside what it needs at least."""
+"""``python -m benchmarks NAME``: time and memory of decoding and updates beside what they need at least; studies."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.config import BenchDecode, BenchGap, BenchMemory, BenchRL
+from benchmarks.study.command import report_command, study_command
 from unmask.config import overview, read_flags
 from unmask.errors import UserError, unknown
 
@@ -17,19 +18,31 @@ BENCHMARKS: dict[str, tuple[type[Any], str]] = {
     "gap": (BenchGap, "how far each objective scores from what was sampled"),
     "memory": (BenchMemory, "the memory formula beside measured peaks"),
 }
+STUDIES = {
+    "study": (study_command, "a grid of trainings and evaluations with equal budgets, resumable"),
+    "report": (report_command, "figures and one HTML file of a study"),
+}
 
 
 def command(arguments: list[str]) -> None:
-    """Run one benchmark, write its result (JSON) and its table (Markdown beside it), and print the table."""
+    """Run one benchmark, or a command of studies."""
+    known = {name: what for name, (_, what) in {**BENCHMARKS, **STUDIES}.items()}
     if not arguments:
-        raise UserError(f"python -m benchmarks lacks an argument: choose from {', '.join(BENCHMARKS)}")
-    if arguments[0] in ("-h", "--help"):
-        print(overview("python -m benchmarks", "NAME", {name: what for name, (_, what) in BENCHMARKS.items()}), end="")
-        return
-    name = arguments[0]
-    if name not in BENCHMARKS:
-        raise unknown("benchmark", name, BENCHMARKS)
-    config = read_flags(BENCHMARKS[name][0], arguments[1:], f"python -m benchmarks {name}")
+        raise UserError(f"python -m benchmarks lacks an argument: choose from {', '.join(known)}")
+    name, *rest = arguments
+    if name in ("-h", "--help"):
+        print(overview("python -m benchmarks", "NAME", known), end="")
+    elif name in STUDIES:
+        STUDIES[name][0](rest)
+    elif name in BENCHMARKS:
+        benchmark(name, rest)
+    else:
+        raise unknown("benchmark", name, known)
+
+
+def benchmark(name: str, arguments: list[str]) -> None:
+    """Run one benchmark, write its result (JSON) and its table (Markdown beside it), and print the table."""
+    config = read_flags(BENCHMARKS[name][0], arguments, f"python -m benchmarks {name}")
     from rich.text import Text
 
     from unmask.io.files import check_writable, write_text
@@ -51,12 +64,13 @@ def command(arguments: list[str]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one benchmark; returns the exit code."""
+    """Run one command; returns the exit code."""
     from unmask.cli import run_command
     from unmask.io.terminal import standard_streams
 
+    given = sys.argv[1:] if arguments is None else arguments
     with standard_streams():
-        return run_command(lambda: command(sys.argv[1:] if arguments is None else arguments))
+        return run_command(lambda: command(given), resumes=given[:1] == ["study"])
 
 
 if __name__ == "__main__":

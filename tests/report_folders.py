@@ -1,4 +1,4 @@
-"""Folders as ``unmask eval``, ``unmask rl`` and ``unmask study`` leave them, small and with known numbers."""
+"""Folders as ``unmask eval``, ``unmask rl`` and a study leave them, small and with known numbers."""
 
 from __future__ import annotations
 
@@ -34,20 +34,16 @@ def curves(shift: float = 0.0) -> dict[str, Any]:
 
 def records(count: int, solved: int, nfe: int, length: int = 20) -> list[dict[str, Any]]:
     """The first ``solved`` of them solved; lengths count up from ``length``."""
+    fixed = {
+        "prompt": "q",
+        "completion": '"length": 9999',
+        "possible": 2.0,
+        "nfe": nfe,
+        "committed": 32,
+        "seconds": 0.5,
+    }
     return [
-        {
-            "index": i,
-            "id": f"p{i}",
-            "prompt": "q",
-            "completion": '"length": 9999',
-            "solved": i < solved,
-            "points": float(i < solved),
-            "possible": 2.0,
-            "nfe": nfe,
-            "committed": 32,
-            "length": length + i,
-            "seconds": 0.5,
-        }
+        {"index": i, "id": f"p{i}", "solved": i < solved, "points": float(i < solved), "length": length + i, **fixed}
         for i in range(count)
     ]
 
@@ -80,20 +76,11 @@ def lines(values: Sequence[dict[str, Any]]) -> str:
 def run(folder: Path, seed: int, **config: Any) -> Path:
     """A folder as ``unmask rl`` leaves it."""
     folder.mkdir(parents=True)
-    values = {
-        "objective": "cj",
-        "decoder": "ass",
-        "seed": seed,
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 8,
-        **config,
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    (folder / "metrics.jsonl").write_text(lines(metrics(0.5 + seed / 10)), encoding="utf-8")
-    (folder / "times.jsonl").write_text(
-        lines([{"step": s, "seconds_rollout": 2.0, "seconds_update": 1.0} for s in (1, 2)]),
-        encoding="utf-8",
-    )
+    values = {"objective": "cj", "decoder": "ass", "seed": seed, "output_dir": str(folder), **config}
+    (folder / "config.yaml").write_text(yaml.safe_dump({**values, "per_device_train_batch_size": 8}))
+    (folder / "metrics.jsonl").write_text(lines(metrics(0.5 + seed / 10)))
+    times = [{"step": s, "seconds_rollout": 2.0, "seconds_update": 1.0} for s in (1, 2)]
+    (folder / "times.jsonl").write_text(lines(times))
     return folder
 
 
@@ -103,27 +90,21 @@ def cell(
     count = len(solved)
     axes = {"task": "sudoku", "decoder": decoder, "train.objective": objective, "train.decoder": objective and "ass"}
     budget = {"updates": 30, "completions": 1920, "training_passes": 12345} if objective else {}
+    lists = {"points": [float(c) for c in solved], "possible": [1.0] * count, "nfe": [7] * count}
+    lists |= {"length": [30 + i for i in range(count)], "committed": [32] * count}
     return {
         "key": f"{decoder}-{objective}-{seed}",
         "cell": {**axes, "train.seed": seed},
         "score_name": "cell accuracy",
         "budget": {"nfe": 7, **budget},
         "model": {"name": "toy", "weights": "w"},
-        "problems": "hash",
-        "solved": solved,
-        "points": [float(c) for c in solved],
-        "possible": [1.0] * count,
-        "nfe": [7] * count,
-        "length": [30 + i for i in range(count)],
-        "committed": [32] * count,
-        "seconds": 1.5,
-        "environment": {"unmask": "1"},
+        **{"problems": "hash", "solved": solved, **lists, "seconds": 1.5, "environment": {"unmask": "1"}},
         **more,
     }
 
 
 def study(folder: Path) -> Path:
-    """Cells and runs as ``unmask study`` leaves them, without the summary that follows from them."""
+    """Cells and runs as a study leaves them, without the summary that follows from them."""
     cells = [
         cell("full", "0000000000", curves=curves()),
         cell("ass", "0100000000"),

@@ -94,8 +94,8 @@ def test_mistakes(
 HEAVY = ("torch", "transformers", "matplotlib", "datasets", "peft", "reasoning_gym", "lm_eval")
 ANSWERED_AT_ONCE = [
     *([name, "--help"] for name in COMMANDS if name != "lm-eval"),
-    *([name, "--nothing", "x"] for name in ("generate", "info", "view", "eval", "sft", "rl", "tune", "study", "demo")),
-    *([name, "no.yaml"] for name in ("sft", "rl", "study")),
+    *([name, "--nothing", "x"] for name in ("generate", "info", "view", "eval", "sft", "rl", "tune", "demo")),
+    *([name, "no.yaml"] for name in ("sft", "rl")),
     *(["evall"], ["sft", SFT, "--stepz", "2"]),
 ]
 BENCHED_AT_ONCE = [["--help"], *([name, flag] for name in BENCHMARKS for flag in ("--help", "--nothing")), ["decoding"]]
@@ -135,7 +135,7 @@ def test_help_lists_every_option(
             assert name in said
         elif tyro.conf.Positional not in marks and typing.get_origin(hint) is not typing.ClassVar:
             assert f"--{name.replace('_', '-')} " in said.replace(",", " "), name
-    if command in ("sft", "rl", "study"):
+    if command in ("sft", "rl"):
         assert "CONFIG" in said and "(default: " in said
 
 

@@ -24,7 +24,6 @@ from unmask.evaluation.evaluate import EvalConfig, evaluate, prepare
 from unmask.evaluation.tune import Trials
 from unmask.io.schema import MEASURED
 from unmask.results.collect import collect
-from unmask.results.summary import run_lines
 from unmask.view.config import ViewArguments
 from unmask.view.jobs import from_records
 
@@ -72,7 +71,7 @@ def stores(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, St
     evaluate(config)
     prepared = prepare(config)
     (cell,) = prepared.cells
-    run, study = report_folders.run(at / "run", 0), report_folders.study(at / "study")
+    run = report_folders.run(at / "run", 0)
     limits = {"limit": 1, "run_off_limit": 2, "test_limit": 1}
     tuned = TuneConfig(model=model, task="countdown", budget=4, max_new_tokens=16, **limits, output=str(at))
     trials = Trials(tuned, ["ass"])
@@ -102,13 +101,11 @@ def stores(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, St
         "measurements": Store(trials.store.path, trials.store.merge, counts),
         "metrics": Store(run / "metrics.jsonl", report_of(run), ("step",)),
         "times": Store(run / "times.jsonl", report_of(run), ("step",)),
-        "cells": Store(study / "cells.jsonl", report_of(study), ("seconds",)),
-        "runs": Store(study / "runs.jsonl", lambda: run_lines(study / "runs.jsonl")),
         "completions": Store(completions, lambda: grade([str(completions), "--task", "countdown"])),
     }
 
 
-STORES = "records config.json summary.json page_records page_config measurements metrics times cells runs completions"
+STORES = "records config.json summary.json page_records page_config measurements metrics times completions"
 each_store = pytest.mark.parametrize("store", STORES.split())
 
 

@@ -62,13 +62,10 @@ def test_a_training_is_one_folder(command: str, home: Path) -> None:
         assert load("~/model", adapter="~/run/checkpoint-2").name == f"{home}/model + {home}/run/checkpoint-2"
 
 
-def test_evaluations_reports_and_studies(home: Path) -> None:
+def test_evaluations_and_reports(home: Path) -> None:
     assert main(["eval", "--model=~/model", "--output=~/eval", *EVAL]) == 0
     assert main(["report", "~/eval", "--output=~/report"]) == 0
     assert (home / "eval" / "summary.json").is_file() and (home / "report").is_dir()
-    tables = [{"task": "sudoku:style=compact", "model": "~/model", "decoder": "~/ass.yaml", "limit": 1}]
-    assert main(["study", write(home, output="~/study", evaluate=tables)]) == 0
-    assert (home / "study" / "table.md").is_file()
     (home / "prompt.txt").write_text("Solve {question}")
     task = make_task("gsm8k:template=~/prompt.txt,data=~/gsm8k.jsonl", {})
     assert task.data == str(home / "gsm8k.jsonl")

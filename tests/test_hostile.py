@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from unmask.cli import main
 from unmask.evaluation import evaluate, tune
 from unmask.results import style
-from unmask.study import run as study
 
 TABLE = {"task": "countdown", "decoder": "ass", "limit": 2, "max_new_tokens": 16}
 FLAGS = [f"--{key.replace('_', '-')}={value}" for key, value in TABLE.items()]
@@ -30,12 +28,9 @@ def command(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     of_tune = shlex.split("--budget=4 --max-new-tokens=32 --task=countdown --limit=2 --run-off-limit=2 --test-limit=2")
     few = (["ass", "full:steps=4", "eoser"], ["semi-ar:steps=4", "ass:temperature=0.5"])
     monkeypatch.setattr(tune, "candidates", lambda *_: few)
-    tables = [{**TABLE, "model": model}]
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump({"output": str(tmp_path / "out"), "evaluate": tables}))
     known = {
         "eval": [f"--model={model}", f"--output={tmp_path / 'out'}", *FLAGS],
         "tune": [f"--model={model}", f"--output={tmp_path / 'out'}", *of_tune],
-        "study": [str(tmp_path / "study.yaml")],
     }
     return lambda name: [name, *known[name]]
 
@@ -49,7 +44,6 @@ def command(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
         ("eval", evaluate, "kept_trajectories", "was removed while the run wrote to it"),
         ("eval", style, "atomic_write", "cannot write to"),
         ("tune", tune, "run_cell", "cannot write to"),
-        ("study", study.time, "sleep", "was removed while the run wrote to it"),
     ],
 )
 def test_a_folder_removed_meanwhile_is_one_sentence(

@@ -10,26 +10,36 @@ from xml.etree.ElementTree import Element
 import html5lib
 import numpy as np
 import pytest
+import yaml
 
+from benchmarks.study.command import report_command
+from benchmarks.study.report import collect_study, in_words, telling
+from benchmarks.study.report import report as report_study
 from browser import open_page
 from report_folders import CELLS, cell, curves, evaluation, lines, records, run, study
 from unmask.errors import UserError
-from unmask.evaluation.records import summarize
+from unmask.evaluation.records import summarize as summarize_records
 from unmask.io.files import write_json
 from unmask.io.schema import STEPS
-from unmask.results.collect import collect, setting, varying
+from unmask.results.collect import collect, varying
 from unmask.results.command import command
 from unmask.results.report import report
 from unmask.results.tables import percent
 
 
 @pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Path], Path]:
-    """One folder of each kind, and the folder with their report."""
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of an evaluation and a training."""
     at = tmp_path_factory.mktemp("mixed")
-    folders = [evaluation(at / "eval", CELLS, curves=curves()), study(at / "study"), run(at / "run", 0)]
-    report(folders, at / "report")
-    return folders, at / "report"
+    report([evaluation(at / "eval", CELLS, curves=curves()), run(at / "run", 0)], at / "report")
+    return at / "report" / "report.html"
+
+
+@pytest.fixture(scope="module")
+def study_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    at = tmp_path_factory.mktemp("study")
+    report_study(study(at / "study"), at / "report")
+    return at / "report" / "report.html"
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------------
@@ -56,81 +66,71 @@ def tables(root: Element) -> dict[str, list[dict[str, str]]]:
     return found
 
 
-def test_the_page_shows_the_numbers_of_the_folders(mixed: tuple[list[Path], Path]) -> None:
-    root = tree(mixed[1] / "report.html")
-    shown = tables(root)
+def test_the_page_shows_the_numbers_of_the_folders(page: Path) -> None:
+    shown = tables(tree(page))
     rows = {row["decoder"]: row for row in shown["eval: toy, test split, 10 problems a task"]}
     for decoder, own in CELLS.items():
-        numbers, row = summarize(own), rows[decoder]  # hostile names survive, and as text
+        numbers, row = summarize_records(own), rows[decoder]  # hostile names survive, and as text
         assert row["solved % [95 %]"] == percent(numbers["solved"], numbers["solved_interval"])
         assert row["score % [95 %]"] == percent(numbers["score"], numbers["score_interval"])
         assert row["NFE"] == f"{numbers['nfe']:.0f}"
         assert row["tokens/forward"] == f"{32 / numbers['nfe']:.1f}" and row["length"] == "24.5"
-    pooled = {(row["decoder"], row["train.objective"]): row for row in shown["study: All cells"]}["full", "cj"]
+    (training,) = shown["Validation accuracy and cost"]
+    assert training["seconds in rollouts"] == "4" and training["completions sampled"] == str(4 * 8)
+
+
+def test_a_studys_page_shows_its_cells_and_differences(study_page: Path) -> None:
+    root = tree(study_page)
+    shown = tables(root)
+    pooled = {(row["decoder"], row["train.objective"]): row for row in shown["All cells"]}["full", "cj"]
     assert pooled["seeds"] == "2" and pooled["solved % [95 %]"].startswith("95.0 [")  # 9 and 10 of 10 under two seeds
     assert pooled["passes in training, at most (thousands)"] == "12"
-    differences = [
+    found = [
         (r["train.objective"], r["solved, points [95 %]"].split()[0]) for r in shown["Against the untrained model"]
     ]
-    assert differences == [("cj", "+95.0"), ("diffu", "+20.0")]
+    assert found == [("cj", "+95.0"), ("diffu", "+20.0")]
     assert any("Holm's p holds for all comparisons" in text(p) for p in root.iter("p"))
-    training = {row["run"]: row for row in shown["Validation accuracy and cost"]}
-    assert training["run"]["seconds in rollouts"] == "4" and training["cj--seed1"]["seconds in rollouts"] == "60"
-    assert training["run"]["completions sampled"] == str(4 * 8) and training["run"]["passes, at most"] == ""
-    assert training["cj--seed1"]["passes, at most"] == "12,345"
+    training = {row["run"]: row for row in shown["Validation accuracy and cost"]}["cj--seed1"]
+    assert training["seconds in rollouts"] == "60" and training["passes, at most"] == "12,345"
 
 
-def test_the_page_is_one_valid_file_that_asks_for_nothing(mixed: tuple[list[Path], Path]) -> None:
-    root = tree(mixed[1] / "report.html")
-    sections = [s.get("id") for s in root.iter("section")]
-    assert sections == ["results", "front", "differences", "steps", "order", "training", "lengths", "folders"]
-    assert [a.get("href") for a in root.iter("a")] == [f"#{s}" for s in sections]
-    ids = [e.get("id") for e in root.iter() if e.get("id")]
-    assert len(ids) == len(set(ids))
-    for element in root.iter():
-        for name in ("src", "href", "action", "data", "poster"):
-            assert element.get(name, "#").startswith(("data:", "#")), element.attrib
-    styles = "".join(text(s) for s in root.iter("style"))
-    assert "url(" not in styles and "@import" not in styles
-    images = list(root.iter("img"))
-    assert all(len(i.get("alt", "")) > 40 and i.get("src", "").startswith("data:image/png;base64,") for i in images)
-    stems = {"front", "differences-training", "steps-sudoku", "order-sudoku", "curves", "lengths-sudoku"}
-    kinds = {"differences-decoder", "differences-train.objective"}  # of the objectives, under the one seed of both
-    written = {f"{s}.{k}" for s in stems | kinds for k in ("png", "svg")} | {"report.html"}
-    assert {p.name for p in mixed[1].iterdir()} == written and len(images) == len(stems | kinds)
-    facts = [json.loads("".join(pre.itertext())) for pre in root.iter("pre")]
+def test_the_page_is_one_valid_file_that_asks_for_nothing(page: Path, study_page: Path) -> None:
+    stems = {"front", "steps-sudoku", "order-sudoku", "curves", "lengths-sudoku"}
+    # The objectives are compared under the one seed that both have.
+    of_study = {f"differences-{axis}" for axis in ("training", "decoder", "train.objective")}
+    for path, pictures, more in ((page, stems, []), (study_page, stems | of_study, ["differences"])):
+        root = tree(path)
+        sections = [s.get("id") for s in root.iter("section")]
+        assert sections == ["results", "front", *more, "steps", "order", "training", "lengths", "folders"]
+        assert [a.get("href") for a in root.iter("a")] == [f"#{s}" for s in sections]
+        ids = [e.get("id") for e in root.iter() if e.get("id")]
+        assert len(ids) == len(set(ids))
+        for element in root.iter():
+            for name in ("src", "href", "action", "data", "poster"):
+                assert element.get(name, "#").startswith(("data:", "#")), element.attrib
+        styles = "".join(text(s) for s in root.iter("style"))
+        assert "url(" not in styles and "@import" not in styles
+        images = list(root.iter("img"))
+        assert all(len(i.get("alt", "")) > 40 and i.get("src", "").startswith("data:image/png;base64,") for i in images)
+        written = {f"{stem}.{kind}" for stem in pictures for kind in ("png", "svg")} | {"report.html"}
+        assert {p.name for p in path.parent.iterdir()} == written and len(images) == len(pictures)
+    facts = [json.loads("".join(pre.itertext())) for pre in tree(page).iter("pre")]
     assert {"model": {"name": "toy"}, "split": "test"} in facts and {"unmask": "1"} in facts
-    assert [text(s) for s in root.iter("summary")] == [
-        "eval: configuration",
-        "eval: environment",
-        "study: environment",
-        "run: configuration",
-    ]
 
 
-def test_a_browser_shows_it(mixed: tuple[list[Path], Path]) -> None:
-    with open_page(mixed[1] / "report.html", width=360, touch=True) as (shown, problems):
+def test_a_browser_shows_it(page: Path, study_page: Path) -> None:
+    with open_page(study_page, width=360, touch=True) as (shown, problems):
         assert shown.evaluate("document.documentElement.scrollWidth") == 360
         assert shown.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 100)")
         assert problems == []
-    with open_page(mixed[1] / "report.html", colors="dark") as (shown, problems):
-        table = shown.locator("section#training table")
-        heading = table.get_by_role("button", name="passes, at most")
-
-        def column() -> list[str]:
-            return table.locator("tbody tr").evaluate_all("rows => rows.map(r => r.cells[0].textContent)")
-
-        heading.click()
-        assert column()[-1] == "run"  # it has no such number
-        heading.click()
-        assert column()[-1] == "run"
-        assert table.locator("th[aria-sort=descending]").count() == 1
+    with open_page(page, colors="dark") as (shown, problems):
         results = shown.locator("section#results table").first
         column_of = "rows => rows.map(r => Number(r.cells[2].textContent))"
         results.get_by_role("button", name="NFE").click()
         assert results.locator("tbody tr").evaluate_all(column_of) == [7, 20, 64]  # as numbers, not as text
         results.get_by_role("button", name="NFE").click()
         assert results.locator("tbody tr").evaluate_all(column_of) == [64, 20, 7]
+        assert results.locator("th[aria-sort=descending]").count() == 1
         assert shown.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 24, 28)"
         assert problems == []
 
@@ -139,21 +139,22 @@ def test_a_browser_shows_it(mixed: tuple[list[Path], Path]) -> None:
 
 
 def test_a_study_reads_as_its_summary_says(tmp_path: Path) -> None:
-    from unmask.results.summary import read_cells, summarize_study
-
     folder = study(tmp_path / "study")
-    computed = collect([folder])
-    summary = summarize_study(read_cells(folder))
-    write_json(folder / "summary.json", {**summary, "cells": []})  # the cells are what counts
-    assert computed.differences == [{"folder": "study", **d} for d in summary["differences"]]
-    (folder / "study.yaml").write_text("compare: [train.objective]\n")
-    assert {d["axis"] for d in collect([folder]).differences} == {
-        d["axis"] for d in summarize_study(read_cells(folder), ["train.objective"])["differences"]
-    }
-    by_label = {cell["label"]: cell for cell in computed.cells}
+    material, (section,) = collect_study(folder)
+    others = ["the first decoder", "the first train.objective", "the untrained model"]
+    assert [t.title for t in section.tables] == [f"Against {other}" for other in others]
+    (folder / "study.yaml").write_text(yaml.safe_dump({"compare": ["train.objective"]}))
+    assert len(collect_study(folder)[1][0].tables) == 2  # and against the untrained model
+    by_label = {cell["label"]: cell for cell in material.cells}
     assert list(by_label) == ["full · untrained", "ass · untrained", "full · cj", "full · diffu"]
     assert by_label["full · cj"]["lengths"] == [*range(30, 40)] * 2
-    assert [run["label"] for run in computed.runs] == ["cj, ass"] * 2 and computed.runs[1]["seconds_update"] == 30
+    assert [run["label"] for run in material.runs] == ["cj, ass"] * 2 and material.runs[1]["seconds_update"] == 30
+    table = {"title": "Which <objective>", "rows": ["train.objective"], "columns": ["decoder"], "against": ["training"]}
+    later = {**table, "title": "Later", "where": {"decoder": "none"}}  # it has no cell yet
+    (folder / "study.yaml").write_text(yaml.safe_dump({"tables": [table, later]}))
+    said, (*_, page) = report_study(folder, tmp_path / "out")
+    assert said.startswith("**Which <objective>**\n\n| train.objective | full NFE |") and said.count("**\n") == 3
+    assert "Which &lt;objective&gt;" in page.read_text()
 
 
 def test_curves_are_means_over_the_seeds_that_have_a_value(tmp_path: Path) -> None:
@@ -161,7 +162,7 @@ def test_curves_are_means_over_the_seeds_that_have_a_value(tmp_path: Path) -> No
     short = {**curves(), **{key: curves()[key][:2] for key in STEPS}, "eos_share": [0.5, None]}
     cells = [cell("full", "10", "cj", 0, curves=curves()), cell("full", "10", "cj", 1, curves=short)]
     (folder / "cells.jsonl").write_text(lines(cells))
-    (found,) = collect([folder]).cells
+    (found,) = collect_study(folder)[0].cells
     assert np.array_equal(found["curves"]["eos_share"], [0.25, 0.25, math.nan, 1.0], equal_nan=True)
     assert found["curves"]["order"].shape == (16, 32) and np.isnan(found["curves"]["order"][:, 31]).all()
     assert np.array_equal(found["curves"]["order"][:, 5], np.eye(16)[4])
@@ -178,10 +179,10 @@ def test_lengths_come_from_the_records(tmp_path: Path) -> None:
 def test_labels_name_what_differs(tmp_path: Path) -> None:
     assert varying([{"a": 1, "b": 2, "old": 0}, {"a": 1, "b": 3}]) == ["b"]  # an older file lacks a setting
     free, cj = {"d": "x", "train.o": None, "train.n": None}, {"d": "x", "train.o": "cj", "train.n": 4}
-    assert varying([free, cj]) == ["train.o"]  # once is enough
-    assert varying([free, cj, {**cj, "train.n": 8}]) == ["train.n"]
-    assert setting(free, ["d", "train.n"]) == "x, untrained" and setting(cj, ["train.o", "train.n"]) == "cj, n=4"
-    assert setting({**cj, "train.n": None}, ["train.n"]) == "n=–"  # trained, without that setting
+    assert telling([free, cj]) == ["train.o"]  # once is enough
+    assert telling([free, cj, {**cj, "train.n": 8}]) == ["train.n"]
+    assert in_words(free, ["d", "train.n"]) == "x, untrained" and in_words(cj, ["train.o", "train.n"]) == "cj, n=4"
+    assert in_words({**cj, "train.n": None}, ["train.n"]) == "n=–"  # trained, without that setting
     names = ["a/test", "b/test"]
     folders = [evaluation(tmp_path / name, {"full": records(4, 2, 8)}) for name in names]
     assert [c["label"] for c in collect(folders).cells] == ["full · a/test", "full · b/test"]
@@ -203,12 +204,8 @@ def test_each_section_only_where_there_is_data(tmp_path: Path, capsys: pytest.Ca
     assert f"page    {tmp_path / 'run0' / 'report.html'}" in said
     bare = evaluation(tmp_path / "bare", {"full": records(4, 2, 8)})
     report([bare], tmp_path / "out")
-    assert [s.get("id") for s in tree(tmp_path / "out" / "report.html").iter("section")] == [
-        "results",
-        "front",
-        "lengths",
-        "folders",
-    ]
+    sections = [s.get("id") for s in tree(tmp_path / "out" / "report.html").iter("section")]
+    assert sections == ["results", "front", "lengths", "folders"]
 
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------------------
@@ -238,10 +235,10 @@ def test_a_mistake_is_one_sentence(tmp_path: Path) -> None:
     (waiting / "metrics.jsonl").write_text("")
     sft = run(tmp_path / "other", 0)
     (sft / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
-    no_cells = study(tmp_path / "no_cells")
+    no_cells, twice, axis = (study(tmp_path / name) for name in ("no_cells", "twice", "axis"))
     (no_cells / "cells.jsonl").write_text("")
-    twice = study(tmp_path / "twice")
     (twice / "cells.jsonl").write_text(2 * (twice / "cells.jsonl").read_text())
+    (axis / "study.yaml").write_text("compare: [decodr]\n")
     for arguments, message in (
         ([], "no folder|lacks"),
         ([tmp_path / "nowhere"], "nowhere does not exist: choose a folder of unmask rl"),
@@ -254,11 +251,17 @@ def test_a_mistake_is_one_sentence(tmp_path: Path) -> None:
         ([broken], r"broken/records/sudoku--full\.jsonl:5 is damaged"),
         ([waiting], "metrics.jsonl is empty: let the run make its first update"),
         ([sft], "no rewards among the metrics"),
-        ([no_cells], "holds no finished cell of a study"),
-        ([twice], "cells.jsonl holds a cell twice: choose a complete folder"),
         ([good, "--output", "/proc/nothing"], "cannot write to /proc/nothing.*; choose another --output"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             command([*map(str, arguments)])
         assert "\n" not in str(caught.value)
+    for folder, message in (
+        (no_cells, "holds no finished cell of a study"),
+        (twice, "cells.jsonl holds a cell twice: choose a complete folder"),
+        (axis, "unknown axis in compare 'decodr': did you mean 'decoder'"),
+        (good, "holds no finished cell of a study"),
+    ):
+        with pytest.raises(UserError, match=message):
+            report_command([str(folder)])
     assert not list(tmp_path.rglob("report.html")) and not list(tmp_path.rglob("*.partial"))

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from benchmarks.study.report import difference_pictures
 from report_folders import result
 from unmask.results import figures
-from unmask.results.collect import Material
 from unmask.results.statistics import pareto_front
 from unmask.results.style import color, marker, save_figure
 
@@ -88,8 +88,8 @@ def test_axes_of_a_training_have_numbers(level: float, gap: float) -> None:
 
 def test_a_difference_is_clear_after_holm() -> None:
     row = {"axis": "decoder", "cell": {"task": "t", "decoder": "a"}, "against": {"task": "t", "decoder": "b"}}
-    row |= {"folder": "f", "solved": 0.1, "solved_interval": [0, 0.2]}
-    (drawn,) = figures.differences(Material(differences=[{**row, "solved_holm": h} for h in (0.04, 0.06)]))
+    row |= {"solved": 0.1, "solved_interval": [0, 0.2]}
+    (drawn,) = difference_pictures([{**row, "solved_holm": h} for h in (0.04, 0.06)])
     assert "1 of 2 are clear after Holm" in drawn.caption
 
 

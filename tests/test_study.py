@@ -17,17 +17,17 @@ from typing import Any
 import pytest
 import yaml
 
-from unmask.cli import main
+from benchmarks.__main__ import main
+from benchmarks.study.config import StudyConfig
+from benchmarks.study.grid import Grid, read_grid
+from benchmarks.study.lines import read_cells
+from benchmarks.study.run import training_budget
 from unmask.config import read_config
 from unmask.decoding import Decoder
 from unmask.evaluation.config import EvalConfig
 from unmask.evaluation.records import read_records
 from unmask.io.files import read_lines
-from unmask.results.summary import read_cells
 from unmask.rl.config import DiffusionGRPOConfig
-from unmask.study.config import StudyConfig
-from unmask.study.grid import Grid, read_grid
-from unmask.study.run import training_budget
 from unmask.tasks.countdown import Countdown
 
 ROOT = Path(__file__).parent.parent
@@ -181,7 +181,7 @@ def test_killed_and_resumed_equals_uninterrupted_and_grows(
     }
     whole, parts = write(tmp_path, **values), tmp_path / "parts"
     assert main(["study", str(whole)]) == 0
-    command = [sys.executable, "-m", "unmask", "study", str(whole), "--output", str(parts), "--jobs", "2"]
+    command = [sys.executable, "-m", "benchmarks", "study", str(whole), "--output", str(parts), "--jobs", "2"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not read_lines(parts / "cells.jsonl"):  # kill -9 as soon as a cell is finished
         assert process.poll() is None
@@ -236,7 +236,7 @@ from unmask.tasks.countdown import Countdown
 class Stays(Countdown):
     def grade(self, *_, **__):
         subprocess.Popen(["sleep", "1000"])
-        pathlib.Path("busy").touch()
+        pathlib.Path(__file__).with_name("busy").touch()
         while True:
             pass
 """
@@ -259,9 +259,9 @@ def test_nothing_outlives_a_study(number: signal.Signals, model: str, tmp_path: 
     (tmp_path / "stays.py").write_text(STAYS)
     path = write(tmp_path, evaluate=[{"task": "stays:Stays", "decoder": "ass", "limit": 1, "model": model}])
     process = subprocess.Popen(
-        [sys.executable, "-m", "unmask", "study", str(path)],
-        cwd=tmp_path,
-        env={**os.environ, "MARKER": str(tmp_path)},
+        [sys.executable, "-m", "benchmarks", "study", str(path)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))},
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it

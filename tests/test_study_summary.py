@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 from scipy import stats
 
-from report_folders import study
+from benchmarks.study import PLAN, Values
+from benchmarks.study.statistics import Bootstrap, holm
+from benchmarks.study.summary import Group, summarize
+from benchmarks.study.tables import markdown, pivots, read_out
 from unmask import UserError
-from unmask.results import pivot
-from unmask.results.collect import collect
-from unmask.results.report import report
-from unmask.results.statistics import (
-    Bootstrap,
-    holm,
-    paired_difference,
-    wilson,
-)
-from unmask.results.summary import Group, markdown, read_cells, summarize_study
-from unmask.study.config import StudyConfig
-from unmask.study.grid import read_grid
+from unmask.results.statistics import paired_difference, wilson
 
 # ---- the summary -----------------------------------------------------------------------------------------------------------
 
@@ -50,7 +40,7 @@ def test_summary_by_hand() -> None:
     rng = np.random.default_rng(5)
     texts = ["".join(rng.choice(["0", "1"], 40, p=[0.6, 0.4])) for _ in range(4)]
     cells = [line(texts[i], seed=i % 2, decoder="ab"[i // 2]) for i in range(4)]
-    summary = summarize_study(cells)
+    summary = summarize(cells)
     first, second = summary["cells"]
     a, b = (np.array([[c == "1" for c in t] for t in pair], dtype=float) for pair in (texts[:2], texts[2:]))
     assert first["solved"] == a.mean() and second["score"] == b.mean() and first["seeds"] == 2
@@ -83,12 +73,12 @@ def test_seeds_with_other_problems_are_drawn_apart() -> None:
     same = Group({}, [line(text, 0), line(text, 1)])
     other = Group({}, [line(text, 0, "p"), line(text, 1, "q")])
     once = Group({}, [line(text, 0)])
-    spread = [float(np.std(Bootstrap().draws(*g.share("solved"), g.problems))) for g in (once, same, other)]
+    spread = [float(np.std(Bootstrap().draws(*g.shares["solved"], g.problems))) for g in (once, same, other)]
     assert spread[0] == pytest.approx(math.sqrt(0.25 / 100), rel=0.05)
     assert spread[1] == pytest.approx(spread[0], rel=0.03)
     first, second = Bootstrap(), Bootstrap()  # what a cell is given does not depend on the cells before it
-    first.draws(*other.share("solved"), ("q", "p"))
-    assert np.array_equal(first.draws(*once.share("solved"), ("p",)), second.draws(*once.share("solved"), ("p",)))
+    first.draws(*other.shares["solved"], ("q", "p"))
+    assert np.array_equal(first.draws(*once.shares["solved"], ("p",)), second.draws(*once.shares["solved"], ("p",)))
     assert spread[2] == pytest.approx(spread[0] * math.sqrt(0.75), rel=0.05)  # Var = (1/2 + 1/4) of one seed's
 
 
@@ -97,81 +87,58 @@ def test_cells_are_compared_with_equal_ones_alone() -> None:
         *[line("0011", decoder=d, gamma=g) for d in "ab" for g in (1, 2)],
         line("0011", problems="q", decoder="c", gamma=1),
     ]
-    pairs = [(d["axis"], d["cell"]["decoder"], d["cell"]["gamma"]) for d in summarize_study(cells)["differences"]]
+    pairs = [(d["axis"], d["cell"]["decoder"], d["cell"]["gamma"]) for d in summarize(cells)["differences"]]
     assert pairs == [("decoder", "b", 1), ("decoder", "b", 2), ("gamma", "a", 2), ("gamma", "b", 2)]
-    only = summarize_study(cells, ["gamma"])["differences"]
+    only = summarize(cells, ["gamma"])["differences"]
     assert {d["axis"] for d in only} == {"gamma"} and all(d["solved_p"] == 1 for d in only)
 
 
 def test_one_seed_has_the_interval_of_an_evaluation() -> None:
-    (cell,) = summarize_study([line("1111")])["cells"]
+    (cell,) = summarize([line("1111")])["cells"]
     assert cell["solved_interval"] == list(wilson(4, 4)) and cell["solved_interval"][0] < 0.6
 
 
 def test_seeds_are_paired_by_name() -> None:
     """A study cut short: a has seeds 0 and 1, b has 1 and 2."""
-    cells = [
-        line("0000", 0, decoder="a"),
-        line("0011", 1, decoder="a"),
-        line("0111", 1, decoder="b"),
-        line("1111", 2, decoder="b"),
-    ]
-    (difference,) = summarize_study(cells)["differences"]
+    runs = (("0000", 0, "a"), ("0011", 1, "a"), ("0111", 1, "b"), ("1111", 2, "b"))
+    cells = [line(solved, seed, decoder=decoder) for solved, seed, decoder in runs]
+    (difference,) = summarize(cells)["differences"]
     assert difference["solved"] == 0.25
-    assert summarize_study([cells[0], cells[3]])["differences"] == []
+    assert summarize([cells[0], cells[3]])["differences"] == []
 
 
-def test_trained_models_stand_against_the_untrained_one() -> None:
+def test_trained_models_are_compared_with_the_untrained_one() -> None:
     budget = {"nfe": 7, "updates": 1, "completions": 2, "training_passes": 3}
     base = {**line("0011"), "cell": {"task": "t", "decoder": "a", "train.objective": None, "train.seed": None}}
-    trained = []
-    for objective in ("cj", "diffu"):
-        for seed in (0, 1):
-            trained.append({**line("0111", seed, **{"train.objective": objective}), "budget": budget})
-    summary = summarize_study([base, *trained])
+    runs = [(objective, seed) for objective in ("cj", "diffu") for seed in (0, 1)]
+    trained = [{**line("0111", seed, **{"train.objective": o}), "budget": budget} for o, seed in runs]
+    summary = summarize([base, *trained])
     assert summary["axes"]["train.objective"] == ["cj", "diffu"]
     found = [(d["axis"], d["cell"]["train.objective"], d["solved"]) for d in summary["differences"]]
     assert found == [("train.objective", "diffu", 0.0), ("training", "cj", 0.25), ("training", "diffu", 0.25)]
     assert summary["budgets"] == {"updates": 1, "completions": 2, "training_passes": 3}
 
 
-def test_decoders_stand_against_the_baseline_of_as_many_passes() -> None:
-    cells = []
-    for decoder, solved, passes in (
-        ("full", "0011", 64),
-        ("full:steps=7", "0001", 7),
-        ("ass", "0111", 7),
-        ("odd", "1111", 5),
-    ):
-        cells.append({**line(solved, decoder=decoder), "budget": {"nfe": passes}})
-    summary = summarize_study(cells, ["decoder"], ["full", "full:steps=7"])
-    found = {
-        (d["cell"]["decoder"], d["against"]["decoder"]): d["solved"]
-        for d in summary["differences"]
-        if d["axis"] != "decoder"
-    }
-    assert found == {("ass", "full:steps=7"): 0.5}
-    assert "Against the baseline of as many passes" in markdown(summary)
+def test_decoders_are_compared_with_the_baseline_of_as_many_passes() -> None:
+    """With guidance 32 steps take 64 passes: guided cells are compared with guided baselines where there is one."""
 
+    def compared(cells: list[tuple[str, str, int, int]], *baselines: str) -> dict[Any, float]:
+        lines = [
+            {**line(solved, decoder=decoder, cfg_scale=scale), "budget": {"nfe": passes}}
+            for decoder, solved, passes, scale in cells
+        ]
+        summary = summarize(lines, ["decoder"], baselines)
+        assert "Against the baseline of as many passes" in markdown(summary)
+        found = [d for d in summary["differences"] if d["axis"] == "equal passes"]
+        names = ("decoder", "cfg_scale")
+        return {tuple(d[side][k] for side in ("cell", "against") for k in names): d["solved"] for d in found}
 
-def test_of_several_baselines_the_one_with_the_same_settings_counts() -> None:
-    """With guidance 32 steps take 64 passes: guided cells stand against guided baselines where there is one."""
-    cells = [
-        {**line(solved, decoder=decoder, cfg_scale=scale), "budget": {"nfe": 64}}
-        for decoder, scale, solved in (
-            ("full", 0, "0000"),
-            ("full:steps=32", 1, "0001"),
-            ("full:steps=32", 2, "0011"),
-            ("ass", 2, "0111"),
-            ("ass", 0, "0111"),
-        )
-    ]
-    found = {
-        (d["cell"]["cfg_scale"], d["against"]["decoder"], d["against"]["cfg_scale"]): d["solved"]
-        for d in summarize_study(cells, ["decoder"], ["full", "full:steps=32"])["differences"]
-        if d["axis"] == "equal passes"
-    }
-    assert found == {(2, "full:steps=32", 2): 0.25, (0, "full", 0): 0.75}
+    cells = [("full", "0011", 64, 0), ("full:steps=7", "0001", 7, 0), ("ass", "0111", 7, 0), ("odd", "1111", 5, 0)]
+    assert compared(cells, "full", "full:steps=7") == {("ass", 0, "full:steps=7", 0): 0.5}
+    half = "full:steps=32"
+    cells = [("full", "0000", 64, 0), (half, "0001", 64, 1), (half, "0011", 64, 2)]
+    cells += [("ass", "0111", 64, 2), ("ass", "0111", 64, 0)]
+    assert compared(cells, "full", half) == {("ass", 2, half, 2): 0.25, ("ass", 0, "full", 0): 0.75}
 
 
 def test_holm_and_p_by_hand() -> None:
@@ -194,17 +161,9 @@ def test_paired_difference_is_narrower_than_two_intervals() -> None:
 def pivot_line(solved: str, passes: int, **cell: Any) -> dict[str, Any]:
     """A cell of a study with as many points as problems solved, out of twice as many."""
     n = len(solved)
-    made = line(solved, problems=f"p{n}")
     changed = {"points": [float(c == "1") for c in solved], "nfe": [passes - 0.5] * n, "length": [3] * n}
-    settings = {"task": "t", "decoder": "a", **cell}
-    task = settings.pop("task")
-    return {
-        **made,
-        **changed,
-        "key": f"{solved}{task}{settings}",
-        "cell": {**settings, "task": task},
-        "budget": {"nfe": passes},
-    }
+    settings = {"decoder": "a", **cell, "task": cell.get("task", "t")}
+    return {**line(solved, problems=f"p{n}"), **changed, "cell": settings, "budget": {"nfe": passes}}
 
 
 CELLS = [
@@ -217,13 +176,12 @@ CELLS = [
 ]
 
 
-def shown(cells: list[dict[str, Any]] = CELLS, baselines: tuple[str, ...] = (), **table: Any) -> str:
-    settings = [{**c["cell"], "plan": c["budget"]["nfe"]} for c in cells]
-    (chosen,) = pivot.pivots([{"title": "T", **table}], settings, baselines=baselines)
-    summary = summarize_study(cells, (), baselines, [chosen])
-    (table,) = pivot.tables([chosen], summary)
-    text = table.titled_markdown()
-    assert markdown(summary, [chosen]).startswith(f"{text}\n**All cells**\n\n| decoder |")
+def shown(cells: list[Values] = CELLS, baselines: tuple[str, ...] = (), **table: Any) -> str:
+    settings = [{**c["cell"], PLAN: c["budget"]["nfe"]} for c in cells]
+    chosen = pivots([{"title": "T", **table}], settings, baselines=baselines)
+    summary, (found,) = read_out(cells, (), baselines, chosen)
+    text = found.titled_markdown()
+    assert markdown(summary, [found]).startswith(f"{text}\n**All cells**\n\n| decoder |")
     return text
 
 
@@ -253,16 +211,12 @@ def test_columns_stand_by_their_axes_whatever_cell_came_first() -> None:
 
 def test_differences_and_their_stars() -> None:
     table = {"rows": ["task", "x"], "columns": ["decoder"], "show": []}
-    text = shown(**table, against=["decoder"])
-    assert (
-        "| task | x | b |" in text and text.count("\n| ") == 1 + 1 + 2
-    )  # the first decoder has none, nor has a row alone
+    text = shown(**table, against=["decoder"])  # the first decoder has none, nor has a row alone
+    assert "| task | x | b |" in text and text.count("\n| ") == 1 + 1 + 2
     assert "| t | – | +50.0 [+0.0, +100.0] |" in text and "| u | 0.5 | -100.0 [-100.0, -100.0]* |" in text
     assert "Difference: in points of solved from the cell of decoder a" in text and "over all 2 of this kind" in text
-    text = shown(**{**table, "show": ["score"]}, against=["decoder"])
-    assert (
-        "| u | 0.5 | 50.0 [50.0, 50.0] | 0.0 [0.0, 0.0] | -50.0 [-50.0, -50.0]* |" in text
-    )  # of the metric that is shown
+    text = shown(**{**table, "show": ["score"]}, against=["decoder"])  # of the metric that is shown
+    assert "| u | 0.5 | 50.0 [50.0, 50.0] | 0.0 [0.0, 0.0] | -50.0 [-50.0, -50.0]* |" in text
     text = shown(baselines=("a",), **table, against=["equal passes", "x"])
     assert "| task | x | a difference (x) | b difference (equal passes) |" in text
     assert "from the baseline of as many passes" in text and "from the cell of x –" in text
@@ -284,50 +238,38 @@ def test_a_mean_over_an_axis_takes_its_values_for_further_seeds() -> None:
     texts = {run: "".join(rng.choice(["0", "1"], 40, p=[0.7, 0.3])) for run in runs}
     study = [base, *(trained(texts[o, d, s], d, o, s) for o, d, s in runs)]
     seeds = [trained(texts[o, d, s], "full", o, s + 2 * (d == "ass")) for o, d, s in runs]
-    table = {"title": "T", "rows": ["train.objective"], "against": ["training", "train.objective"]}
-    pooled = pivot.Pivot(**table, mean_over=["train.decoder"])
-    summary = summarize_study(study, (), (), [pooled])
-    (pool,) = summary["pools"]
-    expected = summarize_study([base, *seeds])
-    assert "train.decoder" in summary["axes"] and "train.decoder" not in pool["axes"]
+    pool, expected = summarize(study, mean_over=["train.decoder"]), summarize([base, *seeds])
+    assert "train.decoder" in summarize(study)["axes"] and "train.decoder" not in pool["axes"]
     for part in ("cells", "differences"):
         without = [dict(entry) for entry in expected[part]]
         for entry in without:
             for key in {"cell", "against"} & set(entry):
                 entry[key] = {k: v for k, v in entry[key].items() if k != "train.decoder"}
         assert pool[part] == without and len(pool[part]) == 3
-    (shown,), (plain,) = pivot.tables([pooled], summary), pivot.tables([pivot.Pivot(**table)], expected)
-    assert shown.rows == plain.rows and [row[0] for row in shown.rows] == ["untrained", "cj", "diffu"]
-    assert shown.notes == [
-        "Mean over train.decoder and the seeds, 3 to 4 trainings each, which intervals and tests take as a sample of such "
-        "trainings.",
-        *plain.notes,
-    ]
-    nothing_trained = summarize_study([base], (), (), [pooled])
-    assert [table.notes for table in pivot.tables([pooled], nothing_trained)] == [[]]
+    table = {"rows": ["train.objective"], "against": ["training", "train.objective"]}
+    pooled, plain = shown(study, **table, mean_over=["train.decoder"]), shown([base, *seeds], **table)
+    note = "Mean over train.decoder and the seeds, 3 to 4 trainings each, which intervals and tests take as a sample of"
+    assert pooled.splitlines()[:7] == plain.splitlines()[:7] and note in pooled and note not in plain
 
 
-def test_a_mean_is_over_axes_of_the_training() -> None:
-    cells = [trained("0011", d, "cj", 0) for d in ("full", "ass")]
-    assert "| cj | 7 |" in shown(cells, rows=["train.objective"], mean_over=["train.decoder"], show=["nfe"]).replace(
-        "6.5", "7"
-    )
-    for table, says in (
-        (
-            {"rows": ["train.objective"], "mean_over": ["decoder"]},
-            "unknown axis of the training in mean_over .* 'decoder'",
-        ),
-        ({"rows": ["train.decoder"], "mean_over": ["train.decoder"]}, "unknown axis in the table 'T' 'train.decoder'"),
-        ({"rows": ["decoder"], "mean_over": ["train.decoder"], "against": ["train.decoder"]}, "unknown comparison"),
-    ):
-        with pytest.raises(UserError, match=says) as error:
-            shown(cells, **table)
-        assert "\n" not in str(error.value)
+TRAINED = [trained("0011", decoder, "cj", 0) for decoder in ("full", "ass")]
 
 
 @pytest.mark.parametrize(
     ("table", "says"),
     [
+        (
+            {"cells": TRAINED, "rows": ["train.objective"], "mean_over": ["decoder"]},
+            "axis of the training .* 'decoder'",
+        ),
+        (
+            {"cells": TRAINED, "rows": ["train.decoder"], "mean_over": ["train.decoder"]},
+            "unknown axis .* 'train.decoder'",
+        ),
+        (
+            {"cells": TRAINED, "rows": ["decoder"], "mean_over": ["train.decoder"], "against": ["train.decoder"]},
+            "unknown comparison",
+        ),
         ({"columns": ["x"]}, "table 1 of tables lacks rows: add it"),
         ({"rows": ["task", "decoder", "x"], "show": []}, "the table 'T' shows nothing: set show or against"),
         ({"rows": {"decoder": 1}}, "rows of table 1 of tables is {'decoder': 1}"),
@@ -358,33 +300,9 @@ def test_mistakes_in_tables_are_one_sentence(table: dict[str, Any], says: str) -
 def test_each_table_has_its_title() -> None:
     table = {"title": "T", "rows": ["decoder"]}
     with pytest.raises(UserError, match="two of tables have the title 'T'"):
-        pivot.pivots([table, table], [{"decoder": "a", "plan": 7}])
+        pivots([table, table], [{"decoder": "a", PLAN: 7}])
 
 
 def test_a_table_without_any_text_is_none() -> None:
-    summary = summarize_study(CELLS[:1])
-    assert not list(pivot.tables([pivot.Pivot(title="T", rows=["x"], show=[], against=["decoder"])], summary))
-
-
-def test_tables_see_the_cells_without_seeds(tmp_path: Path) -> None:
-    train = {"tasks": ["countdown"], "seed": [0, 1], "objective": ["cj", "diffu"]}
-    evaluate = {"task": "countdown", "decoder": ["full", "ass"]}
-    table = {"title": "T", "rows": ["train.objective", "plan"]}
-    config = StudyConfig(output="runs/x", train=[train], evaluate=[evaluate], tables=[table])
-    assert [t.title for t in read_grid(config, tmp_path).tables] == ["T"]
-    with pytest.raises(UserError, match=r"add train\.objective .*to its rows"):
-        read_grid(StudyConfig("runs/x", [evaluate], [train], tables=[{**table, "rows": ["plan"]}]), tmp_path)
-
-
-def test_a_report_begins_with_them(tmp_path: Path) -> None:
-    folder = study(tmp_path / "study")
-    table = {"title": "Which <objective>", "rows": ["train.objective"], "columns": ["decoder"], "against": ["training"]}
-    (folder / "study.yaml").write_text(yaml.safe_dump({"tables": [table, {**table, "where": {"decoder": "none"}}]}))
-    (shown,) = pivot.tables([pivot.Pivot(**table)], summarize_study(read_cells(folder)))
-    (own,) = collect([folder]).folders
-    assert own.tables[0] == shown and len(own.tables) == 2  # the other has no cell yet; then all cells
-    assert [row[0] for row in shown.rows] == ["untrained", "cj", "diffu"]
-    text, _ = report([folder], tmp_path / "out")
-    page = (tmp_path / "out" / "report.html").read_text()
-    assert text.startswith(shown.titled_markdown())
-    assert "Which &lt;objective&gt;" in page and shown.notes[0].replace("'", "&#39;") in page
+    table = {"title": "T", "rows": ["x"], "show": [], "against": ["decoder"]}
+    assert read_out(CELLS[:1], pivots=pivots([table], [{**CELLS[0]["cell"], PLAN: 7}]))[1] == []

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.study.config import StudyConfig
+from benchmarks.study.grid import read_grid
 from unmask import UserError, make_decoder
 from unmask.cli import main
 from unmask.config import read_config
 from unmask.io.files import as_yaml, read_yaml
 from unmask.models.scratch import new_model
 from unmask.rl.config import DiffusionGRPOConfig
-from unmask.study.config import StudyConfig
-from unmask.study.grid import read_grid
 from unmask.training.config import SFTConfig
 
 STRANGE = {

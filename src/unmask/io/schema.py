@@ -12,7 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", type(None): "null", str: "text"}
-KINDS |= {list: "a list", dict: "an object", object: "text (dates in quotes), a number, true, false, null, list or object"}
+KINDS |= {
+    list: "a list",
+    dict: "an object",
+    object: "text (dates in quotes), a number, true, false, null, list or object",
+}
 
 
 @dataclass(frozen=True)
@@ -92,27 +96,19 @@ _ROW |= {"score_name": str, "score": AMOUNT, "score_interval": [AMOUNT, 2], "nfe
 _ROW |= {"tokens_per_forward": AMOUNT, "length": AMOUNT, "seconds": AMOUNT, "curves?": CURVES}
 SUMMARY = {"config": {"model": {"name": str}, "split": str}, "environment": dict, "cells": [_ROW]}
 """``eval``'s summary.json."""
-_TRAINED = {"updates": COUNT, "completions": COUNT, "training_passes": COUNT}
-CELL = {"key": str, "cell": {"task": str, "decoder": str}, "model": {"name": str, "weights": str}}
-CELL |= {"problems": str, "solved": str, "score_name": str, "points": [AMOUNT], "possible": [Number(1e-6)]}
-CELL |= {"nfe": [POSITIVE], "length": [COUNT], "committed": [COUNT], "seconds": AMOUNT, "environment": dict}
-CELL |= {"budget": {"nfe": POSITIVE, **{f"{key}?": COUNT for key in _TRAINED}}, "curves?": CURVES}
-"""A line of a study's cells.jsonl."""
-RUN = {"key": str, "train": dict, "budget": _TRAINED, "metrics": [METRICS]}
-RUN |= {"seconds": {"rollout": AMOUNT, "update": AMOUNT}}
-"""A line of a study's runs.jsonl."""
 
 
 def check_summary(summary: dict[str, Any]) -> dict[str, Any]:
-    """The same. Raises ValueError where there are no cells."""
+    """The same. Raises ValueError where there are no cells, or curves that belong together are not equally long."""
     if not summary["cells"]:
         raise ValueError("cells is empty")
+    for cell in summary["cells"]:
+        check_same_length(cell.get("curves", {}), *STEPS)
     return summary
 
 
-def check_cell(cell: dict[str, Any]) -> dict[str, Any]:
-    """The same. Raises ValueError where its lists have not an entry a problem."""
-    lengths = {len(cell[key]) for key in ("solved", "points", "possible", "nfe", "length", "committed")}
-    if len(lengths) > 1 or 0 in lengths or set(cell["solved"]) - {"0", "1"}:
-        raise ValueError("not each problem has a solved of 0 or 1, points, possible, nfe, length and committed")
-    return cell
+def check_same_length(value: dict[str, Any], *keys: str) -> None:
+    """Raises ValueError where those of the lists ``keys`` that are there have not as many entries each."""
+    sizes = {key: len(value[key]) for key in keys if key in value}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(f"{', '.join(f'{k} has {n} entries' for k, n in sizes.items())}: not as many each")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,10 +15,10 @@ from unmask.errors import UserError
 
 @dataclass
 class ReportArguments:
-    """Figures and one HTML file of evaluations, training runs and studies, of one kind or mixed."""
+    """Figures and one HTML file of evaluations and training runs, of one kind or mixed."""
 
     folders: Annotated[list[str], tyro.conf.Positional]
-    """Folders of ``unmask eval``, ``unmask rl`` or ``unmask study``; runs that differ in nothing but the seed share a band."""
+    """Folders of ``unmask eval`` or ``unmask rl``; runs that differ in nothing but the seed share a band."""
     output: str | None = None
     """Where report.html and the figures go; by default the first folder."""
 
@@ -26,11 +27,14 @@ def command(arguments: list[str]) -> None:
     """``unmask report DIR…``."""
     a = read_flags(ReportArguments, arguments, prog="unmask report")
     if not a.folders:
-        raise UserError("no folder: name at least one folder of unmask eval, unmask rl or unmask study")
+        raise UserError("no folder: name at least one folder of unmask eval or unmask rl")
     from unmask.results.report import report
 
-    said, written = report([Path(folder) for folder in a.folders], Path(a.output or a.folders[0]))
-    print(said)
+    print_report(*report([Path(folder) for folder in a.folders], Path(a.output or a.folders[0])))
+
+
+def print_report(tables: str, written: Sequence[Path]) -> None:
+    print(tables)
     for path in written:
         if path.suffix != ".svg":
             print(f"{'page' if path.suffix == '.html' else 'figure':<6}  {path}")

@@ -14,13 +14,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from unmask.io.files import slug
-from unmask.results.collect import Material, difference_names, task_of
-from unmask.results.pivot import ALPHA, Values
+from unmask.results.collect import Values, task_of
 from unmask.results.statistics import pareto_front
-from unmask.results.style import INK, OTHER, SOFT, color, legend, legible, line, look, marker, panels
+from unmask.results.style import OTHER, SOFT, color, legend, legible, line, look, marker, panels
 
 _NAMED = 24  # with more labels, a figure names those on a front alone
-_PANELS, _ROWS = 12, 30  # at most so many panels, or rows one above the other, in one figure
+PANELS, ROWS = 12, 30  # at most so many panels, or rows one above the other, in one figure
 _END, _OTHER = color(3), color(0)
 _EXACT = 1e-6  # mismatches below it are rounding
 _CURVES = {
@@ -49,9 +48,9 @@ def accuracy(cells: Sequence[Values], metric: str = "solved", budget: float | No
 
     Args:
         cells: rows with task, label, nfe, metric and its interval; those with ``aside`` are named, but on no front.
-        budget: passes at which a line stands.
+        budget: passes at which a line is drawn.
     """
-    groups = {task: own for (task,), own in _groups(cells, "task")}
+    groups = _by("task", cells)
     fronts = {task: _front([c for c in own if not c.get("aside")], metric) for task, own in groups.items()}
     labels = list(dict.fromkeys(cell["label"] for cell in cells))
     if len(labels) > _NAMED:
@@ -97,8 +96,7 @@ def _point(axis: Axes, place: float, value: float, interval: Sequence[float], nu
             "capsize": 2.5,
         }
     ends = [
-        [max(0, 100 * (value - interval[0]))],
-        [max(0, 100 * (interval[1] - value))],
+        [max(0, 100 * end)] for end in (value - interval[0], interval[1] - value)
     ]  # a bootstrap's may round past it
     shown = f"{number}  {label}" if number else "on no front: see the tables"
     axis.errorbar(place, 100 * value, yerr=ends, label=shown, **style)
@@ -131,7 +129,7 @@ def _counts(cells: Sequence[Values]) -> str:
 def accuracy_picture(cells: Sequence[Values]) -> Picture:
     """``accuracy`` with a caption that names what is on the front."""
     said = []
-    for (task,), own in _groups(cells, "task"):
+    for task, own in _by("task", cells).items():
         best = [f"{c['label']} ({c['nfe']:.3g} passes, {100 * c['solved']:.1f} %)" for c in _front(own)]
         said.append(f"{task}: {', '.join(best)}")
     caption = (
@@ -142,54 +140,15 @@ def accuracy_picture(cells: Sequence[Values]) -> Picture:
     return Picture("front", caption, accuracy(cells))
 
 
-# ---- differences -----------------------------------------------------------------------------------------------------------
-
-
-@look()
-def differences(material: Material) -> list[Picture]:
-    """Paired differences in problems solved, a figure (of up to 30 rows) for each axis of each study."""
-    pictures = []
-    folders = len({row["folder"] for row in material.differences})
-    for (folder, axis), own in _groups(material.differences, "folder", "axis"):
-        title = (
-            f"{axis}: each against {'the baseline of as many passes' if axis == 'equal passes' else 'its first value'}"
-        )
-        title = "training: each against untrained" if axis == "training" else title
-        title += f" in {folder}" * (folders > 1)
-        stem = "differences-" + slug(f"{folder}-{axis}" if folders > 1 else axis)
-        for part, rows in _parts(list(zip(own, difference_names(own), strict=True)), _ROWS):
-            pictures.append(Picture(stem + part, *_differences(rows, title)))
-    return pictures
-
-
-def _differences(rows: Sequence[tuple[Values, str]], title: str) -> tuple[str, Figure]:
-    width = max(8.5, 5 + 0.08 * max(len(name) for _, name in rows))
-    figure = Figure(figsize=(width, 0.3 * len(rows) + 1.3), layout="constrained")
-    axis = figure.subplots()
-    clear = [row["solved_holm"] < ALPHA for row, _ in rows]
-    for y, ((row, _), filled) in enumerate(zip(rows, clear, strict=True)):
-        axis.plot([100 * v for v in row["solved_interval"]], [y, y], color=INK, linewidth=1.3)
-        axis.plot(100 * row["solved"], y, "o", color=INK, markersize=6, markerfacecolor=INK if filled else "white")
-    axis.axvline(0, color=SOFT, linewidth=1)
-    axis.set_yticks(range(len(rows)), [name for _, name in rows])
-    axis.set(ylim=(len(rows) - 0.4, -0.6), xlabel="difference in problems solved (percentage points), 95 % interval")
-    axis.grid(axis="y", visible=False)
-    axis.set_title(title)
-    return (
-        f"{title}. Paired differences on the same problems; {sum(clear)} of {len(rows)} are clear after Holm's adjustment "
-        f"(filled, p < {ALPHA}), the others are hollow."
-    ), figure
-
-
 # ---- small multiples -------------------------------------------------------------------------------------------------------
 
 
-def _groups(rows: Sequence[Values], *keys: str) -> Iterator[tuple[tuple[Any, ...], list[Values]]]:
-    for group in dict.fromkeys(tuple(row[key] for key in keys) for row in rows):
-        yield group, [row for row in rows if tuple(row[key] for key in keys) == group]
+def _by(key: str, rows: Sequence[Values]) -> dict[Any, list[Values]]:
+    """The rows of each value of a key, in their order."""
+    return {value: [row for row in rows if row[key] == value] for value in dict.fromkeys(row[key] for row in rows)}
 
 
-def _parts(rows: Sequence[Any], size: int) -> Iterator[tuple[str, Sequence[Any]]]:
+def pieces(rows: Sequence[Any], size: int) -> Iterator[tuple[str, Sequence[Any]]]:
     """Pieces of up to ``size`` rows, with what tells their names apart."""
     for start in range(0, len(rows), size):
         yield f"-{start // size + 1}" if len(rows) > size else "", rows[start : start + size]
@@ -201,8 +160,8 @@ def _each_task(
 ) -> list[Picture]:
     """``draw`` for the cells of every task, in pieces."""
     pictures = []
-    for (task,), own in _groups(cells, "task"):
-        for part, some in _parts(own, size):
+    for task, own in _by("task", cells).items():
+        for part, some in pieces(own, size):
             caption, figure = draw(task, some)
             pictures.append(Picture(f"{name}-{slug(task)}{part}", f"{task}: {caption}", figure))
     return pictures
@@ -210,7 +169,7 @@ def _each_task(
 
 def steps(cells: Sequence[Values]) -> list[Picture]:
     """End tokens and confidence over the steps, a panel a decoder."""
-    return _each_task([c for c in cells if "eos_share" in c["curves"]], "steps", _PANELS, _steps)
+    return _each_task([c for c in cells if "eos_share" in c["curves"]], "steps", PANELS, _steps)
 
 
 def _steps(task: str, cells: Sequence[Values]) -> tuple[str, Figure]:
@@ -236,16 +195,15 @@ def _steps(task: str, cells: Sequence[Values]) -> tuple[str, Figure]:
 
 def order(cells: Sequence[Values]) -> list[Picture]:
     """When each part of the canvas is committed, a heat map a decoder."""
-    return _each_task([c for c in cells if "order" in c["curves"]], "order", _PANELS, _order)
+    return _each_task([c for c in cells if "order" in c["curves"]], "order", PANELS, _order)
 
 
 def _order(task: str, cells: Sequence[Values]) -> tuple[str, Figure]:
     figure, axes = panels(len(cells), 4, 2.6, 2.3, sharex=True, sharey=True)
     for axis, cell in zip(axes, cells, strict=True):
         shares = np.ma.masked_invalid(forward_fill(cell["curves"]["order"]))
-        image = axis.imshow(
-            shares, cmap="cividis", vmin=0, vmax=1, extent=(0, 100, 100, 0), aspect="auto", interpolation="nearest"
-        )
+        style: Any = {"cmap": "cividis", "extent": (0, 100, 100, 0), "aspect": "auto", "interpolation": "nearest"}
+        image = axis.imshow(shares, vmin=0, vmax=1, **style)
         axis.set_title(fill(cell["label"], 24))
         axis.set_facecolor("#d5d9df")
         axis.grid(visible=False)
@@ -270,20 +228,15 @@ def forward_fill(shares: np.ndarray) -> np.ndarray:
 
 def lengths(cells: Sequence[Values]) -> list[Picture]:
     """Distributions of text lengths, one above the other."""
-    return _each_task([c for c in cells if c["lengths"]], "lengths", _ROWS, _lengths)
+    return _each_task([c for c in cells if c["lengths"]], "lengths", ROWS, _lengths)
 
 
 def _lengths(task: str, cells: Sequence[Values]) -> tuple[str, Figure]:
     figure = Figure(figsize=(8.5, 0.5 * len(cells) + 1.0), layout="constrained")
     axis = figure.subplots()
     names = [fill(cell["label"], 40) for cell in cells]
-    axis.boxplot(
-        [c["lengths"] for c in cells],
-        orientation="horizontal",
-        tick_labels=names,
-        widths=0.6,
-        flierprops={"markersize": 3},
-    )
+    found = [cell["lengths"] for cell in cells]
+    axis.boxplot(found, orientation="horizontal", tick_labels=names, widths=0.6, flierprops={"markersize": 3})
     axis.invert_yaxis()
     axis.set(xlabel="tokens before the first end token", title=task)
     return "lengths of the texts: median, quartiles, and what lies far from them.", figure
@@ -301,16 +254,15 @@ def training(runs: Sequence[Values]) -> Picture:
     figure, axes = panels(len(shown), 3, 3.6, 2.6)
     for axis, (key, title) in zip(axes, shown.items(), strict=True):
         measured = key.startswith("eval_")
-        for number, ((label,), own) in enumerate(_groups(runs, "label")):
+        for number, (label, own) in enumerate(_by("label", runs).items()):
             seeds = over_seeds([run["metrics"][key] for run in own if key in run["metrics"]], 1 if measured else 10)
             style: Any = {"color": color(number), "linestyle": line(number), "marker": "o" if measured else ""}
             axis.plot(seeds["mean"], label=legible(label), linewidth=1.5, markersize=4, **style)
             axis.fill_between(seeds.index, seeds["min"], seeds["max"], alpha=0.18, color=color(number), linewidth=0)
         axis.set_title(title)
         axis.set_xlabel("update")
-        if (
-            key == "logprob_mismatch" and axis.get_ylim()[1] > _EXACT
-        ):  # else all is rounding, and a linear axis has round ticks
+        # Where all is rounding, a linear axis has round ticks.
+        if key == "logprob_mismatch" and axis.get_ylim()[1] > _EXACT:
             axis.set_yscale("symlog", linthresh=_EXACT)
             axis.yaxis.set_major_formatter(lambda v, _: f"{v:g}")
         if key in ("logprob_mismatch", "kl"):

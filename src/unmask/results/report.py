@@ -32,15 +32,19 @@ class Section:
 
 
 def report(folders: Sequence[Path], output: Path) -> tuple[str, list[Path]]:
-    """Write the figures and report.html into ``output``; returns the main tables as Markdown, and the files.
+    """Write the figures and report.html of ``folders`` into ``output``; returns the main tables as Markdown, and the files.
 
     Raises:
         UserError: for a folder that holds nothing to report, and where ``output`` cannot be written.
     """
-    material = collect(folders)
+    return write_report(collect(folders), [], output)
+
+
+def write_report(material: Material, more: Sequence[Section], output: Path) -> tuple[str, list[Path]]:
+    """``report`` of what was collected, with ``more`` sections before those on the steps."""
     page = output / "report.html"
     check_writable(page)
-    sections = [s for s in _sections(material) if s.tables or s.pictures]
+    sections = [s for s in _sections(material, more) if s.tables or s.pictures]
     written: list[Path] = []
     sources: dict[str, str] = {}
     with writing_to(output):
@@ -53,26 +57,20 @@ def report(folders: Sequence[Path], output: Path) -> tuple[str, list[Path]]:
     return "\n".join(table.titled_markdown() for table in main), [*written, page]
 
 
-def _sections(material: Material) -> Iterator[Section]:
+def _sections(material: Material, more: Sequence[Section]) -> Iterator[Section]:
     """All sections; those without data have neither tables nor pictures."""
     cells, runs, folders = material.cells, material.runs, material.folders
+    tables = [(folder, table) for folder in folders for table in folder.tables]
     yield Section(
         "results",
         "Results",
         "Solved and score with 95 % intervals. NFE: forward passes a sequence. Length: tokens before the first end token. "
         "Seconds are those of the machine that ran, with whatever else it did.",
-        [_of(folder, table, folders) for folder in folders for table in folder.tables],
+        [replace(t, title=f"{f.name}: {t.title}") if len(folders) > 1 else t for f, t in tables],
     )
     front = [figures.accuracy_picture(cells)] if cells else []
     yield Section("front", "Accuracy against forward passes", pictures=front)
-    compared = [folder for folder in folders if folder.differences]
-    yield Section(
-        "differences",
-        "Paired differences",
-        " ".join(f"{folder.name}: {folder.note}" if len(compared) > 1 else folder.note for folder in compared),
-        [_of(folder, table, compared) for folder in compared for table in folder.differences],
-        figures.differences(material),
-    )
+    yield from more
     yield Section("steps", "End tokens and confidence over the steps", pictures=figures.steps(cells))
     yield Section("order", "Order of the commits", pictures=figures.order(cells))
     yield Section(
@@ -84,11 +82,6 @@ def _sections(material: Material) -> Iterator[Section]:
         [figures.training(runs)] if runs else [],
     )
     yield Section("lengths", "Lengths", pictures=figures.lengths(cells))
-
-
-def _of(folder: Folder, table: Table, folders: Sequence[Folder]) -> Table:
-    """The table with its folder in the title, where there are several."""
-    return replace(table, title=f"{folder.name}: {table.title}") if len(folders) > 1 else table
 
 
 def _render(folders: Sequence[Folder], sections: Sequence[Section], sources: dict[str, str]) -> str:

@@ -54,7 +54,7 @@ def quantity(cell: dict[str, Any], what: str) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """The first ``left`` columns are text, the others numbers; ``notes`` stand below."""
+    """The first ``left`` columns are text, the others numbers; ``notes`` follow it."""
 
     headings: list[str]
     rows: list[list[str]]

@@ -8,26 +8,28 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
+from benchmarks.study import Values
+from benchmarks.study.config import StudyConfig
+from benchmarks.study.grid import Cell, Job, read_grid
+from benchmarks.study.lines import Lines, cell_lines, run_lines
 from unmask.config import default_of, save_config
 from unmask.errors import UserError
 from unmask.evaluation.config import EvalConfig
 from unmask.evaluation.progress import Progress
 from unmask.io.files import (
-    atomic_write,
     folder_removed,
     read_json,
     read_lines,
@@ -38,46 +40,14 @@ from unmask.io.files import (
     writing_to,
 )
 from unmask.io.schema import METRICS, SUMMARY, TIMES
-from unmask.results.pivot import Values
 from unmask.rl.config import DiffusionGRPOConfig
-from unmask.study.config import StudyConfig
-from unmask.study.grid import Cell, Job, read_grid
 
-
-class Lines:
-    """A study's cells.jsonl or runs.jsonl: always whole, and in the order of the study, whatever is finished first."""
-
-    def __init__(
-        self, path: Path, name: str, labels: Mapping[str, Values], read: Callable[[Path, str], list[Values]]
-    ) -> None:
-        """
-        Args:
-            name: under which a line has its labels. labels: of every line that the study names, by key, in its order.
-
-        Raises:
-            UserError: where the file is damaged, or holds lines that the study does not name.
-        """
-        self.path, self.name, self.labels = path, name, labels
-        self.lines = {line["key"]: line for line in read(path, "remove it, and what it held is run again")}
-        if strangers := len(self.lines.keys() - labels.keys()):
-            raise UserError(
-                f"{path} holds {strangers} lines that this study does not name: choose another output, or name them again"
-            )
-
-    def add(self, key: str, line: Values) -> None:
-        self.lines[key] = {"key": key, self.name: self.labels[key], **line}
-        self.write()
-
-    def write(self) -> None:
-        """Write the file, every line with the labels that it has in the study as it is now."""
-        self.lines = {key: {**self.lines[key], self.name: own} for key, own in self.labels.items() if key in self.lines}
-        dumped = (json.dumps(e, ensure_ascii=False, separators=(",", ":")) + "\n" for e in self.lines.values())
-        with atomic_write(self.path) as partial:
-            partial.write_text("".join(dumped), encoding="utf-8")
+ROOT = str(Path(__file__).parent.parent.parent)
+"""Where ``benchmarks`` is, for the jobs."""
 
 
 def study(config: StudyConfig, config_dir: Path, progress: Progress | None = None) -> Values:
-    """Run or go on with a study; returns its summary.
+    """Run or resume a study; returns its summary.
 
     Args:
         config_dir: the folder of the study's file.
@@ -86,7 +56,7 @@ def study(config: StudyConfig, config_dir: Path, progress: Progress | None = Non
         UserError: for anything wrong in the request, where the folder holds cells of another study, and where a job fails;
             what is finished stays.
     """
-    from unmask.results.summary import cell_lines, markdown, run_lines, summarize_study
+    from benchmarks.study.tables import markdown, read_out
 
     grid = read_grid(config, config_dir)
     output = Path(config.output)
@@ -110,10 +80,10 @@ def study(config: StudyConfig, config_dir: Path, progress: Progress | None = Non
                     (output / name).unlink(missing_ok=True)
         _run(waiting, len(grid.jobs), config.jobs, cells, runs, progress)
         _check_consistent(grid.cells, cells)
-        summary = summarize_study(list(cells.lines.values()), config.compare, config.baselines, grid.tables)
+        summary, tables = read_out(list(cells.lines.values()), config.compare, config.baselines, grid.tables)
         with writing_to(output, "output"):
             write_json(output / "summary.json", summary)
-            write_text(output / "table.md", markdown(summary, grid.tables))
+            write_text(output / "table.md", markdown(summary, tables))
     return summary
 
 
@@ -216,11 +186,15 @@ def _start(command: list[str], folder: Path, chosen: dict[str, str]) -> subproce
     """A command of unmask; it and all that it starts are a process group, and what they print goes to log.txt."""
     with (folder / "log.txt").open("ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "unmask.study.job", *command],
+            [sys.executable, "-m", "benchmarks.study.job", *command],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
-            env={**os.environ, **chosen},
+            env={
+                **os.environ,
+                **chosen,
+                "PYTHONPATH": os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH")))),
+            },
             start_new_session=True,
         )
 
@@ -232,7 +206,7 @@ def _check_end(name: str, code: int, log: Path) -> None:
     if code == 2 and said.startswith("unmask: "):
         raise UserError(f"job {name}: {said.removeprefix('unmask: ')}")
     raise UserError(
-        f"job {name} ended with exit code {code}: see {log}; what is finished stays, and the same command goes on from there"
+        f"job {name} ended with exit code {code}: see {log}; what is finished is kept, and the same command resumes"
     )
 
 
@@ -276,7 +250,7 @@ def _flags(evaluation: EvalConfig) -> Iterator[str]:
 
 
 def _training_line(config: DiffusionGRPOConfig) -> Values:
-    """What runs.jsonl says of a finished training. Its checkpoints, which only serve to go on, are removed."""
+    """What runs.jsonl says of a finished training. Its checkpoints, which only serve to resume, are removed."""
     from unmask.training.checkpoints import checkpoints
 
     folder = Path(config.output_dir)

@@ -1,4 +1,4 @@
-"""``python -m unmask.study.job COMMAND …``: a command of unmask that ends, with all that it started, when its input ends.
+"""``python -m benchmarks.study.job COMMAND …``: a command of unmask that ends, with all that it started, when its input ends.
 
 The study holds the other end of the pipe and never writes: the input ends when the study does, however that ends.
 """

@@ -1,8 +1,8 @@
-"""Copy studies and searches into the documents: ``python tools/publish.py STUDY...`` or ``tune``.
+"""Copy studies and searches into the documents: ``python -m benchmarks.study.publish STUDY...`` or ``tune``.
 
 The cells of ``runs/study/STUDY`` go to ``docs/results/study/STUDY`` with the tables and the figure that follow from them, and
 the tables that its file names go into docs/results.md or docs/results-rl.md, between ``<!-- study STUDY: TITLE -->`` and
-``<!-- end -->``. A study need not be finished. ``tune`` stands for the searches in ``runs/tune/TASK-BUDGET``: they go to
+``<!-- end -->``. A study need not be finished. ``tune``: the searches in ``runs/tune/TASK-BUDGET``, which go to
 ``docs/results`` and docs/tune.md.
 """
 
@@ -17,19 +17,19 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from benchmarks.study.config import StudyConfig
+from benchmarks.study.grid import Grid, read_grid
+from benchmarks.study.lines import Lines, cell_lines, read_cells, run_lines
+from benchmarks.study.report import collect_study
+from benchmarks.study.tables import markdown, read_out
 from unmask.config import read_config
 from unmask.errors import UserError
 from unmask.io.files import as_yaml
-from unmask.results import figures, pivot
-from unmask.results.collect import collect
+from unmask.results import figures
 from unmask.results.style import save_figure
-from unmask.results.summary import cell_lines, markdown, read_cells, run_lines, summarize_study
 from unmask.results.tables import Table, percent, points
-from unmask.study.config import StudyConfig
-from unmask.study.grid import Grid, read_grid
-from unmask.study.run import Lines
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "docs" / "results" / "study"
 SEARCHES = ROOT / "docs" / "results"
 PLACE = re.compile(r"(<!-- (?:study (?P<study>[\w-]+): (?P<title>.+?)|searches) -->\n).*?(?=<!-- end -->)", re.DOTALL)
@@ -47,14 +47,13 @@ def study(name: str) -> tuple[StudyConfig, Grid]:
 def tables(folder: Path) -> tuple[str, dict[str, str]]:
     """table.md of a study's committed cells, and the tables for reading by title."""
     config, grid = study(folder.name)
-    summary = summarize_study(read_cells(folder), config.compare, config.baselines, grid.tables)
-    reading = {table.title: table.titled_markdown() for table in pivot.tables(grid.tables, summary)}
-    return markdown(summary, grid.tables), reading
+    summary, found = read_out(read_cells(folder), config.compare, config.baselines, grid.tables)
+    return markdown(summary, found), {table.title: table.titled_markdown() for table in found}
 
 
 def figure(folder: Path) -> Figure:
     """Accuracy against passes of a study's committed cells."""
-    return figures.accuracy(collect([folder]).cells)
+    return figures.accuracy(collect_study(folder)[0].cells)
 
 
 def searches() -> str:
@@ -101,7 +100,7 @@ def publish(name: str) -> None:
     run, folder = ROOT / "runs" / "study" / name, RESULTS / name
     config, grid = study(name)
     if not (run / "cells.jsonl").is_file():
-        raise SystemExit(f"{run} holds no cells: run unmask study configs/study/{name}.yaml first")
+        raise SystemExit(f"{run} holds no cells: run python -m benchmarks study configs/study/{name}.yaml first")
     folder.mkdir(parents=True, exist_ok=True)
     for file in ("cells.jsonl", "runs.jsonl"):
         shutil.copy(run / file, folder)

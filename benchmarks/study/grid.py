@@ -1,7 +1,7 @@
 """A study's file as the list of its jobs: what is trained, what is evaluated, and what tells the cells apart.
 
-A value that is a list where one is expected is an axis; a table's axes are multiplied, and the tables of a list stand beside
-each other. What two tables have in common is run once.
+A value that is a list where one is expected is an axis; a table's axes are multiplied, and the tables of a list
+are joined. What two tables have in common is run once.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.study import PLAN, SEEDS, Values, distinct
+from benchmarks.study.config import StudyConfig
+from benchmarks.study.tables import Pivot, pivots
 from unmask.config import build, read_config, with_parameters
 from unmask.decoding import Decoder, make_decoder
 from unmask.errors import UserError, unknown
 from unmask.evaluation.config import EvalConfig
 from unmask.io.files import expand_home, slug
 from unmask.io.store import FORMAT
-from unmask.results.pivot import PLAN, SEEDS, Pivot, Values, distinct, pivots
 from unmask.rl.config import DiffusionGRPOConfig
-from unmask.study.config import StudyConfig
 from unmask.tasks import make_task
 from unmask.training.config import MAY_CHANGE
 
 _SET_HERE = ("output", "data", "compile", "trajectories")
 _NO_RESULT = ("decoder", "batch_size", *_SET_HERE)
-"""Settings of an evaluation that change no record, or stand in a cell's key in another form."""
+"""Settings of an evaluation that change no record, or are in a cell's key in another form."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,6 @@ def read_grid(config: StudyConfig, config_dir: Path) -> Grid:
         if decoder not in axes["decoder"]:
             raise unknown("decoder of baselines", decoder, axes["decoder"])
     settings = [{**labels[c.key], PLAN: c.decoder.passes} for c in cells]
-    settings = distinct({k: v for k, v in own.items() if k not in SEEDS} for own in settings)
     return Grid(cells, labels, axes, pivots(config.tables, settings, config.compare, config.baselines))
 
 
