@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pytest
 
 from unmask import UserError
-from unmask.config import build, check_reporters, read_config, read_flags, split_spec
+from unmask.config import build, check_reporters, convert, read_config, read_flags, split_spec
 
 
 @dataclass
@@ -40,6 +40,7 @@ def test_none_is_none_everywhere(key: str, none: str, tmp_path: Path) -> None:
 
 
 def test_other_words_are_no_none() -> None:
+    assert convert(["none"], list[str], "x") == [] != convert(["none", "x"], list[str], "x")
     assert read_flags(Settings, ["--names", "none", "x"], "test").names == ["none", "x"]
     with pytest.raises(UserError, match=r"--whole.*nothing"):
         read_flags(Settings, ["--whole", "nothing"], "test")

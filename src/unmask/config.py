@@ -97,7 +97,8 @@ def split_spec(spec: str) -> tuple[str, dict[str, str]]:
 
 
 def is_none(value: Any) -> bool:
-    """Whether a value of a file, flag or spec is none: ``none`` and ``null`` in any case, and YAML's null."""
+    """Whether a value of a file, flag or spec is none: ``none`` or ``null`` in any case, YAML's null, or a list of one such."""
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
     return value is None or (isinstance(value, str) and value.strip().lower() in ("none", "null"))
 
 
@@ -167,7 +168,7 @@ def read_flags(kind: type[T], arguments: list[str], prog: str, **settings: Any) 
             raise
         raise UserError(_sentence(said.getvalue(), prog)) from None
     for name, value in vars(found).items():
-        if isinstance(value, list) and len(value) == 1 and is_none(value[0]):
+        if isinstance(value, list) and is_none(value):
             setattr(found, name, [])
     expand_paths(found)  # a shell leaves ~ in --output=~/x
     return found
@@ -224,7 +225,7 @@ def read_config(cls: type[T], path: str | Path, arguments: list[str] | None = No
 def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The values of a file over those of its ``base``."""
     if path in above:
-        raise UserError(f"base of {above[-1]} leads back to {path}: choose another file")
+        raise UserError(f"base of {above[-1]} is {path}: choose a file that does not lead back to it")
     values = read_yaml(path, f"the base of {above[-1]}," if above else "the config")
     base = convert(values.pop("base", None), str | None, f"base of {path}")
     return {**_read(path.parent / base, (*above, path)), **values} if base else values
