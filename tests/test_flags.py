@@ -47,5 +47,5 @@ def test_other_words_are_no_none() -> None:
 
 
 def test_loggers_are_named() -> None:
-    with pytest.raises(UserError, match=r"'tensorbord': choose from the installed loggers, .*tensorboard"):
+    with pytest.raises(UserError, match=r"'tensorbord': choose from those installed, .*tensorboard"):
         check_reporters(["tensorboard", "tensorbord"])

@@ -242,4 +242,4 @@ def check_reporters(names: Collection[str]) -> None:
 
     for name in names:
         if name not in (known := get_available_reporting_integrations()):
-            raise UserError(f"report_to names {name!r}: choose from the installed loggers, {', '.join(known)}")
+            raise UserError(f"unknown logger in report_to {name!r}: choose from those installed, {', '.join(known)}")
