@@ -68,9 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
     from unmask.cli import run_command
     from unmask.io.terminal import standard_streams
 
-    given = sys.argv[1:] if arguments is None else arguments
     with standard_streams():
-        return run_command(lambda: command(given), resumes=given[:1] == ["study"])
+        return run_command(lambda: command(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":
