@@ -52,6 +52,19 @@ def test_a_reader_that_has_gone_ends_a_command_silently(folder: Path, arguments:
     assert code == 1 and not said
 
 
+@pytest.mark.parametrize(("arguments", "code"), [(USAGE, 0), (MISTAKE, 2), (RESULT, 0)])
+def test_a_closed_output_changes_nothing(folder: Path, arguments: list[str], code: int) -> None:
+    found, _, said = run(arguments, folder, stdout=None, preexec_fn=lambda: os.close(1))
+    assert found == code and said is not None and said.count("\n") == (code == 2) and "Traceback" not in said
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
+def test_a_full_disk_is_one_sentence(folder: Path) -> None:
+    with open("/dev/full", "w") as full:
+        code, _, said = run(USAGE, folder, stdout=full)
+    assert code == 1 and said and said.startswith("unmask: cannot write the output: ") and said.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "encoding", "code"), [(USAGE, "ascii", 0), (MISTAKE, "ascii", 2), (MISTAKE, "gbk", 2)]
 )

@@ -1,4 +1,4 @@
-"""YAML files: strange ones are one sentence, powers of ten are numbers, and what is written is read back."""
+"""YAML files: strange ones are one sentence, numbers are those of YAML 1.2, and what is written is read back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from unmask.models.scratch import new_model
 from unmask.rl.config import DiffusionGRPOConfig
 from unmask.training.config import SFTConfig
 
+BOMB = "a0: &a0 [x, x, x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
 STRANGE = {
+    "alias bomb": BOMB,
+    "merge bomb": BOMB.replace("[x, x, x, x]", "{x: 1}").replace("[*", "{<<: [*").replace("]\n", "]}\n"),
     "alias to itself": "steps: &a [*a]\n",
     "unknown alias": "steps: *nowhere\n",
     "long alias": "steps: *" + "k" * 9_999 + "\n",
@@ -29,7 +32,7 @@ STRANGE = {
     "long key twice": f"? {'k' * 9_999}\n? {'k' * 9_999}\n",
     "number as key": "1: 2\n",
     "list as key": "? [a]\n: 1\n",
-    "date": "steps: 2024-12-31\n",
+    "date tag": "steps: !!timestamp 2024-13-45\n",
     "python object": "steps: !!python/object/apply:os.system [touch executed]\n",
     "binary": "steps: !!binary aGVsbG8=\n",
     "set": "steps: !!set {a, b}\n",
@@ -61,13 +64,13 @@ def test_strange_yaml_is_one_sentence(
 
 
 NUMBERS = ["1e-5", "1E-5", "+1e-5", "-2e3", "1.e-5", ".5e-3", "2.5e+3", "2.5e3", "3e0", "-1.5e+3", ".5"]
-TEXTS = ["1e", "e5", "1e5x", "1e-", "1e5-2", "12e3f"]
+TEXTS = ["1e", "e5", "1e5x", "1e-", "1e5-2", "12e3f", "010", "2024-12-31", "2024-13-45", "12:30", "="]
 OTHERS = [("3", 3), ("1_000", 1000), (".inf", math.inf), ("'1e-5'", "1e-5"), ("true", True), ("~", None)]
 
 
 @pytest.mark.parametrize(("text", "value"), [*((t, float(t)) for t in NUMBERS), *((t, t) for t in TEXTS), *OTHERS])
 def test_yaml_values(text: str, value: Any, tmp_path: Path) -> None:
-    """Powers of ten are numbers; also in nested tables, and behind a byte-order mark."""
+    """Numbers as in YAML 1.2; dates and times are text; also in nested tables, and behind a byte-order mark."""
     (tmp_path / "x.yaml").write_text(f"a: {text}\nb: {{c: [{text}]}}\nd:\n  - e: {text}\n", encoding="utf-8-sig")
     found = read_yaml(tmp_path / "x.yaml", "the file")
     assert found == {"a": value, "b": {"c": [value]}, "d": [{"e": value}]} and type(found["a"]) is type(value)

@@ -83,8 +83,25 @@ def _reason(error: Exception) -> str:
     return " ".join(message.split())[:150]
 
 
+MOST_VALUES = 100_000
+"""Values of a YAML file, with every alias written out."""
+
+
 class _Loader(yaml.SafeLoader):
-    """PyYAML's types, with 1e-5 as a number; a key that occurs twice in a table is refused."""
+    """YAML with the numbers of version 1.2 (1e-5 is one, 12:30 and dates are text); a key may occur only once in a table."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self.sizes: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
+        node = super().compose_node(parent, index)
+        if isinstance(node, yaml.CollectionNode):  # counted with aliases written out, before anything is
+            inner = [n for entry in node.value for n in (entry if isinstance(entry, tuple) else (entry,))]
+            self.sizes[node] = 1 + sum(self.sizes.get(n, 1) for n in inner)
+            if self.sizes[node] > MOST_VALUES:
+                raise yaml.YAMLError(f"it holds more than {MOST_VALUES:,} values")
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node, seen = super().compose_mapping_node(anchor), set()
@@ -99,9 +116,19 @@ class _Dumper(yaml.SafeDumper):
     """Writes what ``_Loader`` reads back as it was."""
 
 
-_POWER_OF_TEN = re.compile(r"[-+]?([0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+$")
+_POWER = r"[eE][-+]?[0-9]+"
+_NUMBERS = {
+    "int": r"[-+]?(?:0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$",
+    "float": rf"(?:[-+]?(?:[0-9][0-9_]*(?:\.[0-9_]*(?:{_POWER})?|{_POWER})|\.[0-9][0-9_]*(?:{_POWER})?|\.(?:inf|Inf|INF))"
+    r"|\.(?:nan|NaN|NAN))$",
+}
 for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _POWER_OF_TEN, list("-+.0123456789"))
+    _kind.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] in ("bool", "null", "merge")]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    for _name, _pattern in _NUMBERS.items():
+        _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(_pattern), list("-+.0123456789"))
 
 
 def as_yaml(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -14,9 +15,22 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+_UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO)
+
+
 @contextmanager
 def standard_streams() -> Iterator[None]:
-    """Standard streams that escape what they cannot show. SystemExit where the reader of a pipe has gone (``| head -1``)."""
+    """Standard output and error that cannot make a command fail: characters that they cannot show are escaped.
+
+    What is written to a closed stream (``>&-``) is dropped.
+
+    Raises:
+        SystemExit: where the reader of a pipe has gone (``| head -1``), silently; where standard output cannot be written (a
+            full disk), with a sentence.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in this order each takes its own descriptor
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -25,11 +39,16 @@ def standard_streams() -> Iterator[None]:
             yield
         finally:  # here and not at the interpreter's end, where nothing catches the error
             sys.stdout.flush()
-    except BrokenPipeError:
-        with open(os.devnull, "w", encoding="utf-8") as devnull:  # takes what is still buffered
-            for stream in (sys.stdout, sys.stderr):
+    except OSError as error:
+        if error.filename is not None or error.errno not in _UNWRITABLE:
+            raise
+        reader_gone = isinstance(error, BrokenPipeError)
+        with open(os.devnull, "w", encoding="utf-8") as devnull:  # for what is still buffered
+            for stream in (sys.stdout, *((sys.stderr,) if reader_gone else ())):
                 with suppress(OSError, ValueError):  # a stream without a descriptor buffers nothing
                     os.dup2(devnull.fileno(), stream.fileno())
+        if not reader_gone:
+            sys.stderr.write(f"unmask: cannot write the output: {error.strerror}\n")
         raise SystemExit(1) from None
 
 
