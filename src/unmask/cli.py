@@ -161,6 +161,9 @@ def run_command(work: Callable[[], None]) -> int:
     """The exit code of a command: 2 and one sentence for a user's mistake, 130 for Ctrl-C."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        if cache := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):  # torch makes it as soon as it is imported
+            with writing_to(cache, "TORCHINDUCTOR_CACHE_DIR"):
+                os.makedirs(cache, exist_ok=True)
         work()
     except UserError as error:
         print(f"unmask: {error}", file=sys.stderr)

@@ -15,7 +15,7 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", type(N
 KINDS |= {
     list: "a list",
     dict: "an object",
-    object: "text (dates in quotes), a number, true, false, null, list or object",
+    object: "text, a number, true, false, null, list or object",
 }
 
 
