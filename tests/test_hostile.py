@@ -103,3 +103,13 @@ def test_a_home_that_cannot_be_written_changes_nothing(command: Callable[[str], 
     done = subprocess.run([sys.executable, "-m", "unmask", *command("eval")], env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     assert (tmp_path / "out" / "accuracy.png").is_file()
+
+
+def test_a_cache_that_torch_cannot_make_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert main(["generate", "x"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"unmask: cannot write to {tmp_path}/file/cache: Not a directory") and said.count("\n") == 1
