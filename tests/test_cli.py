@@ -71,7 +71,6 @@ SFT = str(ROOT / "configs" / "tiny" / "sft.yaml")
         ("eval --output /proc/nothing --limit 1", "cannot write to /proc/nothing"),
         ("eval --dtype float8", "unknown dtype"),
         (["eval", "--output", ""], "output is ''"),
-        ("eval --task gsm8k countdown --data x.jsonl", "data"),
         (f"sft {SFT} --max-steps 0", "max_steps is 0"),
         ("sft no.yaml", "cannot read the config no.yaml"),
         ("rl --dry-run no.yaml", "cannot read the config no.yaml"),
@@ -114,7 +113,7 @@ FILES = {
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("eval --task countdown --data deep.json --output out", "deep.json is not JSON"),
+        ("eval --task countdown:data=deep.json --output out", "deep.json is not JSON"),
         ("rl deep.yaml", "the config deep.yaml is not"),
         ("rl twice.yaml", "the key 'steps' stands twice"),
         ("rl no_base.yaml", "cannot read the base of no_base.yaml, nothing.yaml"),

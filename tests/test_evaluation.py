@@ -1,19 +1,20 @@
-"""Evaluation: resumed = uninterrupted, records independent of the batch, intervals by hand, what a folder refuses."""
+"""Evaluation: resumed = uninterrupted, records as decoded whatever the batch, intervals and curves by hand, refusals."""
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from unmask import MaskedLM, UserError, make_task
+from unmask import MaskedLM, UserError, decode, load, make_decoder, make_task
 from unmask.evaluation.command import show_evaluation
-from unmask.evaluation.evaluate import EvalConfig, evaluate
-from unmask.evaluation.prompts import task_prompts
-from unmask.evaluation.records import compare_to_best, read_records
+from unmask.evaluation.evaluate import EvalConfig, evaluate, task_prompts
+from unmask.evaluation.records import compare_to_best, curves, read_records
 from unmask.results.statistics import pooled_bootstrap, wilson
 
 
@@ -34,10 +35,6 @@ def records(output: Path) -> dict[str, list[dict[str, object]]]:
     return {k: [{f: v for f, v in r.items() if f != "seconds"} for r in rows] for k, rows in found.items()}
 
 
-class Stop(Exception):
-    pass
-
-
 def test_killed_and_resumed_in_other_batches_equals_uninterrupted(model: str, tmp_path: Path) -> None:
     whole = evaluate(config(model, tmp_path / "whole"))
     assert [r["index"] for r in next(iter(records(tmp_path / "whole").values()))] == list(range(10))
@@ -46,17 +43,15 @@ def test_killed_and_resumed_in_other_batches_equals_uninterrupted(model: str, tm
     def stop(label: str, done: int, total: int) -> None:
         if done and (label, done) not in seen:  # killed after every batch
             seen.add((label, done))
-            raise Stop
+            raise EOFError
 
     for _ in range(40):
         try:
             part = evaluate(config(model, tmp_path / "part", batch_size=7), stop)
             break
-        except Stop:
-            # A crash in the middle of writing a line.
-            last = sorted((tmp_path / "part" / "records").iterdir())[-1]
-            with last.open("a") as file:
-                file.write('{"index": 3, "id": "cut o')
+        except EOFError:
+            with sorted((tmp_path / "part" / "records").iterdir())[-1].open("a") as file:
+                file.write('{"index": 3, "id": "cut o')  # a crash in the middle of writing a line
     assert {done for _, done in seen} >= {10} and len({label for label, done in seen if done == 10}) == 6
     assert records(tmp_path / "whole") == records(tmp_path / "part")
     assert whole["config"] == {**part["config"], "batch_size": 4}
@@ -70,7 +65,6 @@ def test_a_folder_belongs_to_one_evaluation(model: str, tmp_path: Path) -> None:
     evaluate(config(model, tmp_path, decoder=["ass"]))  # a raised limit goes on
     before = records(tmp_path)
     assert {name: rows[:4] for name, rows in before.items()} == first
-    assert all(r["decoder"] == "ass" and r["truth"] for rows in before.values() for r in rows)
     with pytest.raises(UserError, match=r"other decoders, max_new_tokens: choose another --output"):
         evaluate(config(model, tmp_path, decoder=["ass"], max_new_tokens=16))
     grown = evaluate(config(model, tmp_path, decoder=["ass", "hybrid:block_length=8"]))  # another decoder may join
@@ -89,25 +83,23 @@ def test_summary_holds_what_a_number_needs(model: str, tmp_path: Path) -> None:
     assert cell["solved"] == sum(bool(r["solved"]) for r in rows) / 10
     assert cell["nfe"] == 5 and cell["tokens_per_forward"] == 32 / 5
     show_evaluation(summary, tmp_path)
-    drawn = {f.name for f in tmp_path.glob("*.[ps][nv]g")}
-    assert drawn == {"accuracy.png", "accuracy.svg"}
+    assert {f.name for f in tmp_path.glob("*.[ps][nv]g")} == {"accuracy.png", "accuracy.svg"}
     assert (tmp_path / "table.md").read_text().count("\n") == 6
 
 
 def test_cells_are_compared_with_the_best_on_the_same_problems() -> None:
-    def cell(task: str, decoder: str, solved: list[int], nfe: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        return {"task": task, "decoder": decoder, "solved": sum(solved) / 4, "nfe": nfe}, [
-            {"solved": s} for s in solved
-        ]
-
-    made = [
-        cell("a", "slow", [1, 1, 1, 0], 64),
-        cell("a", "fast", [1, 1, 0, 1], 7),  # as good in fewer passes: the best
-        cell("a", "worse", [1, 0, 0, 0], 7),
-        cell("b", "alone", [0, 0, 0, 0], 7),
+    # fast is as good as slow in fewer passes: the best
+    solved = {"slow": [1, 1, 1, 0], "fast": [1, 1, 0, 1], "worse": [1, 0, 0, 0], "alone": [0, 0, 0, 0]}
+    cells: list[dict[str, Any]] = [
+        {
+            "task": "b" if name == "alone" else "a",
+            "decoder": name,
+            "solved": sum(own) / 4,
+            "nfe": 64 if name == "slow" else 7,
+        }
+        for name, own in solved.items()
     ]
-    cells = [c for c, _ in made]
-    compare_to_best(cells, [records for _, records in made])
+    compare_to_best(cells, [[{"solved": s} for s in own] for own in solved.values()])
     assert [c.get("to_best", {}).get("decoder") for c in cells] == ["fast", None, "fast", None]
     assert cells[0]["to_best"]["difference"] == 0 and cells[2]["to_best"]["difference"] == -0.5
     low, high = cells[2]["to_best"]["interval"]
@@ -156,18 +148,44 @@ def test_worked_examples_stand_in_front(tiny_lm: MaskedLM, tmp_path: Path) -> No
         task_prompts(tiny_lm, make_task("countdown:style=paper", {}), problems, shots=1)
 
 
-def test_data_names_the_file_of_one_task(model: str, tmp_path: Path) -> None:
-    file = tmp_path / "problems.jsonl"
-    file.write_text('{"input": "3,4,5", "output": "12"}\n')
-    evaluate(config(model, tmp_path / "run", decoder=["ass"], task=["countdown"], data=str(file)))
-    before = records(tmp_path / "run")
-    assert [len(rows) for rows in before.values()] == [1]
-    same = config(model, tmp_path / "run", decoder=["ass"], task=[f"countdown:data={file}"])
-    evaluate(same)  # the same evaluation, so the folder takes it
-    assert records(tmp_path / "run") == before
-    with pytest.raises(UserError, match="for 2 tasks: choose one --task"):
-        config(model, tmp_path, data=str(file))
-    with pytest.raises(UserError, match="without a comma"):
-        config(model, tmp_path, task=["countdown"], data="a,b")
-    with pytest.raises(UserError, match="'data' is given twice"):
-        evaluate(config(model, tmp_path / "other", task=["countdown:data=x"], data=str(file)))
+# ---- trajectories ----------------------------------------------------------------------------------------------------
+
+
+def test_records_keep_the_trajectory_that_decode_gives(model: str, tmp_path: Path) -> None:
+    settings = {"task": ["countdown"], "decoder": ["eoser:steps=4"], "limit": 6, "max_new_tokens": 16}
+    summary = evaluate(config(model, tmp_path, **settings, trajectories=True, early_stop=False))
+    kept = read_records(next((tmp_path / "records").iterdir()))
+    lm = load(model)
+    task = make_task("countdown", lm.task_defaults)
+    ids, mask = lm.encode(task_prompts(lm, task, task.problems("test", 6)), 16)
+    trajectory = decode(lm, ids, mask, make_decoder("eoser:steps=4", max_new_tokens=16))
+    assert [r["tokens"] for r in kept] == trajectory.tokens.tolist()
+    assert [r["steps"] for r in kept] == trajectory.step.tolist()
+    assert torch.allclose(torch.tensor([r["logprobs"] for r in kept]), trajectory.logprob, atol=1e-4)
+    (cell,) = summary["cells"]
+    ends = torch.isin(trajectory.tokens, torch.tensor(lm.end_ids))
+    for s in range(4):
+        now = trajectory.committed(s)
+        assert cell["curves"]["commits"][s] == 4
+        assert cell["curves"]["eos_share"][s] == pytest.approx(float((ends & now).sum() / now.sum()), abs=1e-6)
+        for key, kind in (("end_confidence", ends), ("other_confidence", ~ends)):
+            chosen = trajectory.logprob[now & kind].exp()
+            expected = None if not len(chosen) else pytest.approx(float(chosen.mean()), abs=1e-4)
+            assert cell["curves"][key][s] == expected
+
+
+def test_order_by_hand() -> None:
+    left_to_right = {"tokens": [5] * 32, "steps": [i // 2 for i in range(32)], "logprobs": [0.0] * 32}
+    stopped = {"tokens": [5] * 32, "steps": [i // 2 if i < 16 else -1 for i in range(32)], "logprobs": [0.0] * 32}
+    order = np.array(curves([left_to_right, stopped], [1], steps=16)["order"], dtype=float)
+    assert order.shape == (16, 32)
+    assert all(order[i // 2, i] == 1 for i in range(32)) and order.sum() == 32
+    half = curves([stopped], [1], steps=16)
+    assert half["order"][0][31] is None and half["commits"] == [2] * 8 and half["eos_share"] == [0] * 8
+    ended = {"tokens": [5, 1, 1, 1], "steps": [0, 0, 1, 1], "logprobs": [0.0, math.log(0.5), math.log(0.25), 0.0]}
+    found = curves([ended], [1], steps=2)
+    assert found["eos_share"] == [0.5, 1] and found["end_confidence"] == [0.5, 0.625]
+    assert found["other_confidence"] == [1, None] and found["commits"] == [2, 2]
+    # A threshold's rows have their own clock: eight steps are the whole decode.
+    own = np.array(curves([stopped], [1], steps=None)["order"], dtype=float)
+    assert own[14, 15] == 1

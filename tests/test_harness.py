@@ -23,11 +23,10 @@ pytest.importorskip("lm_eval")
 
 from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import CachingLM
 from lm_eval.tasks import TaskManager
 
 from unmask import UserError, decode, make_decoder, make_task
-from unmask.evaluation.likelihood import Pair, bounds, is_greedy, mask_sets, truncate_context
+from unmask.evaluation.likelihood import Pair, bounds, is_greedy, mask_sets
 from unmask.evaluation.lm_eval import UnmaskLM, until
 from unmask.models.masked_lm import MaskedLM
 
@@ -84,8 +83,8 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("w", [0.0, 1.5])
 def test_few_tokens_are_exact(toy_lm: MaskedLM, w: float) -> None:
-    context, three, two = tokens(toy_lm, TEXT, "1+4", "12")
-    for text in (three, two):
+    context, *texts = tokens(toy_lm, TEXT, "1+4", "12")
+    for text in texts:
         hand = expectation(toy_lm, context, text, w)
         assert bounds(toy_lm, [(context, text)], 7, 0, 32, w) == pytest.approx([hand], abs=1e-4)
 
@@ -104,12 +103,9 @@ def test_sampled_masks_have_the_expectation_of_all(toy_lm: MaskedLM, samples: in
     assert abs(float(found.mean()) - expectation(toy_lm, context, text)) < 4 * error
 
 
-def mixed(lm: MaskedLM) -> list[tuple[str, str]]:
-    return [(p, c) for p in PROMPTS for c in (" 1", " 1+2", " 5", " 2*3+4-1=9")] + [("", "12")]
-
-
 def test_neither_batch_nor_order_matters(toy_lm: MaskedLM) -> None:
-    requests = instances("loglikelihood", *mixed(toy_lm))
+    texts = [(p, c) for p in PROMPTS for c in (" 1", " 1+2", " 5", " 2*3+4-1=9")] + [("", "12")]
+    requests = instances("loglikelihood", *texts)
     model = UnmaskLM(toy_lm, mc_samples=20, batch_size=7)
     whole = model.loglikelihood(requests)
     alone = [model.loglikelihood([r])[0] for r in requests]
@@ -119,7 +115,7 @@ def test_neither_batch_nor_order_matters(toy_lm: MaskedLM) -> None:
         assert [g for _, g in other] == [g for _, g in whole]
     reseeded = UnmaskLM(toy_lm, mc_samples=20, seed=1).loglikelihood(requests)
     changed = [abs(a - b) > 1e-3 for (a, _), (b, _) in zip(whole, reseeded, strict=True)]
-    assert changed == [len(c) > 4 for _, c in mixed(toy_lm)]  # what is exact knows no seed
+    assert changed == [len(c) > 4 for _, c in texts]  # what is exact knows no seed
 
 
 def test_one_token_is_the_log_softmax_in_a_shared_pass(toy_lm: MaskedLM, passes: list[int]) -> None:
@@ -136,16 +132,13 @@ def test_one_token_is_the_log_softmax_in_a_shared_pass(toy_lm: MaskedLM, passes:
 
 
 def test_greedy_is_what_decoding_writes(toy_lm: MaskedLM, passes: list[int]) -> None:
-    length = 6
-    contexts = tokens(toy_lm, *PROMPTS)
+    length, contexts = 6, tokens(toy_lm, *PROMPTS)
     decoder = make_decoder(f"full:max_new_tokens={length},steps={length}")
     written = decode(toy_lm, *toy_lm.encode(PROMPTS, length), decoder).tokens.tolist()
-    pairs: list[Pair] = []
+    pairs: list[Pair] = list(zip(contexts, written, strict=True))
     for context, text in zip(contexts, written, strict=True):
-        pairs.append((context, text))
         pairs += [(context, [*text[:i], (text[i] + 1) % 90 + 10, *text[i + 1 :]]) for i in range(length)]
-    expected = [p in list(zip(contexts, written, strict=True)) for p in pairs]
-    assert sum(expected) == len(PROMPTS) and is_greedy(toy_lm, pairs) == expected
+    assert is_greedy(toy_lm, pairs) == [True] * len(PROMPTS) + [False] * len(PROMPTS) * length
     assert len(passes) == 2 * length  # equal contexts share a row
 
 
@@ -162,10 +155,9 @@ def test_long_contexts_lose_their_beginning(toy_lm: MaskedLM, caplog: pytest.Log
     with pytest.raises(UserError, match="canvas"):
         UnmaskLM(tight, decoder="full", max_new_tokens=64).generate_until(requests_for([TEXT]))
     assert UnmaskLM(toy_lm)._loglikelihood_tokens([(("a", ""), [5], [])]) == [(0.0, True)]  # nothing is certain
-    with pytest.raises(UserError, match="13 tokens is to be scored"):
-        truncate_context(short, ([5], [7] * 13))
-    with pytest.raises(UserError, match="mask token"):
-        truncate_context(toy_lm, ([5], [toy_lm.mask_id]))
+    for lm, text, said in ((short, [7] * 13, "takes at most 12"), (toy_lm, [toy_lm.mask_id], "holds the mask token")):
+        with pytest.raises(UserError, match=said):
+            UnmaskLM(lm)._loglikelihood_tokens([(("a", ""), [5], text)])
 
 
 def test_rolling_sums_over_windows(toy_lm: MaskedLM) -> None:
@@ -197,8 +189,8 @@ def test_a_request_sets_canvas_and_temperature(toy_lm: MaskedLM) -> None:
     """Canvases of different lengths in one call; a temperature counts where sampling is asked for."""
     model = UnmaskLM(toy_lm, decoder="full", max_new_tokens=8, batch_size=2)
     hot = {"temperature": 2.0}
-    asked = [{}, {"max_gen_toks": 12}, {**hot, "do_sample": False}, {**hot, "do_sample": True}]
-    requests = instances("generate_until", *((PROMPTS[0], {"until": [], **kwargs}) for kwargs in asked))
+    asked = ({}, {"max_gen_toks": 12}, {**hot, "do_sample": False}, {**hot, "do_sample": True})
+    requests = [requests_for(PROMPTS[:1], **kwargs)[0] for kwargs in asked]
     plain, longer, unasked, sampled = model.generate_until(requests)
     for text, length in ((plain, 8), (longer, 12), (unasked, 8)):
         decoder = make_decoder(f"full:max_new_tokens={length}")
@@ -258,22 +250,6 @@ def test_without_lm_eval_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "unmask.evaluation.lm_eval")
     with pytest.raises(UserError, match=r"pip install unmask\[lm-eval\]"):
         importlib.import_module("unmask.evaluation.lm_eval")
-
-
-def test_what_is_cached_is_not_computed_again(toy_lm: MaskedLM, tmp_path: Path, passes: list[int]) -> None:
-    """Results reach lm-eval's cache while they are made, under the keys it looks for."""
-    model = UnmaskLM(toy_lm, decoder="full", max_new_tokens=8)
-    every = {
-        "loglikelihood": instances("loglikelihood", (TEXT, "1"), (TEXT, "12")),
-        "loglikelihood_rolling": instances("loglikelihood_rolling", (TEXT,)),
-        "generate_until": requests_for(PROMPTS[:2]),
-    }
-    CachingLM(model, str(tmp_path / "cache.db"))  # sets the hook; the calls below go past it
-    direct = {kind: getattr(model, kind)(requests) for kind, requests in every.items()}
-    passes.clear()
-    cached = CachingLM(model, str(tmp_path / "cache.db"))
-    again = {kind: getattr(cached, kind)(requests) for kind, requests in every.items()}
-    assert not passes and again == direct
 
 
 # ---- lm-eval itself --------------------------------------------------------------------------------------------------

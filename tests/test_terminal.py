@@ -12,12 +12,10 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from unmask.cli import main
-from unmask.evaluation import demo
-from unmask.evaluation.progress import bar_columns, progress_bars
+from unmask.evaluation import command, progress
 from unmask.io.terminal import console, fitting_table
 
 USAGE, MISTAKE = ["--help"], ["evall→"]
@@ -115,16 +113,16 @@ def test_a_table_drops_columns_and_cuts_no_name(width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [40, 80])
-def test_a_bar_leaves_room_for_its_name(width: int) -> None:
+def test_a_bar_leaves_room_for_its_name(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     to = screen(width)
-    bar = Progress(*bar_columns(to), console=to)
-    bar.add_task(f"countdown · {NAME}", total=256, completed=7)
-    to.print(bar)
+    monkeypatch.setattr(progress, "console", lambda stderr: to)
+    with progress.progress_bars() as report:
+        report(f"countdown · {NAME}", 7, 256)
     assert "7/256" in shown(to, of=NAME)
 
 
 def test_without_a_terminal_progress_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress_bars() as report:
+    with progress.progress_bars() as report:
         for done in range(5):
             report("sudoku · full", done, 4)
     assert capsys.readouterr().err == "sudoku · full: 0 of 4\nsudoku · full: 4 of 4\n"
@@ -133,12 +131,12 @@ def test_without_a_terminal_progress_is_lines(capsys: pytest.CaptureFixture[str]
 def test_the_demo_says_how_long_and_what_is_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "DECODERS", ["full:steps=2", "eoser-ass"])
-    monkeypatch.setattr(demo, "CANVASES", [("sudoku", "full:steps=32", 0.0), ("countdown", "full:steps=1", 0.0)])
+    monkeypatch.setattr(command, "DECODERS", ["full:steps=2", "eoser-ass"])
+    monkeypatch.setattr(command, "CANVASES", [("sudoku", "full:steps=32", 0.0), ("countdown", "full:steps=1", 0.0)])
     assert main(["demo", "--limit", "1", "--output", str(tmp_path / "demo")]) == 0
-    said, progress = capsys.readouterr()
+    said, progressed = capsys.readouterr()
     assert "minutes" in said.splitlines()[0]
     assert said.index("✓ solved") < said.index("✗ not solved") < said.index("to best")
     for cell in ("sudoku · full:steps=2", "countdown · eoser-ass"):  # no terminal: a line a part, and now and then
-        assert f"{cell}: 0 of 1\n{cell}: 1 of 1\n" in progress
+        assert f"{cell}: 0 of 1\n{cell}: 1 of 1\n" in progressed
     assert (tmp_path / "demo" / "accuracy.png").exists()

@@ -20,8 +20,7 @@ from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
-from unmask.view.candidates import top_candidates_per_step
-from unmask.view.page import Panel, page_data, render, token_glyph, visible, write_page
+from unmask.view.page import Panel, page_data, render, token_glyph, top_candidates_per_step, visible, write_page
 
 SPECS = ["semi-ar:block_length=8", "eoser-ass", "threshold:block_length=8,threshold=0.5", "full:cfg_scale=0.5,steps=5"]
 

@@ -12,8 +12,7 @@ import pytest
 from browser import open_page
 from unmask.decoding import decode, make_decoder
 from unmask.models.masked_lm import MaskedLM
-from unmask.view.candidates import top_candidates_per_step
-from unmask.view.page import Panel, write_page
+from unmask.view.page import Panel, top_candidates_per_step, write_page
 
 
 @pytest.fixture(scope="module")

@@ -147,7 +147,7 @@ COMMANDS: dict[str, tuple[str | Callable[[list[str]], None], str]] = {
     "export": (export_checkpoint, "merge a checkpoint's adapter into a plain checkpoint"),
     "lm-eval": (lm_eval, "lm-evaluation-harness's own command line, with --model unmask"),
     "grade": (grade, "grade completions made elsewhere"),
-    "demo": ("unmask.evaluation.demo", "the shipped model under each decoder"),
+    "demo": ("unmask.evaluation.command:demo_command", "the shipped model under each decoder"),
 }
 """What runs a command, a function or a module with the function ``command``, and what it does."""
 

@@ -37,7 +37,7 @@ class Processes:
     group: Any = None
 
     def gather(self, value: T) -> list[T]:
-        """What every process passes, by rank; none goes on before all are here. Raises AgreedError where one has ended."""
+        """What every process passes, by rank, once all are here. Raises AgreedError where one has ended."""
         if self.world == 1:
             return [value]
         found: list[Any] = [None] * self.world
@@ -58,9 +58,8 @@ class Processes:
             if self.world == 1:
                 raise
             error = str(mistake)
-        for found in self.gather(error):
-            if found:
-                raise AgreedError(found)
+        if first := next(filter(None, self.gather(error)), None):
+            raise AgreedError(first)
 
     def on_rank0(self, action: Callable[[], T]) -> T:
         """``action()`` of rank 0, which alone runs it; the result, or its UserError, on every process."""
@@ -71,7 +70,7 @@ class Processes:
         return self.gather(result)[0]
 
     def exit_after_rank0(self) -> None:
-        """Called after an AgreedError: only rank 0 returns, to print it; the others exit silently once rank 0 has exited.
+        """After an AgreedError: only rank 0 returns, to print it; the others exit silently once it has exited.
 
         If they exited earlier, the launcher would kill rank 0 before it has printed it.
         """

@@ -11,10 +11,9 @@ It equals the mean, over all orders, of writing y one token at a time. The conte
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,13 +34,10 @@ def content_seed(seed: int, *content: Any) -> int:
 
 
 def mask_sets(length: int, samples: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Sets of positions to mask, and the factors that make the weighted sum of their log-probabilities the bound.
+    """Sets of positions to mask, (R, L) bool, and the weights (R,) float64 with which their log-probabilities sum to the bound.
 
     Where all 2^L - 1 sets are no more than ``samples``, these are all of them and the bound is exact. Else l runs over an even
     grid that one draw shifts, so that every l is met equally often, and the positions are drawn without replacement.
-
-    Returns:
-        (R, L) bool and (R,) float64.
     """
     if 2**length - 1 <= samples:
         masks = (torch.arange(1, 2**length)[:, None] >> torch.arange(length)) % 2 == 1
@@ -55,30 +51,6 @@ def mask_sets(length: int, samples: int, seed: int) -> tuple[Tensor, Tensor]:
     return rank < counts[:, None], length / (counts * samples).double()
 
 
-def truncate_context(lm: MaskedLM, pair: Pair) -> Pair:
-    """The pair within the model's length: too long a context loses its beginning.
-
-    Raises:
-        UserError: where the continuation alone is too long, or a mask token stands in the text.
-    """
-    context, continuation = pair
-    room = lm.max_length - len(continuation)
-    if room < 0:
-        raise UserError(f"a text of {len(continuation)} tokens is to be scored, but {lm.name} takes {lm.max_length}")
-    if lm.mask_id in context or lm.mask_id in continuation:
-        token = lm.tokenizer.convert_ids_to_tokens(lm.mask_id)
-        raise UserError(f"a text to be scored holds the mask token {token}: remove it")
-    return context[max(0, len(context) - room) :], continuation
-
-
-def batches(pairs: Sequence[Pair], size: int) -> Iterator[list[int]]:
-    """Indexes of at most ``size`` pairs with continuations of one length; like contexts stand next to each other."""
-    order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][1]), len(pairs[i][0]), pairs[i][0]))
-    for _, group in itertools.groupby(order, lambda i: len(pairs[i][1])):
-        alike = list(group)
-        yield from (alike[a : a + size] for a in range(0, len(alike), size))
-
-
 @torch.no_grad()
 def bounds(
     lm: MaskedLM, pairs: Sequence[Pair], samples: int, seed: int, batch_size: int, cfg_scale: float = 0.0
@@ -86,7 +58,7 @@ def bounds(
     """Lower bounds on log p(continuation | context) in nats, of pairs with continuations of one length.
 
     Args:
-        samples: mask sets a pair. seed: with the pair's content it settles which, whatever stands beside it.
+        samples: mask sets a pair. seed: with the pair's content it decides which, whatever else is in the batch.
         batch_size: rows of one forward pass; rows that masking makes equal are computed once.
         cfg_scale: classifier-free guidance, as in ``Decoder``.
 

@@ -5,10 +5,11 @@ lm-eval finds models in a registry that it fills itself, without entry points; i
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,34 +23,34 @@ from unmask.decoding import Decoder, decode_each, make_decoder
 from unmask.decoding.generate import until
 from unmask.errors import UserError, check_at_least
 from unmask.evaluation.distributed import init_distributed
-from unmask.evaluation.likelihood import Pair, batches, bounds, content_seed, is_greedy, truncate_context
+from unmask.evaluation.likelihood import Pair, bounds, content_seed, is_greedy
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.source import ModelSource
 
 try:
+    from lm_eval import utils
     from lm_eval.__main__ import cli_evaluate
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
-    from lm_eval.models.utils import normalize_gen_kwargs
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string, warning_once
+    from lm_eval.models.utils import Collator, normalize_gen_kwargs
 except ImportError:
     raise UserError("lm-evaluation-harness 0.4.13 or later is not installed: pip install unmask[lm-eval]") from None
 
 log = logging.getLogger(__name__)
-DEFAULT_DEVICE = "cuda:0"  # what lm-eval's command line passes where nobody named a device
+HINT = "a decoder's own go into it with semicolons, decoder=eoser-ass:blocks=4;temperature=0.7"
 
 
 @dataclass(kw_only=True)
 class HarnessSettings(ModelSource):
-    """The model arguments of ``--model unmask``; ``pretrained`` stands for ``model``."""
+    """The model arguments of ``--model unmask``; ``pretrained`` is ``model``."""
 
     decoder: str = "semi-ar"
     """Decoder spec with semicolons between its parameters, ``eoser-ass:blocks=4;temperature=0.7``, or a YAML file."""
     max_new_tokens: int = 256
     """Canvas length in tokens, unless the task (``max_gen_toks``) or the decoder sets it."""
     batch_size: int = 8
-    """Rows of one forward pass. lm-eval's ``--batch_size`` (1 by default) stands unless this is given."""
+    """Rows of one forward pass. lm-eval's ``--batch_size`` (1 by default) holds unless this is given."""
     mc_samples: int = 128
     """Masked copies of a text from which its log-likelihood is estimated; exact where they are enough for all masks."""
     seed: int = 0
@@ -57,15 +58,6 @@ class HarnessSettings(ModelSource):
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "batch_size", "mc_samples")
-
-    @classmethod
-    def read(cls, arguments: dict[str, Any]) -> HarnessSettings:
-        """From lm-eval's model arguments, which it has guessed types for. Raises UserError."""
-        if "pretrained" in arguments and "model" in arguments:
-            raise UserError("pretrained and model are one thing: use one of them")
-        values = {"model" if k == "pretrained" else k: v if v is None else str(v) for k, v in arguments.items()}
-        hint = "a decoder's own go into it with semicolons, decoder=eoser-ass:blocks=4;temperature=0.7"
-        return build(cls, values, f"--model unmask ({hint})")
 
 
 @register_model("unmask")
@@ -83,8 +75,11 @@ class UnmaskLM(TemplateLM):
     def __init__(self, pretrained: str | MaskedLM | None = None, **arguments: Any) -> None:
         super().__init__()
         if pretrained is not None:
-            arguments["pretrained"] = pretrained.name if isinstance(pretrained, MaskedLM) else pretrained
-        self.settings = HarnessSettings.read(arguments)
+            if "model" in arguments:
+                raise UserError("pretrained and model are one thing: use one of them")
+            arguments["model"] = pretrained.name if isinstance(pretrained, MaskedLM) else pretrained
+        values = {k: v if v is None else str(v) for k, v in arguments.items()}  # lm-eval has guessed types for them
+        self.settings = build(HarnessSettings, values, f"--model unmask ({HINT})")
         self.spec = self.settings.decoder.replace(";", ",")
         self.decoder = make_decoder(self.spec, max_new_tokens=self.settings.max_new_tokens)
         self.processes = init_distributed()
@@ -98,14 +93,13 @@ class UnmaskLM(TemplateLM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> UnmaskLM:
-        """From model arguments, and lm-eval's own flags for what these leave open."""
-        flags = {k: v for k, v in (additional_config or {}).items() if v not in (None, DEFAULT_DEVICE)}
+        """From model arguments, and lm-eval's own flags for what these leave open (``cuda:0`` where nobody named a device)."""
+        flags = {k: v for k, v in (additional_config or {}).items() if v not in (None, "cuda:0")}
         return cls(**{**flags, **arg_dict})
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> UnmaskLM:
-        """As ``create_from_arg_obj``, from ``key=value,key=value``."""
-        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+        return cls.create_from_arg_obj(utils.simple_parse_args_string(arg_string), additional_config)
 
     # ---- what lm-eval asks about a model ---------------------------------------------------------------------------
 
@@ -115,7 +109,7 @@ class UnmaskLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context: the tokenizer's BOS, else EOS."""
+        """What precedes a text without a context: the tokenizer's BOS, else EOS."""
         bos = self.tokenizer.bos_token_id
         return self.lm.eos_id if bos is None else bos
 
@@ -154,40 +148,31 @@ class UnmaskLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The texts, in the order of the requests: up to the first end token, then up to the first stop string."""
-        prompts: list[list[int]] = []
-        groups: dict[Decoder, list[int]] = {}
-        cut = 0
-        for i, request in enumerate(requests):
-            context, kwargs = request.args
-            decoder = self._decoder_for(kwargs)
-            tokens, room = self.tok_encode(context), max(1, self.max_length - decoder.max_new_tokens)
-            prompts.append(tokens[-room:])
-            cut += len(tokens) > room
-            groups.setdefault(decoder, []).append(i)
-        self._tell_cut(cut, len(requests))
-        seeds = self._seeds(requests)
-        texts = [""] * len(requests)
+        decoders = [self._decoder_for(request.args[1]) for request in requests]
+        rooms = [max(1, self.max_length - decoder.max_new_tokens) for decoder in decoders]
+        prompts = self._fit([self.tok_encode(request.args[0]) for request in requests], rooms)
+        seeds, texts = self._seeds(requests), [""] * len(requests)
         with self._bar(len(requests), "generate_until", disable_tqdm) as bar:
-            for decoder, members in groups.items():
-                members.sort(key=lambda i: -len(prompts[i]))
+            for decoder in dict.fromkeys(decoders):
+                own = (i for i in range(len(requests)) if decoders[i] == decoder)
+                members = sorted(own, key=lambda i: -len(prompts[i]))
                 chosen = [prompts[i] for i in members]
                 for numbers, trajectory in decode_each(self.lm, chosen, decoder, seeds[members], self.batch_size):
                     for number, text in zip(numbers, self.lm.text(trajectory.tokens), strict=True):
                         i = members[number]
-                        context, kwargs = requests[i].args
-                        texts[i] = until(text, normalize_gen_kwargs(kwargs)["until"])
-                        self.cache_hook.add_partial("generate_until", (context, kwargs), texts[i])
+                        texts[i] = until(text, normalize_gen_kwargs(requests[i].args[1])["until"])
                     bar.update(len(numbers))
         return texts
 
     def _decoder_for(self, kwargs: dict[str, Any]) -> Decoder:
         """The decoder with a request's canvas, and its temperature where it asks for sampling."""
         asked = normalize_gen_kwargs(kwargs, self.decoder.max_new_tokens)
+        length = asked["max_gen_toks"]
         for name in asked.keys() - {"until", "max_gen_toks", "temperature", "do_sample"}:
-            warning_once(log, "unmask does not read %s in generation_kwargs: set the decoder instead", name)
+            utils.warning_once(log, "unmask does not read %s in generation_kwargs: set the decoder instead", name)
         try:
-            decoder = make_decoder(self.spec, max_new_tokens=asked["max_gen_toks"])
-            decoder = decoder.replace(max_new_tokens=asked["max_gen_toks"])  # also where a file names another
+            decoder = make_decoder(self.spec, max_new_tokens=length)
+            decoder = decoder.replace(max_new_tokens=length)  # also where a file names another
             if asked["do_sample"] and "temperature" in kwargs:
                 decoder = decoder.replace(temperature=float(kwargs["temperature"]))
         except UserError as error:
@@ -197,13 +182,9 @@ class UnmaskLM(TemplateLM):
 
     def _seeds(self, requests: Sequence[Instance]) -> Tensor:
         """One seed a request, of its content; equal requests (repeats) get different ones."""
-        met: Counter[int] = Counter()
-        seeds = []
-        for request in requests:
-            own = content_seed(self.settings.seed, request.task_name, request.doc_id, *request.args)
-            seeds.append(content_seed(own, met[own]))
-            met[own] += 1
-        return torch.tensor(seeds, dtype=torch.int64)
+        copies: defaultdict[int, Iterator[int]] = defaultdict(itertools.count)
+        own = [content_seed(self.settings.seed, r.task_name, r.doc_id, *r.args) for r in requests]
+        return torch.tensor([content_seed(seed, next(copies[seed])) for seed in own], dtype=torch.int64)
 
     # ---- likelihood ------------------------------------------------------------------------------------------------
 
@@ -211,46 +192,53 @@ class UnmaskLM(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """(lower bound on the log-likelihood, whether greedy decoding writes the continuation) for each request."""
-        found = [(0.0, True)] * len(requests)
+
+        def both(pairs: list[Pair]) -> list[tuple[float, bool]]:
+            return list(zip(self._bounds(pairs), is_greedy(self.lm, pairs, self.decoder.cfg_scale), strict=True))
+
         pairs = [(context, continuation) for _, context, continuation in requests]
-        for members, chosen, bound in self._bounds(pairs, "loglikelihood", disable_tqdm):
-            greedy = is_greedy(self.lm, chosen, self.decoder.cfg_scale)
-            for i, result in zip(members, zip(bound, greedy, strict=True), strict=True):
-                found[i] = result
-                self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
-        return found
+        return self._of_pairs(both, pairs, "loglikelihood", disable_tqdm)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Lower bounds on the log-likelihood of whole texts: the sum over windows, each behind what comes before it."""
-        windows: list[tuple[int, Pair]] = []  # with the request that each belongs to
+        pairs: list[Pair] = []
+        owners: list[int] = []
         for i, request in enumerate(requests):
-            text, most = self.tok_encode(request.args[0]), self.max_length - 1
-            found = get_rolling_token_windows(text, self.prefix_token_id, most, context_len=1)
-            windows += [(i, make_disjoint_window(window)) for window in found]
+            text = self.tok_encode(request.args[0])
+            windows = utils.get_rolling_token_windows(text, self.prefix_token_id, self.max_length - 1, context_len=1)
+            pairs += map(utils.make_disjoint_window, windows)
+            owners += [i] * (len(pairs) - len(owners))
         totals = [0.0] * len(requests)
-        for members, _, bound in self._bounds([w for _, w in windows], "loglikelihood_rolling", disable_tqdm):
-            for i, value in zip(members, bound, strict=True):
-                totals[windows[i][0]] += value
-        for request, total in zip(requests, totals, strict=True):
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        found = self._of_pairs(self._bounds, pairs, "loglikelihood_rolling", disable_tqdm)
+        for i, bound in zip(owners, found, strict=True):
+            totals[i] += bound
         return totals
 
-    def _bounds(
-        self, pairs: list[Pair], what: str, disable_tqdm: bool
-    ) -> Iterator[tuple[list[int], list[Pair], list[float]]]:
-        """Batches of pairs that fit: their indexes, the pairs, their bounds."""
-        fitting = [truncate_context(self.lm, pair) for pair in pairs]
-        self._tell_cut(sum(a != b for a, b in zip(fitting, pairs, strict=True)), len(pairs))
-        s, scale = self.settings, self.decoder.cfg_scale
-        with self._bar(len(pairs), what, disable_tqdm) as bar:
-            for members in batches(fitting, self.batch_size):
-                chosen = [fitting[i] for i in members]
-                yield members, chosen, bounds(self.lm, chosen, s.mc_samples, s.seed, s.batch_size, scale)
-                bar.update(len(members))
+    def _bounds(self, pairs: list[Pair]) -> list[float]:
+        s = self.settings
+        return bounds(self.lm, pairs, s.mc_samples, s.seed, s.batch_size, self.decoder.cfg_scale)
 
-    def _tell_cut(self, cut: int, of: int) -> None:
-        if cut:
-            log.warning("%d of %d contexts lost their beginning, to fit into %d tokens", cut, of, self.max_length)
+    def _of_pairs(
+        self, fn: Callable[[list[Pair]], list[Any]], pairs: list[Pair], what: str, disable: bool
+    ) -> list[Any]:
+        """``fn`` of every pair, cut to the model's length, in batches with continuations of one length."""
+        contexts = self._fit([context for context, _ in pairs], [self.max_length - len(text) for _, text in pairs])
+        fitting = [(context, text) for context, (_, text) in zip(contexts, pairs, strict=True)]
+        order = Collator(fitting, lambda p: (len(p[0]), p[0]), lambda p: {"length": len(p[1])}, "gen_kwargs")
+        found: list[Any] = []
+        with self._bar(len(pairs), what, disable) as bar:
+            for batch in order.get_batched(self.batch_size):
+                found += fn(batch)
+                bar.update(len(batch))
+        return order.get_original(found)
+
+    def _fit(self, contexts: list[list[int]], rooms: list[int]) -> list[list[int]]:
+        """Contexts of at most so many tokens each: too long a one loses its beginning, with a warning that counts them."""
+        fitting = [context[max(0, len(context) - room) :] for context, room in zip(contexts, rooms, strict=True)]
+        if cut := sum(a != b for a, b in zip(contexts, fitting, strict=True)):
+            said = "%d of %d contexts lost their beginning, to fit into %d tokens"
+            log.warning(said, cut, len(contexts), self.max_length)
+        return fitting
 
     def _bar(self, total: int, what: str, disable: bool) -> tqdm:
         return tqdm(total=total, desc=f"Running {what} requests", disable=disable or self.rank != 0)
