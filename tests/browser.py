@@ -65,12 +65,8 @@ def open_page(
     with playwright.sync_playwright() as engine:
         browser = engine.chromium.launch(executable_path=program, args=FLAGS)
         try:
-            page = browser.new_page(
-                viewport={"width": width, "height": height},
-                color_scheme=colors,
-                reduced_motion="reduce",
-                has_touch=touch,
-            )
+            view = {"viewport": {"width": width, "height": height}, "color_scheme": colors, "has_touch": touch}
+            page = browser.new_page(**view, reduced_motion="reduce")
             page.set_default_timeout(10_000)
             page.on("pageerror", lambda error: problems.append(f"error: {error}"))
             page.on("console", say)

@@ -1,9 +1,14 @@
-"""Evaluation: resumed = uninterrupted, records as decoded whatever the batch, intervals and curves by hand, refusals."""
+"""Evaluation: resumed = uninterrupted = on several processes, intervals and curves by hand, what a folder refuses."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +18,10 @@ import torch
 
 from unmask import MaskedLM, UserError, decode, load, make_decoder, make_task
 from unmask.evaluation.command import show_evaluation
+from unmask.evaluation.distributed import take_own_gpu
 from unmask.evaluation.evaluate import EvalConfig, evaluate, task_prompts
 from unmask.evaluation.records import compare_to_best, curves, read_records
+from unmask.io.files import read_lines
 from unmask.results.statistics import pooled_bootstrap, wilson
 
 
@@ -31,7 +38,8 @@ def config(model: str, output: Path, **changes: object) -> EvalConfig:
 
 
 def records(output: Path) -> dict[str, list[dict[str, object]]]:
-    found = {p.name: read_records(p) for p in sorted((output / "records").iterdir())}
+    """Every file of the folder's records, its lines in their order, without the time."""
+    found = {p.name: read_lines(p) for p in sorted((output / "records").iterdir())}
     return {k: [{f: v for f, v in r.items() if f != "seconds"} for r in rows] for k, rows in found.items()}
 
 
@@ -118,10 +126,9 @@ def test_intervals_by_hand() -> None:
 
 def test_early_stop_changes_passes_alone(model: str, tmp_path: Path) -> None:
     settings = {"decoder": ["full", "semi-ar:block_length=8,temperature=1"], "task": ["countdown"]}
-    evaluate(config(model, tmp_path / "stops", **settings))
-    evaluate(config(model, tmp_path / "goes", early_stop=False, **settings))
-    stops, goes = records(tmp_path / "stops"), records(tmp_path / "goes")
-    for a, b in zip(stops.values(), goes.values(), strict=True):
+    for name in ("stops", "whole"):
+        evaluate(config(model, tmp_path / name, early_stop=name == "stops", **settings))
+    for a, b in zip(*(records(tmp_path / name).values() for name in ("stops", "whole")), strict=True):
         cost = {"nfe": 0, "committed": 0}
         assert [{**r, **cost} for r in a] == [{**r, **cost} for r in b]
         assert all(x["nfe"] <= y["nfe"] == 16 for x, y in zip(a, b, strict=True))  # type: ignore[operator]
@@ -189,3 +196,143 @@ def test_order_by_hand() -> None:
     # A threshold's rows have their own clock: eight steps are the whole decode.
     own = np.array(curves([stopped], [1], steps=None)["order"], dtype=float)
     assert own[14, 15] == 1
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+
+SETTINGS = {"decoder": ["ass", "eoser-ass:temperature=1"], "limit": 11, "max_new_tokens": 32, "batch_size": 2}
+# Runs the command line, with something done to this rank after every batch that is written.
+WORKER = """
+import os, signal, sys, time
+
+from unmask import cli
+from unmask.evaluation import evaluate as module
+
+rank, mode = os.environ["RANK"], sys.argv[1]
+run_cell, batches = module.run_cell, 0
+
+
+def disturbed(*arguments):
+    global batches
+    for records in run_cell(*arguments):
+        yield records
+        batches += 1
+        if mode == "dies" and rank == "1" and batches == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if mode == "slow":
+            time.sleep(0.2)
+
+
+module.run_cell = disturbed
+sys.exit(cli.main([a.replace("RANK", rank) for a in sys.argv[2:]]))
+"""
+
+
+def start(model: str, output: Path, folder: Path, mode: str = "", launcher: str = "torchrun") -> subprocess.Popen[str]:
+    """Two processes; ``mode`` runs them through WORKER."""
+    if launcher == "accelerate":
+        launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    else:
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    (folder / "worker.py").write_text(WORKER)
+    script = [str(folder / "worker.py"), mode] if mode else ["-m", "unmask"]
+    settings = [
+        text
+        for k, v in SETTINGS.items()
+        for text in (f"--{k.replace('_', '-')}", *map(str, v if isinstance(v, list) else [v]))
+    ]
+    return subprocess.Popen(
+        [sys.executable, *launch, *script, "eval", "--model", model, "--output", str(output), *settings],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str]:
+    try:
+        output, _ = process.communicate(timeout=300)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def alone(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that one process writes."""
+    output = tmp_path_factory.mktemp("alone")
+    evaluate(config(model, output, **SETTINGS))
+    return output
+
+
+def test_two_processes_equal_one(alone: Path, model: str, tmp_path: Path) -> None:
+    def stop(label: str, done: int, total: int) -> None:
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(config(model, tmp_path / "two", **SETTINGS), stop)  # one begins, two go on
+    code, said = end(start(model, tmp_path / "two", tmp_path, launcher="accelerate"))
+    assert code == 0, said
+    assert records(tmp_path / "two") == records(alone) and len(records(alone)) == 4
+    assert all([r["index"] for r in rows] == list(range(11)) for rows in records(alone).values())
+    assert (tmp_path / "two" / "config.json").read_bytes() == (alone / "config.json").read_bytes()
+    one, two = (json.loads((f / "summary.json").read_text()) for f in (alone, tmp_path / "two"))
+    assert (one["environment"]["processes"], two["environment"]["processes"]) == (1, 2)
+    for a, b in zip(one["cells"], two["cells"], strict=True):
+        assert {**a, "seconds": 0} == {**b, "seconds": 0}
+    told = {line.rpartition(":")[0] for line in said.splitlines() if "process 1 of 2" in line}
+    assert said.count("NFE") == 1 and len(told) == 4 and "process 2" not in said  # rank 0 alone speaks
+
+
+def test_a_killed_rank_loses_one_batch_and_one_process_goes_on(alone: Path, model: str, tmp_path: Path) -> None:
+    code, said = end(start(model, tmp_path / "a", tmp_path, mode="dies"))
+    assert code != 0, said
+    shards = {p.name: p.read_text().splitlines() for p in (tmp_path / "a" / "records").iterdir()}
+    assert all(".jsonl.rank-" in name for name in shards)
+    lengths = sorted(len(lines) for name, lines in shards.items() if name.endswith("rank-1"))
+    assert lengths == [2, 5]  # 3 batches, 1 batch
+    evaluate(config(model, tmp_path / "a", **SETTINGS))
+    assert records(tmp_path / "a") == records(alone)
+    for name, lines in shards.items():  # kept as they are, times included: nothing was decoded twice
+        written = (tmp_path / "a" / "records" / name.partition(".rank-")[0]).read_text().splitlines()
+        assert set(lines) <= set(written)
+
+
+def test_interrupting_the_launcher_leaves_a_folder_to_go_on_with(alone: Path, model: str, tmp_path: Path) -> None:
+    process = start(model, tmp_path / "run", tmp_path, mode="slow")
+    deadline = time.time() + 200
+    while len(list(tmp_path.glob("run/records/*.rank-*"))) < 2 and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    code, said = end(process)
+    assert code != 0 and said.count("the same command goes on from there") == 1, said
+    assert any(len(lines) < 11 for lines in records(tmp_path / "run").values())
+    evaluate(config(model, tmp_path / "run", **SETTINGS))
+    assert records(tmp_path / "run") == records(alone)
+
+
+def test_a_mistake_ends_all_with_one_sentence(model: str, tmp_path: Path) -> None:
+    said = "choose an --output that they all share"
+    begun = time.time()
+    code, text = end(start(model, tmp_path / "run-RANK", tmp_path, mode="plain"))
+    assert code != 0 and text.count("unmask: ") == text.count(said) == 1, text
+    assert time.time() - begun < 200 and "terminate called" not in text
+    assert not list(tmp_path.glob("run*/records/*"))
+
+
+@pytest.mark.parametrize(("rank", "gpu"), [(1, 1), (5, 2)])
+def test_each_process_has_its_own_gpu_as_long_as_there_are_enough(
+    rank: int, gpu: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[int] = []
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr("torch.cuda.set_device", chosen.append)
+    take_own_gpu()
+    assert chosen == [gpu]

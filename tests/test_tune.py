@@ -92,14 +92,14 @@ def test_halving_by_hand(table: dict[str, list[Any]], least: int, safe: str, lef
 
 
 @pytest.mark.parametrize(("length", "early_stop"), [(1, True), (16, False), (100, True), (128, False)])
-def test_candidates_are_different_exact_and_near_the_budget(length: int, early_stop: bool) -> None:
-    for budget in (1, 8, 300):
-        presets, others = candidates(budget, length, early_stop, [])
-        decoders = [make_decoder(spec, max_new_tokens=length) for spec in (*presets, *others)]
-        assert len({behavior(d) for d in decoders}) == len(decoders) < 250
-        assert all(d.top_p == 1 and d.cache == "none" and d.temperature == 0 and d.cfg_scale == 0 for d in decoders)
-        assert any(d.passes <= budget and d.threshold is None for d in decoders[: len(presets)])
-        assert early_stop or all(d.threshold is not None or d.passes <= budget for d in decoders)
+@pytest.mark.parametrize("budget", [1, 8, 300])
+def test_candidates_are_different_exact_and_near_the_budget(length: int, early_stop: bool, budget: int) -> None:
+    presets, others = candidates(budget, length, early_stop, [])
+    decoders = [make_decoder(spec, max_new_tokens=length) for spec in (*presets, *others)]
+    assert len({behavior(d) for d in decoders}) == len(decoders) < 250
+    assert all(d.top_p == 1 and d.cache == "none" and d.temperature == 0 and d.cfg_scale == 0 for d in decoders)
+    assert any(d.passes <= budget and d.threshold is None for d in decoders[: len(presets)])
+    assert early_stop or all(d.threshold is not None or d.passes <= budget for d in decoders)
 
 
 def test_the_space_holds_every_family() -> None:
@@ -137,14 +137,13 @@ def test_behavior_by_hand() -> None:
 # ---- a search on a toy model -----------------------------------------------------------------------------------------
 
 
-def some(*arguments: Any) -> tuple[list[str], list[str]]:
-    presets, others = candidates(*arguments)
-    return presets, others[::4]
-
-
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
     """A quarter of the candidates; and since a random model solves nothing, grades by the hash of a text."""
+
+    def some(*arguments: Any) -> tuple[list[str], list[str]]:
+        presets, others = candidates(*arguments)
+        return presets, others[::4]
 
     def grade(task: Countdown, problem: Problem, completion: str) -> Grade:
         return Grade(bucket(completion, 3) == 0, float(bucket(completion, 5)), 4.0, completion)

@@ -20,11 +20,9 @@ from unmask.view.jobs import source_of
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an evaluation."""
     output = tmp_path_factory.mktemp("view") / "run"
-    config = EvalConfig(
-        task=["countdown", "sudoku"], decoder=["semi-ar:steps=12", "full-random:steps=8"], limit=3, seed=1
-    )
-    config.max_new_tokens, config.early_stop, config.output = 96, False, str(output)
-    evaluate(config)
+    decoders = ["semi-ar:steps=12", "full-random:steps=8"]
+    settings = {"decoder": decoders, "limit": 3, "seed": 1, "max_new_tokens": 96, "early_stop": False}
+    evaluate(EvalConfig(**settings, output=str(output)))  # type: ignore[arg-type]
     return output
 
 
@@ -101,17 +99,13 @@ def test_a_name_is_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ("arguments", "said"),
     [
         ([], "0 prompts: use one text"),
-        (["a", "b"], "2 prompts: use one text"),
         (["nothing.jsonl"], "nothing.jsonl is in no run's records: use RUN/records/"),
         (["RUN"], "is no records file: use RUN/records/TASK--DECODER.jsonl of unmask eval, or one text"),
         (["RECORDS", "text"], "text is no records file"),
         (["RECORDS"] * 5, "5 records files: a page shows one to 4"),
-        (["a", "--decoder", *["ass"] * 5], "5 decoders"),
         (["a", "--decoder", "asss"], "did you mean 'ass'"),
         (["a", "--index", "1"], "index is 1, but a prompt has no others: leave it out"),
         (["a", "--task", "sudoku"], "prompt is ['a'], but the task decides that"),
-        (["--task", "sudokku"], "did you mean 'sudoku'"),
-        (["--task", "countdown", "--data", "x"], "unrecognized options: --data"),
         (["a", "--candidates", "0"], "candidates is 0: choose 1 to 20"),
         (["a", "--model", "nowhere", "--output", "/proc/nothing/x.html"], "cannot write to /proc/nothing/x.html"),
         (["a", "--max-new-tokens", "4000"], "at most 2048 together"),
@@ -126,12 +120,8 @@ def test_mistakes_are_one_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("toy").symlink_to(toy_folder)
-    names = {
-        "RUN": str(run),
-        "RECORDS": str(records_of(run, "semi-ar")),
-        "SUDOKU": str(records_of(run, "semi-ar", "sudoku")),
-        "TOY": "toy",
-    }
+    files = [str(records_of(run, "semi-ar", task)) for task in ("countdown", "sudoku")]
+    names = {"RUN": str(run), "RECORDS": files[0], "SUDOKU": files[1], "TOY": "toy"}
     with pytest.raises(UserError) as error:
         command([names.get(a, a) for a in arguments])
     assert said in str(error.value) and "\n" not in str(error.value)

@@ -16,10 +16,9 @@ from unmask.evaluation.progress import progress_bars
 from unmask.io.files import write_text, writing_to
 from unmask.io.terminal import console
 
+# of the demo: decoders at L/2 passes, then at the logarithmic budget; task, decoder and seconds between steps of the canvases
 DECODERS = ["full", "semi-ar", "eoser", "full:steps=7", "ass", "eoser-ass", "hybrid"]
-"""Of the demo: at L/2 passes, then at the logarithmic budget."""
 CANVASES = [("sudoku", "full", 0.05), ("countdown", "semi-ar", 0.05), ("countdown", "eoser-ass", 0.5)]
-"""Of the demo: task, decoder, seconds between steps."""
 
 
 def command(arguments: list[str]) -> None:

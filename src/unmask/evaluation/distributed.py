@@ -20,7 +20,6 @@ from unmask.errors import UserError
 from unmask.io.launcher import is_launched, local_rank
 
 T = TypeVar("T")
-
 TIMEOUT = timedelta(days=7)  # processes finish at different times; a dead one is noticed at once
 
 
@@ -70,10 +69,7 @@ class Processes:
         return self.gather(result)[0]
 
     def exit_after_rank0(self) -> None:
-        """After an AgreedError: only rank 0 returns, to print it; the others exit silently once it has exited.
-
-        If they exited earlier, the launcher would kill rank 0 before it has printed it.
-        """
+        """After an AgreedError: only rank 0 returns, to print it; the others exit once it has, lest the launcher kills it."""
         if self.rank:
             with suppress(UserError):
                 self.gather(None)

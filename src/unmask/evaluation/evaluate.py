@@ -1,9 +1,7 @@
 """Evaluate a model: every task under every decoder, one JSON line a problem, resumable at any point.
 
-A run folder holds ``config.json`` (the full resolved configuration), ``records/TASK--DECODER.jsonl``, ``summary.json`` and the
-figures. Every process appends its records, batch by batch, to a shard of its own; rank 0 merges them at the end, or, if the run
-is killed, at the start of the next. Every problem has its own random seed, so a resumed run gives the same records on any
-number of processes.
+Every process appends its records, batch by batch, to its shard; rank 0 merges them at the end, or, if the run is killed,
+at the start of the next. Every problem has its own random seed, so any number of processes gives the same records.
 """
 
 from __future__ import annotations
@@ -176,15 +174,13 @@ def evaluate(config: EvalConfig, progress: Progress | None = None) -> dict[str, 
     """Run or resume an evaluation and write its folder; every process of a launch calls it.
 
     Args:
-        progress: called on rank 0 with (cell label, problems done, problems in all) after every batch; of several processes
-            it is told of rank 0's share.
+        progress: called on rank 0 with (cell label, problems done, problems in all) of its share after every batch.
 
     Returns:
         The summary, on every process: ``config``, ``environment`` and one entry a (task, decoder) in ``cells``.
 
     Raises:
-        UserError: for anything wrong in the request, and where ``output`` holds an evaluation with other settings; an
-            AgreedError, on every process, where there are several.
+        UserError: for anything wrong in the request, and where ``output`` holds an evaluation with other settings.
     """
     processes, output = init_distributed(), Path(config.output)
     if processes.world > 1 and config.device != "cpu":
@@ -237,10 +233,8 @@ def _summary(prepared: PreparedEvaluation, world: int) -> dict[str, Any]:
         with writing_to(output):
             records = list(cell.store.merge(world).values())
         if missing := len(cell.problems) - len(records):
-            raise UserError(
-                f"{cell.store.path} lacks {missing} of {len(cell.problems)} records: choose an --output that all processes "
-                "share and no other run writes to, and start again"
-            )
+            hint = "choose an --output that all processes share and no other run writes to, and start again"
+            raise UserError(f"{cell.store.path} lacks {missing} of {len(cell.problems)} records: {hint}")
         names = {"task": cell.task_spec, "decoder": cell.decoder_spec, "score_name": cell.task.score_name}
         cells.append({**names, **summarize(records)})
         if prepared.config.trajectories:

@@ -1,9 +1,7 @@
 """``unmask tune``: the best decoder within a budget of forward passes a problem, by successive halving.
 
-Every candidate decodes a few validation problems; the better third continues with twice as many, and so on; of the presets all
-continue. What is over the budget is out. The best of the last round decode still more problems, a run-off; its winner and the
-best preset then decode test problems that the search has not seen. Every measurement is a line of ``measurements.jsonl``, so
-a killed search resumes where it stopped, and ends the same.
+Rounds of more and more validation problems for fewer and fewer candidates, a run-off, then test problems for its winner and the
+best preset. Every measurement is a line of ``measurements.jsonl``, so a killed search resumes and ends the same.
 """
 
 from __future__ import annotations
@@ -160,13 +158,10 @@ class Trials:
 
 
 def tune(config: TuneConfig, progress: Progress | None = None) -> Result:
-    """Run or resume a search, and write ``front.json``.
+    """Run or resume a search; returns what it writes as ``front.json``, which docs/tune.md lists.
 
     Args:
         progress: called with (round, decoders measured, decoders in all).
-
-    Returns:
-        What ``front.json`` holds; docs/tune.md lists it.
 
     Raises:
         UserError: for anything wrong in the request, and where ``output`` holds a search with other settings.
@@ -226,10 +221,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> Result:
 
 
 def report(result: Result, output: Path) -> None:
-    """Write ``front.md`` and ``decoder.yaml``; print the table, the advice and where the files are.
-
-    ``decoder.yaml`` holds the winner's fields where they are not the defaults, under a comment of what it was chosen for.
-    """
+    """Write ``front.md`` and ``decoder.yaml``, the winner under the advice; print the table, the advice and where they are."""
     settings, said, defaults = result["config"], advice(result), Decoder().config()
     title = f"{settings['model']['name']}, {next(iter(settings['tasks']))}: decoders within {settings['budget']} passes"
     headings = ["decoder", "plan", "NFE", "solved % [95 %]", "score % [95 %]", "problems", "what it is"]

@@ -13,14 +13,10 @@ CONFIDENCES: list[dict[str, str]] = [{}, {"confidence": "margin"}, {"confidence"
 EOS_RULES = ("eoser:gamma_min=0.01", "eoser:gamma_min=0.1", "eoser:gamma_min=0.4", "hard-eos")
 ASCENDING_RULES = ("ass", "eoser-ass:gamma_min=0.01", "eoser-ass:gamma_min=0.1", "eoser-ass:gamma_min=0.4")
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
-PARTS = (2, 4, 8, 16)
-"""Block lengths, as parts of the canvas."""
-PACES = (0.5, 1.0, 1.5, 2.0, 3.0)
-"""Steps of a plan as multiples of the budget. Those above 1 are for plans that early stop may end sooner."""
-COMPARED_PACES, COMPARED_THRESHOLDS = (1.0, 2.0), (0.7, 0.9)
-"""Where every confidence is tried."""
-LEAST = 0.25
-"""A plan of fewer passes than this share of the budget belongs to the search of a smaller budget."""
+PARTS = (2, 4, 8, 16)  # block lengths, as parts of the canvas
+PACES = (0.5, 1.0, 1.5, 2.0, 3.0)  # steps as multiples of the budget; above 1 for plans that early stop may end sooner
+COMPARED_PACES, COMPARED_THRESHOLDS = (1.0, 2.0), (0.7, 0.9)  # where every confidence is tried
+LEAST = 0.25  # a plan of fewer passes than this share of the budget belongs to the search of a smaller budget
 
 
 def candidates(budget: int, length: int, early_stop: bool, cfg_scales: list[float]) -> tuple[list[str], list[str]]:

@@ -50,9 +50,9 @@ class ViewArguments(ModelSource):
                 raise UserError(f"{text:.99} is no records file: {hint}")
         if not 1 <= self.candidates <= 20:
             raise UserError(f"candidates is {self.candidates}: choose 1 to 20")
-        several, what = (self.prompt, "records files") if repeats else (self.decoder, "decoders")
-        if not 1 <= len(several) <= 4:
-            raise UserError(f"{len(several)} {what}: a page shows one to 4")
+        panels, what = (self.prompt, "records files") if repeats else (self.decoder, "decoders")
+        if not 1 <= len(panels) <= 4:
+            raise UserError(f"{len(panels)} {what}: a page shows one to 4")
         if repeats:
             names, why = "task decoder max_new_tokens prefill seed early_stop", "the records decide that"
         elif self.task is not None:

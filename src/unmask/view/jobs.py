@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +20,7 @@ from unmask.io.store import Record
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.source import ModelSource
 from unmask.tasks import make_task
-
-if TYPE_CHECKING:
-    from unmask.view.config import ViewArguments
+from unmask.view.config import ViewArguments
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,9 @@ class Job:
     recorded: str | None = None
 
 
-Prepared = tuple[ModelSource, Callable[[MaskedLM], tuple[str, list[Job]]]]
-"""The model to load, and a function from it to the prompt and the jobs."""
+Prepared = tuple[
+    ModelSource, Callable[[MaskedLM], tuple[str, list[Job]]]
+]  # a model, and what makes prompt and jobs with it
 
 
 def from_flags(a: ViewArguments) -> Prepared:

@@ -36,10 +36,7 @@ BYTE_OF = {c: b for b, c in bytes_to_unicode().items()}  # the alphabet of byte-
 
 @dataclass(frozen=True)
 class Panel:
-    """One decode as the page shows it: a ``trajectory`` of one row, with what ``top_candidates_per_step`` yields of it.
-
-    ``solved`` is None where nobody graded; ``recorded`` is the completion of the record that this decode repeats.
-    """
+    """One decode of one row as the page shows it; ``solved`` is None where nobody graded, ``recorded`` where no record is."""
 
     decoder: Decoder
     trajectory: Trajectory
@@ -51,13 +48,10 @@ class Panel:
 
 @torch.no_grad()
 def top_candidates_per_step(lm: MaskedLM, trajectory: Trajectory, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """What the model held before each step of a trajectory of one row: the likeliest tokens of its masked positions.
+    """Before each step of a trajectory of one row, the ``count`` likeliest tokens of its masked positions from left to right.
 
-    One forward pass a step (two with guidance), each of the whole row, also where a cache decoded.
-
-    Yields:
-        Token ids (M, K) int64, from left to right, best first, and their probabilities at temperature 1 (M, K) float64; K is
-        ``count``, or the vocabulary's size where that is less.
+    Yields token ids (M, K) int64, best first, and their probabilities at temperature 1 (M, K) float64. One forward pass a step
+    (two with guidance), each of the whole row, also where a cache decoded.
     """
 
     def likeliest(head: Head, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,8 +82,7 @@ def visible(text: str) -> str:
 
 def token_name(lm: MaskedLM, token: int) -> str:
     """The tokenizer's name for a token; ⟨id⟩ where it has none."""
-    piece = lm.tokenizer.convert_ids_to_tokens(token)
-    return f"⟨{token}⟩" if piece is None else str(piece)
+    return str(lm.tokenizer.convert_ids_to_tokens(token) or f"⟨{token}⟩")
 
 
 def token_glyph(lm: MaskedLM, token: int) -> str:
