@@ -96,18 +96,18 @@ def test_summary_holds_what_a_number_needs(model: str, tmp_path: Path) -> None:
 
 
 def test_cells_are_compared_with_the_best_on_the_same_problems() -> None:
+    def cell(task: str, decoder: str, solved: float, nfe: float) -> dict[str, Any]:
+        return {"task": task, "decoder": decoder, "solved": solved, "nfe": nfe}
+
     # fast is as good as slow in fewer passes: the best
-    solved = {"slow": [1, 1, 1, 0], "fast": [1, 1, 0, 1], "worse": [1, 0, 0, 0], "alone": [0, 0, 0, 0]}
-    cells: list[dict[str, Any]] = [
-        {
-            "task": "b" if name == "alone" else "a",
-            "decoder": name,
-            "solved": sum(own) / 4,
-            "nfe": 64 if name == "slow" else 7,
-        }
-        for name, own in solved.items()
+    cells = [
+        cell("a", "slow", 0.75, 64),
+        cell("a", "fast", 0.75, 7),
+        cell("a", "worse", 0.25, 7),
+        cell("b", "alone", 0, 7),
     ]
-    compare_to_best(cells, [[{"solved": s} for s in own] for own in solved.values()])
+    solved = [[1, 1, 1, 0], [1, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]]
+    compare_to_best(cells, [[{"solved": s} for s in own] for own in solved])
     assert [c.get("to_best", {}).get("decoder") for c in cells] == ["fast", None, "fast", None]
     assert cells[0]["to_best"]["difference"] == 0 and cells[2]["to_best"]["difference"] == -0.5
     low, high = cells[2]["to_best"]["interval"]
@@ -202,6 +202,7 @@ def test_order_by_hand() -> None:
 
 
 SETTINGS = {"decoder": ["ass", "eoser-ass:temperature=1"], "limit": 11, "max_new_tokens": 32, "batch_size": 2}
+FLAGS = ["--decoder", "ass", "eoser-ass:temperature=1", "--limit", "11", "--max-new-tokens", "32", "--batch-size", "2"]
 # Runs the command line, with something done to this rank after every batch that is written.
 WORKER = """
 import os, signal, sys, time
@@ -237,18 +238,10 @@ def start(model: str, output: Path, folder: Path, mode: str = "", launcher: str 
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     (folder / "worker.py").write_text(WORKER)
     script = [str(folder / "worker.py"), mode] if mode else ["-m", "unmask"]
-    settings = [
-        text
-        for k, v in SETTINGS.items()
-        for text in (f"--{k.replace('_', '-')}", *map(str, v if isinstance(v, list) else [v]))
-    ]
+    command = [sys.executable, *launch, *script, "eval", "--model", model, "--output", str(output), *FLAGS]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, *launch, *script, "eval", "--model", model, "--output", str(output), *settings],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
 
 
@@ -289,7 +282,7 @@ def test_two_processes_equal_one(alone: Path, model: str, tmp_path: Path) -> Non
     assert said.count("NFE") == 1 and len(told) == 4 and "process 2" not in said  # rank 0 alone speaks
 
 
-def test_a_killed_rank_loses_one_batch_and_one_process_goes_on(alone: Path, model: str, tmp_path: Path) -> None:
+def test_a_killed_rank_loses_one_batch_and_one_process_resumes(alone: Path, model: str, tmp_path: Path) -> None:
     code, said = end(start(model, tmp_path / "a", tmp_path, mode="dies"))
     assert code != 0, said
     shards = {p.name: p.read_text().splitlines() for p in (tmp_path / "a" / "records").iterdir()}
@@ -303,7 +296,7 @@ def test_a_killed_rank_loses_one_batch_and_one_process_goes_on(alone: Path, mode
         assert set(lines) <= set(written)
 
 
-def test_interrupting_the_launcher_leaves_a_folder_to_go_on_with(alone: Path, model: str, tmp_path: Path) -> None:
+def test_interrupting_the_launcher_leaves_a_folder_to_resume(alone: Path, model: str, tmp_path: Path) -> None:
     process = start(model, tmp_path / "run", tmp_path, mode="slow")
     deadline = time.time() + 200
     while len(list(tmp_path.glob("run/records/*.rank-*"))) < 2 and process.poll() is None and time.time() < deadline:
@@ -325,14 +318,12 @@ def test_a_mistake_ends_all_with_one_sentence(model: str, tmp_path: Path) -> Non
     assert not list(tmp_path.glob("run*/records/*"))
 
 
-@pytest.mark.parametrize(("rank", "gpu"), [(1, 1), (5, 2)])
-def test_each_process_has_its_own_gpu_as_long_as_there_are_enough(
-    rank: int, gpu: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_process_has_its_own_gpu_as_long_as_there_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[int] = []
-    monkeypatch.setenv("LOCAL_RANK", str(rank))
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
-    take_own_gpu()
-    assert chosen == [gpu]
+    for rank in ("1", "5"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        take_own_gpu()
+    assert chosen == [1, 2]

@@ -35,9 +35,6 @@ from unmask.models.load import warn_of_slow_bf16
 from unmask.models.masked_lm import MaskedLM
 from unmask.tasks import Problem, Task, make_task
 
-NOT_IN_CONFIG = ("output", "model", "task", "decoder", "compile")
-"""Fields of EvalConfig that config.json does not hold, or holds in another form."""
-
 
 def environment() -> dict[str, Any]:
     """Versions, commit, hardware: what a number needs beside it."""
@@ -106,12 +103,14 @@ def prepare(config: EvalConfig) -> PreparedEvaluation:
         warn_of_slow_bf16(lm.device)
     tasks = {spec: make_task(spec, lm.task_defaults) for spec in config.task}
     decoders = {spec: make_decoder(spec, max_new_tokens=config.max_new_tokens) for spec in config.decoder}
-    cached = next((spec for spec, decoder in decoders.items() if decoder.cache != "none"), None)
-    if config.compile and cached:
-        raise UserError(f"compile needs forward passes of one shape, and {cached} has windows: leave one of them out")
+    if config.compile and (cached := [spec for spec, decoder in decoders.items() if decoder.cache != "none"]):
+        raise UserError(
+            f"compile needs forward passes of one shape, and {cached[0]} has windows: leave one of them out"
+        )
+    in_another_form = ("output", "model", "task", "decoder", "compile")
     settings = {
         "model": lm.info(),
-        **{k: v for k, v in asdict(config).items() if k not in NOT_IN_CONFIG},
+        **{k: v for k, v in asdict(config).items() if k not in in_another_form},
         "tasks": {spec: task.config() for spec, task in tasks.items()},
         "decoders": {spec: d.config() for spec, d in decoders.items()},
     }
@@ -127,8 +126,7 @@ def prepare(config: EvalConfig) -> PreparedEvaluation:
             if config.trajectories:
                 step, length = Number(-1, decoder.plan.steps - 1, whole=True), decoder.max_new_tokens
                 schema |= {"tokens": [COUNT, length], "steps": [step, length], "logprobs": [Number(), length]}
-            check = partial(check_problem, problems=problems)
-            store = RecordStore(path, schema, itemgetter("index"), FIX, check)
+            store = RecordStore(path, schema, itemgetter("index"), FIX, partial(check_problem, problems=problems))
             cells.append(Cell(task_spec, spec, task, decoder, problems, prompts, store))
     if config.compile:
         lm.model.base_model.compile()

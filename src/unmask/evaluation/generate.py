@@ -56,8 +56,8 @@ class GenerateArguments(ModelSource):
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**62 or not 0 <= self.delay < 60:
-            given = f"seed is {self.seed}, delay is {self.delay}"
-            raise UserError(f"{given}: choose a seed of 0 or more, a delay below 60 s")
+            hint = "choose a seed of 0 or more, a delay below 60 s"
+            raise UserError(f"seed is {self.seed}, delay is {self.delay}: {hint}")
         check_at_least(self, 1, "num_return_sequences", "batch_size")
         if (self.prompt is None) == (self.input is None):
             raise UserError("pass one of a prompt and --input with a file of them")

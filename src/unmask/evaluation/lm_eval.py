@@ -112,8 +112,6 @@ class UnmaskLM(TemplateLM):
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> UnmaskLM:
         return cls.create_from_arg_obj(utils.simple_parse_args_string(arg_string), additional_config)
 
-    # ---- what lm-eval asks about a model ---------------------------------------------------------------------------
-
     @property
     def eot_token_id(self) -> int:
         return self.lm.eos_id
@@ -140,9 +138,8 @@ class UnmaskLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """For lm-eval's results file: everything that a figure depends on here."""
-        info = self.lm.info()
-        ours = {"version": __version__, "model": info, "decoder": self.decoder.config()}
-        ours |= {k: getattr(self.settings, k) for k in ("batch_size", "mc_samples", "seed")}
+        info, own = self.lm.info(), {k: getattr(self.settings, k) for k in ("batch_size", "mc_samples", "seed")}
+        ours = {"version": __version__, "model": info, "decoder": self.decoder.config(), **own}
         return {"model_num_parameters": info["parameters"], "model_dtype": info["dtype"], "unmask": ours}
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -154,8 +151,6 @@ class UnmaskLM(TemplateLM):
 
     def barrier(self) -> None:
         self.processes.gather(None)
-
-    # ---- generation ------------------------------------------------------------------------------------------------
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """The texts, in the order of the requests: up to the first end token, then up to the first stop string."""
@@ -197,8 +192,6 @@ class UnmaskLM(TemplateLM):
         own = [content_seed(self.settings.seed, r.task_name, r.doc_id, *r.args) for r in requests]
         return torch.tensor([content_seed(seed, next(copies[seed])) for seed in own], dtype=torch.int64)
 
-    # ---- likelihood ------------------------------------------------------------------------------------------------
-
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
@@ -212,18 +205,12 @@ class UnmaskLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Lower bounds on the log-likelihood of whole texts: the sum over windows, each behind what comes before it."""
-        pairs: list[Pair] = []
-        owners: list[int] = []
-        for i, request in enumerate(requests):
-            text = self.tok_encode(request.args[0])
-            windows = utils.get_rolling_token_windows(text, self.prefix_token_id, self.max_length - 1, context_len=1)
-            pairs += map(utils.make_disjoint_window, windows)
-            owners += [i] * (len(pairs) - len(owners))
-        totals = [0.0] * len(requests)
-        found = self._of_pairs(self._bounds, pairs, "loglikelihood_rolling", disable_tqdm)
-        for i, bound in zip(owners, found, strict=True):
-            totals[i] += bound
-        return totals
+        start, most = self.prefix_token_id, self.max_length - 1
+        texts = [utils.get_rolling_token_windows(self.tok_encode(r.args[0]), start, most, 1) for r in requests]
+        windows = [list(map(utils.make_disjoint_window, text)) for text in texts]
+        pairs = list(itertools.chain.from_iterable(windows))
+        found = iter(self._of_pairs(self._bounds, pairs, "loglikelihood_rolling", disable_tqdm))
+        return [sum(itertools.islice(found, len(own)), 0.0) for own in windows]
 
     def _bounds(self, pairs: list[Pair]) -> list[float]:
         s = self.settings
