@@ -6,7 +6,6 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from unmask.config import read_flags
 from unmask.evaluation.config import EvalConfig, TuneConfig
@@ -42,17 +41,14 @@ def run_evaluation(config: EvalConfig) -> None:
     except AgreedError:
         processes.exit_after_rank0()
         raise
-    if not processes.rank:
-        show_evaluation(summary, Path(config.output))
-
-
-def show_evaluation(summary: dict[str, Any], output: Path) -> None:
-    """Write the figures and the table of an evaluation's folder and print the table."""
+    if processes.rank:
+        return
     from unmask.results.collect import evaluation_cells
     from unmask.results.figures import accuracy
     from unmask.results.style import save_figure
     from unmask.results.tables import evaluation_for_terminal, evaluation_table
 
+    output = Path(config.output)
     with writing_to(output):
         save_figure(accuracy(evaluation_cells(summary)), output / "accuracy")
         write_text(output / "table.md", evaluation_table(summary).markdown())

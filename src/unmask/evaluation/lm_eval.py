@@ -19,7 +19,7 @@ import logging
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -196,37 +196,29 @@ class UnmaskLM(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         """(lower bound on the log-likelihood, whether greedy decoding writes the continuation) for each request."""
-
-        def both(pairs: list[Pair]) -> list[tuple[float, bool]]:
-            return list(zip(self._bounds(pairs), is_greedy(self.lm, pairs, self.decoder.cfg_scale), strict=True))
-
         pairs = [(context, continuation) for _, context, continuation in requests]
-        return self._of_pairs(both, pairs, "loglikelihood", disable_tqdm)
+        return self._score(pairs, "loglikelihood", disable_tqdm, greedy=True)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Lower bounds on the log-likelihood of whole texts: the sum over windows, each behind what comes before it."""
         start, most = self.prefix_token_id, self.max_length - 1
         texts = [utils.get_rolling_token_windows(self.tok_encode(r.args[0]), start, most, 1) for r in requests]
         windows = [list(map(utils.make_disjoint_window, text)) for text in texts]
-        pairs = list(itertools.chain.from_iterable(windows))
-        found = iter(self._of_pairs(self._bounds, pairs, "loglikelihood_rolling", disable_tqdm))
-        return [sum(itertools.islice(found, len(own)), 0.0) for own in windows]
+        found = iter(self._score(list(itertools.chain(*windows)), "loglikelihood_rolling", disable_tqdm))
+        return [sum((bound for bound, _ in itertools.islice(found, len(own))), 0.0) for own in windows]
 
-    def _bounds(self, pairs: list[Pair]) -> list[float]:
-        s = self.settings
-        return bounds(self.lm, pairs, s.mc_samples, s.seed, s.batch_size, self.decoder.cfg_scale)
-
-    def _of_pairs(
-        self, fn: Callable[[list[Pair]], list[Any]], pairs: list[Pair], what: str, disable: bool
-    ) -> list[Any]:
-        """``fn`` of every pair, cut to the model's length, in batches with continuations of one length."""
+    def _score(self, pairs: list[Pair], what: str, disable: bool, greedy: bool = False) -> list[tuple[float, bool]]:
+        """Bound and, where asked for, ``is_greedy`` of every pair, cut to the model's length."""
         contexts = self._fit([context for context, _ in pairs], [self.max_length - len(text) for _, text in pairs])
         fitting = [(context, text) for context, (_, text) in zip(contexts, pairs, strict=True)]
         order = Collator(fitting, lambda p: (len(p[0]), p[0]), lambda p: {"length": len(p[1])}, "gen_kwargs")
-        found: list[Any] = []
+        s, w = self.settings, self.decoder.cfg_scale
+        found: list[tuple[float, bool]] = []
         with self._bar(len(pairs), what, disable) as bar:
             for batch in order.get_batched(self.batch_size):
-                found += fn(batch)
+                bound = bounds(self.lm, batch, s.mc_samples, s.seed, s.batch_size, w)
+                written = is_greedy(self.lm, batch, w) if greedy else [False] * len(batch)
+                found += zip(bound, written, strict=True)
                 bar.update(len(batch))
         return order.get_original(found)
 
@@ -278,10 +270,6 @@ def bounds(
     Args:
         samples: mask sets a pair. seed: with the pair's content it decides which, whatever else is in the batch.
         batch_size: rows of one forward pass; rows that masking makes equal are computed once.
-        cfg_scale: classifier-free guidance, as in ``Decoder``.
-
-    Raises:
-        UserError: where the model's logits are not finite.
     """
     length = len(pairs[0][1])
     if not length:

@@ -13,10 +13,8 @@ from rich.table import Column
 
 from unmask.io.terminal import console
 
-Progress = Callable[[str, int, int], None]
-"""Called with (label of a part, done, total)."""
-SECONDS_BETWEEN_LINES = 20.0
-"""Where standard error is no terminal."""
+Progress = Callable[[str, int, int], None]  # called with (label of a part, done, total)
+SECONDS_BETWEEN_LINES = 20.0  # where standard error is no terminal
 
 
 @contextmanager

@@ -78,19 +78,16 @@ def kept_trajectories(trajectory: Trajectory) -> list[dict[str, list[Any]]]:
 
 
 def curves(records: Sequence[Record], end_ids: Collection[int], steps: int | None) -> dict[str, Any]:
-    """Curves of one cell from records with trajectories.
+    """Curves of one cell from records with trajectories, as lists with one entry a step; None where nothing was committed.
 
     Args:
-        end_ids: the tokens that end a text. steps: steps of the decoder's plan; None where rows
-            take as many as they need (a threshold).
+        end_ids: the tokens that end a text. steps: of the decoder's plan; None where rows take as many as they need.
 
     Returns:
-        Lists with one entry a step, up to the last that any row took; None where nothing of the kind was committed:
-            ``commits``: mean number of tokens committed, over all rows. ``eos_share``: share of end tokens among them.
-            ``end_confidence``, ``other_confidence``: mean probability of the committed end tokens and of the others.
-        ``order``: [time][position], 16 x 32. The share of a position's commits that fall into a part of the decode; step s
-            of S (the plan's, or the row's own) lies in part 16 s / S, position i of L in column 32 i / L. A column sums to
-            1, or holds None.
+        ``commits``: mean number of tokens committed, over all rows; ``eos_share``: share of end tokens among them;
+        ``end_confidence``, ``other_confidence``: mean probability of the committed end tokens and of the others;
+        ``order``, 16 x 32: the share of a position's commits that fall into a part of the decode. Step s of S (the plan's, or
+        the row's own) lies in part 16 s / S, position i of L in column 32 i / L. A column sums to 1, or holds None.
     """
     tokens, at, logprobs = (np.array([r[key] for r in records]) for key in ("tokens", "steps", "logprobs"))
     length, done, ends, probs = tokens.shape[1], at >= 0, np.isin(tokens, list(end_ids)), np.exp(logprobs)

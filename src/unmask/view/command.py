@@ -25,8 +25,6 @@ def command(arguments: list[str]) -> None:
     check_writable(output)
     with console(stderr=True).status("reading the model") as status:
         lm = source.load()
-        if a.index:
-            status.update(Text(f"looking for problem {a.index}"))
         prompt, jobs = make_jobs(lm)
         for job in jobs:
             status.update(Text(f"{job.decoder.name}: decoding"))  # a name is no markup

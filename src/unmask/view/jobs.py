@@ -80,11 +80,11 @@ def from_records(a: ViewArguments) -> Prepared:
 
 def source_of(config: dict[str, Any], a: ViewArguments) -> ModelSource:
     """The evaluated model where the flags name none. Foreign code runs only where they say so."""
-    source = replace(a, dtype=config["model"]["dtype"] if a.dtype == "auto" else a.dtype)
-    if a.model != "auto":
-        return source
-    own = {key: getattr(a, key) or config[key] for key in ("adapter", "revision", "load_in_4bit")}
-    return replace(source, model=config["model"]["name"].removesuffix(f" + {config['adapter']}"), **own)
+    own: dict[str, Any] = {"dtype": config["model"]["dtype"] if a.dtype == "auto" else a.dtype}
+    if a.model == "auto":
+        own |= {key: getattr(a, key) or config[key] for key in ("adapter", "revision", "load_in_4bit")}
+        own["model"] = config["model"]["name"].removesuffix(f" + {config['adapter']}")
+    return replace(a, **own)
 
 
 def _read(path: Path, index: int) -> tuple[dict[str, Any], Decoder, Record]:

@@ -61,8 +61,7 @@ def top_candidates_per_step(lm: MaskedLM, trajectory: Trajectory, count: int) ->
             best = logits.topk(min(count, logits.shape[1]))
             total = logits.logsumexp(1, keepdim=True).double()
             found.append((best.indices, (best.values.double() - total).exp()))
-        tokens, probs = map(torch.cat, zip(*found, strict=True))
-        return tokens, probs
+        return torch.cat([t for t, _ in found]), torch.cat([p for _, p in found])
 
     for _, _, (tokens, probs) in score_each_state(lm, trajectory, likeliest, masked=True):
         yield tokens.cpu(), probs.cpu()
