@@ -38,7 +38,7 @@ def open_page(
     """A local HTML file in a window of ``width`` x ``height`` CSS pixels.
 
     Args:
-        fragment: what stands behind ``#``. colors: the reader's scheme. touch: a touch screen instead of a mouse.
+        fragment: what follows ``#``. colors: the reader's scheme. touch: a touch screen instead of a mouse.
 
     Yields:
         The page (playwright's) and a list of problems, which fills with uncaught errors, what the console calls an error or a

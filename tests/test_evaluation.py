@@ -70,7 +70,7 @@ def test_killed_and_resumed_in_other_batches_equals_uninterrupted(model: str, tm
 def test_a_folder_belongs_to_one_evaluation(model: str, tmp_path: Path) -> None:
     evaluate(config(model, tmp_path, decoder=["ass"], limit=4))
     first = records(tmp_path)
-    evaluate(config(model, tmp_path, decoder=["ass"]))  # a raised limit goes on
+    evaluate(config(model, tmp_path, decoder=["ass"]))  # a raised limit adds problems
     before = records(tmp_path)
     assert {name: rows[:4] for name, rows in before.items()} == first
     with pytest.raises(UserError, match=r"other decoders, max_new_tokens: choose another --output"):
@@ -268,7 +268,7 @@ def test_two_processes_equal_one(alone: Path, model: str, tmp_path: Path) -> Non
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(config(model, tmp_path / "two", **SETTINGS), stop)  # one begins, two go on
+        evaluate(config(model, tmp_path / "two", **SETTINGS), stop)  # one begins, two continue
     code, said = end(start(model, tmp_path / "two", tmp_path, launcher="accelerate"))
     assert code == 0, said
     assert records(tmp_path / "two") == records(alone) and len(records(alone)) == 4
@@ -303,7 +303,7 @@ def test_interrupting_the_launcher_leaves_a_folder_to_resume(alone: Path, model:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGINT)
     code, said = end(process)
-    assert code != 0 and said.count("the same command goes on from there") == 1, said
+    assert code != 0 and said.count("what is written stays") == 1, said
     assert any(len(lines) < 11 for lines in records(tmp_path / "run").values())
     evaluate(config(model, tmp_path / "run", **SETTINGS))
     assert records(tmp_path / "run") == records(alone)

@@ -157,7 +157,7 @@ def test_long_contexts_lose_their_beginning(toy_lm: MaskedLM, caplog: pytest.Log
 
 
 def test_rolling_sums_over_windows(toy_lm: MaskedLM) -> None:
-    """Every token once; the later windows stand behind one token of context, the first behind the end token."""
+    """Every token once; the later windows follow one token of context, the first the end token."""
     short = dataclasses.replace(toy_lm, max_length=4)
     (found,) = UnmaskLM(short).loglikelihood_rolling(instances("loglikelihood_rolling", ("12345678",)))
     (t,) = tokens(toy_lm, "12345678")

@@ -43,7 +43,7 @@ class Processes:
         try:
             dist.all_gather_object(found, value, group=self.group)
         except RuntimeError:
-            said = "another process of this evaluation ended: what is written stays, and the same command goes on from there"
+            said = "another process of this evaluation ended: what is written stays, and the same command resumes it"
             raise AgreedError(said) from None
         return found
 
