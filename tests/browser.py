@@ -38,7 +38,7 @@ def open_page(
     """A local HTML file in a window of ``width`` x ``height`` CSS pixels.
 
     Args:
-        fragment: what stands behind ``#``. colors: the reader's scheme. touch: a touch screen instead of a mouse.
+        fragment: what follows ``#``. colors: the reader's scheme. touch: a touch screen instead of a mouse.
 
     Yields:
         The page (playwright's) and a list of problems, which fills with uncaught errors, what the console calls an error or a
@@ -65,12 +65,8 @@ def open_page(
     with playwright.sync_playwright() as engine:
         browser = engine.chromium.launch(executable_path=program, args=FLAGS)
         try:
-            page = browser.new_page(
-                viewport={"width": width, "height": height},
-                color_scheme=colors,
-                reduced_motion="reduce",
-                has_touch=touch,
-            )
+            view = {"viewport": {"width": width, "height": height}, "color_scheme": colors, "has_touch": touch}
+            page = browser.new_page(**view, reduced_motion="reduce")
             page.set_default_timeout(10_000)
             page.on("pageerror", lambda error: problems.append(f"error: {error}"))
             page.on("console", say)

@@ -12,12 +12,10 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from unmask.cli import main
-from unmask.evaluation import demo
-from unmask.evaluation.progress import bar_columns, progress_bars
+from unmask.evaluation import command, progress
 from unmask.io.terminal import console, fitting_table
 
 USAGE, MISTAKE = ["--help"], ["evall→"]
@@ -31,16 +29,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(
-    arguments: list[str], folder: Path, encoding: str = "utf-8", **streams: Any
-) -> tuple[int, str | None, str | None]:
+def run(arguments: list[str], folder: Path, encoding: str = "utf-8", **streams: Any) -> tuple[int, str, str]:
     """Exit code, output and errors of a command in a process of its own."""
-    env = {**os.environ, "PYTHONIOENCODING": encoding}
-    env.pop("PYTHONUNBUFFERED", None)  # the output is then written at the end, where an error is nobody's
+    env = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUNBUFFERED": ""}  # the output is written at the end
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
     command = [sys.executable, "-m", "unmask", *arguments]
     done = subprocess.run(command, cwd=folder, env=env, text=True, encoding="latin-1", timeout=200, **streams)
-    return done.returncode, done.stdout, done.stderr
+    return done.returncode, done.stdout or "", done.stderr or ""
 
 
 @pytest.mark.parametrize("arguments", [MISTAKE, RESULT])
@@ -55,14 +50,14 @@ def test_a_reader_that_has_gone_ends_a_command_silently(folder: Path, arguments:
 @pytest.mark.parametrize(("arguments", "code"), [(USAGE, 0), (MISTAKE, 2), (RESULT, 0)])
 def test_a_closed_output_changes_nothing(folder: Path, arguments: list[str], code: int) -> None:
     found, _, said = run(arguments, folder, stdout=None, preexec_fn=lambda: os.close(1))
-    assert found == code and said is not None and said.count("\n") == (code == 2) and "Traceback" not in said
+    assert found == code and said.count("\n") == (code == 2) and "Traceback" not in said
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's full device")
 def test_a_full_disk_is_one_sentence(folder: Path) -> None:
     with open("/dev/full", "w") as full:
         code, _, said = run(USAGE, folder, stdout=full)
-    assert code == 1 and said and said.startswith("unmask: cannot write the output: ") and said.count("\n") == 1
+    assert code == 1 and said.startswith("unmask: cannot write the output: ") and said.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -70,9 +65,9 @@ def test_a_full_disk_is_one_sentence(folder: Path) -> None:
 )
 def test_what_a_terminal_cannot_show_is_escaped(folder: Path, arguments: list[str], encoding: str, code: int) -> None:
     found, out, err = run(arguments, folder, encoding)
-    assert found == code and "Traceback" not in str(err)
+    assert found == code and "Traceback" not in err
     if encoding == "ascii":  # gbk has both
-        assert "\\u2026" in str(out) if arguments == USAGE else "\\u2192" in str(err)
+        assert "\\u2026" in out if arguments == USAGE else "\\u2192" in err
 
 
 def test_a_console_shows_text_as_it_is() -> None:
@@ -115,16 +110,16 @@ def test_a_table_drops_columns_and_cuts_no_name(width: int) -> None:
 
 
 @pytest.mark.parametrize("width", [40, 80])
-def test_a_bar_leaves_room_for_its_name(width: int) -> None:
+def test_a_bar_leaves_room_for_its_name(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     to = screen(width)
-    bar = Progress(*bar_columns(to), console=to)
-    bar.add_task(f"countdown · {NAME}", total=256, completed=7)
-    to.print(bar)
+    monkeypatch.setattr(progress, "console", lambda stderr: to)
+    with progress.progress_bars() as report:
+        report(f"countdown · {NAME}", 7, 256)
     assert "7/256" in shown(to, of=NAME)
 
 
 def test_without_a_terminal_progress_is_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress_bars() as report:
+    with progress.progress_bars() as report:
         for done in range(5):
             report("sudoku · full", done, 4)
     assert capsys.readouterr().err == "sudoku · full: 0 of 4\nsudoku · full: 4 of 4\n"
@@ -133,12 +128,12 @@ def test_without_a_terminal_progress_is_lines(capsys: pytest.CaptureFixture[str]
 def test_the_demo_says_how_long_and_what_is_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "DECODERS", ["full:steps=2", "eoser-ass"])
-    monkeypatch.setattr(demo, "CANVASES", [("sudoku", "full:steps=32", 0.0), ("countdown", "full:steps=1", 0.0)])
+    monkeypatch.setattr(command, "DECODERS", ["full:steps=2", "eoser-ass"])
+    monkeypatch.setattr(command, "CANVASES", [("sudoku", "full:steps=32", 0.0), ("countdown", "full:steps=1", 0.0)])
     assert main(["demo", "--limit", "1", "--output", str(tmp_path / "demo")]) == 0
-    said, progress = capsys.readouterr()
+    said, progressed = capsys.readouterr()
     assert "minutes" in said.splitlines()[0]
     assert said.index("✓ solved") < said.index("✗ not solved") < said.index("to best")
     for cell in ("sudoku · full:steps=2", "countdown · eoser-ass"):  # no terminal: a line a part, and now and then
-        assert f"{cell}: 0 of 1\n{cell}: 1 of 1\n" in progress
+        assert f"{cell}: 0 of 1\n{cell}: 1 of 1\n" in progressed
     assert (tmp_path / "demo" / "accuracy.png").exists()

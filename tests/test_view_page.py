@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from browser import open_page
-from unmask.decoding import decode, make_decoder
+from test_view import make_panel
 from unmask.models.masked_lm import MaskedLM
-from unmask.view.candidates import top_candidates_per_step
 from unmask.view.page import Panel, write_page
 
 
 @pytest.fixture(scope="module")
 def page_file(tiny_lm: MaskedLM, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Panel]]:
     """Two decoders of unlike length on one prompt."""
-    file = tmp_path_factory.mktemp("page") / "page.html"
-    panels = []
-    for spec in ("semi-ar:block_length=16", "ass"):
-        decoder = make_decoder(spec, max_new_tokens=32)
-        ids, mask = tiny_lm.encode([tiny_lm.chat("make 29 from 3 8 5")])
-        found = decode(tiny_lm, ids, mask, decoder)
-        candidates = list(top_candidates_per_step(tiny_lm, found, 5))
-        panels.append(Panel(decoder, found, candidates, tiny_lm.text(found.tokens)[0], spec == "ass", None))
-    write_page(file, tiny_lm, "make 29 from 3 8 5", panels)
+    file, prompt = tmp_path_factory.mktemp("page") / "page.html", "make 29 from 3 8 5"
+    specs = ("semi-ar:block_length=16", "ass")
+    panels = [replace(make_panel(tiny_lm, spec, 32, prompt=prompt), solved=spec == "ass") for spec in specs]
+    write_page(file, tiny_lm, prompt, panels)
     return file, panels
 
 
@@ -95,21 +90,14 @@ def test_play_runs_to_the_end_and_stops(opened: tuple[Any, list[Panel]]) -> None
     assert page.locator("#now").inner_text() == "step 16 of 16" and "Play" in page.locator("#play").inner_text()
     page.locator("#play").click()
     assert page.locator("#now").inner_text() == "step 0 of 16"  # from the start again
-    page.keyboard.press("Escape")
-    page.locator("h1").click()
-    page.keyboard.press("Space")
-    page.clock.run_for(5_000)
-    assert page.locator("#now").inner_text() == "step 0 of 16"
 
 
 def rgb(share: float) -> str:
     """The color of a share on the page's scale."""
     stops = ["2e1e3b", "413d7b", "37659e", "348fa7", "40b7ad", "8ad9b1", "d5f2df"]
     low = min(int(share * 6), 5)
-    ends = (bytes.fromhex(stops[low]), bytes.fromhex(stops[low + 1]))
-    return (
-        f"rgb({','.join(str(math.floor(a + (b - a) * (share * 6 - low) + 0.5)) for a, b in zip(*ends, strict=True))})"
-    )
+    ends = zip(bytes.fromhex(stops[low]), bytes.fromhex(stops[low + 1]), strict=True)
+    return f"rgb({','.join(str(math.floor(a + (b - a) * (share * 6 - low) + 0.5)) for a, b in ends)})"
 
 
 def test_the_switch_changes_the_colors(opened: tuple[Any, list[Panel]]) -> None:
@@ -157,14 +145,7 @@ def test_a_cell_shows_its_candidates(opened: tuple[Any, list[Panel]]) -> None:
     page.keyboard.press("ArrowRight")  # a click leaves the arrows with the steps
     assert page.locator("#now").inner_text() == "step 4 of 16"
     cells.nth(7).focus()
-    for key, cell in (
-        ("ArrowRight", 9),
-        ("ArrowLeft", 8),
-        ("Home", 1),
-        ("ArrowLeft", 1),
-        ("End", 32),
-        ("ArrowRight", 32),
-    ):
+    for key, cell in (("ArrowRight", 9), ("ArrowLeft", 8), ("Home", 1), ("ArrowLeft", 1), ("End", 32)):
         page.keyboard.press(key)
         assert card.inner_text().startswith(f"Cell {cell}:") and page.locator("#now").inner_text() == "step 4 of 16"
     page.keyboard.press("ArrowUp")
@@ -185,9 +166,6 @@ def test_the_tab_stop_is_the_chosen_cell(opened: tuple[Any, list[Panel]]) -> Non
     assert stops() == ["6", "6"]
     page.keyboard.press("Escape")
     assert stops() == ["0", "0"]
-    page.evaluate("location.hash = 'step=3&cell=99'")
-    page.wait_for_timeout(50)
-    assert stops() == ["31", "31"]
     page.evaluate("location.hash = 'step=3&cell=5'")
     page.wait_for_timeout(50)
     page.locator("[value=step]").focus()
@@ -222,32 +200,11 @@ def test_keys_that_scroll_are_left_alone(opened: tuple[Any, list[Panel]]) -> Non
     page.locator("#step").focus()
     page.keyboard.press("ArrowUp")  # the slider's own key
     assert step() == "5"
-    page.keyboard.press("ArrowLeft")
-    assert step() == "4"
-    page.keyboard.press("Space")
-    assert "Pause" in page.locator("#play").inner_text()
-    page.keyboard.press("Home")
-    page.keyboard.press("ArrowRight")
-    assert step() == "1"
-    page.locator("[value=confidence]").focus()
-    page.keyboard.press("End")
-    assert step() == "1"
-    assert page.locator("pre").evaluate_all("all => all.map(p => p.getAttribute('tabindex'))") == ["0"] * 3
 
 
-def test_what_a_cell_shows_is_built_when_it_changes_and_not_spoken_in_play(opened: tuple[Any, list[Panel]]) -> None:
-    page, panels = opened
-    early = int((panels[0].trajectory.step[0] == 0).int().argmax())
-    page.locator(".canvas").first.locator(".cell").nth(early).click()
-    page.evaluate("window.kept = document.querySelector('.inspector ol')")
-    page.keyboard.press("ArrowRight")  # committed long ago
-    page.get_by_text("commit step").click()
-    assert page.evaluate("kept.isConnected")
-    page.locator("h1").click()
-    page.keyboard.press("Home")
-    assert not page.evaluate("kept.isConnected")
+def test_what_plays_is_not_spoken(opened: tuple[Any, list[Panel]]) -> None:
+    page, _ = opened
     spoken = page.locator("#now, .inspector")
-    assert spoken.evaluate_all("all => all.map(e => e.ariaLive)") == ["polite"] * 3
     page.locator("#play").click()
     assert spoken.evaluate_all("all => all.map(e => e.ariaLive)") == ["off"] * 3
     page.keyboard.press("ArrowRight")

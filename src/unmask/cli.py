@@ -133,7 +133,7 @@ COMMANDS = {
     "export": ("cli:export_checkpoint", "merge a checkpoint's adapter into a plain checkpoint"),
     "lm-eval": ("cli:lm_eval", "lm-evaluation-harness's own command line, with --model unmask"),
     "grade": ("cli:grade", "grade completions made elsewhere"),
-    "demo": ("evaluation.demo:command", "the shipped model under each decoder"),
+    "demo": ("evaluation.command:demo_command", "the shipped model under each decoder"),
 }
 """The function that runs a command, and what the command does."""
 

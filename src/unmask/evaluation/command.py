@@ -1,15 +1,23 @@
-"""The command lines of ``unmask eval`` and ``unmask tune``, read without torch."""
+"""The command lines of ``unmask eval``, ``unmask tune`` and ``unmask demo``, read without torch."""
 
 from __future__ import annotations
 
 import signal
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from unmask.config import read_flags
 from unmask.evaluation.config import EvalConfig, TuneConfig
+from unmask.evaluation.generate import GenerateArguments
+from unmask.evaluation.generate import run as generate
+from unmask.evaluation.progress import progress_bars
 from unmask.io.files import write_text, writing_to
 from unmask.io.terminal import console
+
+# of the demo: decoders at L/2 passes, then at the logarithmic budget; task, decoder and seconds between steps of the canvases
+DECODERS = ["full", "semi-ar", "eoser", "full:steps=7", "ass", "eoser-ass", "hybrid"]
+CANVASES = [("sudoku", "full", 0.05), ("countdown", "semi-ar", 0.05), ("countdown", "eoser-ass", 0.5)]
 
 
 def command(arguments: list[str]) -> None:
@@ -21,7 +29,6 @@ def run_evaluation(config: EvalConfig) -> None:
     """Evaluate with progress bars, then write the figures and the table of the folder and print the table."""
     from unmask.evaluation.distributed import AgreedError, init_distributed
     from unmask.evaluation.evaluate import evaluate
-    from unmask.evaluation.progress import progress_bars
 
     processes = init_distributed()
     if processes.rank:
@@ -34,34 +41,57 @@ def run_evaluation(config: EvalConfig) -> None:
     except AgreedError:
         processes.exit_after_rank0()
         raise
-    if not processes.rank:
-        show_evaluation(summary, Path(config.output))
-
-
-def show_evaluation(summary: dict[str, Any], output: Path) -> None:
-    """Write the figures and the table of an evaluation's folder and print the table."""
+    if processes.rank:
+        return
     from unmask.results.collect import evaluation_cells
     from unmask.results.figures import accuracy
     from unmask.results.style import save_figure
     from unmask.results.tables import evaluation_for_terminal, evaluation_table
 
+    output = Path(config.output)
     with writing_to(output):
-        figures = save_figure(accuracy(evaluation_cells(summary)), output / "accuracy")
+        save_figure(accuracy(evaluation_cells(summary)), output / "accuracy")
         write_text(output / "table.md", evaluation_table(summary).markdown())
     screen = console()
     screen.print(evaluation_for_terminal(summary, screen))
-    print(f"records  {output / 'records'}\nsummary  {output / 'summary.json'}")
-    for figure in (f for f in figures if f.suffix == ".png"):
-        print(f"figure   {figure}")
+    print(f"records  {output / 'records'}\nsummary  {output / 'summary.json'}\nfigure   {output / 'accuracy.png'}")
 
 
 def tune_command(arguments: list[str]) -> None:
     """``unmask tune``."""
     config = read_flags(TuneConfig, arguments, prog="unmask tune")
-    from unmask.evaluation.progress import progress_bars
-    from unmask.evaluation.tune import tune
-    from unmask.evaluation.tune_report import report
+    from unmask.evaluation.tune import report, tune
 
     with progress_bars() as progress:
         result = tune(config, progress)
     report(result, Path(config.output))
+
+
+@dataclass
+class DemoArguments:
+    """The shipped model under seven decoders: live canvases, then a table and a figure."""
+
+    limit: int = 16
+    """Problems a task."""
+    output: str = "runs/demo"
+
+
+def demo_command(arguments: list[str]) -> None:
+    """``unmask demo``: canvases first, each with the grader's word, then the table of an evaluation."""
+    a = read_flags(DemoArguments, arguments, prog="unmask demo")
+    config = EvalConfig(decoder=DECODERS, limit=a.limit, output=a.output)
+    work = f"{a.limit} problems of each of two tasks under {len(DECODERS)} decoders"
+    print(f"Three canvases, then {work}: about {0.4 + a.limit / 10:.1f} minutes on two idle cores.", flush=True)
+    from unmask.models.load import load
+    from unmask.tasks import make_task
+
+    lm = load("tiny")
+    for name, decoder, delay in CANVASES:
+        task = make_task(name, lm.task_defaults)
+        problem = task.problems("test", 1)[0]
+        print(f"\n$ unmask generate {problem.question!r} --decoder {decoder}", flush=True)
+        delay = delay if sys.stdout.isatty() else 0
+        [text] = generate(GenerateArguments(prompt=task.instruction(problem), decoder=decoder, delay=delay))
+        print("✓ solved" if task.grade(problem, text).solved else "✗ not solved", flush=True)
+    print(flush=True)
+    run_evaluation(config)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from unmask.config import expand_paths, with_parameters
+from unmask.config import expand_paths
 from unmask.errors import UserError, check_at_least, check_own_folder, check_seed
 from unmask.models.source import ModelSource
 
@@ -15,9 +15,7 @@ class EvalConfig(ModelSource):
     """What to evaluate."""
 
     task: list[str] = field(default_factory=lambda: ["sudoku", "countdown"])
-    """Task specs, e.g. ``sudoku countdown:numbers=4 gsm8k math500``."""
-    data: str | None = None
-    """A file of test problems for the only task: the same as ``--task NAME:data=PATH``."""
+    """Task specs, e.g. ``sudoku countdown:numbers=4 gsm8k:data=PATH math500``."""
     decoder: list[str] = field(default_factory=lambda: ["full", "semi-ar", "eoser", "ass", "eoser-ass", "hybrid"])
     """Decoder specs, e.g. ``full eoser-ass:blocks=4``, or YAML files."""
     limit: int | None = 256
@@ -37,7 +35,7 @@ class EvalConfig(ModelSource):
     compile: bool = False
     """torch.compile the model; all forward passes then have one shape."""
     output: str = "runs/eval"
-    """Run folder. A second call with the same settings goes on or just prints the result."""
+    """Run folder. A second call with the same settings resumes it or just prints the result."""
     trajectories: bool = False
     """Records also keep every token, the step that committed it and its log-probability; ``unmask report`` draws them."""
 
@@ -49,18 +47,6 @@ class EvalConfig(ModelSource):
         check_own_folder(self.output)
         if not self.task or not self.decoder:
             raise UserError("task and decoder each need at least one value")
-        self.task_specs()
-
-    def task_specs(self) -> list[str]:
-        """The tasks with ``data`` in its place. Raises UserError where it cannot be."""
-        if self.data is None:
-            return self.task
-        if len(self.task) > 1:
-            many = f"data is {self.data!r} for {len(self.task)} tasks"
-            raise UserError(f"{many}: choose one --task, or use --task NAME:data=PATH")
-        if not self.data.strip() or "," in self.data:
-            raise UserError(f"data is {self.data!r}: use the path of a file, without a comma")
-        return [with_parameters(self.task[0], data=self.data)]
 
 
 @dataclass(kw_only=True)
@@ -78,20 +64,19 @@ class TuneConfig(ModelSource):
     limit: int = 128
     """Validation problems of the last round; the first has 16."""
     run_off_limit: int = 384
-    """Validation problems on which the best meet in a run-off; with no more than ``limit`` the last round decides."""
+    """Validation problems of the run-off of the best; with no more than ``limit`` the last round decides."""
     test_limit: int = 256
     """Test problems for the winner and the best preset."""
     max_new_tokens: int = 128
     """Canvas length in tokens."""
     early_stop: bool = True
-    """A row ends once its text is complete, as in ``generate`` and ``eval``. Without it a row takes its whole plan, as in the
-    rollouts of ``rl``."""
+    """A row ends once its text is complete, as in ``generate`` and ``eval``; without it after its whole plan, as in ``rl``."""
     batch_size: int = 32
     """Rows of one forward pass."""
     seed: int = 0
     """Seed of the problems, and of decoders in random order."""
     output: str = "runs/tune"
-    """Run folder. A second call with the same settings goes on or just prints the result."""
+    """Run folder. A second call with the same settings resumes it or just prints the result."""
 
     def __post_init__(self) -> None:
         expand_paths(self)
@@ -105,10 +90,6 @@ class TuneConfig(ModelSource):
     def evaluation(self, decoders: list[str]) -> EvalConfig:
         """The same settings for decoding the validation problems."""
         shared = {f.name for f in fields(EvalConfig)} & {f.name for f in fields(self)} - {"task", "limit"}
-        return EvalConfig(
-            **{name: getattr(self, name) for name in shared},
-            task=[self.task],
-            decoder=decoders,
-            limit=max(self.limit, self.run_off_limit),
-            split="validation",
-        )
+        settings = {name: getattr(self, name) for name in shared}
+        limit = max(self.limit, self.run_off_limit)
+        return EvalConfig(**settings, task=[self.task], decoder=decoders, limit=limit, split="validation")

@@ -20,7 +20,6 @@ from unmask.errors import UserError
 from unmask.io.launcher import is_launched, local_rank
 
 T = TypeVar("T")
-
 TIMEOUT = timedelta(days=7)  # processes finish at different times; a dead one is noticed at once
 
 
@@ -37,14 +36,14 @@ class Processes:
     group: Any = None
 
     def gather(self, value: T) -> list[T]:
-        """What every process passes, by rank; none goes on before all are here. Raises AgreedError where one has ended."""
+        """What every process passes, by rank, once all are here. Raises AgreedError where one has ended."""
         if self.world == 1:
             return [value]
         found: list[Any] = [None] * self.world
         try:
             dist.all_gather_object(found, value, group=self.group)
         except RuntimeError:
-            said = "another process of this evaluation ended: what is written stays, and the same command goes on from there"
+            said = "another process of this evaluation ended: what is written stays, and the same command resumes it"
             raise AgreedError(said) from None
         return found
 
@@ -58,9 +57,8 @@ class Processes:
             if self.world == 1:
                 raise
             error = str(mistake)
-        for found in self.gather(error):
-            if found:
-                raise AgreedError(found)
+        if first := next(filter(None, self.gather(error)), None):
+            raise AgreedError(first)
 
     def on_rank0(self, action: Callable[[], T]) -> T:
         """``action()`` of rank 0, which alone runs it; the result, or its UserError, on every process."""
@@ -71,10 +69,7 @@ class Processes:
         return self.gather(result)[0]
 
     def exit_after_rank0(self) -> None:
-        """Called after an AgreedError: only rank 0 returns, to print it; the others exit silently once rank 0 has exited.
-
-        If they exited earlier, the launcher would kill rank 0 before it has printed it.
-        """
+        """After an AgreedError: only rank 0 returns, to print it; the others exit once it has, lest the launcher kills it."""
         if self.rank:
             with suppress(UserError):
                 self.gather(None)

@@ -1,10 +1,11 @@
-"""The command line of ``unmask generate``: one prompt before your eyes, or many from a file into a file."""
+"""``unmask generate``: one prompt before your eyes, or many from a file into a file. Read without torch."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -33,7 +34,7 @@ class GenerateArguments(ModelSource):
     input: str | None = None
     """JSON lines instead of one prompt (``-``: from standard input), each with ``prompt`` or ``messages``; other keys stay."""
     output: str | None = None
-    """File of JSON lines, one a completion; the same command again goes on with it."""
+    """File of JSON lines, one a completion; the same command again continues it."""
     json: bool = False
     """Print JSON lines instead of texts."""
     decoder: str | None = None
@@ -55,12 +56,16 @@ class GenerateArguments(ModelSource):
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**62 or not 0 <= self.delay < 60:
-            raise UserError(
-                f"seed is {self.seed}, delay is {self.delay}: choose a seed of 0 or more, a delay below 60 s"
-            )
+            hint = "choose a seed of 0 or more, a delay below 60 s"
+            raise UserError(f"seed is {self.seed}, delay is {self.delay}: {hint}")
         check_at_least(self, 1, "num_return_sequences", "batch_size")
         if (self.prompt is None) == (self.input is None):
             raise UserError("pass one of a prompt and --input with a file of them")
+
+    def options(self) -> dict[str, Any]:
+        """What ``lm.generate`` takes as it is."""
+        names = ("max_new_tokens", "num_return_sequences", "stop", "prefill", "batch_size")
+        return {name: getattr(self, name) for name in names}
 
     def prompts(self) -> list[dict[str, Any]]:
         """The lines of the input, or one that holds the prompt."""
@@ -90,75 +95,59 @@ def run(a: GenerateArguments) -> list[str]:
     from unmask.decoding import make_decoder
 
     prompts = a.prompts()
-    if a.decoder is not None:
-        make_decoder(a.decoder, max_new_tokens=a.max_new_tokens)  # refused before weights are read
+    # a mistake in the decoder is found before weights are read
+    decoder = a.decoder and make_decoder(a.decoder, max_new_tokens=a.max_new_tokens).config()
     lm = a.load()
     if a.input is None and a.output is None and not a.json:
         return _show(lm, a, str(prompts[0]["prompt"]))
+    n, total = a.num_return_sequences, len(prompts) * a.num_return_sequences
+    settings = {"model": lm.name, "weights": lm.weights, "decoder": decoder, **a.options(), "seed": a.seed}
+    del settings["batch_size"]  # completions do not depend on it
+
+    def completions(first: int = 0) -> Iterator[list[dict[str, Any]]]:
+        """Records of the completions from prompt ``first`` on, some prompts at a time, in their order."""
+        some = max(1, 4 * a.batch_size // n)  # several batches, so that finished rows make room for others
+        for start in range(first, len(prompts), some):
+            rows = prompts[start : start + some]
+            texts: list[Any] = [row.get("prompt", row.get("messages")) for row in rows]
+            out = lm.generate(texts, a.decoder, seed=a.seed + start * n, **a.options())
+            yield [
+                {**rows[i // n], "index": start * n + i, "completion": text, "nfe": nfe, "settings": settings}
+                for i, (text, nfe) in enumerate(zip(out.texts, out.nfe, strict=True))
+            ]
+
     if a.output is None:
-        for records in _completions(lm, a, prompts):
+        for records in completions():
             print(as_lines(records), end="", flush=True)
         return []
     schema = {"index": int, "completion": str, "settings": dict}
-    store = RecordStore(Path(a.output), schema, lambda record: record["index"], "choose another --output")
+    store = RecordStore(Path(a.output), schema, itemgetter("index"), "choose another --output")
     with writing_to(store.path):
         store.path.parent.mkdir(parents=True, exist_ok=True)
         done = store.merge()
-    total, settings = len(prompts) * a.num_return_sequences, _settings(lm, a)
     for index, record in done.items():
-        row = prompts[index // a.num_return_sequences] if index < total else {"prompt": None}
+        row = prompts[index // n] if index < total else {"prompt": None}
         if record["settings"] != settings or any(record.get(k) != v for k, v in row.items()):
             raise UserError(f"{a.output} holds completions of other prompts or settings: choose another --output")
-    first = next((i for i in range(total) if i not in done), total) // a.num_return_sequences
+    first = next((i for i in range(total) if i not in done), total) // n
     with progress_bars() as report:
         report(store.path.name, len(done), total)
-        for records in _completions(lm, a, prompts, first):
+        for records in completions(first):
             with writing_to(store.path):
                 store.append(r for r in records if r["index"] not in done)
             report(store.path.name, records[-1]["index"] + 1, total)
     return []
 
 
-def _settings(lm: MaskedLM, a: GenerateArguments) -> dict[str, Any]:
-    """All that decides a completion beside its prompt, as JSON values."""
-    from unmask.decoding import make_decoder
-
-    decoder = None if a.decoder is None else make_decoder(a.decoder, max_new_tokens=a.max_new_tokens).config()
-    options = {k: v for k, v in _options(a).items() if k != "batch_size"}
-    return {"model": lm.name, "weights": lm.weights, "decoder": decoder, **options, "seed": a.seed}
-
-
-def _completions(
-    lm: MaskedLM, a: GenerateArguments, prompts: list[dict[str, Any]], first: int = 0
-) -> Iterator[list[dict[str, Any]]]:
-    """Records of the completions from prompt ``first`` on, some prompts at a time, in their order."""
-    n, settings = a.num_return_sequences, _settings(lm, a)
-    some = max(1, 4 * a.batch_size // n)  # several batches, so that finished rows make room for others
-    for start in range(first, len(prompts), some):
-        rows = prompts[start : start + some]
-        texts: list[Any] = [row.get("prompt", row.get("messages")) for row in rows]
-        out = lm.generate(texts, a.decoder, seed=a.seed + start * n, **_options(a))
-        yield [
-            {**rows[i // n], "index": start * n + i, "completion": text, "nfe": nfe, "settings": settings}
-            for i, (text, nfe) in enumerate(zip(out.texts, out.nfe, strict=True))
-        ]
-
-
-def _options(a: GenerateArguments) -> dict[str, Any]:
-    names = ("max_new_tokens", "num_return_sequences", "stop", "prefill", "batch_size")
-    return {name: getattr(a, name) for name in names}
-
-
 def _show(lm: MaskedLM, a: GenerateArguments, prompt: str) -> list[str]:
     """Print the completions of one prompt; a terminal sees the canvas of a single one fill."""
     from unmask.decoding.stream import LiveCanvas
 
-    screen = console()
-    streamer = None
+    screen, streamer = console(), None
     if screen.is_terminal and a.num_return_sequences == 1:
         streamer = LiveCanvas(lm, screen, f"{lm.name} · {a.decoder or 'semi-ar'}", a.delay)
     try:
-        out = lm.generate(prompt, a.decoder, seed=a.seed, streamer=streamer, **_options(a))
+        out = lm.generate(prompt, a.decoder, seed=a.seed, streamer=streamer, **a.options())
     finally:  # on Ctrl-C too the cursor comes back
         if streamer is not None:
             streamer.end()

@@ -1,52 +1,50 @@
 """``unmask tune``: the best decoder within a budget of forward passes a problem, by successive halving.
 
-Every candidate decodes a few validation problems; the better third goes on to twice as many, and so on; of the presets all
-go on. What is over the budget is out. The best of the last round decode still more problems, a run-off; its winner and the
-best preset then decode test problems that the search has not seen. Every measurement is a line of ``measurements.jsonl``, so
-a killed search goes on where it stopped, and ends the same.
+Rounds of more and more validation problems for fewer and fewer candidates, a run-off, then test problems for its winner and the
+best preset. Every measurement is a line of ``measurements.jsonl``, so a killed search resumes and ends the same.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import count, takewhile
+from operator import attrgetter, itemgetter
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import stdev
 from typing import Any, NamedTuple
 
+from unmask.decoding import Decoder
 from unmask.errors import TooFewProblems, UserError
 from unmask.evaluation.config import TuneConfig
-from unmask.evaluation.evaluate import environment, prepare, run_cell
+from unmask.evaluation.evaluate import environment, prepare, run_cell, task_prompts
 from unmask.evaluation.progress import Progress
-from unmask.evaluation.prompts import task_prompts
 from unmask.evaluation.records import FIX, check_problem, summarize
 from unmask.evaluation.tune_space import candidates
-from unmask.io.files import write_json, writing_to
+from unmask.io.files import as_yaml, write_json, write_text, writing_to
 from unmask.io.launcher import world_size
 from unmask.io.schema import MEASURED
 from unmask.io.store import Record, RecordStore, claim
+from unmask.io.terminal import console
 from unmask.results.statistics import paired_difference, pareto_front
+from unmask.results.tables import Table, percent, points
 
-FIRST_ROUND = 16
-"""Problems of the first round."""
-ONE_IN = 3
-"""One candidate in so many goes on after a round."""
-MIN_SURVIVORS = 8
-"""So many candidates go on at least, as far as they may be within the budget. Of the presets all do."""
-NUM_FINALISTS = 6
-"""So many go into the run-off, the best preset besides, and the best preset that cannot exceed the budget."""
-STDERR_TOLERANCE = 2
-"""Before the last round, a mean that is over the budget by no more than so many standard errors may still be within it."""
+Result = dict[str, Any]
+FIRST_ROUND = 16  # problems; every further round has twice as many
+ONE_IN = 3  # candidates that continue after a round
+MIN_SURVIVORS = 8  # candidates that continue at least, as far as they may be within the budget; of the presets all do
+NUM_FINALISTS = 6  # in the run-off, besides the best preset and the best preset that cannot exceed the budget
+STDERR_TOLERANCE = 2  # standard errors by which a mean may be over the budget before the last round
 
 
 # ---- the search, without a model -------------------------------------------------------------------------------------
 
 
 class Standing(NamedTuple):
-    """What a decoder has achieved: ``value`` in [0, 1], its mean number of forward passes ``nfe``, its standard error."""
+    """What a decoder has achieved: ``value`` in [0, 1], its mean number of forward passes and that mean's standard error."""
 
     name: str
     value: float
@@ -54,21 +52,19 @@ class Standing(NamedTuple):
     error: float = 0.0
 
 
+def pareto(standings: Sequence[Standing]) -> list[Standing]:
+    return pareto_front(standings, attrgetter("nfe", "value"))
+
+
 def ranked(standings: Sequence[Standing]) -> list[Standing]:
     """By value; of ties the fewest passes, then the first."""
     return sorted(standings, key=lambda s: (-s.value, s.nfe))
 
 
-def pareto(standings: Sequence[Standing]) -> list[Standing]:
-    """Those that no other reaches with as few passes, by passes; of equals the first."""
-    return pareto_front(standings, lambda s: (s.nfe, s.value))
-
-
 def top_fraction(standings: Sequence[Standing], least: int) -> list[Standing]:
-    """One in three of them, rounded up, or ``least``; in their order.
+    """One in three of them, rounded up, or ``least``, in their order: the Pareto front first, then the larger values.
 
-    The Pareto front comes first, then the larger value. Few problems leave many ties: of equal values the front holds the
-    cheapest, so here more passes come first.
+    Few problems leave many ties: of equal values the front holds the cheapest, so here more passes come first.
     """
     front = pareto(standings)
     by_value = sorted(standings, key=lambda s: (s not in front, -s.value, -s.nfe))
@@ -77,21 +73,11 @@ def top_fraction(standings: Sequence[Standing], least: int) -> list[Standing]:
 
 
 def in_run_off(finalists: Sequence[Standing], presets: Container[str], safe: Container[str]) -> list[str]:
-    """Who decodes more problems, best first.
-
-    Args:
-        finalists: standings on the problems of the last round. presets, safe: which names are presets, and which cannot
-            exceed the budget; one at least is both.
-    """
+    """Names of those that decode more problems, best first. ``presets``, ``safe``: names; one finalist at least is both."""
     order = ranked(finalists)
     known = [s for s in order if s.name in presets]
     chosen = [*order[:NUM_FINALISTS], known[0], next(s for s in known if s.name in safe)]
     return [s.name for s in order if s in chosen]
-
-
-def round_sizes(last: int) -> list[int]:
-    """Problems of each round: 16, 32, 64, … and ``last``."""
-    return [*takewhile(lambda size: size < last, (FIRST_ROUND * 2**i for i in count())), last]
 
 
 def successive_halving(
@@ -106,40 +92,31 @@ def successive_halving(
 
     Args:
         sizes: problems of each round. measure: (names, problems) -> their standings on the first so many problems.
-        least: how many go on at least, as far as they may be within the budget.
-        safe: names of those that cannot exceed the budget. The best of them goes on too, so that there is a result.
+        least: how many continue at least, as far as they may be within the budget.
+        safe: names of those that cannot exceed the budget. The best of them continues too, so that there is a result.
     """
     within: list[Standing] = []
     for size in sizes:
         slack = STDERR_TOLERANCE if size < sizes[-1] else 0
         within = [s for s in measure(names, size) if s.nfe - slack * s.error <= budget]
-        going_on = [*top_fraction(within, least), *[s for s in ranked(within) if s.name in safe][:1]]
-        names = [s.name for s in within if s in going_on]
+        kept = [*top_fraction(within, least), *[s for s in ranked(within) if s.name in safe][:1]]
+        names = [s.name for s in within if s in kept]
     return within
 
 
 # ---- the search on a model -------------------------------------------------------------------------------------------
 
 
-def shares(records: Sequence[Record], metric: str) -> tuple[list[float], list[float]]:
-    """What each problem adds to the value, and what it could add."""
-    if metric == "solved":
-        return [float(r["solved"]) for r in records], [1.0] * len(records)
-    return [r["points"] for r in records], [r["possible"] for r in records]
-
-
 class Trials:
-    """Decoders on validation and test problems: ``cells`` by (split, decoder), ``found`` by (split, decoder, index).
+    """Decoders on validation and test problems: ``cells`` and last measured ``entries`` by (split, decoder), ``found`` records
+    by (split, decoder, index). Raises UserError for anything wrong in the request."""
 
-    Raises:
-        UserError: for anything wrong in the request.
-    """
-
-    def __init__(self, config: TuneConfig, decoders: list[str], progress: Progress | None = None) -> None:
-        self.config, self.metric = config.evaluation(decoders), config.metric
-        self.progress: Progress = progress or (lambda label, done, total: None)
+    def __init__(
+        self, config: TuneConfig, presets: list[str], others: Sequence[str] = (), progress: Progress | None = None
+    ) -> None:
+        self.presets, self.metric, self.progress = presets, config.metric, progress or (lambda *_: None)
         try:
-            self.prepared = prepare(self.config)
+            self.prepared = prepare(config.evaluation([*presets, *others]))
         except TooFewProblems as error:
             raise UserError(f"{error} (the larger of --limit and --run-off-limit)") from None
         cells, lm = self.prepared.cells, self.prepared.lm
@@ -149,21 +126,14 @@ class Trials:
         self.cells = {("validation", c.decoder_spec): c for c in cells}
         self.cells |= {("test", c.decoder_spec): replace(c, problems=unseen, prompts=prompts) for c in cells}
         path, schema = Path(config.output) / "measurements.jsonl", {"split": str, "decoder": str, **MEASURED}
-        self.store = RecordStore(path, schema, self._key, FIX, self._check)
+        self.store = RecordStore(path, schema, itemgetter("split", "decoder", "index"), FIX, self._check)
         self.found: dict[tuple[str, str, int], Record] = {}
-
-    @staticmethod
-    def _key(record: Record) -> tuple[str, str, int]:
-        return record["split"], record["decoder"], record["index"]
+        self.entries: dict[tuple[str, str], Result] = {}
 
     def _check(self, record: Record) -> None:
         if (cell := self.cells.get((record["split"], record["decoder"]))) is None:
             raise ValueError(f"decoder is {record['decoder']!r:.60}, split {record['split']!r:.60}")
         check_problem(record, cell.problems)
-
-    def records(self, split: str, name: str, most: int) -> list[Record]:
-        """The first ``most`` records of a decoder, by index, as far as they are there."""
-        return [self.found[split, name, i] for i in range(most) if (split, name, i) in self.found]
 
     def measure(self, what: str, split: str, names: Sequence[str], size: int) -> list[Standing]:
         """Standings on the first ``size`` problems of a split; what is missing is decoded, each batch written at once."""
@@ -173,28 +143,25 @@ class Trials:
             self.progress(label, len(standings), len(names))
             cell = self.cells[split, name]
             todo = [i for i in cell.todo(set()) if i < size and (split, name, i) not in self.found]
-            for batch in run_cell(self.prepared, cell, todo, self.config):
+            for batch in run_cell(self.prepared, cell, todo):
                 records = [{"split": split, "decoder": name, **{key: r[key] for key in MEASURED}} for r in batch]
                 with writing_to(self.store.path.parent):
                     self.store.append(records)
-                self.found |= {self._key(r): r for r in records}
-            records = self.records(split, name, size)
-            points, possible = shares(records, self.metric)
-            passes = [r["nfe"] for r in records]
-            error = stdev(passes) / len(passes) ** 0.5 if len(passes) > 1 else 0.0
-            standings.append(Standing(name, sum(points) / sum(possible), fmean(passes), error))
+                self.found |= {self.store.key(r): r for r in records}
+            records = [self.found[split, name, i] for i in range(size)]
+            entry: Result = {"decoder": name, "preset": name in self.presets, "plan": cell.decoder.passes}
+            self.entries[split, name] = entry = entry | summarize(records)
+            error = stdev(r["nfe"] for r in records) / size**0.5 if size > 1 else 0.0
+            standings.append(Standing(name, entry[self.metric], entry["nfe"], error))
         self.progress(label, len(names), len(names))
         return standings
 
 
-def tune(config: TuneConfig, progress: Progress | None = None) -> dict[str, Any]:
-    """Run or resume a search, and write ``front.json``.
+def tune(config: TuneConfig, progress: Progress | None = None) -> Result:
+    """Run or resume a search; returns what it writes as ``front.json``, which docs/tune.md lists.
 
     Args:
         progress: called with (round, decoders measured, decoders in all).
-
-    Returns:
-        What ``front.json`` holds; docs/tune.md lists it.
 
     Raises:
         UserError: for anything wrong in the request, and where ``output`` holds a search with other settings.
@@ -202,8 +169,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> dict[str, Any]
     if world_size() > 1:
         raise UserError("a search runs as one process: start it without torchrun or accelerate")
     presets, others = candidates(config.budget, config.max_new_tokens, config.early_stop, config.cfg_scale)
-    trials = Trials(config, [*presets, *others], progress)
-    output = Path(config.output)
+    trials, output, budget = Trials(config, presets, others, progress), Path(config.output), config.budget
     own = ("budget", "metric", "cfg_scale", "limit", "run_off_limit", "test_limit")
     settings = {**trials.prepared.settings, **{key: getattr(config, key) for key in own}}
     with writing_to(output):
@@ -211,27 +177,22 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> dict[str, Any]
         trials.found = trials.store.merge()
 
     decoders = {cell.decoder_spec: cell.decoder for cell in trials.prepared.cells}
-    safe = {name for name, d in decoders.items() if d.threshold is None and d.passes <= config.budget}
+    safe = {name for name, d in decoders.items() if d.threshold is None and d.passes <= budget}
     seen, unseen = (len(trials.cells[split, presets[0]].problems) for split in ("validation", "test"))
-    sizes = round_sizes(min(config.limit, seen))
+    last = min(config.limit, seen)
+    sizes = [*takewhile(lambda size: size < last, (FIRST_ROUND * 2**i for i in count())), last]
     finalists: list[Standing] = []
     for what, names, least in (("presets", presets, len(presets)), ("candidates", others, MIN_SURVIVORS)):
-        measure = partial(trials.measure, what, "validation")
-        finalists += successive_halving(names, sizes, measure, config.budget, least, safe)
+        finalists += successive_halving(names, sizes, partial(trials.measure, what, "validation"), budget, least, safe)
+    measured = list(trials.entries.values())
     leaders = in_run_off(finalists, presets, safe)
-    within = [s for s in ranked(trials.measure("run-off", "validation", leaders, seen)) if s.nfe <= config.budget]
-    winner, preset = within[0].name, next(s.name for s in within if s.name in presets)
-    trials.measure("test", "test", list(dict.fromkeys((winner, preset))), unseen)
-
-    def entry(split: str, name: str, most: int) -> dict[str, Any]:
-        facts = {"decoder": name, "preset": name in presets, "plan": decoders[name].passes}
-        return facts | summarize(trials.records(split, name, most))
-
-    (ours, possible), (theirs, _) = (
-        shares(trials.records("test", name, unseen), config.metric) for name in (winner, preset)
-    )
-    difference, interval = paired_difference(ours, theirs, possible)
-    test = {"winner": entry("test", winner, unseen), "best_preset": entry("test", preset, unseen)}
+    within = [s for s in ranked(trials.measure("run-off", "validation", leaders, seen)) if s.nfe <= budget]
+    sides = {"winner": within[0].name, "best_preset": next(s.name for s in within if s.name in presets)}
+    trials.measure("test", "test", list(dict.fromkeys(sides.values())), unseen)
+    ours, theirs = ([trials.found["test", name, i] for i in range(unseen)] for name in sides.values())
+    gained = "solved" if config.metric == "solved" else "points"
+    possible = [1.0 if config.metric == "solved" else r["possible"] for r in ours]
+    difference, interval = paired_difference([r[gained] for r in ours], [r[gained] for r in theirs], possible)
     spent = {"validation": 0, "test": 0}
     for (split, *_), record in trials.found.items():
         spent[split] += record["nfe"]
@@ -239,15 +200,84 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> dict[str, Any]
         "config": settings,
         "environment": environment(),
         "rounds": sizes,
-        "candidates": [entry("validation", name, sizes[-1]) for name in (*presets, *others)],
+        "candidates": measured,
         "finalists": [s.name for s in finalists],
         "front": [s.name for s in pareto(finalists)],
-        "run_off": [entry("validation", name, seen) for name in leaders],
-        "winner": entry("validation", winner, seen),
-        "best_preset": entry("validation", preset, seen),
-        "test": {**test, "difference": difference, "difference_interval": list(interval)},
+        "run_off": [trials.entries["validation", name] for name in leaders],
+        **{side: trials.entries["validation", name] for side, name in sides.items()},
+        "test": {
+            **{side: trials.entries["test", name] for side, name in sides.items()},
+            "difference": difference,
+            "difference_interval": list(interval),
+        },
         "forward_passes": spent,
     }
     with writing_to(output):
         write_json(output / "front.json", result)
     return result
+
+
+# ---- what a search leaves --------------------------------------------------------------------------------------------
+
+
+def report(result: Result, output: Path) -> None:
+    """Write ``front.md`` and ``decoder.yaml``, the winner under the advice; print the table, the advice and where they are."""
+    settings, said, defaults = result["config"], advice(result), Decoder().config()
+    title = f"{settings['model']['name']}, {next(iter(settings['tasks']))}: decoders within {settings['budget']} passes"
+    headings = ["decoder", "plan", "NFE", "solved % [95 %]", "score % [95 %]", "problems", "what it is"]
+    table = Table(headings, rows(result), title=f"{title} a problem, validation split")
+    winner = settings["decoders"][result["winner"]["decoder"]]
+    chosen = {k: v for k, v in winner.items() if k in ("name", "max_new_tokens") or v != defaults[k]}
+    comment = "".join(f"# {json.dumps(line)[1:-1]}\n" for line in (table.title, *said))  # a name may hold anything
+    text = "\n".join(said) + "\n"
+    with writing_to(output):
+        write_text(output / "front.md", f"{table.title}\n\n{table.markdown()}\n{text}")
+        write_text(output / "decoder.yaml", comment + as_yaml(chosen))
+    screen, lines = console(), (len(result["front"]) - 1, len(table.rows) - len(result["run_off"]) - 1)
+    screen.print(table.for_terminal(screen, ["problems", "score % [95 %]"], lines))
+    print(f"{text}front    {output / 'front.md'}\ndecoder  {output / 'decoder.yaml'}")
+
+
+def rows(result: Result) -> list[list[str]]:
+    """The front by passes, the presets that are not on it with the problems that each came to, and the run-off."""
+    found = {entry["decoder"]: entry for entry in result["candidates"]}
+    presets = [entry for entry in found.values() if entry["preset"] and entry["decoder"] not in result["front"]]
+    presets.sort(key=lambda e: (-e["problems"], e["nfe"]))
+    decided = sorted(result["run_off"], key=lambda e: -e[result["config"]["metric"]])
+
+    def row(entry: Result, *sides: str) -> list[str]:
+        what = [side.replace("_", " ") for side in sides if entry["decoder"] == result[side]["decoder"]]
+        what = what or ["preset"] * entry["preset"]
+        what += ["over the budget"] * (entry["nfe"] > result["config"]["budget"])
+        measured = [percent(entry[key], entry[f"{key}_interval"]) for key in ("solved", "score")]
+        facts = [entry["decoder"], str(entry["plan"]), f"{entry['nfe']:.1f}"]
+        return [*facts, *measured, str(entry["problems"]), ", ".join(what)]
+
+    first = [row(entry) for entry in (*(found[name] for name in result["front"]), *presets)]
+    return first + [row(entry, "winner", "best_preset") for entry in decided]
+
+
+def advice(result: Result) -> list[str]:
+    """What was done, what came out on unseen problems, and which decoder to take."""
+    metric, test, passes = result["config"]["metric"], result["test"], result["forward_passes"]
+    winner, preset, budget = test["winner"], test["best_preset"], result["config"]["budget"]
+    lines = [
+        f"{len(result['candidates'])} decoders, rounds of {', '.join(map(str, result['rounds']))} validation problems, "
+        f"a run-off of {len(result['run_off'])} on {result['winner']['problems']}: "
+        f"{passes['validation']:,} forward passes, and {passes['test']:,} on test."
+    ]
+    for name, entry in (("winner", winner), ("best preset", preset)):
+        share = percent(entry[metric], entry[f"{metric}_interval"])
+        measured = f"{metric} {share} % of {entry['problems']} unseen test problems, {entry['nfe']:.1f} passes each"
+        lines.append(f"{name} {entry['decoder']}: {measured}.")
+    if winner["decoder"] == preset["decoder"]:
+        taken, why = winner, "No candidate was better than this preset on validation."
+    else:
+        low, high = test["difference_interval"]
+        taken, side = (winner, "winner") if test["difference"] > 0 else (preset, "preset")
+        why = f"winner - best preset, paired: {points(test['difference'], (low, high))} points: "
+        why += f"the {side} is {'not clearly ' * (low <= 0 <= high)}better."
+    lines.append(f"{why} Take {taken['decoder']}.")
+    if taken["nfe"] > budget:
+        lines.append(f"On test it takes {taken['nfe']:g} passes a problem, more than the budget of {budget}.")
+    return lines

@@ -1,15 +1,4 @@
-"""The decoders that ``unmask tune`` tries within a budget of forward passes, as decoder specs.
-
-All are greedy and exact: no sampling, no cut distribution, no cache. So each of them may also lead a rollout.
-
-| family | what is varied |
-|---|---|
-| whole canvas | EOS rule × steps, at two paces × confidence |
-| blocks, left to right | block length × steps, at two paces × confidence |
-| threshold | EOS rule × threshold on the whole canvas; block length × threshold, at two thresholds × confidence |
-| ascending | number of blocks × EOS rule |
-| hybrid | block length × confidence |
-"""
+"""The decoders that ``unmask tune`` tries within a budget: all greedy and exact, so that each may also lead a rollout."""
 
 from __future__ import annotations
 
@@ -20,18 +9,14 @@ from unmask.config import with_parameters
 from unmask.decoding import Decoder, make_decoder
 from unmask.decoding.decoder import PRESETS
 
-CONFIDENCES = ("low-confidence", "margin", "entropy")
+CONFIDENCES: list[dict[str, str]] = [{}, {"confidence": "margin"}, {"confidence": "entropy"}]
 EOS_RULES = ("eoser:gamma_min=0.01", "eoser:gamma_min=0.1", "eoser:gamma_min=0.4", "hard-eos")
 ASCENDING_RULES = ("ass", "eoser-ass:gamma_min=0.01", "eoser-ass:gamma_min=0.1", "eoser-ass:gamma_min=0.4")
 THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
-PARTS = (2, 4, 8, 16)
-"""Block lengths, as parts of the canvas."""
-PACES = (0.5, 1.0, 1.5, 2.0, 3.0)
-"""Steps of a plan as multiples of the budget. Those above 1 are for plans that early stop may end sooner."""
-COMPARED_PACES, COMPARED_THRESHOLDS = (1.0, 2.0), (0.7, 0.9)
-"""Where every confidence is tried."""
-LEAST = 0.25
-"""A plan of fewer passes than this share of the budget belongs to the search of a smaller budget."""
+PARTS = (2, 4, 8, 16)  # block lengths, as parts of the canvas
+PACES = (0.5, 1.0, 1.5, 2.0, 3.0)  # steps as multiples of the budget; above 1 for plans that early stop may end sooner
+COMPARED_PACES, COMPARED_THRESHOLDS = (1.0, 2.0), (0.7, 0.9)  # where every confidence is tried
+LEAST = 0.25  # a plan of fewer passes than this share of the budget belongs to the search of a smaller budget
 
 
 def candidates(budget: int, length: int, early_stop: bool, cfg_scales: list[float]) -> tuple[list[str], list[str]]:
@@ -45,9 +30,12 @@ def candidates(budget: int, length: int, early_stop: bool, cfg_scales: list[floa
         Specs of the presets, and of all others. A preset whose plan is too long is also there with its steps brought down
         to the budget; one whose blocks do not divide the canvas is not. No two decode alike.
     """
-    presets, others = list(_presets(budget, length)), list(_space(budget, length))
-    for scale in cfg_scales:
-        others += [with_parameters(spec, cfg_scale=scale) for spec in _space(budget // 2, length)]
+    presets, others = list(_presets(budget, length)), []
+    guided: list[tuple[int, dict[str, float]]] = [(budget // 2, {"cfg_scale": scale}) for scale in cfg_scales]
+    for passes, guidance in ((budget, {}), *guided):
+        for spec, compared in _space(passes, length):
+            confidences = CONFIDENCES if compared else CONFIDENCES[:1]
+            others += [with_parameters(spec, **confidence, **guidance) for confidence in confidences]
     first: dict[tuple[Any, ...], str] = {}
     for spec in (*presets, *others):
         decoder = make_decoder(spec, max_new_tokens=length)
@@ -63,28 +51,26 @@ def _presets(budget: int, length: int) -> Iterator[str]:
             continue
         yield name
         if "schedule" not in settings and make_decoder(name, max_new_tokens=length).passes > budget:
-            parts = length // block
-            yield from (with_parameters(name, steps=steps) for steps in _steps(budget, length, parts, (1.0,)))
+            yield from (with_parameters(name, steps=n) for n in _steps(budget, length, length // block, (1.0,)))
 
 
-def _space(passes: int, length: int) -> Iterator[str]:
-    def uniform(start: str, parts: int) -> Iterator[str]:
+def _space(passes: int, length: int) -> Iterator[tuple[str, bool]]:
+    """The specs of all families, each with whether every confidence is tried there."""
+
+    def uniform(start: str, parts: int) -> Iterator[tuple[str, bool]]:
         compared = _steps(passes, length, parts, COMPARED_PACES)
-        for steps in _steps(passes, length, parts):
-            yield from _compared(with_parameters(start, steps=steps), steps in compared)
+        return ((with_parameters(start, steps=n), n in compared) for n in _steps(passes, length, parts))
 
     for start in ("full", *EOS_RULES):
         yield from uniform(start, 1)
-        yield from (with_parameters(start, threshold=threshold) for threshold in THRESHOLDS)
+        yield from ((with_parameters(start, threshold=t), False) for t in THRESHOLDS)
     for parts in (n for n in PARTS if length % n == 0):
-        block = length // parts
-        yield from uniform(with_parameters("semi-ar", block_length=block), parts)
-        for threshold in THRESHOLDS:
-            spec = with_parameters("threshold", block_length=block, threshold=threshold)
-            yield from _compared(spec, threshold in COMPARED_THRESHOLDS)
-        yield from _compared(with_parameters("hybrid", block_length=block), True)
+        block = {"block_length": length // parts}
+        yield from uniform(with_parameters("semi-ar", **block), parts)
+        yield from ((with_parameters("threshold", **block, threshold=t), t in COMPARED_THRESHOLDS) for t in THRESHOLDS)
+        yield with_parameters("hybrid", **block), True
     for start in ASCENDING_RULES:
-        yield from (with_parameters(start, blocks=blocks) for blocks in range(1, max(2, length.bit_length())))
+        yield from ((with_parameters(start, blocks=n), False) for n in range(1, max(2, length.bit_length())))
 
 
 def _steps(passes: int, length: int, parts: int, paces: tuple[float, ...] = PACES) -> list[int]:
@@ -93,23 +79,13 @@ def _steps(passes: int, length: int, parts: int, paces: tuple[float, ...] = PACE
     return list(dict.fromkeys(steps for steps in wanted if steps))
 
 
-def _compared(spec: str, every: bool) -> Iterator[str]:
-    """The spec under ``every`` confidence, or as it is."""
-    yield spec
-    if every:
-        yield from (with_parameters(spec, confidence=confidence) for confidence in CONFIDENCES[1:])
-
-
 def _may_fit(decoder: Decoder, budget: int, early_stop: bool, least: float) -> bool:
-    """Whether it is worth measuring how many passes it takes; a plan shorter than ``least`` budgets is not.
-
-    Where the budget is more than the longest plan takes, that plan stands for it.
-    """
-    several = decoder.plan.horizon[0] < decoder.plan.length
+    """Whether it is worth measuring how many passes it takes; a plan shorter than ``least`` budgets (or longest plans, where
+    these are shorter than the budget) is not."""
+    blocks = len(set(decoder.plan.horizon))
     if decoder.threshold is not None:  # may finish a block in one pass
-        shortest = len(set(decoder.plan.horizon)) * decoder.copies
-        return shortest <= budget * (PACES[-1] if early_stop else 1)
-    stops = early_stop and (several or decoder.eos != "keep")
+        return blocks * decoder.copies <= budget * (PACES[-1] if early_stop else 1)
+    stops = early_stop and (blocks > 1 or decoder.eos != "keep")
     longest = min(budget, decoder.plan.length * decoder.copies)
     return least * longest <= decoder.passes <= budget * (PACES[-1] if stops else 1)
 

@@ -13,21 +13,18 @@ from unmask.view.config import ViewArguments
 def command(arguments: list[str]) -> None:
     """The command line of ``unmask view``."""
     a = read_flags(ViewArguments, arguments, prog="unmask view")
-    a.check()
+    repeats = a.check()
     from rich.text import Text
 
     from unmask.decoding import decode
-    from unmask.view.candidates import top_candidates_per_step
     from unmask.view.jobs import from_flags, from_records
-    from unmask.view.page import Panel, write_page
+    from unmask.view.page import Panel, top_candidates_per_step, write_page
 
     output, panels = Path(a.output), []
-    source, make_jobs = from_records(a) if a.repeats else from_flags(a)
+    source, make_jobs = from_records(a) if repeats else from_flags(a)
     check_writable(output)
     with console(stderr=True).status("reading the model") as status:
         lm = source.load()
-        if a.index:
-            status.update(Text(f"looking for problem {a.index}"))
         prompt, jobs = make_jobs(lm)
         for job in jobs:
             status.update(Text(f"{job.decoder.name}: decoding"))  # a name is no markup

@@ -39,35 +39,29 @@ class ViewArguments(ModelSource):
     output: str = "runs/view.html"
     """The file to write."""
 
-    @property
-    def repeats(self) -> bool:
-        """Whether records are decoded again."""
-        return any(p.endswith(".jsonl") for p in self.prompt)
-
-    def check(self) -> None:
-        """Raises UserError where a value is out of range or two of them exclude each other."""
+    def check(self) -> bool:
+        """Whether records are decoded again. Raises UserError where a value is out of range or two exclude each other."""
         check_at_least(self, 0, "index")
         check_seed(self)
+        repeats = any(p.endswith(".jsonl") for p in self.prompt)
         for text in self.prompt:  # os.path.exists takes a text of any length
-            if not text.endswith(".jsonl") and (self.repeats or os.path.exists(text)):
-                raise UserError(
-                    f"{text:.99} is no records file: use RUN/records/TASK--DECODER.jsonl of unmask eval, or one text"
-                )
+            if not text.endswith(".jsonl") and (repeats or os.path.exists(text)):
+                hint = "use RUN/records/TASK--DECODER.jsonl of unmask eval, or one text"
+                raise UserError(f"{text:.99} is no records file: {hint}")
         if not 1 <= self.candidates <= 20:
             raise UserError(f"candidates is {self.candidates}: choose 1 to 20")
-        several, what = (self.prompt, "records files") if self.repeats else (self.decoder, "decoders")
-        if not 1 <= len(several) <= 4:
-            raise UserError(f"{len(several)} {what}: a page shows one to 4")
-        if self.repeats:
-            names: tuple[str, ...] = ("task", "decoder", "max_new_tokens", "prefill", "seed", "early_stop")
-            why = "the records decide that"
+        panels, what = (self.prompt, "records files") if repeats else (self.decoder, "decoders")
+        if not 1 <= len(panels) <= 4:
+            raise UserError(f"{len(panels)} {what}: a page shows one to 4")
+        if repeats:
+            names, why = "task decoder max_new_tokens prefill seed early_stop", "the records decide that"
         elif self.task is not None:
-            names, why = ("prompt", "prefill"), "the task decides that"
+            names, why = "prompt prefill", "the task decides that"
         elif len(self.prompt) != 1:
             raise UserError(f"{len(self.prompt)} prompts: use one text in quotes, records files (.jsonl) or --task")
         else:
-            names, why = ("index",), "a prompt has no others"
-        usual = ViewArguments()
-        for name in names:
-            if getattr(self, name) != getattr(usual, name):
+            names, why = "index", "a prompt has no others"
+        for name in names.split():
+            if getattr(self, name) != getattr(ViewArguments(), name):
                 raise UserError(f"{name} is {getattr(self, name)!r}, but {why}: leave it out")
+        return repeats

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,26 +13,19 @@ from torch import Tensor
 from unmask.config import build
 from unmask.decoding import Decoder, make_decoder
 from unmask.errors import UserError
-from unmask.evaluation.prompts import row_seeds
+from unmask.evaluation.evaluate import problem_seeds
 from unmask.io.files import each_line, expand_home, read_json, slug
 from unmask.io.schema import CONFIG, RECORD
 from unmask.io.store import Record
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.source import ModelSource
 from unmask.tasks import make_task
-
-if TYPE_CHECKING:
-    from unmask.view.config import ViewArguments
+from unmask.view.config import ViewArguments
 
 
 @dataclass(frozen=True)
 class Job:
-    """One decode to make.
-
-    Attributes:
-        seeds: of the one row, (1,) int64.
-        solved: grades a text, None where that is unknown. recorded: the completion that this decode repeats.
-    """
+    """One decode to make: ``seeds`` (1,) int64, ``solved`` grades a text, ``recorded`` is the completion that it repeats."""
 
     decoder: Decoder
     early_stop: bool
@@ -41,8 +34,9 @@ class Job:
     recorded: str | None = None
 
 
-Prepared = tuple[ModelSource, Callable[[MaskedLM], tuple[str, list[Job]]]]
-"""The model to load, and a function from it to the prompt and the jobs."""
+Prepared = tuple[
+    ModelSource, Callable[[MaskedLM], tuple[str, list[Job]]]
+]  # a model, and what makes prompt and jobs with it
 
 
 def from_flags(a: ViewArguments) -> Prepared:
@@ -56,7 +50,7 @@ def from_flags(a: ViewArguments) -> Prepared:
         problems = task.problems("test", a.index + 1, a.seed)
         if a.index >= len(problems):
             raise UserError(f"{a.task} has no test problem {a.index}: choose --index 0 to {len(problems) - 1}")
-        problem, seeds = problems[a.index], row_seeds(a.seed, [a.index])
+        problem, seeds = problems[a.index], problem_seeds(a.seed, [a.index])
         jobs = [Job(d, a.early_stop, seeds, lambda text: task.grade(problem, text).solved) for d in decoders]
         return task.prompt(lm, problem), jobs
 
@@ -64,11 +58,7 @@ def from_flags(a: ViewArguments) -> Prepared:
 
 
 def from_records(a: ViewArguments) -> Prepared:
-    """The records of one problem, to be decoded again by the model that made them.
-
-    Raises:
-        UserError: where a file, its run's config.json or a record is missing or damaged, or problems or models differ.
-    """
+    """The records of one problem, to be decoded again by the model that made them. Raises UserError where they cannot be."""
     found = [(path, *_read(Path(expand_home(path)), a.index)) for path in a.prompt]
     first, config, _, record = found[0]
     for path, _, _, other in found[1:]:
@@ -79,11 +69,9 @@ def from_records(a: ViewArguments) -> Prepared:
         jobs = []
         for path, own, decoder, r in found:
             if lm.weights != (weights := own["model"]["weights"]):
-                raise UserError(
-                    f"{path} was made with weights {weights}, but {lm.name} has {lm.weights}: choose the evaluated "
-                    "checkpoint as --model, and records of one model"
-                )
-            seeds, solved = row_seeds(own["seed"], [a.index]), {r["completion"]: r["solved"]}.get
+                made = f"{path} was made with weights {weights}, but {lm.name} has {lm.weights}"
+                raise UserError(f"{made}: choose the evaluated checkpoint as --model, and records of one model")
+            seeds, solved = problem_seeds(own["seed"], [a.index]), {r["completion"]: r["solved"]}.get
             jobs.append(Job(decoder, own["early_stop"], seeds, solved, r["completion"]))
         return record["prompt"], jobs
 
@@ -92,11 +80,11 @@ def from_records(a: ViewArguments) -> Prepared:
 
 def source_of(config: dict[str, Any], a: ViewArguments) -> ModelSource:
     """The evaluated model where the flags name none. Foreign code runs only where they say so."""
-    source = replace(a, dtype=config["model"]["dtype"] if a.dtype == "auto" else a.dtype)
-    if a.model != "auto":
-        return source
-    own = {key: getattr(a, key) or config[key] for key in ("adapter", "revision", "load_in_4bit")}
-    return replace(source, model=config["model"]["name"].removesuffix(f" + {config['adapter']}"), **own)
+    own: dict[str, Any] = {"dtype": config["model"]["dtype"] if a.dtype == "auto" else a.dtype}
+    if a.model == "auto":
+        own |= {key: getattr(a, key) or config[key] for key in ("adapter", "revision", "load_in_4bit")}
+        own["model"] = config["model"]["name"].removesuffix(f" + {config['adapter']}")
+    return replace(a, **own)
 
 
 def _read(path: Path, index: int) -> tuple[dict[str, Any], Decoder, Record]:

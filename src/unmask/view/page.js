@@ -73,7 +73,7 @@
   const howCommitted = (p, i) => `committed in step ${p.step[i] + 1} at ${percent(Math.exp(p.logprob[i]))}`;
   const textOf = (token) => data.vocabulary.texts[token];
 
-  // ---- what stands still -----------------------------------------------------------------------------------------------
+  // ---- what does not move -----------------------------------------------------------------------------------------------
 
   function fact(list, name, value) {
     const pair = element("div");
@@ -148,7 +148,7 @@
   function buildNotes() {
     const notes = [
       ["The clock is the step: one forward pass, or two with guidance.", true],
-      ["All canvases share the clock; one that needs fewer steps stands still after its last.", panels.length > 1],
+      ["All canvases share the clock; one that needs fewer steps stays as it is after its last.", panels.length > 1],
       ["Confidence is a token's probability when it was committed; the lower edge of a masked cell shows its likeliest token's.", true],
       ["The bars under a canvas show what the model itself held at a cell (temperature 1, guidance included): before the next step where "
         + "the cell is masked, else before the step that committed it.", true],

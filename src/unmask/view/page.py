@@ -8,7 +8,7 @@ import json
 import re
 import unicodedata
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -19,13 +19,16 @@ from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from unmask.decoding import Decoder
+from unmask.decoding.score import score_each_state
 from unmask.decoding.stream import END, MASK
 from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
 from unmask.io.files import atomic_write
+from unmask.models.head import Head
 from unmask.models.masked_lm import MaskedLM
 
 LIMIT = 20_000_000  # bytes of a page
+ROWS = 128  # at a time: their float32 logits over 126,464 tokens take 65 MB
 WHITESPACE_SIGNS = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥", "\x7f": "␡"}
 INVISIBLE = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp", "Zs"}  # Unicode's categories
 BYTE_OF = {c: b for b, c in bytes_to_unicode().items()}  # the alphabet of byte-level tokenizers
@@ -33,13 +36,7 @@ BYTE_OF = {c: b for b, c in bytes_to_unicode().items()}  # the alphabet of byte-
 
 @dataclass(frozen=True)
 class Panel:
-    """One decode as the page shows it.
-
-    Attributes:
-        trajectory: of one row. candidates: before each step, the likeliest tokens of the masked positions (M, K) int64 and
-            their probabilities (M, K), as ``top_candidates_per_step`` yields them.
-        solved: None where nobody graded. recorded: the completion of the record that this decode repeats.
-    """
+    """One decode of one row as the page shows it; ``solved`` is None where nobody graded, ``recorded`` where no record is."""
 
     decoder: Decoder
     trajectory: Trajectory
@@ -47,6 +44,27 @@ class Panel:
     text: str
     solved: bool | None
     recorded: str | None
+
+
+@torch.no_grad()
+def top_candidates_per_step(lm: MaskedLM, trajectory: Trajectory, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Before each step of a trajectory of one row, the ``count`` likeliest tokens of its masked positions from left to right.
+
+    Yields token ids (M, K) int64, best first, and their probabilities at temperature 1 (M, K) float64. One forward pass a step
+    (two with guidance), each of the whole row, also where a cache decoded.
+    """
+
+    def likeliest(head: Head, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        found = []
+        for h in hidden.split(ROWS):
+            logits = torch.cat([piece for _, piece in head.pieces(h)], 1)
+            best = logits.topk(min(count, logits.shape[1]))
+            total = logits.logsumexp(1, keepdim=True).double()
+            found.append((best.indices, (best.values.double() - total).exp()))
+        return torch.cat([t for t, _ in found]), torch.cat([p for _, p in found])
+
+    for _, _, (tokens, probs) in score_each_state(lm, trajectory, likeliest, masked=True):
+        yield tokens.cpu(), probs.cpu()
 
 
 def visible(text: str) -> str:
@@ -63,8 +81,7 @@ def visible(text: str) -> str:
 
 def token_name(lm: MaskedLM, token: int) -> str:
     """The tokenizer's name for a token; ⟨id⟩ where it has none."""
-    piece = lm.tokenizer.convert_ids_to_tokens(token)
-    return f"⟨{token}⟩" if piece is None else str(piece)
+    return str(lm.tokenizer.convert_ids_to_tokens(token) or f"⟨{token}⟩")
 
 
 def token_glyph(lm: MaskedLM, token: int) -> str:
@@ -88,34 +105,27 @@ def page_data(lm: MaskedLM, prompt: str, panels: Sequence[Panel]) -> dict[str, A
     A token's number is its place in ``vocabulary``; ``ends`` names those that end a text. ``top`` (such numbers) and ``probs``
     (probabilities times 65535) are base64 of little-endian integers: of each step and masked cell, from left to right, K.
     """
-    shown = [panel.trajectory.tokens[0].cpu() for panel in panels]
-    kept = [tuple(map(torch.cat, zip(*panel.candidates, strict=True))) for panel in panels]
-    ids = torch.cat([*shown, *(top.flatten() for top, _ in kept)]).unique()
-    wide = len(ids) > 2**16
+    tokens = [t.flatten().cpu() for p in panels for t in (p.trajectory.tokens, *(top for top, _ in p.candidates))]
+    ids = torch.cat(tokens).unique()
     return {
         "model": lm.name,
         "weights": lm.weights,
         "prompt": prompt,
         "vocabulary": {"ids": ids.tolist(), "texts": [token_glyph(lm, t) for t in ids.tolist()]},
         "ends": {i: token_name(lm, t) for i, t in enumerate(ids.tolist()) if t in lm.end_ids},
-        "wide": wide,
-        "panels": [
-            {
-                **_facts(panel),
-                "token": torch.searchsorted(ids, tokens).tolist(),
-                "top": _base64(torch.searchsorted(ids, top), "<u4" if wide else "<u2"),
-                "probs": _base64((probs * 65535).round(), "<u2"),
-            }
-            for panel, tokens, (top, probs) in zip(panels, shown, kept, strict=True)
-        ],
+        "wide": len(ids) > 2**16,
+        "panels": [_panel_data(panel, ids) for panel in panels],
     }
 
 
-def _facts(panel: Panel) -> dict[str, Any]:
-    """What the page shows of a decode besides tokens."""
+def _panel_data(panel: Panel, ids: Tensor) -> dict[str, Any]:
+    def base64_of(values: Tensor, kind: str) -> str:
+        return base64.b64encode(values.numpy().astype(kind).tobytes()).decode()
+
     trajectory, plan = panel.trajectory, panel.decoder.plan
     step = trajectory.step[0].cpu()
     done = [int(((step >= 0) & (step < s)).sum()) for s in range(trajectory.steps)]
+    top, probs = map(torch.cat, zip(*panel.candidates, strict=True))
     return {
         "decoder": panel.decoder.name,
         "cache": panel.decoder.cache != "none",
@@ -127,16 +137,15 @@ def _facts(panel: Panel) -> dict[str, Any]:
         "step": step.tolist(),
         "logprob": [round(v, 6) for v in trajectory.logprob[0].tolist()],
         "horizon": [plan.horizon[bisect_right(plan.done, d)] for d in done],
-        "candidates": panel.candidates[0][0].shape[1],
+        "candidates": top.shape[1],
+        "token": torch.searchsorted(ids, trajectory.tokens[0].cpu()).tolist(),
+        "top": base64_of(torch.searchsorted(ids, top), "<u4" if len(ids) > 2**16 else "<u2"),
+        "probs": base64_of((probs * 65535).round(), "<u2"),
     }
 
 
-def _base64(values: Tensor, kind: str) -> str:
-    return base64.b64encode(values.numpy().astype(kind).tobytes()).decode()
-
-
 def render(data: dict[str, Any]) -> str:
-    """The page. Whatever the texts hold, they stand in it as JSON without a ``<``."""
+    """The page. Whatever the texts hold, they are in it as JSON without a ``<``."""
     folder = resources.files("unmask.view")
     title = f"{data['model']} · {', '.join(panel['decoder'] for panel in data['panels'])}"
     parts = {
