@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,6 @@ import pytest
 
 from test_answers import FORM, GRID, PUZZLE, TAGS, solved
 from unmask import UserError, make_task
-from unmask.rl.config import DiffusionGRPOConfig
-from unmask.rl.dry_run import dry_run
 from unmask.rl.rewards import reward_functions
 from unmask.tasks import bounded, released
 from unmask.tasks.math import equivalence
@@ -57,56 +55,6 @@ EQUAL = [
     ("\\dfrac12", "\\frac{1}{2}"), ("1/2", "\\frac{1}{2}"), ("0.5", "\\frac12"), (".5", "\\frac12"), ("x = 5", "5"),
     ("90^\\circ", "90"), ("5\\text{ cm}", "5"), ("\\left( 3, 4 \\right)", "(3,4)"), ("\\sqrt3", "\\sqrt{3}"), ("50\\%", "50"),
 ]
-# fmt: on
-
-
-def test_the_published_readings_stay_as_released() -> None:
-    for task, completion, truth, right in PUBLISHED:
-        assert solved(f"{task}:extraction=published", completion, truth) == right, completion
-    for reader, rows in ((released.number, NUMBERS), (released.latex, FORMULAS), (released.grid, GRIDS)):
-        assert [(text, reader(text)) for text, _ in rows] == rows  # type: ignore[operator]
-    assert [pair for pair in EQUAL if not (released.same_latex(*pair) and released.same_latex(*pair[::-1]))] == []
-    assert not released.same_latex("1.5", "\\frac32") and not released.same_latex("x/2", "\\frac{x}{2}")
-
-
-LINES = "\na\n</reasoning>\n<answer>\n{}\n</answer>\n"
-
-
-@pytest.mark.parametrize(
-    ("task", "row", "completion", "paid"),
-    [
-        ("gsm8k", {"question": "q", "answer": "#### 1,002"}, LINES.format("1,002"), [2, 0.5, 0, 0, 0.5]),
-        ("gsm8k", {"question": "q", "answer": "#### 1,002"}, LINES.format("1002"), [0, 0.5, 0, 0.5, 0.5]),
-        ("gsm8k", {"question": "q", "answer": "#### 7"}, "a</reasoning><answer>7</answer>", [2, 0, 0.5, 0.5, 0]),
-        ("math500", {"problem": "q", "answer": "5"}, LINES.format("\\boxed{5}"), [2, 0.75]),
-        ("math500", {"problem": "q", "answer": "5"}, LINES.format("5"), [0, 0.75]),
-        ("math500", {"problem": "q", "answer": "5"}, "so \\boxed{5}", [2, 0.25]),
-        ("countdown", {"input": "8,3,5", "output": "29"}, "<answer>8*3+5</answer>", [1]),
-        ("countdown", {"input": "8,3,5", "output": "29"}, "<answer>of course</answer>", [0.1]),
-        ("countdown", {"input": "8,3,5", "output": "29"}, "\\boxed{8*3+5}", [0]),
-        ("sudoku", {"Puzzle": "0102200002100320", "Solution": GRID}, f"<answer>{GRID}</answer>", [1]),
-        ("sudoku", {"Puzzle": "0102200002100320", "Solution": GRID}, f"<answer>{GRID}", [0]),
-    ],
-)
-def test_released_rewards_by_hand(task: str, row: Any, completion: str, paid: list[float]) -> None:
-    grader = make_task(task, {})
-    columns = {"problem": [grader.parse(row)], "task": [grader]}
-    table = reward_functions(["released"], [grader])
-    assert [weight * f(prompts=["p"], completions=[completion], **columns)[0] for f, weight in table.values()] == paid  # type: ignore[operator]
-
-
-def test_a_run_names_the_released_reward(tmp_path: Path) -> None:
-    settings = {"problems": 8, "validation_problems": 2, "per_device_train_batch_size": 4, "num_generations": 2}
-    settings |= {"output_dir": str(tmp_path / "x")}  # type: ignore[dict-item]
-    text = dry_run(
-        DiffusionGRPOConfig(tasks=["countdown"], reward_funcs=["released", "unmask.rl.rewards:solved"], **settings)
-    )  # type: ignore[arg-type]
-    assert "rewards    countdown, solved" in text
-    with pytest.raises(UserError, match="task reasoning_gym has no released reward: set reward_funcs to"):
-        dry_run(DiffusionGRPOConfig(tasks=["reasoning_gym:leg_counting"], reward_funcs=["released"], **settings))  # type: ignore[arg-type]
-
-
-# fmt: off
 HOSTILE = [
     "10^{10^{10}}", "9^{99999}", "((99)!)!", "99999!", "\\binom{99999999}{49999999}", "(" * 10**5, "{" * 10**5,
     "\\sqrt{" * 200 + "2" + "}" * 200, "\\frac{1}{" * 2000, "\\boxed{" * 10**4, "\\(" * 10**4, "$" * 10**4, "1,234," * 10**4,
@@ -125,9 +73,48 @@ NOT_READABLE = [
 # fmt: on
 
 
+def test_the_published_readings_stay_as_released() -> None:
+    for task, completion, truth, right in PUBLISHED:
+        assert solved(f"{task}:extraction=published", completion, truth) == right, completion
+    for reader, rows in ((released.number, NUMBERS), (released.latex, FORMULAS), (released.grid, GRIDS)):
+        assert [(text, reader(text)) for text, _ in rows] == rows  # type: ignore[operator]
+    assert [pair for pair in EQUAL if not (released.same_latex(*pair) and released.same_latex(*pair[::-1]))] == []
+    assert not released.same_latex("1.5", "\\frac32") and not released.same_latex("x/2", "\\frac{x}{2}")
+
+
+LINES = "\na\n</reasoning>\n<answer>\n{}\n</answer>\n"
+PAID = [  # task, row, completion, what each reward pays
+    ("gsm8k", {"question": "q", "answer": "#### 1,002"}, LINES.format("1,002"), [2, 0.5, 0, 0, 0.5]),
+    ("gsm8k", {"question": "q", "answer": "#### 1,002"}, LINES.format("1002"), [0, 0.5, 0, 0.5, 0.5]),
+    ("gsm8k", {"question": "q", "answer": "#### 7"}, "a</reasoning><answer>7</answer>", [2, 0, 0.5, 0.5, 0]),
+    ("math500", {"problem": "q", "answer": "5"}, LINES.format("\\boxed{5}"), [2, 0.75]),
+    ("math500", {"problem": "q", "answer": "5"}, LINES.format("5"), [0, 0.75]),
+    ("math500", {"problem": "q", "answer": "5"}, "so \\boxed{5}", [2, 0.25]),
+    ("countdown", {"input": "8,3,5", "output": "29"}, "<answer>8*3+5</answer>", [1]),
+    ("countdown", {"input": "8,3,5", "output": "29"}, "<answer>of course</answer>", [0.1]),
+    ("countdown", {"input": "8,3,5", "output": "29"}, "\\boxed{8*3+5}", [0]),
+    ("sudoku", {"Puzzle": "0102200002100320", "Solution": GRID}, f"<answer>{GRID}</answer>", [1]),
+    ("sudoku", {"Puzzle": "0102200002100320", "Solution": GRID}, f"<answer>{GRID}", [0]),
+]
+
+
+@pytest.mark.parametrize(("task", "row", "completion", "paid"), PAID)
+def test_released_rewards_by_hand(task: str, row: Any, completion: str, paid: list[float]) -> None:
+    grader = make_task(task, {})
+    columns: Any = {"problem": [grader.parse(row)], "task": [grader], "prompts": ["p"], "completions": [completion]}
+    table = reward_functions(["released", "solved"], [grader])
+    values = [weight * (function(**columns)[0] or 0) for function, weight in table.values()]
+    assert values[:-1] == paid and list(table)[-1] == "solved"
+
+
+def test_a_task_without_a_released_reward_says_so() -> None:
+    with pytest.raises(UserError, match="task reasoning_gym has no released reward: set reward_funcs to"):
+        reward_functions(["released"], [make_task("reasoning_gym:leg_counting", {})])
+
+
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda t: t[:14].encode("unicode_escape", "replace").decode())
 def test_hostile_answers_are_wrong_and_fast(text: str) -> None:
-    assert same("x+3", "3+x")  # the helper runs
+    assert same("x+3", "3+x")  # the worker runs
     for task, truth in GRADED.items():
         for spec in (task, f"{task}:extraction=published"):
             for completion in (text, TAGS.format(text), FORM.format(f"\\boxed{{{text}}}")):
@@ -141,36 +128,27 @@ def test_what_math_verify_gets() -> None:
     assert all(map(equivalence.readable, READABLE)) and not any(map(equivalence.readable, NOT_READABLE))
 
 
-def test_what_came_late_is_different_and_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_comes_late_is_different(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock: not remembered. By processor time: that ends a copy of the worker, which answers the next at once."""
     monkeypatch.setattr(bounded, "WALL_SECONDS", 0.1)
-    remembered, start = equivalence.HELPER.replies.cache_info().currsize, time.perf_counter()
+    remembered, start = equivalence.WORKER.replies.cache_info().currsize, time.perf_counter()
     assert not equivalence.equivalent("x^{99}+y=2", "y+x^{98}=2")
-    assert equivalence.HELPER.replies.cache_info().currsize == remembered and time.perf_counter() - start < 20
+    assert equivalence.WORKER.replies.cache_info().currsize == remembered and time.perf_counter() - start < 20
     monkeypatch.undo()
     assert equivalence.equivalent("9", "8 + 1")
-
-
-def test_processor_time_is_what_is_limited() -> None:
-    """One that takes too long ends a copy of the helper; the next is answered at once, by the same process."""
-    assert equivalence.equivalent("2", "1 + 1")
-    start = time.perf_counter()
+    process, start = equivalence.WORKER.process, time.perf_counter()
     assert not equivalence.equivalent("x^{97}+y=2", "y+x^{98}=2")  # ends long before WALL_SECONDS
-    assert equivalence.equivalent("2", "1 +  1")
+    assert equivalence.equivalent("2", "1 +  1") and equivalence.WORKER.process is process
     assert time.perf_counter() - start < 20
 
 
 def test_formulas_are_compared_in_any_thread() -> None:
-    found: list[bool] = []
-    threads = [threading.Thread(target=lambda i=i: found.append(same(f"x+{i}", f"{i} + x"))) for i in range(5, 9)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == [True] * 4
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(lambda i: same(f"x+{i}", f"{i} + x"), range(5, 9)))
 
 
 def test_no_text_reaches_python() -> None:
-    """In the helper sympy's evaluation of strings refuses, by whatever name it is called."""
+    """In the worker sympy's evaluation of strings refuses, by whatever name it is called."""
     code = (
         "from unmask.tasks.math import equivalence\n"
         "print(equivalence.prepare()('1', '1'))\n"
@@ -183,8 +161,8 @@ def test_no_text_reaches_python() -> None:
     assert done.stdout.split() == ["True", "refused", "refused", "refused"]
 
 
-def test_the_helper_ends_with_its_program() -> None:
-    code = "from unmask.tasks.math import equivalence as e; print(e.equivalent('2', '1+1'), e.HELPER.process.pid)"
+def test_the_worker_ends_with_its_program() -> None:
+    code = "from unmask.tasks.math import equivalence as e; print(e.equivalent('2', '1+1'), e.WORKER.process.pid)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     found, pid = done.stdout.split()
     assert found == "True"

@@ -33,18 +33,15 @@ def test_problems_are_seeded_and_splits_disjoint(spec: str) -> None:
     assert splits["train"] == task.problems("train", 40, seed=3)
     assert splits["train"] != task.problems("train", 40, seed=4)
     assert splits["test"][:10] == task.problems("test", 10, seed=3)
-    other_seed = {p.question for p in task.problems("train", 80, seed=99)}
-    for split in ("validation", "test"):
-        assert not {p.question for p in splits[split]} & {p.question for p in splits["train"]}
-        assert not {p.question for p in splits[split]} & other_seed
+    train = {task.identity(p) for p in splits["train"] + task.problems("train", 200, seed=99)}
+    assert not any(task.identity(p) in train for p in splits["validation"] + splits["test"])
 
 
 @pytest.mark.parametrize("spec", ["countdown", "countdown:numbers=4,operators=+-*/", "sudoku"])
 def test_worked_responses_are_right(spec: str) -> None:
     task = make_task(spec, COMPACT)
-    for problem in task.problems("train", 100):
-        grade = task.grade(problem, problem.response or "")
-        assert grade.solved and grade.points == grade.possible
+    grades = [task.grade(problem, problem.response or "") for problem in task.problems("train", 100)]
+    assert all(grade.solved and grade.points == grade.possible for grade in grades)
 
 
 class Letters(Task):
@@ -70,22 +67,10 @@ def test_different_problems_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Letters, "letters", letters)
         with pytest.raises(TooFewProblems, match="only 3 different test problems of task letters exist: ask for fewer"):
             Letters().problems("test", 4)
-
-
-@pytest.mark.parametrize(
-    "spec", ["countdown:max_value=5,max_target=10", "sudoku:min_empty=1,max_empty=1", "reasoning_gym:coin_flip"]
-)
-def test_a_split_that_is_exhausted_says_so_however_many_were_wanted(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "MAX_CONSECUTIVE_DUPLICATES", 60)
-    with pytest.raises(TooFewProblems, match=r"only \d+ different test .*: ask for fewer"):
-        make_task(spec, {}).problems("test", 10**9)
-
-
-def test_countdown_number_order_does_not_leak() -> None:
-    """The same numbers in another order are the same problem, so they stay in one split."""
-    task = make_task("countdown", COMPACT)
-    test = {p.id for p in task.problems("test", 100)}
-    assert not test & {p.id for p in task.problems("train", 600)}
+    for spec in ("countdown:max_value=5,max_target=10", "sudoku:min_empty=1,max_empty=1", "reasoning_gym:coin_flip"):
+        with pytest.raises(TooFewProblems, match=r"only \d+ different test .*: ask for fewer"):
+            make_task(spec, {}).problems("test", 10**9)
 
 
 def test_sudoku_grids() -> None:
@@ -96,10 +81,7 @@ def test_sudoku_grids() -> None:
     for split in ("train", "validation", "test"):
         assert not {p.truth["solution"] for p in task.problems(split, 60)} & heldout_grids()
     assert {p.truth["solution"] for p in task.problems("heldout", 60)} <= heldout_grids()
-
-
-def test_sudoku_puzzles_have_one_solution() -> None:
-    for problem in make_task("sudoku:max_empty=12", {}).problems("test", 60):
+    for problem in make_task("sudoku:max_empty=12", {}).problems("test", 60):  # each has one solution
         puzzle, solution = problem.truth["puzzle"], problem.truth["solution"]
         fits = [g for g in solved_grids() if all(p in ("0", c) for p, c in zip(puzzle, g, strict=True))]
         assert fits == [solution]
@@ -112,7 +94,7 @@ def test_sudoku_grade_by_hand() -> None:
     grade = task.grade(problem, half)
     # Empty cells: 0, 2, 5, 6, 7, 8, 11, 12, 15 = 9. Right of them: 0, 2, 5, 6, 7, 8 (4), 15 (4) = 7.
     assert (grade.points, grade.possible, grade.solved) == (7.0, 9.0, False)
-    assert task.reward([""], [half], problem=[problem]) == [7 / 9]
+    assert task.reward(problem, half) == 7 / 9
     assert task.grade(problem, "no answer at all").points == 0
     assert task.grade(problem, "<answer>a3142 b2431 c4213 d1324").solved  # left open, with labels
 
@@ -128,12 +110,8 @@ def brute_force(numbers: tuple[int, ...], target: int) -> bool:
     """Whether + - * over positive results reach the target, by plain recursion."""
     if len(numbers) == 1:
         return numbers[0] == target
-    for order in permutations(numbers):
-        a, b, *rest = order
-        for value in (a + b, a - b, a * b):
-            if value > 0 and brute_force((value, *rest), target):
-                return True
-    return False
+    pairs = ((value, rest) for a, b, *rest in permutations(numbers) for value in (a + b, a - b, a * b) if value > 0)
+    return any(brute_force((value, *rest), target) for value, rest in pairs)
 
 
 @given(st.tuples(*[st.integers(1, 15)] * 3), st.integers(1, 99))
@@ -149,10 +127,9 @@ def test_search_finds_an_answer_exactly_when_there_is_one(numbers: tuple[int, ..
             assert value is not None and value[0] == int(right)
 
 
-def test_arithmetic_is_exact() -> None:
-    assert arithmetic("1/3*3") == (Fraction(1), [1, 3, 3])
+def test_arithmetic_and_boxes_by_hand() -> None:
+    assert arithmetic("1/3*3") == (Fraction(1), [1, 3, 3]) and arithmetic("1/0") is None
     assert arithmetic("(07 - 2) * -3") == (Fraction(-15), [7, 2, 3])
-    assert arithmetic("1/0") is None
     text = "\\boxed{a{b}c} x \\boxed {2}"
     assert [text[slice(*span)] for span in box_spans(text)] == ["a{b}c", "2"]
 
@@ -160,16 +137,16 @@ def test_arithmetic_is_exact() -> None:
 def test_countdown_rewards_by_hand() -> None:
     task = make_task("countdown", {})
     problem = task.parse({"input": "8,3,5", "output": "29"})
-    completions = [
-        "<answer>8*3+5</answer>",  # right
-        "\\boxed{8 \\times 3 + 5 = 29}",  # right, in LaTeX
-        "<answer>8+3+5</answer>",  # the given numbers, wrong value
-        "<answer>8*3+4</answer>",  # another number
-        "<answer>29</answer>",
-    ]
-    assert task.reward([""], completions, problem=[problem] * 5) == [1.0, 1.0, 0.1, 0.0, 0.0]
+    for answer, paid in (
+        ("8*3+5", 1.0),
+        ("\\boxed{8 \\times 3 + 5 = 29}", 1.0),
+        ("8+3+5", 0.1),
+        ("8*3+4", 0.0),
+        ("29", 0.0),
+    ):
+        assert task.reward(problem, f"<answer>{answer}</answer>") == paid
     assert task.grade(problem, "<answer>29 = 8*3+5</answer>").solved
-    assert not make_task("countdown:operators=+-", {}).grade(problem, completions[0]).solved  # an operator not allowed
+    assert not make_task("countdown:operators=+-", {}).grade(problem, "8*3+5").solved  # an operator not allowed
 
 
 @pytest.mark.parametrize(
@@ -197,17 +174,14 @@ def test_wrong_task_specs_name_the_fix(spec: str, message: str, monkeypatch: pyt
 
 
 def test_data_files(tmp_path: Path) -> None:
-    countdown = tmp_path / "c.jsonl"
+    countdown, sudoku = tmp_path / "c.jsonl", tmp_path / "s.csv"
     countdown.write_text('{"input": "30,100,93", "output": "23"}\n')
     assert make_task(f"countdown:data={countdown}", {}).problems("test", None)[0].truth["numbers"] == [30, 100, 93]
-    sudoku = tmp_path / "s.csv"
     sudoku.write_text("Puzzle,Solution\n3102200002100320,3142243142131324\n")
     assert make_task(f"sudoku:data={sudoku}", {}).problems("test", None)[0].truth["solution"] == "3142243142131324"
     countdown.write_text(json.dumps({"input": "1,2", "output": "x"}))
     with pytest.raises(UserError, match=r"c\.jsonl:1 is no problem of task countdown"):
         make_task(f"countdown:data={countdown}", {}).problems("test", None)
-    with pytest.raises(UserError, match="cannot read"):
-        make_task(f"sudoku:data={tmp_path}/none.csv", {}).problems("test", None)
 
 
 def test_a_task_of_ones_own(tmp_path: Path, toy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +192,8 @@ def test_a_task_of_ones_own(tmp_path: Path, toy_folder: str, monkeypatch: pytest
     problem = task.problems("train", 4)[0]
     word = problem.truth["answer"]
     assert problem.question == f"reverse {word[::-1]}" and task.grade(problem, f" {word}\n").solved
-    assert task.reward([""] * 2, [word, word[:2]], problem=[problem] * 2) == [1.0, 2 / 3]
+    reward, weight = task.rewards()["letters"]
+    assert [weight * reward(problem, text) for text in (word, word[:2])] == [1.0, 2 / 3]
     flags = ["--model", toy_folder, "--limit", "2", "--max-new-tokens", "4", "--output", str(tmp_path / "eval")]
     assert main(["eval", "--task", spec, "--decoder", "full:steps=2", *flags]) == 0
     assert json.loads((tmp_path / "eval" / "summary.json").read_text())["cells"][0]["task"] == spec
