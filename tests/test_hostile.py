@@ -20,12 +20,13 @@ from unmask.evaluation import evaluate, tune
 from unmask.results import style
 from unmask.study import run as study
 
+Command = Callable[[str], list[str]]
 TABLE = {"task": "countdown", "decoder": "ass", "limit": 2, "max_new_tokens": 16}
 FLAGS = [f"--{key.replace('_', '-')}={value}" for key, value in TABLE.items()]
 
 
 @pytest.fixture
-def command(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
+def command(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """The shortest run of a command that writes ``out``."""
     of_tune = shlex.split("--budget=4 --max-new-tokens=32 --task=countdown --limit=2 --run-off-limit=2 --test-limit=2")
     few = (["ass", "full:steps=4", "eoser"], ["semi-ar:steps=4", "ass:temperature=0.5"])
@@ -40,28 +41,19 @@ def command(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     return lambda name: [name, *known[name]]
 
 
-# ---- the folder ------------------------------------------------------------------------------------------------------------
+MOMENTS = [
+    ("eval", evaluate, "kept_trajectories", "was removed while the run wrote to it"),
+    ("eval", style, "atomic_write", "cannot write to"),
+    ("tune", tune, "run_cell", "cannot write to"),
+    ("study", study.time, "sleep", "was removed while the run wrote to it"),
+]
 
 
-@pytest.mark.parametrize(
-    ("name", "place", "moment", "says"),
-    [
-        ("eval", evaluate, "kept_trajectories", "was removed while the run wrote to it"),
-        ("eval", style, "atomic_write", "cannot write to"),
-        ("tune", tune, "run_cell", "cannot write to"),
-        ("study", study.time, "sleep", "was removed while the run wrote to it"),
-    ],
-)
+@pytest.mark.parametrize("case", MOMENTS)
 def test_a_folder_removed_meanwhile_is_one_sentence(
-    name: str,
-    place: Any,
-    moment: str,
-    says: str,
-    command: Callable[[str], list[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    case: Any, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    name, place, moment, says = case
     usual = getattr(place, moment)
 
     def without_folder(*arguments: Any) -> Any:
@@ -69,26 +61,16 @@ def test_a_folder_removed_meanwhile_is_one_sentence(
         return usual(*arguments)
 
     monkeypatch.setattr(place, moment, without_folder)
-    arguments = command(name)
-    if moment == "kept_trajectories":
-        arguments += ["--batch-size=1", "--trajectories"]
-    assert main(arguments) == 2
+    assert main(command(name) + ["--batch-size=1", "--trajectories"] * (moment == "kept_trajectories")) == 2
     said = capsys.readouterr().err
     assert f"unmask: {tmp_path / 'out'} {says}" in said or f"unmask: {says} {tmp_path / 'out'}" in said
 
 
-# ---- standard output -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "closed"), [("eval", False), ("tune", False), ("study", True)])
+@pytest.mark.parametrize("name", ["eval", "tune", "study"])
 def test_a_lost_output_loses_no_result(
-    name: str,
-    closed: bool,
-    command: Callable[[str], list[str]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    name: str, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    closed = name == "study"  # None in place of a stream that breaks
     reader, writer = os.pipe()
     os.close(reader)
     with io.TextIOWrapper(os.fdopen(writer, "wb")) as stream:
@@ -103,10 +85,7 @@ def test_a_lost_output_loses_no_result(
     assert (tmp_path / "out" / ("front.json" if name == "tune" else "summary.json")).is_file()
 
 
-# ---- the home folder -------------------------------------------------------------------------------------------------------
-
-
-def test_a_home_that_cannot_be_written_changes_nothing(command: Callable[[str], list[str]], tmp_path: Path) -> None:
+def test_a_home_that_cannot_be_written_changes_nothing(command: Command, tmp_path: Path) -> None:
     (tmp_path / "home").touch()  # a file
     homes = {"HOME": "", "XDG_CACHE_HOME": "cache", "HF_HOME": "hf", "MPLCONFIGDIR": "figures"}
     env = {**os.environ, **{name: str(tmp_path / "home" / inside) for name, inside in homes.items()}}

@@ -41,11 +41,7 @@ def test_every_other_data_set_is_accepted_and_executes_nothing(tmp_path: Path) -
     assert names > EVALUATES
     for name in sorted(names):
         task = make_task(f"reasoning_gym:{name}", {})
-        for code in (
-            f"__import__('os').system('touch {made}')",
-            f"open({str(made)!r}, 'w')",
-            f"[open({str(made)!r}, 'w')]",
-        ):
+        for code in (f"__import__('os').system('touch {made}')", write := f"open({str(made)!r}, 'w')", f"[{write}]"):
             assert task.ask("score", 0, 0, code) < 0.5, (name, code)
     assert not made.exists()
 

@@ -6,8 +6,8 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.resources import files
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from unmask.config import Registry
@@ -45,11 +45,9 @@ class Grade:
         return cls(solved, float(solved), 1.0, answer)
 
 
-Judge = Callable[[Problem, str], float]
-"""What a completion of a problem earns."""
-Reward = Callable[..., "list[float | None]"]
-"""A reward function in TRL's signature."""
-PROMPTS = {file.name[:-4]: file.read_text("utf-8").rstrip() for file in (files("unmask.tasks") / "prompts").iterdir()}
+Judge = Callable[[Problem, str], float]  # what a completion of a problem earns
+Reward = Callable[..., "list[float | None]"]  # a reward function in TRL's signature
+PROMPTS = {f.stem: f.read_text(encoding="utf-8").rstrip() for f in Path(__file__).with_name("prompts").glob("*.txt")}
 """The texts in ``prompts`` by name, with ``{question}`` where the question goes."""
 TASKS: Registry[type[Task]] = Registry("task")
 """Tasks by name. ``@TASKS.register("name")`` adds a subclass of ``Task``."""
@@ -151,8 +149,8 @@ class Task(ABC):
     def prompt(self, lm: MaskedLM, problem: Problem, examples: Sequence[Problem] = ()) -> str:
         """The text that a model continues: the problem in its chat template, behind worked examples, and the prefill."""
         if any(example.response is None for example in examples):
-            fix = "leave --shots out, or try style=compact"
-            raise UserError(f"task {self.name} has no worked responses in this form: {fix}")
+            what = f"task {self.name} has no worked responses in this form"
+            raise UserError(f"{what}: leave --shots out, or try style=compact")
         turns = [(self.instruction(example), f"{self.prefill}{example.response}") for example in examples]
         return lm.chat(self.instruction(problem), self.prefill, turns)
 
@@ -190,7 +188,7 @@ def bucket(key: str, buckets: int = 100) -> int:
 
 
 def stream_seed(seed: int) -> int:
-    """reasoning-gym draws problem i from ``seed + i``, so neighbouring seeds would give nearly the same problems."""
+    """reasoning-gym draws problem i from ``seed + i``, so neighboring seeds would give nearly the same problems."""
     return seed << 40
 
 

@@ -41,10 +41,7 @@ class BoundedProcess:
     def ask(self, *question: Any) -> Any:
         """The reply to a question of hashable JSON values; None where there is none, or it took too much time or memory.
 
-        A reply that did not come in WALL_SECONDS, twice, is not remembered, and the next question starts another process.
-
-        Raises:
-            UserError: if the process cannot be started at all.
+        A reply that did not come in WALL_SECONDS, twice, is not remembered. UserError where the process cannot be started.
         """
         for _ in range(2):  # a machine that was suspended, or a process that somebody ended
             with suppress(TimeoutError):
@@ -69,8 +66,7 @@ class BoundedProcess:
         timer = threading.Timer(seconds, process.kill)
         timer.start()
         try:
-            process.stdin.write(line)
-            process.stdin.flush()
+            print(line, end="", file=process.stdin, flush=True)
             return json.loads(process.stdout.readline())
         except (OSError, ValueError):
             process.kill()

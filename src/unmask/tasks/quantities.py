@@ -34,7 +34,7 @@ _UNIT = (
     r"degrees?|deg|radians?|rad|dollars?|cents?|hours?|hrs?|minutes?|mins?|seconds?|secs?|days?|weeks?|months?|years?|"
     r"percent|lit(?:er|re)s?|[km]?g|(?:kilo)?grams?|pounds?|lbs?|ounces?|oz|gallons?|quarts?|pints?|cups?|mph|[sLh])"
 )
-_PART = re.compile(  # what stands between two numbers that are parts of one answer, or two answers
+_PART = re.compile(  # what is between two numbers that are parts of one answer, or two answers
     rf"\s*(?:{_UNIT}(?![a-zA-Z])\.?\s*(?:,?\s*and(?![a-zA-Z])|,|&)?|[,;]?\s*(?:and|or|to|through|times|plus|minus|over|"
     r"divided\s+by|multiplied\s+by)(?![a-zA-Z])\s*[(]?|[)]?\s)\s*",
     re.IGNORECASE,
@@ -57,8 +57,8 @@ _LAST_UNIT = re.compile(
 def number(text: str, last: bool = False) -> Fraction | None:
     """The number that a marked answer states, exactly; None if it states none, or several (a sum, a list, a range, parts).
 
-    Reads thousands separators, scales (``2 million``), percent signs (``60%`` is 60), units, fractions, mixed numbers, powers of
-    ten. Of ``a = b`` the right side counts. ``last``: of several numbers the last (prose), not the first (with remarks).
+    Reads thousands separators, scales (``2 million``), percent signs (``60%`` is 60), units, fractions, mixed numbers, powers
+    of ten. Of ``a = b`` the right side counts. ``last``: of several numbers the last (prose), not the first (with remarks).
     """
     for side, numbers in _sides(text):
         if numbers:
@@ -77,8 +77,8 @@ def quantity(text: str) -> Fraction | None:
     side, numbers = next(_sides(text))
     if len(numbers) != 1 or _VALUED.search(side) or (numbers[0]["scale"] or "").strip() in _SUFFIXES:
         return None
-    before, after = side[: numbers[0].start()], side[numbers[0].end() :]
-    alone = re.fullmatch(r"[\s(\\+]*", before) and _REMARK.fullmatch(side, numbers[0].end()) and len(after.split()) <= 6
+    start, end = numbers[0].span()
+    alone = re.fullmatch(r"[\s(\\+]*", side[:start]) and _REMARK.fullmatch(side, end) and len(side[end:].split()) <= 6
     return _value(side, numbers, 0) if alone else None
 
 

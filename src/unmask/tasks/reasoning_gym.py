@@ -24,7 +24,7 @@ Options = tuple[tuple[str, str], ...]
 
 ENDLESS = 2**31
 SIZES = {"acre": 2**12, "gsm_symbolic": 2**16, "list_functions": 2**16, "word_ladder": 20_000}
-"""Problems per seed of data sets that build a list of them first, or allow no more; all others are endless."""
+"""Problems per seed of data sets that build a list of them first, or allow no more."""
 MAKE_SECONDS = 30.0  # of processor time, for a data set or a problem
 PROBES = 2  # problems per data set
 NONSENSE = ("", "nonsense", "nan", "-987654321987", "(1,", "{}")
@@ -75,8 +75,8 @@ class ReasoningGym(Task):
         for index in range(SIZES.get(self.dataset, ENDLESS)):
             question = self.ask("question", stream_seed(seed), index)
             if question is None:
-                fix = "choose other parameters or another seed"
-                raise UserError(f"problem {index} of reasoning_gym:{self.dataset} cannot be made: {fix}")
+                what = f"problem {index} of reasoning_gym:{self.dataset}"
+                raise UserError(f"{what} cannot be made: choose other parameters or another seed")
             yield Problem(f"{seed}:{index}", question, {"seed": seed, "index": index})
 
     def identity(self, problem: Problem) -> str:
@@ -171,5 +171,5 @@ def prepare() -> Callable[..., Any]:
     import reasoning_gym  # noqa: F401  (slow: before copies are made)
 
     sys.addaudithook(_guard)
-    asked = {"probe": _probe, "question": lambda *problem: str(_entry(*problem)["question"]), "score": _score}
+    asked: Any = {"probe": _probe, "question": lambda *problem: str(_entry(*problem)["question"]), "score": _score}
     return lambda what, name, options, *more: asked[what](name, tuple(map(tuple, options)), *more)

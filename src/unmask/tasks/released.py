@@ -52,7 +52,7 @@ def _value(text: str, which: int) -> float | None:
 
 
 def strict_format(text: str) -> float:
-    """1 if each tag stands alone on its line with one line of text between, and a line end closes the last."""
+    """1 if each tag is alone on its line with one line of text between, and a line end closes the last."""
     return float(re.match(r"<reasoning>\n.*\n</reasoning>\n<answer>\n.*\n</answer>\n$", text) is not None)
 
 

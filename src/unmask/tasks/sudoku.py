@@ -42,8 +42,8 @@ class Sudoku(Task):
 
     def draw(self, seed: int) -> Iterator[Problem | None]:
         for found in draw_metadata("mini_sudoku", seed, min_empty=self.min_empty, max_empty=self.max_empty):
-            grids = found and ("".join(str(c) for row in found[key] for c in row) for key in ("puzzle", "solution"))
-            yield grids and self.problem(*grids)
+            grids = [found[key] for key in ("puzzle", "solution")] if found else []
+            yield self.problem(*("".join(str(c) for row in grid for c in row) for grid in grids)) if found else None
 
     def home_split(self, problem: Problem) -> str:
         return "heldout" if problem.truth["solution"] in heldout_grids() else super().home_split(problem)
@@ -79,9 +79,8 @@ class Sudoku(Task):
         return cells(tag).ljust(16, "0")[:16]
 
     def grade(self, problem: Problem, completion: str) -> Grade:
-        answer = self.extract(completion)
-        puzzle, solution = problem.truth["puzzle"], problem.truth["solution"]
-        empty = [i for i, c in enumerate(puzzle) if c == "0"]
+        answer, solution = self.extract(completion), problem.truth["solution"]
+        empty = [i for i, c in enumerate(problem.truth["puzzle"]) if c == "0"]
         right = sum(answer[i] == solution[i] for i in empty)
         return Grade(answer == solution, float(right), float(len(empty)), answer)
 
@@ -100,8 +99,7 @@ def cells(text: str, whole: bool = False) -> str:
         return runs[-1] if runs else ""
     parts = ["".join(re.findall("[0-9]", part)) for part in _WORDS.split(_LABELS.sub("  ", text))]
     full = [part for part in parts if len(part) >= 16]
-    rows = [part for part in parts if len(part) >= 4]
-    return full[-1] if full else "".join(rows or parts)
+    return full[-1] if full else "".join([part for part in parts if len(part) >= 4] or parts)
 
 
 def _labelled(grid: str) -> str:
