@@ -206,17 +206,36 @@ HOSTILE = [
 ]
 LINES = "\na\n</reasoning>\n<answer>\n{}\n</answer>\n"
 ROWS = {
-    "gsm8k": {"question": "q", "answer": "#### 1,002"}, "math500": {"problem": "q", "answer": "5"},
+    "gsm8k": {"question": "q", "answer": "#### 1,002"}, "math500": {"problem": "q", "answer": "\\frac{3}{2}"},
     "countdown": {"input": "8,3,5", "output": "29"}, "sudoku": {"Puzzle": PUZZLE[-16:], "Solution": GRID},
 }
-PAID = [  # task, completion, what each released reward pays
-    ("gsm8k", LINES.format("1,002"), [2, 0.5, 0, 0, 0.5]), ("gsm8k", LINES.format("1002"), [0, 0.5, 0, 0.5, 0.5]),
-    ("gsm8k", "a</reasoning><answer>1,002</answer>", [2, 0, 0.5, 0, 0]),
-    ("math500", LINES.format("\\boxed{5}"), [2, 0.75]), ("math500", LINES.format("5"), [0, 0.75]),
-    ("math500", "so \\boxed{5}", [2, 0.25]), ("countdown", "<answer>8*3+5</answer>", [1]),
-    ("countdown", "<answer>of course</answer>", [0.1]), ("countdown", "\\boxed{8*3+5}", [0]),
-    ("sudoku", f"<answer>{GRID}</answer>", [1]), ("sudoku", f"<answer>{GRID}", [0]),
-]
+PAID = {  # task -> completion, what each reward pays by default, and as released
+    "gsm8k": [
+        (LINES.format("1,002"), [2, 0, 0.5, 0.5, 0.5], [2, 0.5, 0, 0, 0.5]),
+        (LINES.format("1002"), [2, 0.5, 0.5, 0.5, 0.5], [0, 0.5, 0, 0.5, 0.5]),
+        (LINES.format("1002")[:-1], [2, 0.5, 0.5, 0.5, 0.5], [0, 0, 0, 0.5, 0.451]),
+        (LINES.format("8"), [0, 0.5, 0.5, 0.5, 0.5], [0, 0.5, 0, 0.5, 0.5]),
+        (LINES.format("1002") + "more", [2, 0.5, 0, 0.5, 0.496], [0, 0, 0, 0.5, 0.492]),
+        (LINES.format("1002") + "<|eot_id|>x", [2, 0.5, 0.5, 0.5, 0.5], [0, 0.5, 0, 0.5, 0.5]),
+        ("\na\nb" + LINES.format("1002")[2:], [2, 0.5, 0.5, 0.5, 0.5], [0, 0, 0, 0.5, 0.5]),
+        ("a</reasoning> <answer>1,002</answer>", [2, 0, 0, 0.5, 0], [2, 0, 0.5, 0, 0]),
+        ("a</reasoning> so <answer>1002</answer>", [2, 0.5, 0, 0, 0], [0, 0, 0, 0.5, 0]),
+        (LINES.format("1002")[:-12], [0, 0, 0, 0, 0.375], [0, 0, 0, 0.5, 0.336]),
+        ("\na\n</reasoning>" + LINES.format("1002")[2:], [2, 0.5, 0.5, 0.5, 0.375], [0, 0, 0, 0.5, 0.5]),
+        ("", [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]),
+    ],
+    "math500": [
+        (LINES.format("\\boxed{1.5}"), [2, 1], [0, 0.75]), (LINES.format("\\boxed{\\frac32}"), [2, 1], [2, 0.75]),
+        (LINES.format("\\frac{3}{2}"), [2, 0.75], [0, 0.75]), ("\\boxed{3}" + LINES.format("4"), [0, 0.75], [0, 0.75]),
+        ("so \\boxed{\\frac32}", [2, 0.5], [2, 0.25]), ("so 3/2", [0, 0.25], [0, 0.25]),
+    ],
+    "countdown": [
+        ("<answer>8*3+5</answer>", [1], [1]), ("<answer>of course</answer>", [0], [0.1]), ("\\boxed{8*3+5}", [1], [0]),
+        ("<answer>8+3+5</answer>", [0.1], [0.1]), ("<answer>8*3+4</answer>", [0], [0.1]), ("29", [0], [0]),
+        ("\\boxed{8 \\times 3 + 5 = 29}", [1], [0]),
+    ],
+    "sudoku": [(f"<answer>{GRID}</answer>", [1], [1]), (f"<answer>{GRID}", [1], [0])],
+}
 GRADED = {"gsm8k": "17", "math500": "17", "countdown": [[8, 3, 5], 29], "sudoku": GRID}
 READABLE = ["\\frac{1}{2}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "2^{10}", "x^{2y}", "10!", "\\text{dx}", "\\cdot"]
 NOT_READABLE = ["\\begin{vmatrix} 1 \\end{vmatrix}", "2^{3^4}", "2^{12345}", "5!!", "\\operatorname{x}", "d x", "1" * 40]
@@ -319,13 +338,15 @@ def test_the_published_readings_stay_as_released() -> None:
     assert not released.same_latex("1.5", "\\frac32") and not released.same_latex("x/2", "\\frac{x}{2}")
 
 
-@pytest.mark.parametrize(("task", "completion", "paid"), PAID)
-def test_released_rewards_by_hand(task: str, completion: str, paid: list[float]) -> None:
-    grader = make_task(task, {})
-    columns: Any = {"problem": [grader.parse(ROWS[task])], "task": [grader]}
-    table = reward_functions(["released", "solved"], [grader]).values()
-    values = [weight * function(prompts=["p"], completions=[completion], **columns)[0] for function, weight in table]  # type: ignore[operator]
-    assert values[:-1] == paid
+@pytest.mark.parametrize("task", PAID)
+def test_rewards_by_hand(task: str) -> None:
+    grader = make_task(f"{task}:template=tags" if task == "gsm8k" else task, {})
+    columns: Any = {"problem": [grader.parse(ROWS[task])], "task": [grader], "prompts": ["p"]}
+    for completion, *paid in PAID[task]:
+        for names, values in zip(([], ["released"]), paid, strict=True):
+            table = reward_functions(names, [grader]).values()
+            found = [weight * (reward(completions=[completion], **columns)[0] or 0) for reward, weight in table]
+            assert found == pytest.approx(values), (completion, names)
 
 
 def test_a_task_without_a_released_reward_says_so() -> None:

@@ -140,17 +140,9 @@ def test_arithmetic_and_boxes_by_hand() -> None:
     assert [text[slice(*span)] for span in box_spans(text)] == ["a{b}c", "2"]
 
 
-def test_countdown_rewards_by_hand() -> None:
+def test_countdown_grade_by_hand() -> None:
     task = make_task("countdown", {})
     problem = task.parse({"input": "8,3,5", "output": "29"})
-    for answer, paid in (
-        ("8*3+5", 1.0),
-        ("\\boxed{8 \\times 3 + 5 = 29}", 1.0),
-        ("8+3+5", 0.1),
-        ("8*3+4", 0.0),
-        ("29", 0.0),
-    ):
-        assert task.reward(problem, f"<answer>{answer}</answer>") == paid
     assert task.grade(problem, "<answer>29 = 8*3+5</answer>").solved
     assert not make_task("countdown:operators=+-", {}).grade(problem, "8*3+5").solved  # an operator not allowed
 
@@ -353,35 +345,6 @@ def test_prompts(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             make_task(f"math500:{spec}", {})
-
-
-GSM8K_PAID = {  # what each reward pays for a completion where the truth is 7
-    "\na\nb\n</reasoning>\n<answer>\n7\n</answer>": [2, 0.5, 0.5, 0.5, 0.5],
-    "\na\n</reasoning>\n<answer>\n7\n</answer>\n<|eot_id|>x": [2, 0.5, 0.5, 0.5, 0.5],
-    "\na\n</reasoning>\n<answer>\n8\n</answer>\n": [0, 0.5, 0.5, 0.5, 0.5],
-    "\na\n</reasoning>\n<answer>\n$7\n</answer>\n": [2, 0, 0.5, 0.5, 0.5],
-    "\na\n</reasoning>\n<answer>\n7\n</answer>\nmore": [2, 0.5, 0, 0.5, 0.496],
-    "a</reasoning> <answer>7</answer>": [2, 0.5, 0, 0.5, 0],
-    "a</reasoning> so <answer>7</answer>": [2, 0.5, 0, 0, 0],
-    "\na\n</reasoning>\n<answer>\n7": [0, 0, 0, 0, 0.375],
-    "\na\n</reasoning>\n</reasoning>\n<answer>\n7\n</answer>": [2, 0.5, 0.5, 0.5, 0.375],
-    "": [0, 0, 0, 0, 0],
-}
-MATH500_PAID = {  # where it is 3/2
-    "a</reasoning><answer>\\boxed{1.5}</answer>": [2, 1],
-    "a</reasoning><answer>\\frac{3}{2}</answer>": [2, 0.75],
-    "\\boxed{3}</reasoning><answer>4</answer>": [0, 0.75],
-    "so \\boxed{\\frac32}": [2, 0.5],
-    "so 3/2": [0, 0.25],
-}
-
-
-def test_rewards_by_hand() -> None:
-    for task, answer, table in ((GSM8K(template="tags"), "7", GSM8K_PAID), (MATH500(), "\\frac{3}{2}", MATH500_PAID)):
-        problem = task.make_problem("How many?", answer)
-        for completion, paid in table.items():
-            found = [weight * judge(problem, completion) for judge, weight in task.rewards().values()]
-            assert found == pytest.approx(paid), completion
 
 
 def test_completions_made_elsewhere() -> None:
