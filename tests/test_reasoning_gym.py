@@ -12,21 +12,17 @@ import pytest
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
-from unmask import make_task
-from unmask.errors import UserError
-from unmask.tasks import verifier
-from unmask.tasks.base import split_of, stream_seed
+from unmask import Problem, UserError, make_task
+from unmask.tasks.base import stream_seed
+from unmask.tasks.reasoning_gym import SIZES, WORKER
 
-EXECUTES = "would execute model text"
+EXECUTE = ("intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration")
 REFUSED = {
     "complex_arithmetic": "pays 1 for the answer 'nan'",
     "game_of_life_halting": "pays 1 for the answer 'nonsense'",
     "composite": "refuses its parameters: Must specify at least one dataset",
     "countdown": "would execute model text: use task 'countdown' instead",
-    "intermediate_integration": EXECUTES,
-    "polynomial_multiplication": EXECUTES,
-    "puzzle24": EXECUTES,
-    "simple_integration": EXECUTES,
+    **dict.fromkeys(EXECUTE, "would execute model text"),
 }
 # Half a second or more each; and those that pass an answer that is no match to eval.
 SLOW = {"arc_agi", "codeio", "figlet_font", "group_anagrams", "knight_swap", "quantum_lock"}
@@ -41,17 +37,16 @@ def test_data_sets_that_cannot_be_graded_are_refused_by_name(name: str) -> None:
 
 def test_every_other_data_set_is_accepted_and_executes_nothing(tmp_path: Path) -> None:
     made = tmp_path / "made"
-    names = set(DATASETS) - set(REFUSED) - set(verifier.SIZES) - SLOW
+    names = set(DATASETS) - set(REFUSED) - set(SIZES) - SLOW
     assert names > EVALUATES
     for name in sorted(names):
         task = make_task(f"reasoning_gym:{name}", {})
-        opens = f"open({str(made)!r}, 'w')"
-        for code in (f"__import__('os').system('touch {made}')", opens, f"[{opens}]"):
+        for code in (f"__import__('os').system('touch {made}')", write := f"open({str(made)!r}, 'w')", f"[{write}]"):
             assert task.ask("score", 0, 0, code) < 0.5, (name, code)
     assert not made.exists()
 
 
-@pytest.mark.parametrize("name", verifier.SIZES)
+@pytest.mark.parametrize("name", SIZES)
 def test_data_sets_that_build_a_list_answer_quickly(name: str) -> None:
     start = time.perf_counter()
     assert len(make_task(f"reasoning_gym:{name}", {}).problems("test", 5)) == 5
@@ -61,11 +56,12 @@ def test_data_sets_that_build_a_list_answer_quickly(name: str) -> None:
 def test_problems_are_those_of_the_data_set_and_its_verifier_grades_them() -> None:
     task = make_task("reasoning_gym:leg_counting,max_animals=4", {})
     source = reasoning_gym.create_dataset("leg_counting", seed=stream_seed(3), size=200, max_animals=4)
-    test = [entry for entry in source if split_of(entry["question"]) == "test"][:8]
+    test = [entry for entry in source if task.home_split(Problem("", entry["question"], {})) == "test"][:8]
     problems = task.problems("test", 8, seed=3)
     assert [p.question for p in problems] == [entry["question"] for entry in test]
-    right = [f"<answer>{entry['answer']}</answer>" for entry in test]
-    assert list(task.rewards()) == ["leg_counting"] and task.reward([""], right, problem=problems) == [1.0] * 8
+    reward, weight = task.rewards()["leg_counting"]
+    right = (f"<answer>{entry['answer']}</answer>" for entry in test)
+    assert [weight * reward(*pair) for pair in zip(problems, right, strict=True)] == [1.0] * 8
     assert not task.grade(problems[0], "<answer>-1</answer>").solved
 
 
@@ -87,18 +83,18 @@ def test_a_process_that_is_gone_is_replaced_by_one_with_the_same_problems() -> N
     """Questions of ransom_note follow the order of a set, which differs from process to process in Python."""
     task: Any = make_task("reasoning_gym:ransom_note", {})
     before = [task.ask("question", 0, index) for index in range(3)]
-    assert verifier.HELPER.process is not None
-    verifier.HELPER.process.kill()
-    verifier.HELPER.replies.cache_clear()
+    assert WORKER.process is not None
+    WORKER.process.kill()
+    WORKER.replies.cache_clear()
     assert [task.ask("question", 0, index) for index in range(3)] == before
 
 
 TOY = """
-import builtins, os, socket, subprocess, sys
+import os, socket, subprocess, sys
 from dataclasses import dataclass
 from reasoning_gym.dataset import ProceduralDataset
 from reasoning_gym.factory import register_dataset
-from unmask.tasks import verifier
+from unmask.tasks import reasoning_gym as task
 
 made = sys.argv[1]
 ACTS = {
@@ -131,8 +127,8 @@ class Toy(ProceduralDataset):
         return ACTS[answer]() or 1.0
 
 register_dataset("toy", Toy, Config)
-answer = verifier.prepare()
-verifier.bounded.limit_time = lambda seconds: None
+answer = task.prepare()
+task.bounded.limit_time = lambda seconds: None
 assert answer("probe", "toy", []) == "", answer("probe", "toy", [])
 print([name for name in ACTS if answer("score", "toy", [], 0, 0, name)], os.path.exists(made), eval("2 + 2"))
 """

@@ -1,23 +1,29 @@
-"""Problems, splits, graders and rewards."""
+"""Problems, splits, prompts, graders and rewards."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import permutations
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from test_answers import FORM, solved
 from unmask import Grade, Problem, Task, UserError, make_task
 from unmask.cli import main
 from unmask.errors import TooFewProblems
 from unmask.tasks import TASKS, base
 from unmask.tasks.answers import arithmetic, box_spans
 from unmask.tasks.countdown import Countdown, worked_solution
+from unmask.tasks.math.gsm8k import GSM8K
+from unmask.tasks.math.math500 import MATH500
 from unmask.tasks.sudoku import heldout_grids, solved_grids
 
 COMPACT = {
@@ -33,18 +39,15 @@ def test_problems_are_seeded_and_splits_disjoint(spec: str) -> None:
     assert splits["train"] == task.problems("train", 40, seed=3)
     assert splits["train"] != task.problems("train", 40, seed=4)
     assert splits["test"][:10] == task.problems("test", 10, seed=3)
-    other_seed = {p.question for p in task.problems("train", 80, seed=99)}
-    for split in ("validation", "test"):
-        assert not {p.question for p in splits[split]} & {p.question for p in splits["train"]}
-        assert not {p.question for p in splits[split]} & other_seed
+    train = {task.identity(p) for p in splits["train"] + task.problems("train", 200, seed=99)}
+    assert not any(task.identity(p) in train for p in splits["validation"] + splits["test"])
 
 
 @pytest.mark.parametrize("spec", ["countdown", "countdown:numbers=4,operators=+-*/", "sudoku"])
 def test_worked_responses_are_right(spec: str) -> None:
     task = make_task(spec, COMPACT)
-    for problem in task.problems("train", 100):
-        grade = task.grade(problem, problem.response or "")
-        assert grade.solved and grade.points == grade.possible
+    grades = [task.grade(problem, problem.response or "") for problem in task.problems("train", 100)]
+    assert all(grade.solved and grade.points == grade.possible for grade in grades)
 
 
 class Letters(Task):
@@ -70,22 +73,10 @@ def test_different_problems_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Letters, "letters", letters)
         with pytest.raises(TooFewProblems, match="only 3 different test problems of task letters exist: ask for fewer"):
             Letters().problems("test", 4)
-
-
-@pytest.mark.parametrize(
-    "spec", ["countdown:max_value=5,max_target=10", "sudoku:min_empty=1,max_empty=1", "reasoning_gym:coin_flip"]
-)
-def test_a_split_that_is_exhausted_says_so_however_many_were_wanted(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "MAX_CONSECUTIVE_DUPLICATES", 60)
-    with pytest.raises(TooFewProblems, match=r"only \d+ different test .*: ask for fewer"):
-        make_task(spec, {}).problems("test", 10**9)
-
-
-def test_countdown_number_order_does_not_leak() -> None:
-    """The same numbers in another order are the same problem, so they stay in one split."""
-    task = make_task("countdown", COMPACT)
-    test = {p.id for p in task.problems("test", 100)}
-    assert not test & {p.id for p in task.problems("train", 600)}
+    for spec in ("countdown:max_value=5,max_target=10", "sudoku:min_empty=1,max_empty=1", "reasoning_gym:coin_flip"):
+        with pytest.raises(TooFewProblems, match=r"only \d+ different test .*: ask for fewer"):
+            make_task(spec, {}).problems("test", 10**9)
 
 
 def test_sudoku_grids() -> None:
@@ -96,10 +87,7 @@ def test_sudoku_grids() -> None:
     for split in ("train", "validation", "test"):
         assert not {p.truth["solution"] for p in task.problems(split, 60)} & heldout_grids()
     assert {p.truth["solution"] for p in task.problems("heldout", 60)} <= heldout_grids()
-
-
-def test_sudoku_puzzles_have_one_solution() -> None:
-    for problem in make_task("sudoku:max_empty=12", {}).problems("test", 60):
+    for problem in make_task("sudoku:max_empty=12", {}).problems("test", 60):  # each has one solution
         puzzle, solution = problem.truth["puzzle"], problem.truth["solution"]
         fits = [g for g in solved_grids() if all(p in ("0", c) for p, c in zip(puzzle, g, strict=True))]
         assert fits == [solution]
@@ -112,7 +100,7 @@ def test_sudoku_grade_by_hand() -> None:
     grade = task.grade(problem, half)
     # Empty cells: 0, 2, 5, 6, 7, 8, 11, 12, 15 = 9. Right of them: 0, 2, 5, 6, 7, 8 (4), 15 (4) = 7.
     assert (grade.points, grade.possible, grade.solved) == (7.0, 9.0, False)
-    assert task.reward([""], [half], problem=[problem]) == [7 / 9]
+    assert task.reward(problem, half) == 7 / 9
     assert task.grade(problem, "no answer at all").points == 0
     assert task.grade(problem, "<answer>a3142 b2431 c4213 d1324").solved  # left open, with labels
 
@@ -128,12 +116,8 @@ def brute_force(numbers: tuple[int, ...], target: int) -> bool:
     """Whether + - * over positive results reach the target, by plain recursion."""
     if len(numbers) == 1:
         return numbers[0] == target
-    for order in permutations(numbers):
-        a, b, *rest = order
-        for value in (a + b, a - b, a * b):
-            if value > 0 and brute_force((value, *rest), target):
-                return True
-    return False
+    pairs = ((value, rest) for a, b, *rest in permutations(numbers) for value in (a + b, a - b, a * b) if value > 0)
+    return any(brute_force((value, *rest), target) for value, rest in pairs)
 
 
 @given(st.tuples(*[st.integers(1, 15)] * 3), st.integers(1, 99))
@@ -149,27 +133,18 @@ def test_search_finds_an_answer_exactly_when_there_is_one(numbers: tuple[int, ..
             assert value is not None and value[0] == int(right)
 
 
-def test_arithmetic_is_exact() -> None:
-    assert arithmetic("1/3*3") == (Fraction(1), [1, 3, 3])
+def test_arithmetic_and_boxes_by_hand() -> None:
+    assert arithmetic("1/3*3") == (Fraction(1), [1, 3, 3]) and arithmetic("1/0") is None
     assert arithmetic("(07 - 2) * -3") == (Fraction(-15), [7, 2, 3])
-    assert arithmetic("1/0") is None
     text = "\\boxed{a{b}c} x \\boxed {2}"
     assert [text[slice(*span)] for span in box_spans(text)] == ["a{b}c", "2"]
 
 
-def test_countdown_rewards_by_hand() -> None:
+def test_countdown_grade_by_hand() -> None:
     task = make_task("countdown", {})
     problem = task.parse({"input": "8,3,5", "output": "29"})
-    completions = [
-        "<answer>8*3+5</answer>",  # right
-        "\\boxed{8 \\times 3 + 5 = 29}",  # right, in LaTeX
-        "<answer>8+3+5</answer>",  # the given numbers, wrong value
-        "<answer>8*3+4</answer>",  # another number
-        "<answer>29</answer>",
-    ]
-    assert task.reward([""], completions, problem=[problem] * 5) == [1.0, 1.0, 0.1, 0.0, 0.0]
     assert task.grade(problem, "<answer>29 = 8*3+5</answer>").solved
-    assert not make_task("countdown:operators=+-", {}).grade(problem, completions[0]).solved  # an operator not allowed
+    assert not make_task("countdown:operators=+-", {}).grade(problem, "8*3+5").solved  # an operator not allowed
 
 
 @pytest.mark.parametrize(
@@ -197,17 +172,11 @@ def test_wrong_task_specs_name_the_fix(spec: str, message: str, monkeypatch: pyt
 
 
 def test_data_files(tmp_path: Path) -> None:
-    countdown = tmp_path / "c.jsonl"
+    countdown, sudoku = tmp_path / "c.jsonl", tmp_path / "s.csv"
     countdown.write_text('{"input": "30,100,93", "output": "23"}\n')
     assert make_task(f"countdown:data={countdown}", {}).problems("test", None)[0].truth["numbers"] == [30, 100, 93]
-    sudoku = tmp_path / "s.csv"
     sudoku.write_text("Puzzle,Solution\n3102200002100320,3142243142131324\n")
     assert make_task(f"sudoku:data={sudoku}", {}).problems("test", None)[0].truth["solution"] == "3142243142131324"
-    countdown.write_text(json.dumps({"input": "1,2", "output": "x"}))
-    with pytest.raises(UserError, match=r"c\.jsonl:1 is no problem of task countdown"):
-        make_task(f"countdown:data={countdown}", {}).problems("test", None)
-    with pytest.raises(UserError, match="cannot read"):
-        make_task(f"sudoku:data={tmp_path}/none.csv", {}).problems("test", None)
 
 
 def test_a_task_of_ones_own(tmp_path: Path, toy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,10 +187,169 @@ def test_a_task_of_ones_own(tmp_path: Path, toy_folder: str, monkeypatch: pytest
     problem = task.problems("train", 4)[0]
     word = problem.truth["answer"]
     assert problem.question == f"reverse {word[::-1]}" and task.grade(problem, f" {word}\n").solved
-    assert task.reward([""] * 2, [word, word[:2]], problem=[problem] * 2) == [1.0, 2 / 3]
+    reward, weight = task.rewards()["letters"]
+    assert [weight * reward(problem, text) for text in (word, word[:2])] == [1.0, 2 / 3]
     flags = ["--model", toy_folder, "--limit", "2", "--max-new-tokens", "4", "--output", str(tmp_path / "eval")]
     assert main(["eval", "--task", spec, "--decoder", "full:steps=2", *flags]) == 0
     assert json.loads((tmp_path / "eval" / "summary.json").read_text())["cells"][0]["task"] == spec
     assert TASKS.register("backwards")(type(task)) is type(task)
     assert make_task("backwards:length=3", {"reversal": {"length": 4}}) == task != make_task("backwards", {})
     del TASKS["backwards"]
+
+
+# ---- GSM8K and MATH500 ----------------------------------------------------------------------------------------------
+
+NAMES = ("gsm8k", "math500")
+
+
+def row(name: str, i: int) -> dict[str, Any]:
+    if name == "math500":
+        return {"problem": f"What is $\\frac{{1}}{{{i}}}$?", "solution": f"It is \\boxed{{\\frac{{1}}{{{i}}}}}."}
+    answer = f"Two hold 2*{i}=<<2*{i}={2 * i}>>{2 * i}.\n#### {2 * i:,}"
+    return {"question": f"A box holds {i} eggs. And two?", "answer": answer}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_splits_of_a_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row(name, i)) + "\n" for i in range(1, 401)))
+    last = [row(name, i) for i in range(401, 406)]
+    questions = [r.get("problem", r.get("question")) for r in last]
+    if name == "math500":  # in the form of other copies
+        last = [{"question": r["problem"], "ground_truth_answer": r["solution"][13:-2]} for r in last]
+    (tmp_path / "test.json").write_text(json.dumps(last))
+    task = make_task(f"{name}:data={tmp_path}", {})
+    train, validation, test = (task.problems(s, None, seed=1) for s in ("train", "validation", "test"))
+    assert len(train) + len(validation) == 400 and 20 < len(validation) < 65
+    assert [p.question for p in test] == questions
+    assert not {p.id for p in train} & {p.id for p in validation}
+    other = task.problems("train", None, seed=2)
+    assert {p.id for p in other} == {p.id for p in train} and other != train
+    assert task.problems("validation", None, seed=2) == validation and task.problems("train", 7, seed=1) == train[:7]
+    assert all(p.response and task.grade(p, p.response).solved for p in train[:20] + validation[:20])
+
+
+def test_problems_of_the_published_forms(tmp_path: Path) -> None:
+    problem = GSM8K().parse({"question": "Q?", "answer": "Half is 4/2=<<4/2=2>>2.\nSo 1,002.\n#### 1,002"})
+    assert problem.truth == {"answer": "1002", "stated": "1,002"}
+    assert problem.response == "\nHalf is 4/2=2.\nSo 1,002.\n</reasoning>\n<answer>\n\\boxed{1002}\n</answer>"
+    tags = GSM8K(template="tags").parse({"question": "Q?", "answer": "So 7.\n#### 7"})
+    assert tags.response == "\nSo 7.\n</reasoning>\n<answer>\n7\n</answer>"
+    hub = {"problem": "Q?", "solution": "x \\boxed{9}", "answer": "8", "level": 2, "unique_id": "a"}
+    assert MATH500().parse(hub).truth == {"answer": "8"}
+    local = MATH500().parse({"question": "Q?", "ground_truth_answer": "8"})
+    assert (local.id, local.response) == (MATH500().parse(hub).id, None)  # one identity, wherever it comes from
+    for braceless in ("so $\\boxed 8$.", "so $\\fbox{8}$."):
+        assert MATH500().parse({"problem": "Q?", "solution": braceless}).truth == {"answer": "8"}
+
+
+def test_a_copy_of_a_hub_data_set_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import pyarrow
+    from pyarrow import parquet
+
+    (tmp_path / "main").mkdir()
+    files = [{"split": split, "path": f"main/{split}-*"} for split in ("train", "test")]
+    (tmp_path / "README.md").write_text(
+        f"---\nconfigs: {json.dumps([{'config_name': 'main', 'data_files': files}])}\n---\n"
+    )
+    for split, rows in (("train", range(1, 60)), ("test", range(60, 63))):
+        table = pyarrow.Table.from_pylist([row("gsm8k", i) for i in rows])
+        parquet.write_table(table, tmp_path / "main" / f"{split}-00000-of-00001.parquet")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    task = make_task(f"gsm8k:data={tmp_path}", {})
+    assert [p.question for p in task.problems("test", None)] == [row("gsm8k", i)["question"] for i in range(60, 63)]
+    assert len(task.problems("train", None)) + len(task.problems("validation", None)) == 59
+    file = tmp_path / "main" / "test-00000-of-00001.parquet"
+    assert make_task(f"gsm8k:data={file}", {}).problems("test", None) == task.problems("test", None)
+
+
+def test_the_hub_is_the_default_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+    import huggingface_hub
+
+    sources = {"openai/gsm8k": "gsm8k", "HuggingFaceH4/MATH-500": "math500", "ankner/math-500": "math500"}
+    asked = []
+
+    def load(name: str, configuration: str | None, split: str) -> list[dict[str, str]]:
+        asked.append((name, configuration, split))
+        return [row(sources[name], i) for i in range(1, 101)]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *_, **__: None)
+    for name in NAMES:
+        task = make_task(name, {})
+        assert len(task.problems("test", None)) == 100 and len(task.problems("test", 3)) == 3
+        assert len(task.problems("train", None)) + len(task.problems("validation", None)) == 100
+        with pytest.raises(UserError, match=r"problems, not 5000: ask for fewer"):
+            task.problems("train", 5000)
+    ours = {("openai/gsm8k", "main", "test"), ("openai/gsm8k", "main", "train")}
+    assert set(asked) == ours | {("HuggingFaceH4/MATH-500", None, "test"), ("ankner/math-500", None, "train")}
+
+
+def test_no_network_is_one_sentence_and_fast(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import datasets
+    import huggingface_hub
+
+    was = huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", Mock(side_effect=OSError("no route")))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    for name, source in (("gsm8k", "openai/gsm8k"), ("math500", "HuggingFaceH4/MATH-500")):
+        start = time.perf_counter()
+        with pytest.raises(UserError) as raised:
+            make_task(name, {}).problems("test", 3)
+        assert time.perf_counter() - start < 10
+        message = str(raised.value)
+        assert message.startswith(f"could not download the data set {source} (") and "\n" not in message
+        assert message.endswith(f"use a local file or folder as {name}:data=PATH")
+    assert was == (huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("a.jsonl", '{"question": "Q?", "answer": "7"}\n', r"a\.jsonl:1 is no problem of task gsm8k"),
+        ("a.jsonl", '{"question": "Q?", "answer": "#### 7"}\n[1]\n', r"a\.jsonl:2 is \[1\]: write a JSON object"),
+        ("a.jsonl", '{"question": "\\ud800", "answer": "#### 7"}\n', r"a\.jsonl:1 is not JSON"),
+        ("a.parquet", "x", "cannot read the data file"),
+        ("a.jsonl", None, r"cannot read .*a\.jsonl"),
+        (".", None, r"no \.json, \.jsonl, \.parquet file of the test split: use a folder with train"),
+    ],
+)
+def test_faulty_sources_are_named(tmp_path: Path, file: str, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=message):
+        make_task(f"gsm8k:data={tmp_path / file}", {}).problems("test", None)
+    with pytest.raises(UserError, match="holds test problems: split 'train'" if file != "." else "train split"):
+        make_task(f"gsm8k:data={tmp_path / file}", {}).problems("train", 3)
+
+
+def test_prompts(tmp_path: Path) -> None:
+    task: Any = make_task("gsm8k", {})
+    problem = task.make_problem("How many?", "3")
+    for name in NAMES:
+        boxed, tags = (make_task(f"{name}:template={t}", {}) for t in ("boxed", "tags"))
+        assert make_task(name, {}) == boxed and boxed.prefill == tags.prefill == "<reasoning>"
+        assert "\\boxed{" in boxed.instruction(problem) and "\\boxed" not in tags.instruction(problem)
+        for text in (boxed.instruction(problem), tags.instruction(problem)):
+            assert text.endswith(problem.question) and "<reasoning>\n" in text and "\n</answer>" in text
+    file = tmp_path / "template.txt"
+    file.write_text("Q: {question} {x}\nA:")
+    own = make_task(f"gsm8k:template={file}", {})
+    assert own.instruction(problem) == "Q: How many? {x}\nA:" and own.config()["template_text"] == file.read_text()
+    file.write_text("Q:")
+    for spec, message in (
+        (f"template={file}", r"lacks \{question\}"),
+        ("template=box", "cannot read the template .boxed, tags or a file. box"),
+        ("style=compact", "has no style 'compact'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_task(f"math500:{spec}", {})
+
+
+def test_completions_made_elsewhere() -> None:
+    assert solved("gsm8k", FORM.format("\\boxed{1,200}"), 1200.0)
+    for spec in ("gsm8k", "gsm8k:extraction=published"):  # no truth, no right answer
+        assert not solved(spec, "\\boxed{3}", None)
+    task = make_task("math500", {})
+    assert task.completion_truth({"question": "Q?", "ground_truth": "\\frac14"}).truth == {"answer": "\\frac14"}

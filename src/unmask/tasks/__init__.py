@@ -16,14 +16,10 @@ __all__ = ["TASKS", "Grade", "Judge", "Problem", "Task", "make_task"]
 
 
 def make_task(spec: str, defaults: Mapping[str, Mapping[str, Any]]) -> Task:
-    """A task from ``name:key=value,…`` or ``package.module:Name,key=value,…``.
+    """A task from ``"countdown:numbers=4"``, ``"reasoning_gym:leg_counting"``, ``"package.module:Name,key=value"`` or alike.
 
-    Args:
-        spec: e.g. ``"sudoku"``, ``"countdown:numbers=4,style=compact"`` or ``"reasoning_gym:leg_counting,max_animals=4"``.
-        defaults: parameters by task name that a checkpoint was trained for; the spec overrides them.
-
-    Raises:
-        UserError: for an unknown task or parameter, or a value out of range.
+    ``defaults``: parameters by task name that a checkpoint was trained for; the spec overrides them. Raises UserError for an
+    unknown task or parameter, or a value out of range.
     """
     name, parameters = split_spec(spec)
     if name.split(":")[0] == ReasoningGym.name:

@@ -6,7 +6,6 @@ import ast
 import operator
 import re
 from bisect import bisect_left
-from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
 
@@ -17,7 +16,7 @@ MAX_ANSWER = 500  # characters of an answer that a record keeps
 
 _BRACES = re.compile(r"\\boxed\s*\{|\{|\}")
 _END_TOKENS = re.compile(r"<\|eot_id\|>|<\|endoftext\|>|<\|im_end\|>")
-_PLACEHOLDER = re.compile(  # what stands where an answer belongs: dots, or words as in ``\boxed{\text{final answer}}``
+_PLACEHOLDER = re.compile(  # what is written in place of an answer: dots, or words as in ``\boxed{\text{final answer}}``
     r"(?:[\s.…?_{}]|\\[cl]?dots|\\(?:text[a-z]*|mbox|mathrm)|(?:your|the|final|answer|here|result|in|form|goes)\b)*",
     re.IGNORECASE,
 )
@@ -42,17 +41,10 @@ def box_spans(text: str) -> list[tuple[int, int]]:
     return sorted(spans)
 
 
-def tag_span(text: str) -> tuple[int, int] | None:
-    """Where the content of the last ``<answer>…</answer>`` begins and ends."""
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0))
-    return (start + len("<answer>"), end) if start >= 0 else None
-
-
 def tagged(text: str) -> str | None:
     """The text of the last ``<answer>…</answer>``, or None."""
-    span = tag_span(text)
-    return span and text[slice(*span)]
+    _, tag, content = text.rpartition("</answer>")[0].rpartition("<answer>")
+    return content if tag else None
 
 
 def cut_at_end(text: str) -> str:
@@ -61,76 +53,68 @@ def cut_at_end(text: str) -> str:
 
 
 def final(text: str, numeric: bool = False) -> tuple[str, bool] | None:
-    """The answer that a completion marks, as it is written, and whether it stands in a box; None where nothing is marked.
+    """The answer that a completion marks, as it is written, and whether it is in a box; None where nothing is marked.
 
     Of the text before its end token: the last box that is not empty, no ``...`` and no words about an answer; the last answer
     tags instead where they come after it, or where the box inside them is never closed; a last line ``#### …`` or
-    ``Answer: …`` where it comes after both. Tags that are never closed mark nothing, and neither does an empty ``\\boxed``.
-
-    Args:
-        numeric: only what has a digit is an answer.
+    ``Answer: …`` where it comes after both. ``numeric``: only what has a digit is an answer.
     """
     text = cut_at_end(text).replace("\\fbox", "\\boxed")
     digits = [i for i, character in enumerate(text) if character.isnumeric()] if numeric else []
 
     def holds_answer(a: int, b: int) -> bool:
-        if numeric:
-            return bisect_left(digits, a) < bisect_left(digits, b)
-        return not _PLACEHOLDER.fullmatch(text, a, b)
+        return bisect_left(digits, a) < bisect_left(digits, b) if numeric else not _PLACEHOLDER.fullmatch(text, a, b)
 
-    found: list[tuple[int, str, bool]] = []  # where it stands, what is written, whether in a box
-    boxes = sorted(box_spans(text) + [m.span(1) for m in _BARE_BOX.finditer(text)], reverse=True)
-    box, box_end = next((span for span in boxes if holds_answer(*span)), (-1, -1))
+    found: list[tuple[int, bool, str]] = []  # where it begins, whether it is in a box, what is written
+    spans = box_spans(text) + [bare.span(1) for bare in _BARE_BOX.finditer(text)]
+    box, box_end = max((span for span in spans if holds_answer(*span)), default=(-1, -1))
     if box >= 0:
-        found.append((box, text[box:box_end], True))
-    start, end = tag_span(text) or (-1, text.rfind("</answer>"))
-    tag = start - len("<answer>")
-    if start >= 0 and not tag < box < end and holds_answer(start, end):
+        found.append((box, True, text[box:box_end]))
+    end = text.rfind("</answer>")
+    tag = text.rfind("<answer>", 0, max(end, 0))
+    start = tag + len("<answer>")
+    if tag >= 0 and not tag < box < end and holds_answer(start, end):
         inside = _EMPTY_BOX.sub(" ", text[start:end]).replace("\\boxed{", " ", 1)
         if not _PLACEHOLDER.fullmatch(inside):
-            found.append((tag, inside, False))
+            found.append((tag, False, inside))
     closing = _CLOSING.search(text, max(0, len(text) - 200))
     body = closing.start() if closing else len(text)
     line = text.rfind("\n", 0, body) + 1
     marked = _LAST_LINE.fullmatch(text, line, body)
     if marked and "\\boxed" not in marked[1] and not tag < line < end and holds_answer(*marked.span(1)):
-        found.append((line, marked[0], False))  # its label is dropped where the answer is read
+        found.append((line, False, marked[0]))  # its label is dropped where the answer is read
     if not found:
         return None
-    _, content, in_box = max(found, key=lambda f: f[0])  # the box, where tags begin in it
-    return content.strip(), in_box
+    _, in_box, written = max(found)  # the box, where tags begin it
+    return written.strip(), in_box
 
 
-def _power(base: Any, exponent: Any) -> Any:
-    if isinstance(base, int) and isinstance(exponent, int) and base.bit_length() * abs(exponent) > 10_000:
-        raise OverflowError
-    return base**exponent
-
-
-_EXACT: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-}
+_EXACT = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
 def evaluate(expression: str, exact: bool) -> Any:
     """The value of Python arithmetic, None for anything else and for what has no value.
 
-    Args:
-        exact: in fractions, with ``+ - * /`` alone; else as Python computes, also ``//`` and bounded powers.
+    ``exact``: in fractions, with ``+ - * /`` alone; else as Python computes, also ``//`` and bounded powers.
     """
-    known = _EXACT if exact else {**_EXACT, ast.FloorDiv: operator.floordiv, ast.Pow: _power}
+    known: dict[Any, Any] = _EXACT if exact else {**_EXACT, ast.FloorDiv: operator.floordiv, ast.Pow: operator.pow}
 
     def value(node: ast.AST) -> Any:
-        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-            return Fraction(node.value) if exact else node.value
-        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub | ast.UAdd):
-            inner = value(node.operand)
-            return -inner if isinstance(node.op, ast.USub) else inner
-        if isinstance(node, ast.BinOp) and type(node.op) in known:
-            return known[type(node.op)](value(node.left), value(node.right))
+        match node:
+            case ast.Constant(value=int() | float() as number):
+                return Fraction(number) if exact else number
+            case ast.UnaryOp(ast.UAdd() | ast.USub() as sign, operand):
+                return -value(operand) if isinstance(sign, ast.USub) else value(operand)
+            case ast.BinOp(left, op, right) if type(op) in known:
+                a, b = value(left), value(right)
+                if (
+                    isinstance(op, ast.Pow)
+                    and isinstance(a, int)
+                    and isinstance(b, int)
+                    and a.bit_length() * abs(b) > 10_000
+                ):
+                    raise OverflowError
+                return known[type(op)](a, b)
         raise ValueError
 
     try:
@@ -154,11 +138,8 @@ def arithmetic(expression: str) -> tuple[Fraction, list[int]] | None:
 def expression(text: str) -> str:
     """A marked answer as Python arithmetic, LaTeX made plain; of ``a = b`` the side with an operator."""
     text = operators(plain(text))
-    if len(text) <= 10 * MAX_EXPRESSION:
-        for _ in range(MAX_EXPRESSION):
-            text, found = FRACTION.subn(r"((\1)/(\2))", text)
-            if not found:
-                break
+    while len(text) <= 10 * MAX_EXPRESSION and FRACTION.search(text):
+        text = FRACTION.sub(r"((\1)/(\2))", text)
     text = re.sub(r"(?<=[0-9)])\s*[xX]\s*(?=[0-9(])", "*", re.sub(r"\s+", " ", text))
     sides = [side.strip().rstrip(" .,;") for side in text.translate(str.maketrans("[]{}", "()()")).split("=")]
     return next((side for side in sides if re.search(r"[0-9)] ?[-+*/]", side)), sides[0])

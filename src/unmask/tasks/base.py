@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from unmask.config import Registry
@@ -16,8 +17,7 @@ from unmask.io.hub import Rows, read_rows
 if TYPE_CHECKING:
     from unmask.models.masked_lm import MaskedLM
 
-MAX_CONSECUTIVE_DUPLICATES = 50_000
-"""After so many draws in a row without a new problem a split counts as exhausted."""
+MAX_CONSECUTIVE_DUPLICATES = 50_000  # draws in a row without a new problem, after which a split counts as exhausted
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Grade:
         return cls(solved, float(solved), 1.0, answer)
 
 
-Judge = Callable[[Problem, str], float]
-"""What a completion of a problem earns."""
-Reward = Callable[..., "list[float | None]"]
-"""A reward function in TRL's signature."""
+Judge = Callable[[Problem, str], float]  # what a completion of a problem earns
+Reward = Callable[..., "list[float | None]"]  # a reward function in TRL's signature
+PROMPTS = {f.stem: f.read_text(encoding="utf-8").rstrip() for f in Path(__file__).with_name("prompts").glob("*.txt")}
+"""The texts in ``prompts`` by name, with ``{question}`` where the question goes."""
 TASKS: Registry[type[Task]] = Registry("task")
 """Tasks by name. ``@TASKS.register("name")`` adds a subclass of ``Task``."""
 
@@ -57,12 +57,14 @@ TASKS: Registry[type[Task]] = Registry("task")
 class Task(ABC):
     """A kind of problem. Parameters are the fields; equal parameters and seeds give equal problems.
 
-    A task of one's own has a ``name``, ``draw`` (or ``parse``, for data files) and ``grade``; what else is here may stay.
+    A task of one's own has a ``name``, ``draw`` (or ``parse``, for data files) and ``grade``; all else is optional.
     """
 
     name: ClassVar[str]
     score_name: ClassVar[str] = "accuracy"
     splits: ClassVar[tuple[str, ...]] = ("train", "validation", "test")
+    prompt_template: ClassVar[str] = "{question}"
+    """The user's turn in the style ``paper``."""
 
     style: Literal["paper", "compact"] = "paper"
     """``paper``: the long instruction for large models. ``compact``: the short form that ``tiny`` was trained on."""
@@ -80,10 +82,7 @@ class Task(ABC):
         return self.generate(split, limit, seed) if self.data is None else self.read(self.data, split, seed)[:limit]
 
     def generate(self, split: str, limit: int | None, seed: int) -> list[Problem]:
-        """The first ``limit`` different problems of a split that are drawn. Splits are disjoint whatever the seeds.
-
-        Raises TooFewProblems where the draws end, or MAX_CONSECUTIVE_DUPLICATES in a row brought nothing new.
-        """
+        """The first ``limit`` different problems of a split that are drawn; TooFewProblems where there are fewer."""
         if limit is None:
             raise UserError(f"task {self.name} generates problems without end: set a limit")
         found: dict[str, Problem] = {}
@@ -99,16 +98,21 @@ class Task(ABC):
         raise TooFewProblems(f"only {len(found)} different {split} problems of task {self.label} exist: ask for fewer")
 
     def draw(self, seed: int) -> Iterator[Problem | None]:
-        """Problems of all splits from a seed, usually without end; None for a draw that brought none."""
+        """Problems of all splits from a seed, usually without end; None for a draw that failed."""
         raise UserError(f"task {self.name} generates no problems: set data=FILE")
 
+    def identity(self, problem: Problem) -> str:
+        """What fixes a problem's split."""
+        return problem.id
+
     def home_split(self, problem: Problem) -> str:
-        """The split that a problem belongs to."""
-        return split_of(problem.id)
+        """The split that a problem belongs to: by default 80 % train, 10 % validation, 10 % test."""
+        b = bucket(self.identity(problem))
+        return "train" if b < 80 else "validation" if b < 90 else "test"
 
     def dedup_key(self, problem: Problem, split: str) -> str:
         """What two problems that count as one have in common."""
-        return problem.id
+        return self.identity(problem)
 
     def read(self, path: str, split: str, seed: int) -> list[Problem]:
         """All problems of a split out of ``data``: here a file of test problems."""
@@ -139,13 +143,14 @@ class Task(ABC):
 
     def instruction(self, problem: Problem) -> str:
         """The user's turn."""
-        return problem.question
+        template = self.prompt_template if self.style == "paper" else "{question}"
+        return template.replace("{question}", problem.question)
 
     def prompt(self, lm: MaskedLM, problem: Problem, examples: Sequence[Problem] = ()) -> str:
         """The text that a model continues: the problem in its chat template, behind worked examples, and the prefill."""
         if any(example.response is None for example in examples):
-            fix = "leave --shots out, or try style=compact"
-            raise UserError(f"task {self.name} has no worked responses in this form: {fix}")
+            what = f"task {self.name} has no worked responses in this form"
+            raise UserError(f"{what}: leave --shots out, or try style=compact")
         turns = [(self.instruction(example), f"{self.prefill}{example.response}") for example in examples]
         return lm.chat(self.instruction(problem), self.prefill, turns)
 
@@ -153,26 +158,19 @@ class Task(ABC):
     def grade(self, problem: Problem, completion: str) -> Grade:
         """Grade a completion (the text after the prefill, up to its first end token). Never raises on model text."""
 
-    def share(self, problem: Problem, completion: str) -> float:
-        """The share of the possible points, 0 to 1."""
+    def reward(self, problem: Problem, completion: str) -> float:
+        """What training pays for a completion: here the share of the possible points."""
         grade = self.grade(problem, completion)
         return grade.points / grade.possible
 
     def rewards(self) -> dict[str, tuple[Judge, float]]:
-        """What training rewards, by name with weights: here the share of the points."""
-        return {self.name: (self.share, 1.0)}
+        """What training rewards, by name with weights."""
+        return {self.name: (self.reward, 1.0)}
 
     def released_rewards(self) -> dict[str, tuple[Judge, float]]:
         """The rewards of the released trainer as its code runs. UserError where it has none."""
         fix = "set reward_funcs to other functions than 'released', or choose other tasks"
         raise UserError(f"task {self.name} has no released reward: {fix}")
-
-    def reward(
-        self, prompts: list[str], completions: list[str], problem: list[Problem], **_: Any
-    ) -> list[float | None]:
-        """The weighted sum of the rewards, in TRL's signature."""
-        judges = self.rewards().values()
-        return [sum(w * judge(p, c) for judge, w in judges) for p, c in zip(problem, completions, strict=True)]
 
     @property
     def label(self) -> str:
@@ -190,7 +188,7 @@ def bucket(key: str, buckets: int = 100) -> int:
 
 
 def stream_seed(seed: int) -> int:
-    """reasoning-gym draws problem i from ``seed + i``, so neighbouring seeds would give nearly the same problems."""
+    """reasoning-gym draws problem i from ``seed + i``, so neighboring seeds would give nearly the same problems."""
     return seed << 40
 
 
@@ -204,9 +202,3 @@ def draw_metadata(dataset: str, seed: int, **options: Any) -> Iterator[dict[str,
             yield source[index]["metadata"]
         except ValueError:  # no target in range, e.g.
             yield None
-
-
-def split_of(key: str) -> str:
-    """Which split a problem belongs to: 80 % train, 10 % validation, 10 % test, fixed by its identity alone."""
-    b = bucket(key)
-    return "train" if b < 80 else "validation" if b < 90 else "test"

@@ -1,8 +1,7 @@
 """Countdown: reach a target with + - * / and every given number exactly once.
 
-Problems come from reasoning-gym; a problem's identity is (sorted numbers, target), which fixes its split. The compact style
-carries a worked solution: a systematic search, written out, that tries every pair of numbers and stops at the first result
-from which the target can be reached, so its length cannot be known before the problem is solved.
+Problems come from reasoning-gym. The sorted numbers and the target fix a problem's split. The compact style has a worked
+solution: a search, written out, that tries every pair of numbers and stops at the first result that leads to the target.
 """
 
 from __future__ import annotations
@@ -16,20 +15,14 @@ from typing import Any
 
 from unmask.errors import UserError
 from unmask.tasks import answers, released
-from unmask.tasks.base import TASKS, Grade, Judge, Problem, Task, draw_metadata
-
-INSTRUCTION = """\
-Reach the target with the numbers given. Use every number exactly once and only the operations {operators}.
-Think between <reasoning> and </reasoning>, then write only the final expression, for example (1 + 2) * 3, between \
-<answer> and </answer>.
-
-{question}"""
+from unmask.tasks.base import PROMPTS, TASKS, Grade, Judge, Problem, Task, draw_metadata
 
 
 @TASKS.register("countdown")
 @dataclass(frozen=True)
 class Countdown(Task):
     name = "countdown"
+    prompt_template = PROMPTS["countdown"]
 
     numbers: int = 3
     """How many numbers a problem gives (the paper: 3)."""
@@ -47,9 +40,11 @@ class Countdown(Task):
 
     def draw(self, seed: int) -> Iterator[Problem | None]:
         """Problems of reasoning-gym; the compact style leaves out those whose solution its search cannot write."""
-        bounds = {"min_value": 1, "max_value": self.max_value, "min_target": 1, "max_target": self.max_target}
-        count = {"min_numbers": self.numbers, "max_numbers": self.numbers}
-        for found in draw_metadata("countdown", seed, operators=tuple(self.operators), **count, **bounds):
+        bounds = {"max_value": self.max_value, "max_target": self.max_target, "operators": tuple(self.operators)}
+        bounds |= dict.fromkeys(("min_value", "min_target"), 1) | dict.fromkeys(
+            ("min_numbers", "max_numbers"), self.numbers
+        )
+        for found in draw_metadata("countdown", seed, **bounds):
             problem = found and self.problem(tuple(found["numbers"]), found["target"])
             yield problem if problem and (self.style == "paper" or problem.response) else None
 
@@ -76,9 +71,7 @@ class Countdown(Task):
         return self.problem(tuple(numbers), target)
 
     def instruction(self, problem: Problem) -> str:
-        if self.style == "compact":
-            return problem.question
-        return INSTRUCTION.format(operators=", ".join(self.operators), question=problem.question)
+        return super().instruction(problem).replace("{operators}", ", ".join(self.operators))
 
     def extract(self, completion: str) -> str:
         """The expression that a completion marks as its answer, as plain arithmetic; all of it where nothing is marked."""
@@ -103,15 +96,11 @@ class Countdown(Task):
             return None
         return result[0] if sorted(result[1]) == sorted(problem.truth["numbers"]) else None
 
-    def rewards(self) -> dict[str, tuple[Judge, float]]:
+    def reward(self, problem: Problem, completion: str) -> float:
         """1.0 for a right expression, 0.1 for one that uses the given numbers but misses the target, else 0."""
-
-        def judge(problem: Problem, completion: str) -> float:
-            if self.grade(problem, completion).solved:
-                return 1.0
-            return 0.0 if self.value(problem, self.extract(completion)) is None else 0.1
-
-        return {"countdown": (judge, 1.0)}
+        if self.grade(problem, completion).solved:
+            return 1.0
+        return 0.0 if self.value(problem, self.extract(completion)) is None else 0.1
 
     def released_rewards(self) -> dict[str, tuple[Judge, float]]:
         return {"countdown": (released.countdown, 1.0)}
@@ -123,8 +112,8 @@ Term = tuple[int, str, int]  # value, expression, precedence of its top operator
 def _results(p: Term, q: Term, operators: str) -> Iterator[tuple[Term, str]]:
     """Every positive whole result of one operation on two terms, in a fixed order, each with its step (``8*3=24``)."""
     high, low = (p, q) if p[0] >= q[0] else (q, p)
-    for op in (op for op in "+-*/" if op in operators):
-        if op == "/" and (low[0] == 0 or high[0] % low[0]):
+    for op in "+-*/":
+        if op not in operators or (op == "/" and (low[0] == 0 or high[0] % low[0])):
             continue
         (a, x, inner), (b, y, other) = (high, low) if op in "-/" else (p, q)
         value = a + b if op == "+" else a - b if op == "-" else a * b if op == "*" else a // b

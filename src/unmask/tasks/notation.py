@@ -4,44 +4,26 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 
 _SYMBOLS = dict(zip("−∗∕⁄’‘“”", "-*//''\"\"", strict=True)) | {"\ufe0f": "", "°": r"^\circ "}
-_SYMBOLS |= {
-    sign: rf"\{command} "
-    for command, signs in zip(
-        ("times", "cdot", "div", "pi", "infty", "pm", "approx", "leq", "geq", "neq", "in", "cup", "cap"),
-        ("×✕✖", "·⋅∙", "÷", "π", "∞", "±", "≈", "≤", "≥", "≠", "∈", "∪", "∩"),
-        strict=True,
-    )
-    for sign in signs
-}
+_COMMANDS = "times ×✕✖, cdot ·⋅∙, div ÷, pi π, infty ∞, pm ±, approx ≈, leq ≤, geq ≥, neq ≠, in ∈, cup ∪, cap ∩"
+_SYMBOLS |= {sign: rf"\{command} " for command, signs in map(str.split, _COMMANDS.split(",")) for sign in signs}
 
 
-class _Table(dict[int, str]):
-    """``str.translate`` by character: look-alikes of ASCII (full-width, bold, every dash and space) become ASCII."""
-
-    def __missing__(self, code: int) -> str:
-        character = chr(code)
-        kind, *codes = unicodedata.decomposition(character).split() or [""]
-        category = unicodedata.category(character)
-        if code < 128:
-            written = character
-        elif category in ("Pd", "Zs", "So"):
-            written = "-" if category == "Pd" else " "
-        elif category == "Cf":
-            written = ""
-        elif kind == "<fraction>":
-            above, _, below = unicodedata.normalize("NFKC", character).partition("⁄")
-            written = f"\\frac{{{above}}}{{{below}}}"
-        elif kind in ("<wide>", "<narrow>", "<font>", "<compat>", "<square>"):
-            written = "".join(chr(int(c, 16)) for c in codes)
-        else:
-            written = character
-        self[code] = written
-        return written
+@lru_cache(maxsize=4096)
+def _ascii(character: str) -> str:
+    """A look-alike of ASCII (full-width, bold, every dash and space) as ASCII, a fraction as LaTeX; else as it is."""
+    kind, *codes = unicodedata.decomposition(character).split() or [""]
+    category = unicodedata.category(character)
+    if category in ("Pd", "Zs", "So", "Cf"):
+        return {"Pd": "-", "Cf": ""}.get(category, " ")
+    if kind == "<fraction>":
+        return "\\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", character).split("⁄"))
+    plain_kinds = ("<wide>", "<narrow>", "<font>", "<compat>", "<square>")
+    return "".join(chr(int(code, 16)) for code in codes) if kind in plain_kinds else character
 
 
-_TABLE = _Table(str.maketrans(_SYMBOLS))
 _RAISED = re.compile("[⁰¹²³⁴-⁹⁺⁻ⁿ]+")
 _FRACTIONS = re.compile("[¼-¾⅐-⅞]{2,}")  # no number, and each would become eleven characters
 _LOWERED = re.compile("[₀-₉]+")
@@ -82,26 +64,24 @@ _LABEL = re.compile(
     r"(?:is\s*:?|[:=\n])\s*(?=\S))+",
     re.IGNORECASE,
 )
-_OPERATORS = {"div": "/", "times": "*", "cdot": "*", "ast": "*"}
-_OPERATOR = re.compile(r"\\(div|times|cdot|ast)(?![a-zA-Z])")
 
 
 def plain(text: str) -> str:
     """An answer as plain LaTeX: ASCII signs, digits without gaps (``70 000`` is ``70000``, but ``5 6`` stays two numbers).
 
-    Dropped are Markdown, font and size commands, dollar signs and other currencies, degrees, a label (``Answer:``), and
-    full stops around. ``2½`` becomes ``2\\frac{1}{2}``, ``x**2`` and ``x²`` become ``x^{2}``, ``sqrt(2)`` and ``pi`` commands.
+    Dropped are Markdown, font and size commands, currencies, degrees, a label (``Answer:``), and full stops around.
+    ``2½`` becomes ``2\\frac{1}{2}``, ``x**2`` and ``x²`` become ``x^{2}``, ``sqrt(2)`` and ``pi`` commands.
     """
     text = _ROOT.sub(lambda m: f"\\sqrt{{{m[1] or m[2] or m[3] or ''}}}", text)
     if not text.isascii():
         text = _FRACTIONS.sub("?", text)
         text = _RAISED.sub(lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", text)
-        text = _LOWERED.sub(lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text).translate(_TABLE)
+        text = _LOWERED.sub(lambda m: f"_{{{unicodedata.normalize('NFKC', m[0])}}}", text)
+        text = re.sub(r"[^\x00-\x7f]", lambda m: _SYMBOLS[m[0]] if m[0] in _SYMBOLS else _ascii(m[0]), text)
     for pattern, replacement in _RULES:
         text = pattern.sub(replacement, text)
-    text = _SHORT_FRACTION.sub(
-        lambda m: f"\\frac{{{m[1] or m[2] or ''}}}{{{m[3] or m[4] or ''}}}", _STYLE.sub(_unstyled, text)
-    )
+    text = _STYLE.sub(_unstyled, text)
+    text = _SHORT_FRACTION.sub(lambda m: f"\\frac{{{m[1] or m[2] or ''}}}{{{m[3] or m[4] or ''}}}", text)
     text = _THOUSANDS.sub(lambda m: re.sub("[^0-9]", "", m[0]), text)
     return _LABEL.sub("", text).lstrip(' \t\n\r,;:"').rstrip(' \t\n\r.,;:"')
 
@@ -117,4 +97,4 @@ def _unstyled(match: re.Match[str]) -> str:
 
 def operators(text: str) -> str:
     """LaTeX operators as Python's."""
-    return _OPERATOR.sub(lambda m: _OPERATORS[m[1]], text)
+    return re.sub(r"\\(?:times|cdot|ast)(?![a-zA-Z])", "*", re.sub(r"\\div(?![a-zA-Z])", "/", text))

@@ -34,7 +34,7 @@ _UNIT = (
     r"degrees?|deg|radians?|rad|dollars?|cents?|hours?|hrs?|minutes?|mins?|seconds?|secs?|days?|weeks?|months?|years?|"
     r"percent|lit(?:er|re)s?|[km]?g|(?:kilo)?grams?|pounds?|lbs?|ounces?|oz|gallons?|quarts?|pints?|cups?|mph|[sLh])"
 )
-_PART = re.compile(  # what stands between two numbers that are parts of one answer, or two answers
+_PART = re.compile(  # what is between two numbers that are parts of one answer, or two answers
     rf"\s*(?:{_UNIT}(?![a-zA-Z])\.?\s*(?:,?\s*and(?![a-zA-Z])|,|&)?|[,;]?\s*(?:and|or|to|through|times|plus|minus|over|"
     r"divided\s+by|multiplied\s+by)(?![a-zA-Z])\s*[(]?|[)]?\s)\s*",
     re.IGNORECASE,
@@ -57,11 +57,8 @@ _LAST_UNIT = re.compile(
 def number(text: str, last: bool = False) -> Fraction | None:
     """The number that a marked answer states, exactly; None if it states none, or several (a sum, a list, a range, parts).
 
-    Reads currency signs, thousands separators, scales (``2 million``), percent signs (``60%`` is 60), units, Markdown, trailing
-    periods, LaTeX wrappers, fractions, mixed numbers and powers of ten. Of ``a = b`` the right side counts.
-
-    Args:
-        last: take the last of several numbers (prose), not the first (a number and its remarks).
+    Reads thousands separators, scales (``2 million``), percent signs (``60%`` is 60), units, fractions, mixed numbers, powers
+    of ten. Of ``a = b`` the right side counts. ``last``: of several numbers the last (prose), not the first (with remarks).
     """
     for side, numbers in _sides(text):
         if numbers:
@@ -71,33 +68,27 @@ def number(text: str, last: bool = False) -> Fraction | None:
 
 def quantity(text: str) -> Fraction | None:
     """The number that is all that an answer states, perhaps with its name (``x = 5``) and a unit; else None."""
-    text = _TEXT.sub(
-        lambda m: f" {m[1]} " if re.search("[0-9]", m[1]) or not _REMARK.fullmatch(" " + m[1]) else " unit ", text
-    )
+    text = _TEXT.sub(lambda m: " unit " if _REMARK.fullmatch(" " + m[1]) else f" {m[1]} ", text)
     if "\\approx" in text or (text.count("=") > 1 and re.search(r"[,;]|\band\b", text)):
         return None
-    left = re.sub(r"\\[a-zA-Z]+", " ", text.rpartition("=")[0])
-    if re.search("[a-zA-Z]", left) and re.search(r"[-+*/^!]|[0-9]\s*[a-zA-Z]|\\frac", text.rpartition("=")[0]):
+    left = text.rpartition("=")[0]
+    if re.search(r"(?<![\\a-zA-Z])[a-zA-Z]", left) and re.search(r"[-+*/^!]|[0-9]\s*[a-zA-Z]|\\frac", left):
         return None  # an equation, no name of the number
     side, numbers = next(_sides(text))
     if len(numbers) != 1 or _VALUED.search(side) or (numbers[0]["scale"] or "").strip() in _SUFFIXES:
         return None
-    before, after = side[: numbers[0].start()], side[numbers[0].end() :]
-    alone = re.fullmatch(r"[\s(\\+]*", before) and _REMARK.fullmatch(side, numbers[0].end()) and len(after.split()) <= 6
+    start, end = numbers[0].span()
+    alone = re.fullmatch(r"[\s(\\+]*", side[:start]) and _REMARK.fullmatch(side, end) and len(side[end:].split()) <= 6
     return _value(side, numbers, 0) if alone else None
 
 
 def _sides(text: str) -> Iterator[tuple[str, list[re.Match[str]]]]:
     """The sides of the equations in an answer, the last one first, with the numbers in each."""
-    text = FRACTION.sub(_slashed, _UNIT_POWER.sub("", operators(plain(text)).replace("\\approx", "=")))
+    text = _UNIT_POWER.sub("", operators(plain(text)).replace("\\approx", "="))
+    # a/b, apart from a whole number before it (2\frac{1}{2}) but not from its sign.
+    text = re.sub(f"(-?){FRACTION.pattern}", lambda m: f"{m[1] or ' '}{m[2]}/{m[3]} ", text)
     for side in reversed(_WRAPPERS.sub(" ", text).split("=")):
         yield side, list(_NUMBER.finditer(side))
-
-
-def _slashed(fraction: re.Match[str]) -> str:
-    """``a/b``, apart from a whole number before it (``2\\frac{1}{2}``) but not from its sign."""
-    sign = fraction.string[fraction.start() - 1 : fraction.start()] == "-"
-    return f"{'' if sign else ' '}{fraction[1]}/{fraction[2]} "
 
 
 def _value(side: str, numbers: list[re.Match[str]], which: int) -> Fraction | None:

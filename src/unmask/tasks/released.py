@@ -1,7 +1,4 @@
-"""What the released evaluation (``extraction=published``) and reward functions (``reward: released``) read in a completion.
-
-Each as its code runs. Nothing is executed; time is linear in the text.
-"""
+"""What the released evaluation (``extraction=published``) and rewards (``reward_funcs: [released]``) read, in linear time."""
 
 from __future__ import annotations
 
@@ -14,10 +11,8 @@ from unmask.tasks.base import Problem
 
 def tags(text: str) -> list[str]:
     """The contents of the answer tags, read from the left: an opening tag reaches to the next closing one."""
-    found = re.findall(
-        r"<answer>(.*?)</answer>", text[: text.rfind("</answer>") + 9], re.DOTALL
-    )  # all that open, close
-    return [content.strip() for content in found]
+    closed = text[: text.rfind("</answer>") + len("</answer>")]  # so that all that open, close
+    return [content.strip() for content in re.findall(r"<answer>(.*?)</answer>", closed, re.DOTALL)]
 
 
 def last_tags(text: str) -> str:
@@ -42,15 +37,10 @@ def last_box(text: str) -> str | None:
 
 
 def number(text: str) -> float | None:
-    """GSM8K: the first box that holds a number, as a whole or by its first one, else the first answer tags by their last.
-
-    Thousands separators are not read.
-    """
-    for piece in (piece for line in text.split("\n") for piece in line.split("}")[:-1]):  # what a closing brace ends
-        _, box, content = piece.partition("\\boxed{")
-        if box and (found := _value(content.strip(), 0)) is not None:
-            return found
-    return next((_value(content, -1) for content in tags(text)), None)
+    """GSM8K: the first box that holds a number, as a whole or by its first one, else the first answer tags by their last."""
+    lines = (line[: line.rfind("}") + 1] for line in text.split("\n"))  # so that all that open, close
+    values = (_value(box.strip(), 0) for line in lines for box in re.findall(r"\\boxed\{(.*?)\}", line))
+    return next((value for value in values if value is not None), _value((*tags(text), "")[0], -1))
 
 
 def _value(text: str, which: int) -> float | None:
@@ -62,18 +52,15 @@ def _value(text: str, which: int) -> float | None:
 
 
 def strict_format(text: str) -> float:
-    """1 if each tag stands alone on its line with one line of text between, and a line end closes the last."""
+    """1 if each tag is alone on its line with one line of text between, and a line end closes the last."""
     return float(re.match(r"<reasoning>\n.*\n</reasoning>\n<answer>\n.*\n</answer>\n$", text) is not None)
 
 
 def soft_format(text: str) -> float:
     """1 if one line of reasoning in its tags starts the text, followed by one line of answer in its tags."""
-    if not text.startswith("<reasoning>"):
-        return 0.0
-    line = (text + "\n").index("\n")
-    turns = [m.end() for m in re.finditer(r"</reasoning>\s*<answer>", text) if m.start() <= line - len("</reasoning>")]
-    ends = {turns[0], turns[-1]} if turns else set()  # of those on one line the first has the most text behind it
-    return float(any("</answer>" in text[end:].partition("\n")[0] for end in ends))
+    # Of several answers on one line the first has the most text behind it, and the last may begin on the next line.
+    turns = (re.match(rf"<reasoning>.*{some}</reasoning>\s*<answer>(.*)", text) for some in ("?", ""))
+    return float(any(turn is not None and "</answer>" in turn[1] for turn in turns))
 
 
 def integer(text: str) -> float:
@@ -91,7 +78,7 @@ def tag_count(text: str) -> float:
 
 def latex(text: str) -> str:
     """MATH: the last box; the first answer tags where it is open or empty; without any box the whole completion."""
-    return last_box(text) or next(iter(tags(text)), "")
+    return last_box(text) or (*tags(text), "")[0]
 
 
 def same_latex(left: str, right: str) -> bool:
@@ -122,9 +109,7 @@ def _normal(text: str) -> str | None:
     if text.endswith("\\frac"):
         return None
     if re.search(r"\\frac[^{](?:\Z|\\frac)", text) is None:
-        text = re.sub(
-            r"\\frac([^{])(?:([^{])|(?=\{))", lambda m: f"\\frac{{{m[1]}}}" + f"{{{m[2]}}}" * bool(m[2]), text
-        )
+        text = re.sub(r"\\frac([^{])(?=\{)", r"\\frac{\1}", re.sub(r"\\frac([^{])([^{])", r"\\frac{\1}{\2}", text))
     if text == "0.5":
         return "\\frac{1}{2}"
     over, slash, under = text.partition("/")
@@ -139,8 +124,7 @@ def _normal(text: str) -> str | None:
 def expression(text: str) -> str:
     """Countdown: the last box, the tags where it stays open, or all; of its first ``expression = number`` the expression."""
     found = last_box(text)
-    if found is None:
-        found = next(iter(tags(text)), text)
+    found = (*tags(text), text)[0] if found is None else found
     found = found.replace("\\div", "/").replace("\\times", "*").replace("\\cdot", "*")
     equation = re.search(r"(?<![0-9+\-*/() ])([0-9+\-*/() ]+)=[0-9. ]", found)
     return equation[1].strip() if equation else found
@@ -148,31 +132,26 @@ def expression(text: str) -> str:
 
 def is_solution(expression: str, truth: dict[str, Any]) -> bool:
     """Whether an expression of just the given numbers, with ``//`` and ``**`` and in floats, is within 1e-5 of the target."""
+    if len(expression) > 10 * answers.MAX_EXPRESSION or not re.fullmatch(r"[\d+\-*/().\s]+", expression):
+        return False
     try:
         used = sorted(map(int, re.findall(r"\d+", expression)))
-    except ValueError:  # of thousands of digits
-        return False
-    allowed = len(expression) <= 10 * answers.MAX_EXPRESSION and re.match(r"[\d+\-*/().\s]+\Z", expression)
-    if not allowed or used != sorted(truth["numbers"]):
-        return False
-    value = answers.evaluate(expression.strip(), exact=False)
-    try:
+        value = answers.evaluate(expression.strip(), exact=False) if used == sorted(truth["numbers"]) else None
         return value is not None and bool(abs(value - truth["target"]) < 1e-5)
-    except OverflowError:
+    except (ValueError, OverflowError):  # numbers of hundreds of digits
         return False
 
 
 def countdown(problem: Problem, completion: str) -> float:
     """1 for a right expression in closed answer tags, 0.1 for closed tags with anything else, 0 without."""
     found = tags(completion)
-    return 0.0 if not found else 1.0 if is_solution(found[-1], problem.truth) else 0.1
+    return (1.0 if is_solution(found[-1], problem.truth) else 0.1) if found else 0.0
 
 
-_END = r"<\|eot_id\|>|<\|endoftext\|>"
 _GRIDS = (  # where a grid is looked for, in this order
     ("<answer>", r"\A<answer>.*?```([\d\s]+)```"),
-    ("<answer>", rf"\A<answer>(.*?)(?:{_END}|</answer>)"),
-    ("</answer>", rf"\A</answer>(.*?)(?:{_END}|$)"),
+    ("<answer>", r"\A<answer>(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|</answer>)"),
+    ("</answer>", r"\A</answer>(.*?)(?:<\|eot_id\|>|<\|endoftext\|>|$)"),
     ("", r"(\d{16})\s*</answer>"),
     ("", r"\b(\d{16})\b"),
 )
@@ -190,6 +169,6 @@ def grid(text: str) -> str:
 
 def sudoku(problem: Problem, completion: str) -> float:
     """The share of the empty cells that are right among the first 16 digits in closed answer tags."""
-    digits = "".join(c for c in "".join(tags(completion)[-1:]) if c.isdigit()).ljust(16, "0")
+    digits = "".join(c for c in ("", *tags(completion))[-1] if c.isdigit()).ljust(16, "0")
     empty = [i for i, c in enumerate(problem.truth["puzzle"]) if c == "0"]
     return sum(digits[i] == problem.truth["solution"][i] for i in empty) / len(empty)

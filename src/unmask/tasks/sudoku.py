@@ -1,7 +1,7 @@
 """4×4 Sudoku with one solution. Score: cell accuracy over the empty cells, pooled over puzzles; and puzzles solved whole.
 
-Puzzles come from reasoning-gym. There are only 288 solved grids: the 29 (a tenth) with the smallest hash are held out from
-every other split and form the split ``heldout``; among the rest a puzzle's own hash fixes its split.
+Puzzles come from reasoning-gym. Of the 288 solved grids the 29 with the smallest hash belong to the split ``heldout`` alone;
+among the rest a puzzle's own hash fixes its split.
 """
 
 from __future__ import annotations
@@ -15,15 +15,8 @@ from typing import Any
 
 from unmask.errors import UserError
 from unmask.tasks import answers, released
-from unmask.tasks.base import TASKS, Grade, Judge, Problem, Task, bucket, draw_metadata
+from unmask.tasks.base import PROMPTS, TASKS, Grade, Judge, Problem, Task, bucket, draw_metadata
 from unmask.tasks.notation import plain
-
-INSTRUCTION = """\
-Solve the 4x4 Sudoku below. It is written row by row as 16 digits, and 0 is an empty cell. Each row, each column and each \
-2x2 box must hold the digits 1 to 4 exactly once.
-Think between <reasoning> and </reasoning>, then write the 16 digits of the solved grid between <answer> and </answer>.
-
-{question}"""
 
 _LABELS = re.compile(
     r"(?<![0-9])[0-9]{1,2} ?(?:x|\\times|by) ?[0-9]+|(?i:row|r|column|col|line) ?[0-9]\b|(?m:^[ \t]*[0-9][.):](?=\s*[0-9|]))"
@@ -35,6 +28,7 @@ _WORDS = re.compile(r"[a-zA-Z]{2,}")
 @dataclass(frozen=True)
 class Sudoku(Task):
     name = "sudoku"
+    prompt_template = PROMPTS["sudoku"]
     score_name = "cell accuracy"
     splits = ("train", "validation", "test", "heldout")
 
@@ -48,32 +42,29 @@ class Sudoku(Task):
 
     def draw(self, seed: int) -> Iterator[Problem | None]:
         for found in draw_metadata("mini_sudoku", seed, min_empty=self.min_empty, max_empty=self.max_empty):
-            yield self.problem(_flat(found["puzzle"]), _flat(found["solution"])) if found else None
+            grids = [found[key] for key in ("puzzle", "solution")] if found else []
+            yield self.problem(*("".join(str(c) for row in grid for c in row) for grid in grids)) if found else None
 
     def home_split(self, problem: Problem) -> str:
         return "heldout" if problem.truth["solution"] in heldout_grids() else super().home_split(problem)
 
     def problem(self, puzzle: str, solution: str) -> Problem:
+        if not re.fullmatch("(?=.*0)[0-4]{16}", puzzle) or not re.fullmatch("[1-4]{16}", solution):
+            raise ValueError(f"puzzle {puzzle!r} and solution {solution!r} are not 16 digits each")
         question, response = f"Solve the following Sudoku puzzle: {puzzle}", None
         if self.style == "compact":
-            question, response = f"solve {_labelled(puzzle)}", worked_solution(puzzle, solution)
+            gaps = [f"{'abcd'[i // 4]}{i % 4 + 1}={solution[i]}" for i in range(16) if puzzle[i] == "0"]
+            question = f"solve {_labelled(puzzle)}"
+            response = f"<reasoning>{' '.join(gaps)}</reasoning><answer>{_labelled(solution)}</answer>"
         return Problem(f"sudoku {puzzle}", question, {"puzzle": puzzle, "solution": solution}, response)
 
     def parse(self, row: dict[str, Any]) -> Problem:
         """Of ``Puzzle`` and ``Solution``, 16 digits each."""
-        return self._checked(row["Puzzle"], row["Solution"])
+        return self.problem(row["Puzzle"], row["Solution"])
 
     def completion_truth(self, row: dict[str, Any]) -> Problem:
         puzzle = re.search("[0-4]{16}", row["question"])
-        return self._checked(puzzle[0] if puzzle else "", row["ground_truth"])
-
-    def _checked(self, puzzle: str, solution: str) -> Problem:
-        if not re.fullmatch("(?=.*0)[0-4]{16}", puzzle) or not re.fullmatch("[1-4]{16}", solution):
-            raise ValueError(f"puzzle {puzzle!r} and solution {solution!r} are not 16 digits each")
-        return self.problem(puzzle, solution)
-
-    def instruction(self, problem: Problem) -> str:
-        return problem.question if self.style == "compact" else INSTRUCTION.format(question=problem.question)
+        return self.problem(puzzle[0] if puzzle else "", row["ground_truth"])
 
     def extract(self, completion: str) -> str:
         """16 characters: the cells in the last answer tags, else in an answer left open, else the last run of 16 or box."""
@@ -81,17 +72,15 @@ class Sudoku(Task):
             return released.grid(completion)
         text = answers.cut_at_end(completion)
         tag = answers.tagged(text)
-        if tag is None and "<answer>" in text:
-            tag = text.rsplit("<answer>", 1)[1]
-        digits = cells(text, whole=True) if tag is None else cells(tag)
-        if not digits and tag is None and (marked := answers.final(text, numeric=True)):
-            digits = cells(marked[0])
-        return digits.ljust(16, "0")[:16]
+        if tag is None:
+            tag = answers.tagged(text + "</answer>")
+        if tag is None:
+            tag = cells(text, whole=True) or (answers.final(text, numeric=True) or ("",))[0]
+        return cells(tag).ljust(16, "0")[:16]
 
     def grade(self, problem: Problem, completion: str) -> Grade:
-        answer = self.extract(completion)
-        puzzle, solution = problem.truth["puzzle"], problem.truth["solution"]
-        empty = [i for i, c in enumerate(puzzle) if c == "0"]
+        answer, solution = self.extract(completion), problem.truth["solution"]
+        empty = [i for i, c in enumerate(problem.truth["puzzle"]) if c == "0"]
         right = sum(answer[i] == solution[i] for i in empty)
         return Grade(answer == solution, float(right), float(len(empty)), answer)
 
@@ -110,23 +99,12 @@ def cells(text: str, whole: bool = False) -> str:
         return runs[-1] if runs else ""
     parts = ["".join(re.findall("[0-9]", part)) for part in _WORDS.split(_LABELS.sub("  ", text))]
     full = [part for part in parts if len(part) >= 16]
-    rows = [part for part in parts if len(part) >= 4]
-    return full[-1] if full else "".join(rows or parts)
-
-
-def _flat(board: list[list[int]]) -> str:
-    return "".join(str(cell) for row in board for cell in row)
+    return full[-1] if full else "".join([part for part in parts if len(part) >= 4] or parts)
 
 
 def _labelled(grid: str) -> str:
-    """``a2.31 b…``: rows carry labels, so that a cell can be addressed wherever it stands in the text."""
+    """``a2.31 b…``: rows carry labels, so that a cell can be addressed wherever it is in the text."""
     return " ".join("abcd"[r] + grid[4 * r : 4 * r + 4].replace("0", ".") for r in range(4))
-
-
-def worked_solution(puzzle: str, solution: str) -> str:
-    """The compact solution: each gap as ``a2=4`` in reading order, then the whole grid with row labels."""
-    gaps = [f"{'abcd'[i // 4]}{i % 4 + 1}={solution[i]}" for i in range(16) if puzzle[i] == "0"]
-    return f"<reasoning>{' '.join(gaps)}</reasoning><answer>{_labelled(solution)}</answer>"
 
 
 def solved_grids() -> list[str]:
@@ -138,5 +116,5 @@ def solved_grids() -> list[str]:
 
 @cache
 def heldout_grids() -> frozenset[str]:
-    """The 29 grids (a tenth of 288) that no other split may use."""
+    """The grids that no other split may use, a tenth of all."""
     return frozenset(sorted(solved_grids(), key=lambda g: (bucket(g, 2**32), g))[:29])

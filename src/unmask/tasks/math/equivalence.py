@@ -1,13 +1,8 @@
-"""Whether two LaTeX answers mean the same, decided by math-verify in a process of its own (``unmask.tasks.bounded``).
-
-Its own time-out rests on a signal, which works in the main thread of a POSIX program only, and nothing bounds its memory. Text
-that is long, deeply nested, builds huge numbers or uses commands outside a list never gets there.
+"""Whether two LaTeX answers mean the same, decided by math-verify in a bounded process.
 
 math-verify compares values as floats of 15 digits and then simplifies their difference, which may take seconds. Here values are
-compared exactly where they are rational, else to a thousand digits, with numbers in place of variables; decimals are exact.
-
-math-verify and sympy evaluate text as Python, even the numbers of a LaTeX answer. So in the helper sympy's ``parse_expr`` is
-replaced by one that reads numerals and names and refuses all else, and the ``eval`` behind it refuses whatever may lead there.
+compared exactly where they are rational, else to a thousand digits, with numbers in place of variables. math-verify and sympy
+evaluate text as Python, even the numbers of a LaTeX answer; in the worker they read numerals and names and refuse all else.
 """
 
 from __future__ import annotations
@@ -18,12 +13,13 @@ from contextlib import suppress
 from itertools import accumulate
 from typing import Any
 
-from unmask.tasks.bounded import Helper
+from unmask.tasks.bounded import BoundedProcess
 
 MAX_LATEX = 300  # characters; no answer of MATH has more than 160
 MAX_DEPTH = 12
 MAX_DIGITS = 40
 DIGITS = 1000  # to which values are compared that are not rational
+WORKER = BoundedProcess(__name__)
 
 _LIST = """frac dfrac tfrac cfrac sqrt cdot times div pm mp pi circ degree infty cup cap setminus in notin emptyset varnothing
     left right big Big bigl bigr lfloor rfloor lceil rceil langle rangle lvert rvert vert mid begin end text mbox textbf
@@ -39,31 +35,26 @@ _TOWER = re.compile(r"\^[\s({]*[0-9.]+[\s)}]*(?:\^|!)|\^[\s({]*[0-9]{4}|[0-9]{4}
 
 def readable(text: str) -> bool:
     """Whether a LaTeX answer is short, shallow and plain enough for math-verify."""
-    if len(text) > MAX_LATEX or re.search(rf"[0-9]{{{MAX_DIGITS}}}", text):
-        return False
-    if not {"pmatrix", "bmatrix", "matrix"}.issuperset(_ENVIRONMENT.findall(text)):
-        return False
     bare = _TEXT.sub(" ", text)
-    if not _COMMANDS.issuperset(re.findall(r"\\([a-zA-Z]+)", bare)) or _TOWER.search(bare):
-        return False
-    if "\\binom" in bare and re.search("[0-9]{3}", bare):
-        return False
-    if re.search(r"d\s*[a-zA-Z\\]", re.sub(r"\\[a-zA-Z]+", r"\\", bare)):  # a differential: not an answer
-        return False
-    depths = accumulate((c in "{([") - (c in "})]") for c in text)
-    return max(depths, default=0) <= MAX_DEPTH
+    return (
+        len(text) <= MAX_LATEX
+        and max(accumulate((c in "{([") - (c in "})]") for c in text), default=0) <= MAX_DEPTH
+        and not re.search(rf"[0-9]{{{MAX_DIGITS}}}", text)
+        and {"pmatrix", "bmatrix", "matrix"}.issuperset(_ENVIRONMENT.findall(text))
+        and _COMMANDS.issuperset(re.findall(r"\\([a-zA-Z]+)", bare))
+        and not _TOWER.search(bare)
+        and not ("\\binom" in bare and re.search("[0-9]{3}", bare))
+        and not re.search(r"d\s*[a-zA-Z\\]", re.sub(r"\\[a-zA-Z]+", r"\\", bare))  # a differential: not an answer
+    )
 
 
 def equivalent(truth: str, answer: str) -> bool:
     """Whether ``answer`` means the same as ``truth``; False where that cannot be told within bounds. Never raises on text."""
-    return readable(truth) and readable(answer) and HELPER.ask(truth, answer) is True
-
-
-HELPER = Helper(__name__)
+    return readable(truth) and readable(answer) and WORKER.ask(truth, answer) is True
 
 
 def prepare() -> Callable[[str, str], bool]:
-    """The helper's function of truth and answer. Changes sympy and math-verify for the whole process."""
+    """The worker's function of truth and answer. Changes sympy and math-verify for the whole process."""
     import logging
     from dataclasses import replace
 

@@ -12,8 +12,6 @@ from unmask.tasks.base import TASKS, Grade, Judge, Problem
 from unmask.tasks.math.hub_task import HubMathTask
 from unmask.tasks.quantities import number
 
-_TAGS = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
-
 
 @TASKS.register("gsm8k")
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class GSM8K(HubMathTask):
     def rewards(self) -> dict[str, tuple[Judge, float]]:
         """The released terms and weights, each judged as it is meant; `released_rewards` judges as the released code runs."""
         forms = {"integer": _integer, "strict_format": _strict, "soft_format": _soft, "tags": _tag_count}
-        return {"correct": (self.correct, 2.0)} | {name: (self.of_text(form), 0.5) for name, form in forms.items()}
+        return {"correct": (self.reward, 2.0)} | {name: (self.of_text(form), 0.5) for name, form in forms.items()}
 
     def released_rewards(self) -> dict[str, tuple[Judge, float]]:
         """All have weight 1 in the released code; the answer must be written as in the data set."""
@@ -81,22 +79,20 @@ def _integer(text: str) -> float:
 
 
 def _strict(text: str) -> float:
-    """1 if each tag stands alone on its line, in order, with nothing before and no more than a line end after."""
-    reasoning, found, answer = text.partition("\n</reasoning>\n<answer>\n")
-    return float(
-        bool(found) and reasoning.startswith("<reasoning>\n") and answer.removesuffix("\n").endswith("\n</answer>")
-    )
+    """1 if each tag is alone on its line, in order, with nothing before and no more than a line end after."""
+    reasoning, _, answer = text.partition("\n</reasoning>\n<answer>\n")
+    return float(reasoning.startswith("<reasoning>\n") and answer.endswith(("\n</answer>", "\n</answer>\n")))
 
 
 def _soft(text: str) -> float:
     """1 if the text starts with reasoning tags, followed by answer tags."""
-    turn = re.search(r"</reasoning>\s*<answer>", text)
-    return float(text.startswith("<reasoning>") and turn is not None and text.find("</answer>", turn.end()) >= 0)
+    before = text.rpartition("</answer>")[0]
+    return float(re.match(r"<reasoning>.*?</reasoning>\s*<answer>", before, re.DOTALL) is not None)
 
 
 def _tag_count(text: str) -> float:
     """A quarter for each of the four tags that occurs once, alone on its line, less 0.002 a character behind the last."""
-    lines = text.split("\n")
-    alone = [tag for tag in _TAGS if text.count(tag) == 1 and tag in (lines if tag == "</answer>" else lines[:-1])]
+    tags, lines = ("<reasoning>", "</reasoning>", "<answer>", "</answer>"), text.split("\n")
+    alone = [tag for tag in tags if text.count(tag) == 1 and tag in (lines if tag == "</answer>" else lines[:-1])]
     behind = text.partition("</answer>")[2].removeprefix("\n") if "</answer>" in alone else ""
     return 0.25 * len(alone) - 0.002 * len(behind)

@@ -1,4 +1,4 @@
-"""What GSM8K and MATH500 share: problems from the hub or a local copy, prompts, splits, the correctness reward."""
+"""What GSM8K and MATH500 share: problems from the hub or a local copy, prompts, splits."""
 
 from __future__ import annotations
 
@@ -13,24 +13,9 @@ from unmask.errors import TooFewProblems, UserError
 from unmask.io.files import read_text
 from unmask.io.hub import load_split
 from unmask.tasks import answers
-from unmask.tasks.base import Judge, Problem, Task, bucket
+from unmask.tasks.base import PROMPTS, Judge, Problem, Task, bucket
 
-FORM = """\
-Answer in this form:
-<reasoning>
-the steps
-</reasoning>
-<answer>
-{answer}
-</answer>
-
-{question}"""
-
-TEMPLATES = {
-    "boxed": "You are an expert in mathematics. Work through the problem below one step at a time.\n"
-    + FORM.replace("{answer}", "\\boxed{the final answer}"),
-    "tags": FORM.replace("{answer}", "the final answer alone"),
-}
+TEMPLATES = ("boxed", "tags")
 
 
 @dataclass(frozen=True)
@@ -48,15 +33,14 @@ class HubMathTask(Task):
     def __post_init__(self) -> None:
         if self.style != "paper":
             raise UserError(f"task {self.name} has no style {self.style!r}: drop that parameter")
-        self.template_text()
+        if "{question}" not in self.template_text():
+            raise UserError(f"the template {self.template} lacks {{question}}: put it where the question goes")
 
     def template_text(self) -> str:
-        """The prompt with ``{question}`` where the question goes. Raises UserError for a file that is not one."""
-        known = TEMPLATES.get(self.template)
-        text = known or read_text(self.template, f"the template ({', '.join(TEMPLATES)} or a file)")
-        if "{question}" not in text:
-            raise UserError(f"the template {self.template} lacks {{question}}: put it where the question goes")
-        return text
+        """The prompt with ``{question}`` where the question goes."""
+        if self.template in TEMPLATES:
+            return PROMPTS[self.template]
+        return read_text(self.template, f"the template ({', '.join(TEMPLATES)} or a file)")
 
     def instruction(self, problem: Problem) -> str:
         return self.template_text().replace("{question}", problem.question)
@@ -75,33 +59,29 @@ class HubMathTask(Task):
 
     def generate(self, split: str, limit: int | None, seed: int) -> list[Problem]:
         """Problems of the hub's data set; ``train`` and ``validation`` are parts of its training split."""
-        found = self._read_split(None, split, seed, f"a local file or folder as {self.name}:data=PATH")
+        found = self._read_split(None, split, seed)
         if limit is not None and limit > len(found) and split != "test":
             raise TooFewProblems(f"task {self.name} has {len(found)} {split} problems, not {limit}: ask for fewer")
         return found[:limit]
 
     def read(self, path: str, split: str, seed: int) -> list[Problem]:
         """Problems of a file (all are test problems) or of a folder: its ``train.*`` and ``test.*``, or a copy of the hub's."""
-        if not os.path.isdir(path):
-            return super().read(path, split, seed)
-        return self._read_split(path, split, seed, "a folder with train and test files, or a copy of the hub's")
+        return self._read_split(path, split, seed) if os.path.isdir(path) else super().read(path, split, seed)
 
-    def _read_split(self, folder: str | None, split: str, seed: int, instead: str) -> list[Problem]:
+    def _read_split(self, folder: str | None, split: str, seed: int) -> list[Problem]:
         """A tenth of the published training problems, fixed by the question alone, is for validation. Test stays as it is."""
-        name, configuration = self.hub_test if split == "test" else self.hub_train
-        rows = load_split(folder or name, "test" if split == "test" else "train", configuration, instead)
+        (name, configuration), part = (self.hub_test, "test") if split == "test" else (self.hub_train, "train")
+        local = "a folder with train and test files, or a copy of the hub's"
+        instead = local if folder else f"a local file or folder as {self.name}:data=PATH"
+        problems = self.parse_rows(load_split(folder or name, part, configuration, instead))
         if split == "test":
-            return list(self.parse_rows(rows))
-        different = {p.id: p for p in self.parse_rows(rows)}.values()
+            return list(problems)
+        different = {p.id: p for p in problems}.values()
         mine = [p for p in different if (bucket(p.question) < 10) == (split == "validation")]
         if split == "validation":
             return sorted(mine, key=lambda p: p.id)
         random.Random(seed).shuffle(mine)
         return mine
-
-    def correct(self, problem: Problem, completion: str) -> float:
-        """1 where the grader of the evaluation finds the answer right, else 0."""
-        return float(self.grade(problem, completion).solved)
 
     def full_text(self, completion: str) -> str:
         """Prefill and completion up to its end token: what a format is judged by, as the prompt ends inside the answer."""

@@ -37,11 +37,8 @@ class MATH500(HubMathTask):
 
     def parse(self, row: dict[str, Any]) -> Problem:
         """Of ``problem`` (or ``question``) with ``answer`` (or ``ground_truth_answer``), or the last box of ``solution``."""
-        solution = row.get("solution")
-        answer = row.get("answer", row.get("ground_truth_answer"))
-        if answer is None:
-            answer = (answers.final(solution or "") or [None])[0]
-        if answer is None:
+        solution, answer = row.get("solution"), row.get("answer", row.get("ground_truth_answer"))
+        if answer is None and (answer := (answers.final(solution or "") or [None])[0]) is None:
             raise ValueError("no answer, and no box in the solution")
         return self.make_problem(row["problem"] if "problem" in row else row["question"], str(answer), solution)
 
@@ -63,7 +60,7 @@ class MATH500(HubMathTask):
 
     def rewards(self) -> dict[str, tuple[Judge, float]]:
         """The released terms and weights, 2 for a right answer and up to 1 for its form, each judged as it is meant."""
-        return {"correct": (self.correct, 2.0), "boxed_format": (self.of_text(_boxed_format), 1.0)}
+        return {"correct": (self.reward, 2.0), "boxed_format": (self.of_text(_boxed_format), 1.0)}
 
     def released_rewards(self) -> dict[str, tuple[Judge, float]]:
         """The last box (all of the text where none closes) is compared; for the form no box counts: it seeks no ``\\boxed``."""
@@ -86,30 +83,25 @@ def _boxed_format(text: str) -> float:
 def extract(completion: str) -> str | None:
     """The answer as written: what the box holds, or of tags without a box the last formula between dollars, if any."""
     marked = answers.final(completion)
-    if marked is None:
-        return None
-    text, box = marked
-    return (text if box else _formula(text)).strip().removesuffix(".").strip()
+    return marked and (marked[0] if marked[1] else _formula(marked[0])).strip().removesuffix(".").strip()
 
 
 def _formula(text: str) -> str:
     """The last formula between math delimiters, with those that a comma, "and" or "or" joins to it; the text without any."""
-    opened: tuple[str, int] | None = None
-    formulas: list[tuple[int, int, int, int]] = []  # with and without its delimiters
+    opened: re.Match[str] | None = None
+    formulas: list[tuple[re.Match[str], re.Match[str]]] = []  # the delimiters of each
     for mark in _DELIMITER.finditer(text):
-        if opened is None and mark[0] not in ("\\)", "\\]"):
-            opened = mark[0], mark.start()
-        elif opened is not None and mark[0] == _CLOSES[opened[0]]:
-            begin = opened[1] + len(opened[0])
-            if begin < mark.start():
-                formulas.append((opened[1], begin, mark.start(), mark.end()))
+        if opened is None:
+            opened = mark if mark[0] in _CLOSES else None
+        elif mark[0] == _CLOSES[opened[0]]:
+            formulas += [(opened, mark)] if opened.end() < mark.start() else []
             opened = None
     if not formulas or quantity(text) is not None:
         return text
     first = len(formulas) - 1
-    while first and _JOINS.fullmatch(text, formulas[first - 1][3], formulas[first][0]):
+    while first and _JOINS.fullmatch(text, formulas[first - 1][1].end(), formulas[first][0].start()):
         first -= 1
-    return ", ".join(text[a:b] for _, a, b, _ in formulas[first:])
+    return ", ".join(text[a.end() : b.start()] for a, b in formulas[first:])
 
 
 def same(truth: str, answer: str, question: str = "") -> bool:
@@ -126,7 +118,14 @@ def same(truth: str, answer: str, question: str = "") -> bool:
     if len(set(bases)) == 2 or (bases and not _BASE.search(truth)):
         return False
     truth, answer = (_BASE.sub("", text) for text in (truth, answer))
-    if len(answer) > 10 * MAX_LATEX or not _reduced(answer, "fraction" in question and "frac" in truth):
+    if len(answer) > 10 * MAX_LATEX:
+        return False
+    result = answer.rsplit("=", 1)[-1]
+    fractions = [(int(a or c), int(b or d)) for a, b, c, d in _QUOTIENT.findall(result)]
+    roots = [int(n) for n in _ROOT.findall(result)]
+    if any(gcd(a, b) != 1 or b == 1 for a, b in fractions) or any(isqrt(n) ** 2 == n for n in roots):
+        return False  # not reduced
+    if "fraction" in question and "frac" in truth and re.search(r"[0-9]\.[0-9]|\A\.[0-9]", result):
         return False
     value, stated = quantity(truth), quantity(answer)
     if value is not None:
@@ -141,18 +140,6 @@ def same(truth: str, answer: str, question: str = "") -> bool:
         return True
     done = _UNDONE.search(answer.rsplit("=", 1)[-1]) is None or _UNDONE.search(truth) is not None
     return done and equivalent(truth, answer)
-
-
-def _reduced(answer: str, as_fraction: bool) -> bool:
-    """Whether fractions and roots of integers are reduced, and no decimal stands where a fraction is asked for."""
-    last = answer.rsplit("=", 1)[-1]
-    pairs = [(int(a or c), int(b or d)) for a, b, c, d in _QUOTIENT.findall(last)]
-    roots = [int(n) for n in _ROOT.findall(last)]
-    return (
-        all(gcd(a, b) == 1 != b for a, b in pairs)
-        and not any(isqrt(n) ** 2 == n for n in roots)
-        and not (as_fraction and re.search(r"[0-9]\.[0-9]|\A\.[0-9]", last))
-    )
 
 
 def _words(text: str) -> str:
