@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
@@ -28,6 +29,8 @@ PROMPTS = [
     "a longer prompt, so that the padding of the others is long as well",
 ]
 
+SEEDS = torch.tensor([11, 12, 13, 14])
+
 
 def toy(**shape: object) -> MaskedLM:
     model, tokenizer = new_model({**SHAPE, **shape}, seed=1)
@@ -42,6 +45,22 @@ def toy_lm() -> MaskedLM:
 @pytest.fixture(scope="session")
 def tiny_lm() -> MaskedLM:
     return load("tiny")
+
+
+@pytest.fixture(scope="session")
+def ending_lm() -> MaskedLM:
+    """A toy model that likes to end: EOS and EoT are among its candidates."""
+    lm = toy()
+    with torch.no_grad():
+        lm.model.get_output_embeddings().weight[list(lm.end_ids)] *= 3
+    return lm
+
+
+def logits_at(lm: MaskedLM, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
+    """Logits at ``positions`` (B, K) of each row, (B, K, V), from those of all positions; the mask token has -inf."""
+    logits = lm.model(ids, mask).logits.detach()
+    logits[..., lm.mask_id] = -torch.inf
+    return logits[torch.arange(len(ids))[:, None], positions]
 
 
 def saved(lm: MaskedLM, folder: Path) -> str:

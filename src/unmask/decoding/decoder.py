@@ -54,16 +54,14 @@ class Decoder:
     threshold: float | None = None
     """Also commit every open candidate whose score reaches this."""
     cache: Literal["none", "prefix", "dual"] = "none"
-    """Approximate: within a block of the plan, reuse keys and values of what stands before the block (``prefix``) or on both
-    sides of it (``dual``) from the block's first pass (Fast-dLLM)."""
+    """Approximate: within a block of the plan, reuse keys and values of what is before the block (``prefix``) or on both sides
+    of it (``dual``) from the block's first pass (Fast-dLLM)."""
 
     def __post_init__(self) -> None:
         Confidence.of(self.confidence)
         if self.eos == "exclude" and self.confidence != "low-confidence":
-            raise UserError(
-                f"eos=exclude renormalizes probabilities, so it needs confidence=low-confidence, not {self.confidence}: "
-                "use eos=suppress"
-            )
+            needs = f"needs confidence=low-confidence, not {self.confidence}"
+            raise UserError(f"eos=exclude renormalizes probabilities, so it {needs}: use eos=suppress")
         for field, fine, allowed in (
             ("gamma_min", 0 <= self.gamma_min <= 1, "0 to 1"),
             ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
@@ -90,9 +88,8 @@ class Decoder:
     def plan(self) -> Plan:
         plan = SCHEDULES.resolve(self.schedule)(self)
         if plan.length != self.max_new_tokens:
-            raise UserError(
-                f"schedule {self.schedule!r} plans {plan.length} tokens for a canvas of {self.max_new_tokens}"
-            )
+            plans = f"schedule {self.schedule!r} plans {plan.length} tokens"
+            raise UserError(f"{plans} for a canvas of {self.max_new_tokens}")
         return plan
 
     @property
@@ -170,8 +167,7 @@ def make_decoder(spec: str, **defaults: Any) -> Decoder:
         spec: preset spec, or the path of a .yaml file that may name a ``preset`` beside its fields.
         defaults: fields that hold unless the spec sets them, e.g. ``max_new_tokens=256``.
 
-    Raises:
-        UserError: for an unknown preset or parameter, or a value out of range.
+    Raises UserError for an unknown preset or parameter, or a value out of range.
     """
     name, parameters = split_spec(spec)
     values: dict[str, Any] = dict(parameters)

@@ -26,15 +26,12 @@ GAP = re.compile(r"<\|mask:(\d+)\|>")
 
 @dataclass(frozen=True)
 class Generation:
-    """Completions, those of one prompt next to each other.
-
-    Attributes:
-        texts: N strings, each up to its first end token or stop string; a template's with its gaps filled.
-        trajectories: the N decodes in batches of equal canvas length, whole (a stop string cuts the text alone).
-    """
+    """Completions, those of one prompt next to each other."""
 
     texts: list[str]
+    """N strings, each up to its first end token or stop string; a template's with its gaps filled."""
     trajectories: list[Trajectory]
+    """The N decodes in batches of equal canvas length, whole (a stop string cuts the text alone)."""
 
     @property
     def trajectory(self) -> Trajectory:
@@ -73,10 +70,9 @@ def generate(
 ) -> Generation:
     """Complete prompts, or fill the gaps of templates.
 
-    A text with gaps (``"The capital of <|mask:4|> is Rome."``: four tokens to fill) is taken as it stands, without the
-    chat template; in a conversation, the last assistant message or ``prefill`` may have gaps; in token ids, mask tokens are
-    gaps. All other tokens stay, whatever the decoder; its canvas length is the number of masks. End tokens in a gap are not
-    shown.
+    A text with gaps (``"The capital of <|mask:4|> is Rome."``: four tokens to fill) is taken as it is, without the chat
+    template; in a conversation, the last assistant message or ``prefill`` may have gaps; in token ids, mask tokens are gaps.
+    All other tokens stay; the canvas length is the number of masks. End tokens in a gap are not shown.
 
     Args:
         prompts: one prompt or several: texts, each a user's turn, lists of messages, token ids, or templates of any of these.
@@ -100,8 +96,6 @@ def generate(
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: pass 1 or more")
     rows = [row for row in rows for _ in range(num_return_sequences)]
-    if streamer is not None and len(rows) != 1:
-        raise UserError(f"a streamer shows one row, not {len(rows)}: decode one prompt at a time")
     found: dict[int, Trajectory] = {}
 
     def shape(i: int) -> tuple[int, int]:
@@ -116,9 +110,9 @@ def generate(
         if masks:
             chosen = chosen.replace(max_new_tokens=masks)
         if num_return_sequences > 1 and not chosen.is_random:
+            draws = f"decoder {chosen.name!r} draws no random numbers"
             raise UserError(
-                f"num_return_sequences is {num_return_sequences}, but decoder {chosen.name!r} draws no random numbers, so all "
-                "would be equal: set a temperature"
+                f"num_return_sequences is {num_return_sequences}, but {draws}, so all would be equal: set a temperature"
             )
         numbers = list(group)
         some = [rows[i] for i in numbers]

@@ -57,9 +57,7 @@ def load(
             adapter, which is merged into the base model that it names.
         device_map: also a dict of module names to devices, as in transformers; this and the rest: see ``source.ModelSource``.
 
-    Raises:
-        UserError: one sentence, for an unknown name, a hub that cannot be reached, an unsupported family, missing files, wrong
-            keys or shapes, or a failed self-test.
+    Raises UserError for an unknown name, an unsupported family, missing files, wrong keys or shapes, or a failed self-test.
     """
     name, adapter = expand_home(name), expand_home(adapter)
     settings = {"dtype": _dtype(dtype), **_placement(name, device, device_map, load_in_4bit)}
@@ -80,10 +78,8 @@ def _resolve_adapters(folder: Path) -> tuple[Path, list[Path]]:
         base = read_json(folder / "adapter_config.json", dict, "fetch it again").get("base_model_name_or_path")
         named = bool(base) and isinstance(base, str)
         if not named or folder.resolve() in adapters:
-            fault = "is its own" if named else "names no"
-            raise UserError(
-                f"the adapter {folder} {fault} base model: set base_model_name_or_path in adapter_config.json"
-            )
+            fault = f"the adapter {folder} {'is its own' if named else 'names no'} base model"
+            raise UserError(f"{fault}: set base_model_name_or_path in adapter_config.json")
         adapters.insert(0, folder.resolve())
         folder = find_folder(base)
     return folder, adapters
@@ -136,20 +132,16 @@ def _dtype(name: str) -> torch.dtype | str:
 
 def warn_of_slow_bf16(device: torch.device) -> None:
     """Say so where bfloat16 products run on a processor without instructions for them (measured: 29 times slower)."""
-    slow = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if slow and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        print(
-            "unmask: warning: this processor has no bfloat16 instructions, so bfloat16 takes many times as long as float32: "
-            "set bf16 to false and dtype to float32",
-            file=sys.stderr,
-        )
+    on_mkldnn = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if on_mkldnn and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        slow = "this processor has no bfloat16 instructions, so bfloat16 takes many times as long as float32"
+        print(f"unmask: warning: {slow}: set bf16 to false and dtype to float32", file=sys.stderr)
 
 
 def load_meta(name: str, dtype: str = "auto", revision: str | None = None) -> MaskedLM:
     """A checkpoint's shape, ids and tokenizer without its weights: a model on the meta device. Adapters count as their base.
 
-    Raises:
-        UserError: as ``load``, for what can be seen without weights.
+    Raises UserError as ``load``, for what can be seen without weights.
     """
     chosen: Any = _dtype(dtype)
     folder, _ = _resolve_adapters(find_folder(name, revision, weights=False))
@@ -159,16 +151,11 @@ def load_meta(name: str, dtype: str = "auto", revision: str | None = None) -> Ma
     try:
         settings = kind.config_class.from_pretrained(folder)
         tokenizer = _tokenizer(folder, kind, name)
-        model = meta_model(kind, settings, DTYPES.get(stated, torch.float32) if chosen == "auto" else chosen)
+        with torch.device("meta"):
+            model = kind._from_config(settings, dtype=DTYPES.get(stated, torch.float32) if chosen == "auto" else chosen)
     except _LOADING as error:
         raise UserError(f"cannot read {name}: {_first_line(error)}") from None
     return MaskedLM.wrap(model.eval(), tokenizer, name)
-
-
-def meta_model(kind: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> Any:
-    """A model without data, on the meta device."""
-    with torch.device("meta"):
-        return kind._from_config(config, dtype=dtype)
 
 
 def _family(config: dict[str, Any], trust_remote_code: bool) -> type[PreTrainedModel] | None:
@@ -176,10 +163,9 @@ def _family(config: dict[str, Any], trust_remote_code: bool) -> type[PreTrainedM
     family = str(config.get("model_type"))
     names = [family, *map(str, config.get("architectures") or ())]
     if not trust_remote_code and any(_NOT_YET.search(name) for name in names):
-        raise UserError(
-            f"model family {' / '.join(names)} is not supported yet: block-causal and mixture-of-experts diffusion models need "
-            f"another attention or another loader; choose a checkpoint of {', '.join(FAMILIES)}"
-        )
+        need = "block-causal and mixture-of-experts diffusion models need another attention or another loader"
+        choose = f"choose a checkpoint of {', '.join(FAMILIES)}"
+        raise UserError(f"model family {' / '.join(names)} is not supported yet: {need}; {choose}")
     if family in FAMILIES:
         return FAMILIES[family]
     if "auto_map" in config and trust_remote_code:
@@ -193,12 +179,8 @@ def find_folder(
 ) -> Path:
     """The folder of a shipped model, of a path, or of a hub name, which is downloaded to the hub's cache if it is not there.
 
-    Args:
-        remote_code: fetch Python files too. weights: without them, only what describes the model.
-        adapter: whether an adapter is looked for, not a model.
-
-    Raises:
-        UserError: for a name that is none of these, or a hub that does not have it.
+    remote_code: fetch Python files too. weights: without them, only what describes the model. adapter: whether an adapter is
+    looked for, not a model. Raises UserError for a name that is none of these, or a hub that does not have it.
     """
     name = expand_home(name)
     folder = SHIPPED.get(name, Path(name))

@@ -129,6 +129,7 @@ def training_memory(lm: MaskedLM, work: Workload) -> MemoryEstimate:
 
 
 def _training_activations(lm: MaskedLM, work: Workload, adapter: int) -> float:
+    """What the layers keep for their backward pass, its gradients, and copies of weights that autocast makes."""
     d, f, q, kv = _widths(lm.model.config)
     n, r = lm.model.config.num_hidden_layers, work.lora
     e = work.dtype.itemsize
@@ -140,11 +141,14 @@ def _training_activations(lm: MaskedLM, work: Workload, adapter: int) -> float:
         inputs = c * ((2 if c == e else 5) * d + f)
     kept = (4 if r else 8) * normed + c * (4 * q + 3 * f) + inputs
     gradients = 3 * c * f + 8 * d
-    frozen = c * n * d * (2 * q + 2 * kv + 3 * f) if c != e else 0
-    cached = (
-        (c * adapter if work.autocast else 0) if r else frozen
-    )  # of what is trained, until the forward pass has ended
-    frozen = frozen if r else 0
+    base_casts = c * n * d * (2 * q + 2 * kv + 3 * f) if c != e else 0
+    if r:
+        trained_casts, frozen_casts = c * adapter if work.autocast else 0, base_casts
+    else:
+        trained_casts, frozen_casts = base_casts, 0
     if not work.checkpointing:
-        return work.tokens * (n * kept + gradients) + cached + frozen
-    return work.tokens * n * e * d + max(cached, work.tokens * (kept + gradients) + (cached + frozen) / n)
+        return work.tokens * (n * kept + gradients) + trained_casts + frozen_casts
+    one_layer = work.tokens * (kept + gradients) + (trained_casts + frozen_casts) / n
+    return work.tokens * n * e * d + max(
+        trained_casts, one_layer
+    )  # the first are kept until the forward pass has ended
