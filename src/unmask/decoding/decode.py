@@ -211,21 +211,17 @@ def decode(
         canvas: (B, L) int64, templates with ``max_new_tokens`` masks each, which a plan's blocks count; other tokens are
             kept, with step -1. Left out: all masks.
 
-    Raises:
-        UserError: where randomness has no source, seeds are not one a row, a prompt holds the mask token, a template does not
-            fit the decoder, a streamer gets more than one row, or the model's logits are not finite.
+    Raises UserError where randomness has no source, seeds are not one a row, a template does not fit the decoder, a streamer
+    gets more than one row, or the model's logits are not finite.
     """
     batch, length = len(prompt), decoder.plan.length
-    if (prompt == lm.mask_id).logical_and(prompt_mask).any():
-        raise UserError("a prompt holds the mask token: remove it")
     if streamer is not None and batch != 1:
         raise UserError(f"a streamer shows one row, not {batch}: decode one prompt at a time")
     if canvas is None:
         canvas = torch.full((batch, length), lm.mask_id, device=prompt.device)
     elif ((masks := (canvas == lm.mask_id).sum(1)) != length).any():
-        raise UserError(
-            f"a template has {masks.tolist()} masks, but decoder {decoder.name!r} fills {length}: set max_new_tokens"
-        )
+        fills = f"decoder {decoder.name!r} fills {length}"
+        raise UserError(f"a template has {masks.tolist()} masks, but {fills}: set max_new_tokens")
     elif decoder.cache != "none" and canvas.shape[1] > length:
         raise UserError(f"cache={decoder.cache} needs a canvas without fixed tokens: set cache=none for a template")
     row_seeds = _seeds(decoder, batch, seeds).to(prompt.device)

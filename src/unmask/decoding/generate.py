@@ -17,8 +17,7 @@ from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
 from unmask.models.masked_lm import MaskedLM, Text
 
-Messages: TypeAlias = Sequence[dict[str, str]]
-Prompt: TypeAlias = str | Messages | Sequence[int] | Tensor
+Prompt: TypeAlias = str | Sequence[dict[str, str]] | Sequence[int] | Tensor
 """A user's turn, a conversation as ``{"role": …, "content": …}`` messages, a template with gaps, or token ids."""
 
 GAP = re.compile(r"<\|mask:(\d+)\|>")
@@ -85,8 +84,7 @@ def generate(
         prefill: text that every assistant's turn starts with; it is not part of the completion, unless it has gaps.
         batch_size: rows of one forward pass. streamer: shown every draft; for one completion.
 
-    Raises:
-        UserError: also for anything that ``make_decoder``, ``MaskedLM.encode`` and ``decode`` refuse.
+    Raises UserError, also for anything that ``make_decoder``, ``MaskedLM.encode`` and ``decode`` refuse.
     """
     rows = [_row(lm, cast(Prompt, p), prefill) for p in (prompts if _are_several(prompts) else [prompts])]
     if not rows or num_return_sequences < 1:
@@ -110,16 +108,16 @@ def generate(
         if masks:
             chosen = chosen.replace(max_new_tokens=masks)
         if num_return_sequences > 1 and not chosen.is_random:
-            draws = f"decoder {chosen.name!r} draws no random numbers"
-            raise UserError(
-                f"num_return_sequences is {num_return_sequences}, but {draws}, so all would be equal: set a temperature"
+            draws = (
+                f"num_return_sequences is {num_return_sequences}, but decoder {chosen.name!r} draws no random numbers"
             )
+            raise UserError(f"{draws}, so all would be equal: set a temperature")
         numbers = list(group)
         some = [rows[i] for i in numbers]
         for taken, part in _decode(lm, some, chosen, seed + torch.tensor(numbers), batch_size, streamer):
             found |= {numbers[n]: part.take(torch.tensor([i])) for i, n in enumerate(taken)}
     ordered = [found[i] for i in range(len(rows))]
-    texts = [_text(lm, row, part, stop) for row, part in zip(rows, ordered, strict=True)]
+    texts = [until(_text(lm, row, part.tokens), stop) for row, part in zip(rows, ordered, strict=True)]
     groups = itertools.groupby(ordered, lambda t: t.tokens.shape[1])
     return Generation(texts, [Trajectory.cat(list(group)) for _, group in groups])
 
@@ -139,7 +137,7 @@ def _row(lm: MaskedLM, prompt: Prompt, prefill: str) -> _Row:
     if isinstance(prompt, str):
         before, answer = ("", prompt) if GAP.search(prompt) else (lm.chat(prompt), prefill)
     else:
-        messages, answer = [dict(message) for message in cast("Messages", prompt)], prefill
+        messages, answer = [dict(message) for message in cast("Sequence[dict[str, str]]", prompt)], prefill
         if messages and messages[-1].get("role") == "assistant" and GAP.search(str(messages[-1].get("content"))):
             answer = messages.pop()["content"] + prefill
         before = lm.render(messages)
@@ -166,12 +164,10 @@ def _decode(
         yield part.tolist(), decode(lm, ids, mask, decoder, seeds[part], streamer, not template, canvas)
 
 
-def _text(lm: MaskedLM, row: _Row, trajectory: Trajectory, stop: Sequence[str]) -> str:
-    if row.canvas:
-        text = row.start + str(lm.tokenizer.decode([t for t in trajectory.tokens[0].tolist() if t not in lm.end_ids]))
-    else:
-        text = lm.text(trajectory.tokens)[0]
-    return until(text, stop)
+def _text(lm: MaskedLM, row: _Row, tokens: Tensor) -> str:
+    if not row.canvas:
+        return lm.text(tokens)[0]
+    return row.start + str(lm.tokenizer.decode([t for t in tokens[0].tolist() if t not in lm.end_ids]))
 
 
 def until(text: str, stops: Sequence[str]) -> str:

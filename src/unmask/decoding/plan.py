@@ -27,18 +27,18 @@ class Plan:
     """Normalized decoding time in [0, 1], which EOS rejection reads."""
 
     def __post_init__(self) -> None:
-        grows = all(a <= b for values in (self.horizon, self.progress) for a, b in pairwise(values))
         if not (
             len(self.commits) == len(self.horizon) == len(self.progress) > 0
             and min(self.commits) >= 1
             and all(h >= d for h, d in zip(self.horizon, self.done, strict=True))
-            and grows
+            and all(a <= b for values in (self.horizon, self.progress) for a, b in pairwise(values))
             and self.horizon[-1] == self.length
             and 0 <= self.progress[0] <= self.progress[-1] <= 1
         ):
+            horizon = "each step commits 1 token or more below its horizon, the horizon grows to the canvas length"
+            progress = "and progress grows within [0, 1]"
             raise UserError(
-                "this is no plan: commits, horizon and progress have one entry a step, each step commits 1 token or more "
-                "below its horizon, the horizon grows to the canvas length, and progress grows within [0, 1]"
+                f"this is no plan: commits, horizon and progress have one entry a step, {horizon}, {progress}"
             )
 
     @cached_property

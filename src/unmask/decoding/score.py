@@ -31,8 +31,8 @@ def forward_with_guidance(
 ) -> Result:
     """``lm.forward_head`` under classifier-free guidance: logits u + (w + 1)(c - u), u from the row with its prompt masked.
 
-    The head is linear, so the hidden states are mixed and the head is applied once. ids (B, T), of which the first ``prompt``
-    columns are the prompt; the rest as in ``MaskedLM.forward_head``. A guided cache holds the rows of c, then those of u.
+    The head is linear, so the hidden states are mixed and the head is applied once. The first ``prompt`` columns of ids (B, T)
+    are the prompt; the rest as in ``MaskedLM.forward_head``. A guided cache holds the rows of c, then those of u.
     """
     if w == 0:
         return lm.forward_head(ids, attention_mask, positions, fn, cache, window)

@@ -13,16 +13,13 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 class KVCache:
     """Keys (rotated) and values of every layer, (B, H, T, D) each, from the pass that filled it.
 
-    An approximation in a bidirectional model: what stands outside the window would look different after every commit
+    An approximation in a bidirectional model: what is outside the window would look different after every commit
     (Fast-dLLM, arXiv 2505.22618).
-
-    Attributes:
-        start: the column where the pass under way writes its keys and values.
     """
 
     def __init__(self) -> None:
         self.layers: list[tuple[Tensor, Tensor]] = []
-        self.start = 0
+        self.start = 0  # the column where the current pass writes its keys and values
 
     def update(self, k: Tensor, v: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Put a window's keys and values (B, H, W, D) into a layer; returns the layer's. (As transformers calls its caches.)"""

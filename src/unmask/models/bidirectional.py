@@ -36,15 +36,14 @@ class FullAttention(Trunk):
         if visible is not None and self.config._attn_implementation == "eager":  # it adds the mask to the scores
             visible = torch.zeros_like(visible, dtype=x.dtype).masked_fill(~visible, torch.finfo(x.dtype).min)
         rotary = self.rotary_emb(x, position_ids)
+        how = {
+            "position_ids": position_ids,
+            "position_embeddings": rotary,
+            "past_key_values": cache,
+            "is_causal": False,
+        }
         for layer in self.layers:
-            x = layer(
-                x,
-                attention_mask=visible,
-                position_ids=position_ids,
-                position_embeddings=rotary,
-                past_key_values=cache,
-                is_causal=False,
-            )
+            x = layer(x, attention_mask=visible, **how)
         return self.norm(x)
 
 

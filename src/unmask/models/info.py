@@ -77,12 +77,11 @@ def memory(lm: MaskedLM, a: InfoArguments) -> list[tuple[str, int, MemoryEstimat
     cuda, dtype = not a.weights or lm.device.type != "cpu", lm.model.dtype
     rows = []
     for length in a.max_new_tokens:
-        work = Workload(dtype, a.batch_size, a.prompt, length, cuda=cuda)
+        work = Workload(dtype, a.batch_size, a.prompt, length, cuda=cuda, reference=True)
         rows.append((f"decode, {a.batch_size} rows", length, decoding_memory(lm, work)))
-        work = Workload(dtype, a.rows_per_forward, a.prompt, length, reference=True, cuda=cuda)
         for label, kind, lora in ((f"LoRA r={a.lora_r}", dtype, a.lora_r), ("all weights", torch.float32, 0)):
             for suffix, again in (("", False), (", checkpointing", True)):
-                one = replace(work, dtype=kind, lora=lora, checkpointing=again)
+                one = replace(work, rows=a.rows_per_forward, dtype=kind, lora=lora, checkpointing=again)
                 rows.append((f"rl {label}{suffix}", length, training_memory(lm, one)))
     return rows
 

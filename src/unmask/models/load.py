@@ -87,8 +87,7 @@ def _resolve_adapters(folder: Path) -> tuple[Path, list[Path]]:
 
 def _load_checkpoint(name: str, folder: Path, settings: dict[str, Any], trust_remote_code: bool) -> MaskedLM:
     """A checkpoint that is no adapter. ``settings``: keyword arguments of ``from_pretrained``."""
-    config = read_json(folder / "config.json", dict, "fetch it again")
-    kind = _family(config, trust_remote_code)
+    config, kind = _family(folder, trust_remote_code)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise UserError(f"{name} holds no .safetensors weights: fetch them, or convert the checkpoint to safetensors")
@@ -123,7 +122,7 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _dtype(name: str) -> torch.dtype | str:
+def _dtype(name: str) -> Any:
     """A dtype that weights can be loaded in, or ``auto``. Raises UserError."""
     if name not in (*DTYPES, "auto"):
         raise unknown("dtype", name, [*DTYPES, "auto"])
@@ -143,10 +142,9 @@ def load_meta(name: str, dtype: str = "auto", revision: str | None = None) -> Ma
 
     Raises UserError as ``load``, for what can be seen without weights.
     """
-    chosen: Any = _dtype(dtype)
+    chosen = _dtype(dtype)
     folder, _ = _resolve_adapters(find_folder(name, revision, weights=False))
-    config = read_json(folder / "config.json", dict, "fetch it again")
-    kind: Any = _family(config, False)
+    config, kind = _family(folder)
     stated = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     try:
         settings = kind.config_class.from_pretrained(folder)
@@ -158,18 +156,17 @@ def load_meta(name: str, dtype: str = "auto", revision: str | None = None) -> Ma
     return MaskedLM.wrap(model.eval(), tokenizer, name)
 
 
-def _family(config: dict[str, Any], trust_remote_code: bool) -> type[PreTrainedModel] | None:
-    """The class of a config.json; None for one of an unknown family whose own code is trusted. Raises UserError."""
+def _family(folder: Path, trust_remote_code: bool = False) -> tuple[dict[str, Any], Any]:
+    """A folder's config.json and its class; None for one of an unknown family whose own code is trusted. Raises UserError."""
+    config = read_json(folder / "config.json", dict, "fetch it again")
     family = str(config.get("model_type"))
     names = [family, *map(str, config.get("architectures") or ())]
     if not trust_remote_code and any(_NOT_YET.search(name) for name in names):
         need = "block-causal and mixture-of-experts diffusion models need another attention or another loader"
         choose = f"choose a checkpoint of {', '.join(FAMILIES)}"
         raise UserError(f"model family {' / '.join(names)} is not supported yet: {need}; {choose}")
-    if family in FAMILIES:
-        return FAMILIES[family]
-    if "auto_map" in config and trust_remote_code:
-        return None
+    if family in FAMILIES or ("auto_map" in config and trust_remote_code):
+        return config, FAMILIES.get(family)
     hint = "; or run the checkpoint's own code with --trust-remote-code" if "auto_map" in config else ""
     raise UserError(f"{unknown('model family', family, FAMILIES)}{hint}")
 
@@ -212,8 +209,8 @@ def find_folder(
 def _placement(name: str, device: str, device_map: Any, load_in_4bit: bool) -> dict[str, Any]:
     """Keyword arguments of ``from_pretrained`` that say where the weights go and how."""
     if device_map is not None and (world := world_size()) > 1:
-        fix = "start a single process, or leave it out"
-        raise UserError(f"device_map={device_map} spreads one model over the devices of {world} processes: {fix}")
+        spreads = f"device_map={device_map} spreads one model over the devices of {world} processes"
+        raise UserError(f"{spreads}: start a single process, or leave it out")
     if device_map is not None and device != "auto":
         raise UserError(f"device={device} and device_map={device_map} contradict each other: set one of them")
     if device == "auto":
@@ -239,21 +236,18 @@ def _placement(name: str, device: str, device_map: Any, load_in_4bit: bool) -> d
     return settings
 
 
-def _load_family(
-    kind: type[PreTrainedModel], folder: Path, name: str, config: dict[str, Any], settings: dict[str, Any]
-) -> PreTrainedModel:
+def _load_family(kind: Any, folder: Path, name: str, config: dict[str, Any], settings: dict[str, Any]) -> Any:
     """A model of a known family; refused by name where its files hold other keys or shapes."""
     architecture = next(iter(config.get("architectures") or [kind.__name__]))
     if architecture != kind.__name__ and kind not in bidirectional.UNDER_PARENTS_NAME:
         known = f"{kind.__name__}, the one implemented for {config['model_type']}"
         raise UserError(f"{name} is refused: its architecture {architecture} is not {known}")
-    loaded: Any = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True, **settings)
-    model, report = loaded
+    model, report = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True, **settings)
     vars(model.config).pop("auto_map", None)  # names Python files that are neither needed nor saved with the model
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(map(str, report[problem])):
-            says = f"{problem.replace('_', ' ')} {', '.join(keys[:4])} ({len(keys)} in all)"
-            raise UserError(f"{name} is refused: {says}")
+            some = f"{', '.join(keys[:4])} ({len(keys)} in all)"
+            raise UserError(f"{name} is refused: {problem.replace('_', ' ')} {some}")
     return model
 
 

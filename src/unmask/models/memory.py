@@ -53,28 +53,21 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked of the model.
+    """What is asked of the model."""
 
-    Attributes:
-        dtype: of the weights. rows: of one forward pass. prompt, length: tokens of a row, P and L.
-        lora: rank of the adapter that is trained, 0 for all weights. targets: its modules, a regular expression.
-        autocast: to bfloat16. checkpointing: of activations, a block at a time. reference: whether beta > 0.
-        completions, steps: in one update, on one process. processes: of the run. cuda: whether pieces are those of a GPU.
-    """
-
-    dtype: torch.dtype
-    rows: int
-    prompt: int
-    length: int
-    lora: int = 0
-    targets: str = LORA_TARGETS
-    autocast: bool = True
-    checkpointing: bool = False
-    reference: bool = False
-    completions: int = 1
+    dtype: torch.dtype  # of the weights
+    rows: int  # of one forward pass
+    prompt: int  # tokens of a row, P
+    length: int  # and of its canvas, L
+    lora: int = 0  # rank of the adapter that is trained, 0 for all weights
+    targets: str = LORA_TARGETS  # its modules, a regular expression
+    autocast: bool = True  # to bfloat16
+    checkpointing: bool = False  # of activations, a block at a time
+    reference: bool = False  # whether beta > 0
+    completions: int = 1  # in one update, on one process
     steps: int = 1
-    processes: int = 1
-    cuda: bool = False
+    processes: int = 1  # of the run
+    cuda: bool = False  # whether pieces are those of a GPU
 
     @property
     def tokens(self) -> int:
@@ -109,8 +102,7 @@ def decoding_memory(lm: MaskedLM, work: Workload) -> MemoryEstimate:
 def training_memory(lm: MaskedLM, work: Workload) -> MemoryEstimate:
     """Bytes for reinforcement learning on one process, the rollout included (it needs less than the update).
 
-    Raises:
-        UserError: where an adapter's ``targets`` match no matrix of the model.
+    Raises UserError where an adapter's ``targets`` match no matrix of the model.
     """
     e = work.dtype.itemsize
     parameters = sum(p.numel() for p in lm.model.parameters())
