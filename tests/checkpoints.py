@@ -85,7 +85,7 @@ def _fast_tokenizer(folder: Path, tokens: dict[int, str], settings: dict[str, An
 
 
 def _write(folder: Path, config: dict[str, Any], seed: int, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Random weights in several shards, and the config.json as it stands on the hub."""
+    """Random weights in several shards, and the config.json as on the hub."""
     kind = FAMILIES[config["model_type"]]
     torch.manual_seed(seed)
     kind(kind.config_class(**config)).to(dtype).save_pretrained(folder, max_shard_size="60KB")

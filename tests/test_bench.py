@@ -11,10 +11,11 @@ import torch
 from benchmarks import common
 from benchmarks import decode as bench_decode
 from benchmarks import gap as bench_gap
+from benchmarks import memory as bench_memory
 from benchmarks import rl as bench_rl
 from benchmarks.__main__ import main as benchmark
 from benchmarks.common import in_subprocess
-from benchmarks.config import BenchDecode, BenchGap, BenchRL
+from benchmarks.config import BenchDecode, BenchGap, BenchMemory, BenchRL
 from benchmarks.reference import counterpart
 from unmask import MaskedLM, UserError, decode, make_decoder
 from unmask.decoding.decode import DecodingLoop
@@ -82,6 +83,22 @@ def test_the_gap_is_rounding_for_cj_alone(toy_folder: str, tmp_path: Path) -> No
         low, high = cell["gap_interval"]
         assert low <= cell["gap"] <= high and cell["completions"] == 6
         assert cell["gap"] < 1e-5 if cell["objective"] == "cj" else cell["gap"] > 0.05
+
+
+def test_measured_peaks(tmp_path: Path) -> None:
+    """The memory formula beside one peak measured here, and beside those that were measured for the documents."""
+    shape = {"vocabulary": 8192, "d_model": 384, "n_heads": 6, "n_layers": 4, "mlp_hidden_size": 1152, "prompt": 32}
+    # In float32: many processors have no instructions for bfloat16.
+    cells = {"work": ("lora",), "length": (64,), "completions": (4,), "steps": 2, "dtype": "float32"}
+    config = BenchMemory(**shape, **cells, output=str(tmp_path / "memory.json"))  # type: ignore[arg-type]
+    for cell in bench_memory.run(config, lambda _: None)["cells"]:
+        assert cell["formula"] == pytest.approx(cell["measured"], rel=0.15), cell
+    known = json.loads((Path(__file__).parents[1] / "docs/results/bench-memory.json").read_text())
+    config = BenchMemory(**known["config"])
+    lm = common.stand_in(config, "float32", "cpu")
+    for cell in known["cells"]:
+        found = bench_memory.estimate(config, lm, cell["work"], cell["length"], cell["completions"]).total
+        assert found == cell["formula"] == pytest.approx(cell["measured"], rel=0.1), cell
 
 
 # A stand-in for the released file: the same names and arguments, one token a step from left to right.

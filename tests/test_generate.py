@@ -8,7 +8,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-import unmask
 from conftest import PROMPTS
 from unmask import Decoder, Generation, MaskedLM, UserError, decode, make_decoder, replay
 
@@ -18,13 +17,6 @@ SPEC = "eoser-ass:temperature=1"
 def same(a: Generation, b: Generation) -> bool:
     equal = [torch.equal(getattr(a.trajectory, k), getattr(b.trajectory, k)) for k in ("tokens", "step")]
     return a.texts == b.texts and a.nfe == b.nfe and all(equal)
-
-
-def test_the_example_of_the_readme() -> None:
-    lm = unmask.load("tiny")
-    out = lm.generate("make 26 from 6 10 10", decoder="eoser-ass")
-    assert len(out.texts) == 1 and out.texts[0].startswith("<reasoning>") and out.nfe[0] <= 7
-    assert out.trajectory.state(3).shape == (1, 128)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

@@ -94,10 +94,6 @@ def test_a_cache_with_new_tokens_in_its_window_is_refreshed_there(toy_lm: Masked
     full = toy_lm.model.model(edited, mask).last_hidden_state[:, 30:35]
     part = toy_lm.model.model(edited, mask, cache=cache, window=(30, 35)).last_hidden_state
     assert (part - full).abs().max() > 1e-3  # the columns around it still saw the old tokens
-    current = KVCache()
-    toy_lm.model.model(edited, mask, cache=current)
-    exact = toy_lm.model.model(edited, mask, cache=current, window=(30, 35)).last_hidden_state
-    assert torch.allclose(exact, full, atol=1e-4)
     entire = toy_lm.model.model(edited, mask, cache=cache, window=(0, ids.shape[1])).last_hidden_state[:, 30:35]
     assert torch.allclose(entire, full, atol=1e-4)
 

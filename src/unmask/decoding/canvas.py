@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from unmask.decoding.trajectory import Trajectory
+from unmask.decoding.trajectory import Trajectory, cat_left_padded
 
-_WITH_PROMPT, _OTHERS = ("ids", "visible"), ("rank", "step", "logprob", "seeds", "at")
+_OTHERS = ("rank", "step", "logprob", "seeds", "at")  # tensors that do not grow with the prompt
 
 
 @dataclass
@@ -72,22 +71,19 @@ class Canvases:
 
     def take(self, rows: Tensor) -> Canvases:
         """Some rows, (n,) int64."""
-        chosen: dict[str, Any] = {k: getattr(self, k)[rows] for k in (*_WITH_PROMPT, *_OTHERS)}
+        chosen: dict[str, Any] = {k: getattr(self, k)[rows] for k in ("ids", "visible", *_OTHERS)}
         index = rows.tolist()
         numbers, passes = ([values[i] for i in index] for values in (self.numbers, self.passes))
         return replace(self, **chosen, numbers=numbers, passes=passes)
 
     def join(self, other: Canvases, pad_id: int) -> Canvases:
         """These rows above others; the narrower prompts get more padding."""
-        width = max(self.width, other.width)
         joined: dict[str, Any] = {k: torch.cat([getattr(self, k), getattr(other, k)]) for k in _OTHERS}
-        for name, fill in zip(_WITH_PROMPT, (pad_id, False), strict=True):
-            parts = [F.pad(getattr(c, name), (width - c.width, 0), value=fill) for c in (self, other)]
-            joined[name] = torch.cat(parts)
+        joined |= {k: getattr(self, k) + getattr(other, k) for k in ("numbers", "passes")}
+        ids = cat_left_padded([self.ids, other.ids], pad_id)
+        visible = cat_left_padded([self.visible, other.visible])
         padded = self.padded or other.padded or self.width != other.width
-        return Canvases(
-            **joined, numbers=self.numbers + other.numbers, passes=self.passes + other.passes, padded=padded
-        )
+        return Canvases(ids, visible, **joined, padded=padded)
 
     def drop_padding(self) -> Canvases:
         """Without the columns that are padding in every row."""

@@ -47,7 +47,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class _Row:
-    """One completion to make: what stands before the canvas, the canvas where it is a template, and its text's beginning."""
+    """One completion to make: what is before the canvas, the canvas where it is a template, and its text's beginning."""
 
     prompt: Text
     canvas: tuple[int, ...] = ()
@@ -108,10 +108,8 @@ def generate(
         if masks:
             chosen = chosen.replace(max_new_tokens=masks)
         if num_return_sequences > 1 and not chosen.is_random:
-            draws = (
-                f"num_return_sequences is {num_return_sequences}, but decoder {chosen.name!r} draws no random numbers"
-            )
-            raise UserError(f"{draws}, so all would be equal: set a temperature")
+            equal = f"decoder {chosen.name!r} draws no random numbers, so all would be equal"
+            raise UserError(f"num_return_sequences is {num_return_sequences}, but {equal}: set a temperature")
         numbers = list(group)
         some = [rows[i] for i in numbers]
         for taken, part in _decode(lm, some, chosen, seed + torch.tensor(numbers), batch_size, streamer):

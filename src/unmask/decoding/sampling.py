@@ -181,7 +181,7 @@ def _draw(head: Head, hidden: Tensor, read: _Vocabulary, temperature: float, noi
         logits = read.whole.gather(1, token.clamp(max=size - 1)).double().masked_fill(token >= size, -torch.inf)
     inner = ((logits - read.top[:, None]) / temperature).exp()
     at = _pick(inner.cumsum(1), (left / width).clamp(0, 1)[:, 0])
-    # A rounded sum may point at an impossible token; the likeliest one of the bucket stands in.
+    # A rounded sum may point at an impossible token; the likeliest one of the bucket replaces it.
     at = torch.where(inner.gather(1, at) > 0, at, inner.argmax(1, keepdim=True))
     return (bucket * BUCKET + at)[:, 0], logits.gather(1, at)[:, 0]
 

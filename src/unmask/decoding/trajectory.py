@@ -31,6 +31,12 @@ _TENSORS = {
 }
 
 
+def cat_left_padded(parts: Sequence[Tensor], fill: int = 0) -> Tensor:
+    """(B, W) each, concatenated along the batch, the narrower ones with ``fill`` on their left."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, (width - part.shape[1], 0), value=fill) for part in parts])
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """A batch of decoded canvases.
@@ -88,13 +94,11 @@ class Trajectory:
     @staticmethod
     def cat(parts: Sequence[Trajectory]) -> Trajectory:
         """Parts concatenated along the batch; narrower prompts get more padding."""
-        width = max(p.prompt.shape[1] for p in parts)
-
-        def padded(part: Trajectory, name: str) -> Tensor:
-            missing = width - part.prompt.shape[1] if name.startswith("prompt") else 0
-            return F.pad(getattr(part, name), (missing, 0))
-
-        return replace(parts[0], **{k: torch.cat([padded(p, k) for p in parts]) for k in _TENSORS})  # type: ignore[arg-type]
+        joined: dict[str, Any] = {}
+        for name in _TENSORS:
+            cat = cat_left_padded if name.startswith("prompt") else torch.cat
+            joined[name] = cat([getattr(part, name) for part in parts])
+        return replace(parts[0], **joined)
 
     def save(self, path: str | Path) -> None:
         """Write as safetensors, whole or not at all."""

@@ -188,9 +188,6 @@ class LLaDAModel(Trunk, LLaDAPreTrainedModel):  # type: ignore[misc]
     def get_input_embeddings(self) -> nn.Module:
         return self.transformer["wte"]
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.transformer["wte"] = value
-
     def run_layers(self, x: Tensor, position_ids: Tensor, visible: Tensor | None, cache: KVCache | None) -> Tensor:
         cos, sin = rotary_table(position_ids, self.config.d_model // self.config.n_heads, self.config.rope_theta)
         for block in cast(nn.ModuleList, self.transformer["blocks"]):
@@ -208,9 +205,6 @@ class LLaDAModelLM(HeadAtPositions, LLaDAPreTrainedModel):  # type: ignore[misc]
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.transformer["wte" if self.config.weight_tying else "ff_out"]
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.model.transformer["wte" if self.config.weight_tying else "ff_out"] = value
 
     def untie(self) -> None:
         if self.config.weight_tying:

@@ -231,7 +231,7 @@ def _placement(name: str, device: str, device_map: Any, load_in_4bit: bool) -> d
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=["model.transformer.ff_out", "lm_head"],  # the heads; a block's ff_out is quantised
+            llm_int8_skip_modules=["model.transformer.ff_out", "lm_head"],  # the heads; a block's ff_out is quantized
         )
     return settings
 
@@ -278,7 +278,7 @@ def as_masked_lm(model: MaskedLM | PreTrainedModel | str, tokenizer: PreTrainedT
 
 
 def _merge(lm: MaskedLM, adapter: Path, name: str) -> MaskedLM:
-    """The model, now called ``name``, with an adapter merged into its weights (kept beside them where they are quantised)."""
+    """The model, now called ``name``, with an adapter merged into its weights (kept beside them where they are quantized)."""
     from peft import PeftModel, get_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import load_peft_weights
