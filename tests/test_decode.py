@@ -328,6 +328,8 @@ def test_decoder_files_and_specs(tmp_path: Path) -> None:
         ("full:confidence=low-confidnce", "did you mean 'low-confidence'"),
         ("full:eos=no", "choose from exclude, keep, reject, suppress"),
         ("full:eos=exclude,confidence=margin", "needs confidence=low-confidence, not margin"),
+        ("full:cache=dual", "several blocks"),
+        ("semi-ar:cache=dual,steps=4", "several blocks"),
         ("full:steps=2,steps=3", "given twice"),
         ("no/such.yaml", "cannot read the decoder file"),
     ],
