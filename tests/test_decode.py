@@ -279,13 +279,11 @@ def test_randomness_is_asked_for(toy_lm: MaskedLM) -> None:
 def test_a_model_without_finite_logits_is_refused() -> None:
     """NaN everywhere: no endless loop, no canvas of masks, one sentence."""
     lm = toy()
-    with torch.no_grad():
-        lm.model.get_output_embeddings().weight.fill_(torch.nan)
-    ids, mask = lm.encode(PROMPTS)
-    for spec in ("full", "threshold:block_length=8", "semi-ar:block_length=8,temperature=1", "ass:confidence=entropy"):
-        for early_stop in (False, True):
-            with pytest.raises(UserError, match="logits are not finite"):
-                decode(lm, ids, mask, make_decoder(spec, max_new_tokens=16), SEEDS, early_stop=early_stop)
+    lm.model.get_output_embeddings().weight.data.fill_(torch.nan)
+    specs = ("full", "threshold:block_length=8", "semi-ar:block_length=8,temperature=1", "ass:confidence=entropy")
+    for spec, early_stop in zip(specs, (False, True, False, True), strict=True):
+        with pytest.raises(UserError, match="logits are not finite"):
+            decode(lm, *lm.encode(PROMPTS), make_decoder(spec, max_new_tokens=16), SEEDS, early_stop=early_stop)
 
 
 def test_double_precision_decodes_and_replays() -> None:

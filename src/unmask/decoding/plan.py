@@ -35,11 +35,9 @@ class Plan:
             and self.horizon[-1] == self.length
             and 0 <= self.progress[0] <= self.progress[-1] <= 1
         ):
-            horizon = "each step commits 1 token or more below its horizon, the horizon grows to the canvas length"
-            progress = "and progress grows within [0, 1]"
-            raise UserError(
-                f"this is no plan: commits, horizon and progress have one entry a step, {horizon}, {progress}"
-            )
+            entries = "commits, horizon and progress have one entry a step, each step commits 1 token or more below its horizon"
+            grow = "the horizon grows to the canvas length, and progress grows within [0, 1]"
+            raise UserError(f"this is no plan: {entries}, {grow}")
 
     @cached_property
     def length(self) -> int:

@@ -174,10 +174,8 @@ class MaskedLM:
                 token = self.tokenizer.convert_ids_to_tokens(self.mask_id)
                 raise UserError(f"the prompt {text[:60]!r} holds the mask token {token}: remove it")
             if len(row) + canvas > self.max_length:
-                raise UserError(
-                    f"the prompt has {len(row)} tokens and the canvas {canvas}, but {self.name} takes at most "
-                    f"{self.max_length} together: shorten the prompt or lower --max-new-tokens"
-                )
+                long = f"the prompt has {len(row)} tokens and the canvas {canvas}, but {self.name} takes at most"
+                raise UserError(f"{long} {self.max_length} together: shorten the prompt or lower --max-new-tokens")
         width = max([width, *map(len, rows)])
         ids = torch.full((len(rows), width), self.pad_id)
         mask = torch.zeros(len(rows), width, dtype=torch.bool)
