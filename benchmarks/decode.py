@@ -11,18 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import (
-    gemm_peak,
-    in_subprocess,
-    pass_flops,
-    peak_bytes,
-    reset_peak,
-    seconds,
-    spread,
-    spread_text,
-    stand_in,
-    write_result,
-)
+from benchmarks import common
 from benchmarks.config import STAND_IN, BenchDecode
 from benchmarks.reference import load_reference, reference_decode
 from unmask.decoding import Decoder, decode, make_decoder
@@ -42,16 +31,16 @@ HEAD_SCALE = 8.0
 
 def run(config: BenchDecode, progress: Callable[[str], None]) -> dict[str, Any]:
     """Measure every cell in a fresh process; what is measured is kept, should a later cell fail."""
-    peak = gemm_peak(config.dtype, config.device)
+    peak = common.gemm_peak(config.dtype, config.device)
     cells: list[dict[str, Any]] = []
     for model, length, spec, temperature in product(config.model, config.length, config.decoder, config.temperature):
         progress(f"{model} · L = {length} · {spec} · T = {temperature:g}")
         cell: dict[str, Any] = {"model": model, "length": length, "decoder": spec, "temperature": temperature}
-        cell |= in_subprocess("decode", config, model, length, spec, temperature)
+        cell |= common.in_subprocess("decode", config, model, length, spec, temperature)
         if "step" in cell:
             cell["of_gemm_peak"] = cell["flops"] / cell["step"]["median"] / peak
         cells.append(cell)
-        result = write_result(config, cells, gemm_flops=peak)
+        result = common.write_result(config, cells, gemm_flops=peak)
     return result
 
 
@@ -69,11 +58,11 @@ def table(config: BenchDecode, result: dict[str, Any]) -> tuple[str, list[dict[s
             "passes": str(c["passes"]),
             "trunk ms": text(c, "trunk", lambda found: f"{1000 * found['median']:.0f}"),
             "step ms": text(c, "step", lambda found: f"{1000 * found['median']:.0f}"),
-            "step / needed": text(c, "step_over_needed", spread_text),
+            "step / needed": text(c, "step_over_needed", common.spread_text),
             "tokens/s": f"{c['tokens_per_second']:.0f}",
             "+GiB": f"{c['peak_gib'] - c['before_gib']:.2f}",
             "% GEMM": text(c, "of_gemm_peak", lambda share: f"{100 * share:.0f}"),
-            "released / ours": text(c, "reference_over_ours", spread_text),
+            "released / ours": text(c, "reference_over_ours", common.spread_text),
             "same": text(c, "same_tokens", lambda same: "yes" if same else "no"),
         }
         for c in result["cells"]
@@ -99,7 +88,7 @@ def measure(config: BenchDecode, model: str, length: int, spec: str, temperature
     """One cell, in this process."""
     decoder = make_decoder(spec, max_new_tokens=length, temperature=temperature)
     if model == STAND_IN:
-        lm = stand_in(config, config.dtype, config.device)
+        lm = common.stand_in(config, config.dtype, config.device)
         lm.model.get_output_embeddings().weight.mul_(HEAD_SCALE)
     else:
         lm = load(model, config.dtype, config.device)
@@ -111,12 +100,12 @@ def measure(config: BenchDecode, model: str, length: int, spec: str, temperature
     def ours() -> Trajectory:
         return decode(lm, prompt, mask, decoder, seeds=seeds)
 
-    before = reset_peak(config.device)
+    before = common.reset_peak(config.device)
     trajectory = ours()
     found: dict[str, Any] = {
         "passes": trajectory.steps,
         "prompt": prompt.shape[1],
-        "peak_gib": peak_bytes(config.device) / GIB,
+        "peak_gib": common.peak_bytes(config.device) / GIB,
         "before_gib": before / GIB,
     }
     if decoder.cache == "none":
@@ -130,14 +119,14 @@ def measure(config: BenchDecode, model: str, length: int, spec: str, temperature
         found["same_tokens"] = bool(torch.equal(reference(), trajectory.tokens))
     times, theirs = [], []
     for _ in range(config.repeats):
-        times.append(seconds(ours, config.device))
+        times.append(common.seconds(ours, config.device))
         if reference is not None:
-            theirs.append(seconds(reference, config.device))
-    found["decode"] = spread(times)
+            theirs.append(common.seconds(reference, config.device))
+    found["decode"] = common.spread(times)
     found.setdefault("tokens_per_second", trajectory.tokens.numel() / found["decode"]["median"])
     if theirs:
-        found["reference"] = spread(theirs)
-        found["reference_over_ours"] = spread([r / d for r, d in zip(theirs, times, strict=True)])
+        found["reference"] = common.spread(theirs)
+        found["reference_over_ours"] = common.spread([r / d for r, d in zip(theirs, times, strict=True)])
     return found
 
 
@@ -161,16 +150,16 @@ def measure_passes(
             "trunk": lambda ids=ids, at=positions: lm.model(input_ids=ids, positions=at[:0]),  # type: ignore[misc]
         }
         for way, work in ways.items():
-            taken = seconds(work, config.device)
+            taken = common.seconds(work, config.device)
             if repeat >= 0:
                 sums[way][repeat] += taken / len(chosen)
-        flops += pass_flops(lm, len(ids), ids.shape[1], len(positions)) / len(chosen) / (config.repeats + 1)
-    step = spread(sums["step"])
+        flops += common.pass_flops(lm, len(ids), ids.shape[1], len(positions)) / len(chosen) / (config.repeats + 1)
+    step = common.spread(sums["step"])
     return {
-        **{way: spread(values) for way, values in sums.items()},
+        **{way: common.spread(values) for way, values in sums.items()},
         "timed": len(chosen),
-        "step_over_needed": spread([a / b for a, b in zip(sums["step"], sums["needed"], strict=True)]),
-        "step_over_trunk": spread([a / b for a, b in zip(sums["step"], sums["trunk"], strict=True)]),
+        "step_over_needed": common.spread([a / b for a, b in zip(sums["step"], sums["needed"], strict=True)]),
+        "step_over_trunk": common.spread([a / b for a, b in zip(sums["step"], sums["trunk"], strict=True)]),
         "flops": flops,
         "tokens_per_second": trajectory.tokens.numel() / (step["median"] * steps),
     }

@@ -1,4 +1,4 @@
-"""``python -m benchmarks gap``: how far the policy that an objective optimises lies from the policy that sampled."""
+"""``python -m benchmarks gap``: how far the policy that an objective optimizes is from the policy that sampled."""
 
 from __future__ import annotations
 

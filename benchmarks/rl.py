@@ -10,18 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.common import (
-    gemm_peak,
-    in_subprocess,
-    pass_flops,
-    peak_bytes,
-    reset_peak,
-    seconds,
-    spread,
-    spread_text,
-    stand_in,
-    write_result,
-)
+from benchmarks import common
 from benchmarks.config import BenchRL
 from unmask.decoding import make_decoder
 from unmask.decoding.plan import Plan
@@ -46,16 +35,16 @@ def run(config: BenchRL, progress: Callable[[str], None]) -> dict[str, Any]:
     for repeat in range(config.repeats):
         for way, steps in found:
             progress(f"{way}, S = {steps}, repeat {repeat + 1} of {config.repeats}")
-            found[way, steps].append(in_subprocess("rl", config, way, steps))
-    peak = gemm_peak(config.dtype, config.device)
+            found[way, steps].append(common.in_subprocess("rl", config, way, steps))
+    peak = common.gemm_peak(config.dtype, config.device)
     measured = []
     for (way, steps), runs in found.items():
-        time, flops = spread([r["seconds"] for r in runs]), runs[0]["flops"]
+        time, flops = common.spread([r["seconds"] for r in runs]), runs[0]["flops"]
         cell = {"way": way, "steps": steps, "seconds": time, "flops": flops}
-        cell |= {f"{key}_gib": spread([r[key] / GIB for r in runs]) for key in ("peak", "before")}
+        cell |= {f"{key}_gib": common.spread([r[key] / GIB for r in runs]) for key in ("peak", "before")}
         measured.append({**cell, "of_gemm_peak": flops / time["median"] / peak})
     skipped = [{"way": way, "steps": steps, "needs_gib": steps * needed / GIB} for way, steps in not_run]
-    return write_result(config, measured, gemm_flops=peak, not_run=skipped)
+    return common.write_result(config, measured, gemm_flops=peak, not_run=skipped)
 
 
 def table(config: BenchRL, result: dict[str, Any]) -> tuple[str, list[dict[str, str]]]:
@@ -64,8 +53,8 @@ def table(config: BenchRL, result: dict[str, Any]) -> tuple[str, list[dict[str, 
         {
             "way": c["way"],
             "S": str(c["steps"]),
-            "seconds": spread_text(c["seconds"]) if "seconds" in c else "not run",
-            "peak GiB": spread_text(c["peak_gib"]) if "seconds" in c else f"> {c['needs_gib']:.0f}",
+            "seconds": common.spread_text(c["seconds"]) if "seconds" in c else "not run",
+            "peak GiB": common.spread_text(c["peak_gib"]) if "seconds" in c else f"> {c['needs_gib']:.0f}",
             "before": f"{c['before_gib']['median']:.2f}" if "seconds" in c else "",
             "% GEMM": f"{100 * c['of_gemm_peak']:.0f}" if "seconds" in c else "",
         }
@@ -118,7 +107,7 @@ def prepare_update(config: BenchRL, objective: str, autocast: bool = False) -> t
         report_to=[],
         trainer_args={"use_cpu": config.device == "cpu", "save_strategy": "no"},
     )
-    lm = stand_in(config, config.dtype, config.device)
+    lm = common.stand_in(config, config.dtype, config.device)
     adapter = adapter_config(config.lora, config.lora) if config.lora else None
     trainer = DiffusionGRPOTrainer(lm, _no_reward, args, [{"prompt": "x"}], peft_config=adapter)
     if config.gradient_checkpointing:  # Trainer.train would do this
@@ -137,13 +126,13 @@ def measure(config: BenchRL, way: str, steps: int) -> dict[str, float]:
     for p in model.parameters():  # gradients are there in every update but the first
         if p.requires_grad:
             p.grad = torch.zeros_like(p)
-    before = reset_peak(config.device)
+    before = common.reset_peak(config.device)
     update()
-    flops = steps * pass_flops(trainer.lm, config.rows, config.prompt + config.length, 0)
-    flops += pass_flops(trainer.lm, 0, 0, config.rows * config.length)  # every token is scored once
+    flops = steps * common.pass_flops(trainer.lm, config.rows, config.prompt + config.length, 0)
+    flops += common.pass_flops(trainer.lm, 0, 0, config.rows * config.length)  # every token is scored once
     return {
-        "seconds": seconds(update, config.device),
-        "peak": peak_bytes(config.device),
+        "seconds": common.seconds(update, config.device),
+        "peak": common.peak_bytes(config.device),
         "before": before,
         "flops": flops * (2 if config.lora else 3),  # what an update cannot do without: no gradient of frozen weights
     }

@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
 from unmask.models.llada import LLaDAConfig, LLaDAModelLM
-from unmask.models.load import FAMILIES, meta_model
+from unmask.models.load import FAMILIES
 
 CHAT = (
     "{{% for message in messages %}}{{{{ {start} + message['role'] + {after} + message['content'] + {end} }}}}{{% endfor %}}"
@@ -85,7 +85,7 @@ def _fast_tokenizer(folder: Path, tokens: dict[int, str], settings: dict[str, An
 
 
 def _write(folder: Path, config: dict[str, Any], seed: int, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Random weights in several shards, and the config.json as it stands on the hub."""
+    """Random weights in several shards, and the config.json as on the hub."""
     kind = FAMILIES[config["model_type"]]
     torch.manual_seed(seed)
     kind(kind.config_class(**config)).to(dtype).save_pretrained(folder, max_shard_size="60KB")
@@ -116,7 +116,8 @@ def write_llada_8b(folder: Path) -> str:
     index: dict[str, str] = {}
     shard: dict[str, torch.Tensor] = {}
     folder.mkdir(parents=True, exist_ok=True)
-    keys = meta_model(LLaDAModelLM, LLaDAConfig(**config), torch.bfloat16).state_dict()
+    with torch.device("meta"):
+        keys = LLaDAModelLM(LLaDAConfig(**config)).state_dict()
     for number, (key, parameter) in enumerate(keys.items(), 1):
         parts = -(-parameter.numel() // noise.numel())
         turns = torch.randint(2**24, (parts,), generator=generator).tolist()
@@ -128,9 +129,8 @@ def write_llada_8b(folder: Path) -> str:
             save_file(shard, folder / name, metadata={"format": "pt"})
             index |= dict.fromkeys(shard, name)
             shard = {}
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": index}), encoding="utf-8"
-    )
+    whole = {"metadata": {}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(whole), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     _llada_tokenizer(folder)
     return str(folder)
@@ -141,9 +141,8 @@ def write_dream(folder: Path, seed: int = 1, **changes: Any) -> str:
     _write(folder, {**DREAM, **changes}, seed)
     vocabulary, merges = _bytes()
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    (folder / "merges.txt").write_text(
-        "#version: 0.2\n" + "\n".join(f"{a} {b}" for a, b in merges) + "\n", encoding="utf-8"
-    )
+    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     special = {300: "<|endoftext|>", 301: "<|im_start|>", 302: "<|im_end|>", 322: "<|beginoftext|>", 323: "<|mask|>"}
     every = {i: special.get(i, f"<|fill_{i}|>") for i in range(len(vocabulary), 324)}
     settings = {

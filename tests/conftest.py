@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
@@ -15,6 +16,8 @@ SHAPE = {"d_model": 32, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "mlp_hidde
 SHAPE |= {"rope_theta": 10000.0, "max_sequence_length": 1024, "init_std": 0.5}
 PROMPTS = ["make 5 from 1 2 2", "solve a1... b.4.. c..3. d...2", "x"]
 PROMPTS += ["a longer prompt, so that the padding of the others is long as well"]
+
+SEEDS = torch.tensor([11, 12, 13, 14])
 
 
 def toy(**shape: object) -> MaskedLM:
@@ -30,6 +33,22 @@ def toy_lm() -> MaskedLM:
 @pytest.fixture(scope="session")
 def tiny_lm() -> MaskedLM:
     return load("tiny")
+
+
+@pytest.fixture(scope="session")
+def ending_lm() -> MaskedLM:
+    """A toy model that likes to end: EOS and EoT are among its candidates."""
+    lm = toy()
+    with torch.no_grad():
+        lm.model.get_output_embeddings().weight[list(lm.end_ids)] *= 3
+    return lm
+
+
+def logits_at(lm: MaskedLM, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:
+    """Logits at ``positions`` (B, K) of each row, (B, K, V), from those of all positions; the mask token has -inf."""
+    logits = lm.model(ids, mask).logits.detach()
+    logits[..., lm.mask_id] = -torch.inf
+    return logits[torch.arange(len(ids))[:, None], positions]
 
 
 def saved(lm: MaskedLM, folder: Path) -> str:

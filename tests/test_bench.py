@@ -8,15 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import common
 from benchmarks import decode as bench_decode
 from benchmarks import gap as bench_gap
+from benchmarks import memory as bench_memory
 from benchmarks import rl as bench_rl
 from benchmarks.__main__ import main as benchmark
 from benchmarks.common import in_subprocess
-from benchmarks.config import BenchDecode, BenchGap, BenchRL
-from benchmarks.reference import counterpart, load_reference, reference_decode
-from unmask import Decoder, MaskedLM, UserError, make_decoder
-from unmask.decoding import decode
+from benchmarks.config import BenchDecode, BenchGap, BenchMemory, BenchRL
+from benchmarks.reference import counterpart
+from unmask import MaskedLM, UserError, decode, make_decoder
 from unmask.decoding.decode import DecodingLoop
 from unmask.rl.objectives import OBJECTIVES
 
@@ -27,10 +28,11 @@ SMALL = {**SHAPE, "steps": (2, 4), "length": 16, "prompt": 8, "vocabulary": 200}
 @pytest.fixture(autouse=True)
 def cells_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells are measured in this process, and the machine's best rate, which takes seconds, is not."""
-    for module in (bench_decode, bench_rl):
-        monkeypatch.setattr(module, "gemm_peak", lambda *_: 1e13)
-        here = lambda name, config, *cell, module=module: json.loads(json.dumps(module.measure(config, *cell)))  # noqa: E731
-        monkeypatch.setattr(module, "in_subprocess", here)
+    modules = {"decode": bench_decode, "rl": bench_rl}
+    monkeypatch.setattr(common, "gemm_peak", lambda *_: 1e13)
+    monkeypatch.setattr(
+        common, "in_subprocess", lambda name, *cell: json.loads(json.dumps(modules[name].measure(*cell)))
+    )
 
 
 def test_the_plain_way_has_the_same_gradient() -> None:
@@ -55,7 +57,7 @@ def test_every_cell_is_measured(tmp_path: Path) -> None:
         assert 0 < cell["seconds"]["low"] <= cell["seconds"]["median"] <= cell["seconds"]["high"]
         assert cell["peak_gib"]["median"] > 0 and 0 < cell["of_gemm_peak"] < 1
     assert json.loads((tmp_path / "b.json").read_text())["environment"]["torch"]
-    few = {**SMALL, "repeats": 1, "memory_limit": 1e-9, "output": str(tmp_path / "c.json")}
+    few = {**SMALL, "memory_limit": 1e-9, "output": str(tmp_path / "c.json")}
     huge = bench_rl.run(BenchRL(**few), lambda _: None)  # type: ignore[arg-type]
     assert [c["way"] for c in huge["not_run"]] == ["plain", "plain"]
 
@@ -65,32 +67,16 @@ def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
         BenchRL(steps=(200,))
     with pytest.raises(UserError, match="did you mean 'eoser'"):
         BenchDecode(decoder=("eosr",))
-    with pytest.raises(UserError, match="dtype"):
-        BenchDecode(dtype="float8")
     with pytest.raises(UserError, match=r"no eval/generate\.py: use a checkout"):
         BenchDecode(reference="/nowhere")
-    with pytest.raises(UserError, match="d_model=30 is no multiple"):
-        BenchDecode(d_model=30)
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="there is no GPU here"):
-            BenchRL(device="cuda")
-    for command in ("rl", "gap", "decode"):
-        assert benchmark([command, "--output", "/proc/nothing/x.json"]) == 2
-        assert "cannot write to" in capsys.readouterr().err
+    assert benchmark(["gap", "--output", "/proc/nothing/x.json"]) == 2
+    assert "cannot write to" in capsys.readouterr().err
     assert benchmark(["decoding"]) == 2 and "choose from decode, gap, memory, rl" in capsys.readouterr().err
-    assert benchmark([]) == 2
 
 
 def test_the_gap_is_rounding_for_cj_alone(toy_folder: str, tmp_path: Path) -> None:
-    config = BenchGap(
-        model=toy_folder,
-        task=["countdown:style=compact"],
-        decoder=["eoser-ass", "full"],
-        limit=6,
-        max_new_tokens=16,
-        rows_per_forward=4,
-        output=str(tmp_path / "gap.json"),
-    )
+    sizes = {"limit": 6, "max_new_tokens": 16, "rows_per_forward": 4, "output": str(tmp_path / "gap.json")}
+    config = BenchGap(toy_folder, ["countdown:style=compact"], ["eoser-ass", "full"], **sizes)  # type: ignore[arg-type]
     cells = bench_gap.run(config, lambda _: None)["cells"]
     assert [(c["decoder"], c["objective"]) for c in cells] == [(d, o) for d in config.decoder for o in OBJECTIVES]
     for cell in cells:
@@ -99,7 +85,21 @@ def test_the_gap_is_rounding_for_cj_alone(toy_folder: str, tmp_path: Path) -> No
         assert cell["gap"] < 1e-5 if cell["objective"] == "cj" else cell["gap"] > 0.05
 
 
-# ---- decoding ------------------------------------------------------------------------------------------------------------
+def test_measured_peaks(tmp_path: Path) -> None:
+    """The memory formula beside one peak measured here, and beside those that were measured for the documents."""
+    shape = {"vocabulary": 8192, "d_model": 384, "n_heads": 6, "n_layers": 4, "mlp_hidden_size": 1152, "prompt": 32}
+    # In float32: many processors have no instructions for bfloat16.
+    cells = {"work": ("lora",), "length": (64,), "completions": (4,), "steps": 2, "dtype": "float32"}
+    config = BenchMemory(**shape, **cells, output=str(tmp_path / "memory.json"))  # type: ignore[arg-type]
+    for cell in bench_memory.run(config, lambda _: None)["cells"]:
+        assert cell["formula"] == pytest.approx(cell["measured"], rel=0.15), cell
+    known = json.loads((Path(__file__).parents[1] / "docs/results/bench-memory.json").read_text())
+    config = BenchMemory(**known["config"])
+    lm = common.stand_in(config, "float32", "cpu")
+    for cell in known["cells"]:
+        found = bench_memory.estimate(config, lm, cell["work"], cell["length"], cell["completions"]).total
+        assert found == cell["formula"] == pytest.approx(cell["measured"], rel=0.1), cell
+
 
 # A stand-in for the released file: the same names and arguments, one token a step from left to right.
 RELEASED = """
@@ -121,28 +121,17 @@ def generate(model, prompt, tokenizer, steps, gen_length, block_length, temperat
 """
 
 
-@pytest.fixture
-def checkout(tmp_path: Path) -> str:
+def test_decode_cells(tmp_path: Path, toy_folder: str) -> None:
+    """Every cell is measured; where a released function exists its tokens are compared."""
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "generate.py").write_text(RELEASED)
-    return str(tmp_path)
-
-
-def test_decode_cells(tmp_path: Path, checkout: str, toy_folder: str) -> None:
-    """Every cell is measured; where a released function exists its tokens are compared."""
-    config = BenchDecode(
-        model=("stand-in", toy_folder),
-        decoder=("full", "threshold:block_length=8", "semi-ar:block_length=8,cache=dual"),
-        length=(16,),
-        rows=2,
-        prompt=8,
-        passes=3,
-        reference=checkout,
-        vocabulary=300,
-        **SHAPE,
-        output=str(tmp_path / "d.json"),
-    )
+    before = torch.autocast, torch.distributed.get_rank
+    specs = ("full", "threshold:block_length=8", "semi-ar:block_length=8,cache=dual")
+    sizes = {**SHAPE, "length": (16,), "rows": 2, "prompt": 8, "passes": 3, "vocabulary": 300}
+    files = {"reference": str(tmp_path), "output": str(tmp_path / "d.json")}
+    config = BenchDecode(model=("stand-in", toy_folder), decoder=specs, **sizes, **files)  # type: ignore[arg-type]
     cells = bench_decode.run(config, lambda _: None)["cells"]
+    assert (torch.autocast, torch.distributed.get_rank) == before
     assert len(cells) == 2 * 3 * 2
     for cell in cells:
         assert cell["tokens_per_second"] > 0
@@ -156,16 +145,16 @@ def test_decode_cells(tmp_path: Path, checkout: str, toy_folder: str) -> None:
 
 def test_decode_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole command, its one cell in a process of its own."""
-    monkeypatch.setattr(bench_decode, "in_subprocess", in_subprocess)
+    monkeypatch.setattr(common, "in_subprocess", in_subprocess)
     monkeypatch.setenv("COLUMNS", "132")
     output = tmp_path / "d.json"
-    small = ["--vocabulary", "300", "--d-model", "32", "--n-layers", "1", "--mlp-hidden-size", "64", "--rows", "2"]
-    more = ["--model", "stand-in", "--decoder", "ass", "--temperature", "0", "--length", "8", "--repeats", "1"]
-    assert benchmark(["decode", *small, *more, "--output", str(output)]) == 0
+    small = "--vocabulary 300 --d-model 32 --n-layers 1 --mlp-hidden-size 64 --rows 2 --temperature 0 --repeats 1"
+    cell = ["decode", *small.split(), "--decoder", "ass", "--output", str(output)]
+    assert benchmark([*cell, "--model", "stand-in", "--length", "8"]) == 0
     assert "stand-in · ass" in capsys.readouterr().out
     assert (tmp_path / "d.md").read_text().count("\n") == 3 and len(json.loads(output.read_text())["cells"]) == 1
-    too_long = ["decode", "--model", "tiny", "--decoder", "ass", "--length", "9999", "--output", str(output)]
-    assert benchmark(too_long) == 2 and "tokens, but prompt and canvas have" in capsys.readouterr().err
+    assert benchmark([*cell, "--model", "tiny", "--length", "9999"]) == 2
+    assert "tokens, but prompt and canvas have" in capsys.readouterr().err
 
 
 def test_timed_passes_are_those_of_the_decode(toy_lm: MaskedLM) -> None:
@@ -183,23 +172,11 @@ def test_timed_passes_are_those_of_the_decode(toy_lm: MaskedLM) -> None:
                 assert torch.equal(rows.canvas[i], trajectory.state(s + 1)[number])
 
 
-def test_counterparts(checkout: str, toy_lm: MaskedLM) -> None:
-    def name(spec: str) -> str | None:
-        found = counterpart(make_decoder(spec, max_new_tokens=128))
-        return None if found is None else found[0]
-
-    assert [name(s) for s in ("full", "semi-ar-random", "eoser", "ass", "eoser-ass:blocks=4")] == [
-        "generate", "generate", "eoser_generate", "ass_generate", "eoser_ass_generate",
-    ]  # fmt: skip
+def test_counterparts() -> None:
+    names = {"full": "generate", "semi-ar-random": "generate", "eoser": "eoser_generate", "ass": "ass_generate"}
     none = "hard-eos threshold hybrid eoser:block_length=32 full:confidence=margin semi-ar:cache=dual"
-    assert not any(map(name, none.split()))
-    _, arguments = counterpart(make_decoder("eoser-ass:blocks=4,temperature=1", max_new_tokens=256)) or ("", {})
-    assert arguments["steps"] == 8 and arguments["block_num"] == 4 and arguments["eos_min_gamma"] == 0.01
-    before = torch.autocast, torch.distributed.get_rank
-    decoder: Decoder = make_decoder("full:steps=16", max_new_tokens=32)
-    ids, mask = toy_lm.encode(["make 5 from 1 2 2"])
-    with torch.no_grad():
-        run = reference_decode(load_reference(checkout), toy_lm, ids, decoder)
-        assert run is not None
-        assert torch.equal(run(), decode(toy_lm, ids, mask, decoder).tokens)
-    assert (torch.autocast, torch.distributed.get_rank) == before
+    for spec in (*names, *none.split()):
+        assert (counterpart(make_decoder(spec)) or (None,))[0] == names.get(spec)
+    name, arguments = counterpart(make_decoder("eoser-ass:blocks=4,temperature=1", max_new_tokens=256)) or ("", {})
+    assert name == "eoser_ass_generate" and (arguments["steps"], arguments["block_num"]) == (8, 4)
+    assert arguments["eos_min_gamma"] == 0.01

@@ -1,4 +1,4 @@
-"""The loop: batch = single, replay = record, plans obeyed, sampling exact, EOS rules by hand."""
+"""The loop: batch = single, replay = record, plans obeyed, sampling exact, EOS rules and nucleus by hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor, nn
 
-from conftest import PROMPTS, toy
+from conftest import PROMPTS, SEEDS, logits_at, toy
 from unmask import PRESETS, Decoder, MaskedLM, Trajectory, UserError, decode, make_decoder, make_task, replay
 from unmask.decoding.confidence import CONFIDENCES, Confidence, exclude_eos, reject_eos, suppress_eos
 from unmask.decoding.sampling import Candidates, candidates, uniform_noise
@@ -21,7 +21,6 @@ from unmask.models.head import Head
 
 pytestmark = pytest.mark.usefixtures("no_global_randomness")
 
-SEEDS = torch.tensor([11, 12, 13, 14])
 SPECS = [*PRESETS, "full:confidence=margin", "full:confidence=entropy", "eoser:eos_tokens=eos+eot", "ass:blocks=3"]
 EXTRAS = ["temperature=1", "cfg_scale=0.7", "temperature=0.7,cfg_scale=0.5"]
 
@@ -31,12 +30,9 @@ EXTRAS = ["temperature=1", "cfg_scale=0.7", "temperature=0.7,cfg_scale=0.5"]
 )
 def test_batch_equals_single(tiny_lm: MaskedLM, spec: str) -> None:
     """Prompts of different lengths: token for token and step for step what each gives alone."""
-    prompts = [
-        tiny_lm.chat(p.question)
-        for n in ("sudoku", "countdown")
-        for p in make_task(n, tiny_lm.task_defaults).problems("test", 1)
-    ]
-    prompts += [tiny_lm.chat(q) for q in ("hi", "1 + 1")]
+    tasks = [make_task(name, tiny_lm.task_defaults) for name in ("sudoku", "countdown")]
+    questions = [task.problems("test", 1)[0].question for task in tasks]
+    prompts = [tiny_lm.chat(q) for q in (*questions, "hi", "1 + 1")]
     decoder = make_decoder(spec, max_new_tokens=16)
     ids, mask = tiny_lm.encode(prompts)
     assert len(set(mask.sum(1).tolist())) == 4
@@ -78,7 +74,7 @@ def restated(lm: MaskedLM, prompt: Tensor, spec: str, length: int) -> tuple[list
         committed = length - canvas.count(lm.mask_id)
         s = bisect.bisect_right(plan.done, committed)
         x = torch.cat([prompt, torch.tensor([canvas])], 1)
-        p = lm.logits(x, None, torch.arange(length)[None] + prompt.shape[1])[0].detach().double().softmax(-1)
+        p = logits_at(lm, x, None, torch.arange(length)[None] + prompt.shape[1])[0].double().softmax(-1)
         scored = []
         for i in range(plan.horizon[s]):
             if canvas[i] != lm.mask_id:
@@ -105,16 +101,6 @@ def restated(lm: MaskedLM, prompt: Tensor, spec: str, length: int) -> tuple[list
     return canvas, steps
 
 
-@pytest.fixture
-def ending_lm() -> MaskedLM:
-    """A toy model that likes to end: EOS and EoT are among its candidates."""
-    lm = toy()
-    with torch.no_grad():
-        for token in lm.end_ids:
-            lm.model.get_output_embeddings().weight[token] *= 3
-    return lm
-
-
 GREEDY = """
 full semi-ar:block_length=16 eoser eoser:eos_tokens=eos+eot,gamma_min=0 ass:blocks=3 eoser-ass llada-eval hard-eos
 threshold:threshold=0.3,block_length=16 full:eos=exclude,steps=7 hybrid:block_length=16 eoser:confidence=margin
@@ -138,16 +124,16 @@ def from_logits(
     logits: Tensor,
     temperature: float = 0.0,
     noise: Tensor | None = None,
-    entropy: bool = False,
+    top_p: float = 1.0,
     rows: Tensor | None = None,
 ) -> Candidates:
     """Candidates of given logits (R, V), or of some of their rows (N,): hidden states are unit vectors."""
-    head = nn.utils.skip_init(nn.Linear, *logits.shape, bias=False)
+    head = nn.utils.skip_init(nn.Linear, *logits.shape, bias=False, dtype=logits.dtype)
     with torch.no_grad():
         head.weight.copy_(logits.T.clamp(min=-1e30))
-        hidden = torch.eye(len(logits))
+        hidden = torch.eye(len(logits), dtype=logits.dtype)
         hidden = hidden if rows is None else hidden[rows]
-        return candidates(Head.of(head, head, -1), hidden, temperature, noise, entropy)
+        return candidates(Head.of(head, head, -1), hidden, temperature, noise, entropy=True, top_p=top_p)
 
 
 def chi_square(draws: Tensor, p: Tensor) -> float:
@@ -177,20 +163,26 @@ def test_one_step_decode_samples_the_softmax(toy_lm: MaskedLM) -> None:
     """The whole loop at T=1: one canvas token, 20,000 rows, frequencies against the model's own probabilities."""
     ids, mask = toy_lm.encode(PROMPTS[:1])
     canvas = torch.cat([ids, torch.tensor([[toy_lm.mask_id]])], 1)
-    p = toy_lm.logits(canvas, None, torch.tensor([[ids.shape[1]]]))[0, 0].detach().softmax(-1)
+    p = logits_at(toy_lm, canvas, None, torch.tensor([[ids.shape[1]]]))[0, 0].softmax(-1)
     decoder, generator = make_decoder("full:steps=1,temperature=1", max_new_tokens=1), torch.Generator().manual_seed(5)
     rows = [decode(toy_lm, ids.repeat(2000, 1), mask.repeat(2000, 1), decoder, generator) for _ in range(10)]
     draws = torch.cat([r.tokens[:, 0] for r in rows])
     assert chi_square(draws, p) > 1e-3 and (draws != toy_lm.mask_id).all()
 
 
-def test_temperature_flattens() -> None:
-    logits = 100 + torch.tensor([2.0, 1.1, 0.2, -torch.inf])  # a shift that bfloat16 could not resolve
-    everywhere = torch.zeros(40_000, dtype=torch.long)
-    noise = uniform_noise(torch.arange(40_000), 3, everywhere, 1)
-    for temperature in (0.5, 2.0):
-        draws = from_logits(logits[None], temperature, noise, rows=everywhere).tokens
-        assert chi_square(draws, (logits / temperature).softmax(-1)) > 1e-3
+def test_nucleus_by_hand() -> None:
+    """Over an even grid of noise, tokens come as often as the cut and renormalized softmax says."""
+    p, count = torch.tensor([0.05, 0.4, 0.3, 0.15, 0.1], dtype=torch.float64), 20_000
+    noise, rows = (torch.arange(count, dtype=torch.float64) + 0.5) / count, torch.zeros(count, dtype=torch.long)
+    cuts = [(1, 0.5, [1, 2]), (1, 0.39, [1]), (1, 0.4001, [1, 2]), (1, 0.84, [1, 2, 3]), (1, 0.99, [0, 1, 2, 3, 4])]
+    for temperature, top_p, kept in (*cuts, (2, 0.55, [1, 2])):
+        found = from_logits(p.log()[None], temperature, noise, top_p, rows)
+        expected = torch.zeros_like(p)
+        expected[kept] = p[kept] ** (1 / temperature)
+        assert torch.allclose(
+            torch.bincount(found.tokens, minlength=5).double() / count, expected / expected.sum(), atol=1e-3
+        )
+        assert torch.allclose(found.logprob, p[found.tokens].log(), atol=1e-9)  # of the whole distribution
 
 
 def test_noise_depends_on_the_row_alone() -> None:
@@ -217,9 +209,8 @@ def test_confidences_by_hand() -> None:
     }
     assert expected.keys() == CONFIDENCES.keys()
     for name in expected:
-        rule = Confidence.of(name)
-        found = from_logits(p.log(), entropy=rule.entropy)
-        assert torch.allclose(rule.score(found, noise), torch.tensor(expected[name], dtype=torch.float64), atol=1e-6)
+        score = Confidence.of(name).score(from_logits(p.log()), noise)
+        assert torch.allclose(score, torch.tensor(expected[name], dtype=torch.float64), atol=1e-6)
 
 
 def test_eos_rules_by_hand() -> None:
@@ -245,7 +236,7 @@ def test_guidance_by_hand(toy_lm: MaskedLM) -> None:
     at = torch.arange(width, width + 4).expand(2, -1)
     bare = x.clone()
     bare[:, :width] = toy_lm.mask_id
-    c, u = toy_lm.logits(x, m, at), toy_lm.logits(bare, m, at)
+    c, u = logits_at(toy_lm, x, m, at), logits_at(toy_lm, bare, m, at)
     keep = torch.arange(c.shape[-1]) != toy_lm.mask_id
     expected = (u + 2.5 * (c - u))[..., keep]
     flat = (at + torch.arange(2)[:, None] * x.shape[1]).flatten()
@@ -253,9 +244,8 @@ def test_guidance_by_hand(toy_lm: MaskedLM) -> None:
     def logits(head: Head, hidden: Tensor) -> Tensor:
         return torch.cat([piece for _, piece in head.pieces(hidden)], 1).view(2, 4, -1)
 
-    assert torch.allclose(
-        forward_with_guidance(toy_lm, x, m, flat, logits, prompt=width, w=1.5)[..., keep], expected, atol=1e-4
-    )
+    found = forward_with_guidance(toy_lm, x, m, flat, logits, prompt=width, w=1.5)
+    assert torch.allclose(found[..., keep], expected, atol=1e-4)
     trajectory = decode(toy_lm, ids, mask, make_decoder("ass:cfg_scale=1.5", max_new_tokens=16))
     assert trajectory.nfe.tolist() == [8, 8]
 
@@ -289,13 +279,11 @@ def test_randomness_is_asked_for(toy_lm: MaskedLM) -> None:
 def test_a_model_without_finite_logits_is_refused() -> None:
     """NaN everywhere: no endless loop, no canvas of masks, one sentence."""
     lm = toy()
-    with torch.no_grad():
-        lm.model.get_output_embeddings().weight.fill_(torch.nan)
-    ids, mask = lm.encode(PROMPTS)
-    for spec in ("full", "threshold:block_length=8", "semi-ar:block_length=8,temperature=1", "ass:confidence=entropy"):
-        for early_stop in (False, True):
-            with pytest.raises(UserError, match="logits are not finite"):
-                decode(lm, ids, mask, make_decoder(spec, max_new_tokens=16), SEEDS, early_stop=early_stop)
+    lm.model.get_output_embeddings().weight.data.fill_(torch.nan)
+    specs = ("full", "threshold:block_length=8", "semi-ar:block_length=8,temperature=1", "ass:confidence=entropy")
+    for spec, early_stop in zip(specs, (False, True, False, True), strict=True):
+        with pytest.raises(UserError, match="logits are not finite"):
+            decode(lm, *lm.encode(PROMPTS), make_decoder(spec, max_new_tokens=16), SEEDS, early_stop=early_stop)
 
 
 def test_double_precision_decodes_and_replays() -> None:
@@ -315,7 +303,8 @@ def test_decoder_files_and_specs(tmp_path: Path) -> None:
     assert from_file.replace(name="") == from_spec.replace(name="")
     assert make_decoder(f"{file}:blocks=2").blocks == 2
     assert Decoder.from_preset("eoser-ass", blocks=4, gamma_min=0.1) == from_spec
-    assert Decoder.from_preset("dream", max_new_tokens=16, threshold=None).steps == 16
+    assert Decoder.from_preset("dream", max_new_tokens=16, threshold=None).plan.commits == (1,) * 16
+    assert make_decoder("dream:steps=12", max_new_tokens=24).plan.steps == 12
     assert make_decoder("full", max_new_tokens=40).plan.steps == 20
     assert make_decoder("semi-ar:block_length=8", max_new_tokens=40).plan.steps == 20
 
@@ -325,19 +314,20 @@ def test_decoder_files_and_specs(tmp_path: Path) -> None:
     [
         ("eosr", "did you mean 'eoser'"),
         ("full:step=3", "did you mean 'steps'"),
-        ("full:steps=x", "steps of decoder 'full' is 'x'"),
         ("full:steps=2.5", "choose a whole number or none"),
         ("full:steps=200", "choose 1 to 128"),
         ("semi-ar:block_length=30", "does not divide"),
         ("ass:steps=5", "drop it"),
-        ("full:blocks=2", "ascending schedule"),
-        ("full:temperature=-1", "choose 0 or more"),
+        ("full:max_commit=8", "belongs to the ascending schedule"),
         ("full:temperature=nan", "choose 0 or more"),
         ("eoser:gamma_min=1.5", "choose 0 to 1"),
+        ("full:top_p=0", "top_p of decoder 'full:top_p=0' is 0"),
         ("threshold:threshold=0", "above 0 up to 1"),
         ("full:confidence=low-confidnce", "did you mean 'low-confidence'"),
         ("full:eos=no", "choose from exclude, keep, reject, suppress"),
         ("full:eos=exclude,confidence=margin", "needs confidence=low-confidence, not margin"),
+        ("full:cache=dual", "several blocks"),
+        ("semi-ar:cache=dual,steps=4", "several blocks"),
         ("full:steps=2,steps=3", "given twice"),
         ("no/such.yaml", "cannot read the decoder file"),
     ],

@@ -8,7 +8,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-import unmask
 from conftest import PROMPTS
 from unmask import Decoder, Generation, MaskedLM, UserError, decode, make_decoder, replay
 
@@ -18,13 +17,6 @@ SPEC = "eoser-ass:temperature=1"
 def same(a: Generation, b: Generation) -> bool:
     equal = [torch.equal(getattr(a.trajectory, k), getattr(b.trajectory, k)) for k in ("tokens", "step")]
     return a.texts == b.texts and a.nfe == b.nfe and all(equal)
-
-
-def test_the_example_of_the_readme() -> None:
-    lm = unmask.load("tiny")
-    out = lm.generate("make 26 from 6 10 10", decoder="eoser-ass")
-    assert len(out.texts) == 1 and out.texts[0].startswith("<reasoning>") and out.nfe[0] <= 7
-    assert out.trajectory.state(3).shape == (1, 128)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -103,10 +95,8 @@ def test_a_template_of_one_gap_is_a_completion(toy_lm: MaskedLM) -> None:
         assert filled.texts[0].startswith(asked)
         rows = zip(filled.trajectory.tokens[0], plain.trajectory.tokens[0], plain.trajectory.step[0], strict=True)
         assert all(a == b for a, b, step in rows if step >= 0)  # a completion may stop early, a template is filled
-    assert (
-        toy_lm.generate(PROMPTS[0], "ass", prefill="<|mask:16|>").trajectory.tokens.tolist()
-        == filled.trajectory.tokens.tolist()
-    )
+    prefilled = toy_lm.generate(PROMPTS[0], "ass", prefill="<|mask:16|>")
+    assert torch.equal(prefilled.trajectory.tokens, filled.trajectory.tokens)
     assert toy_lm.generate(toy_lm.tokens(asked), "ass", max_new_tokens=16).texts == plain.texts
     assert toy_lm.generate("<|mask:4|> begins").trajectory.prompt.shape == (1, 0)
 
@@ -115,13 +105,10 @@ def test_a_template_of_one_gap_is_a_completion(toy_lm: MaskedLM) -> None:
     ("prompts", "options", "says"),
     [
         ([], {}, "0 prompts with num_return_sequences=1"),
-        ("x", {"num_return_sequences": 0}, "num_return_sequences=0"),
         ("x", {"num_return_sequences": 2}, "all would be equal: set a temperature"),
         ("x", {"stop": "abc"}, "stop is 'abc': pass a list"),
-        ("x", {"stop": ["a", ""]}, "none of them empty"),
         ("", {}, "the prompt is empty"),
         ([{"content": "x"}], {}, "refuses the messages"),
-        ("x", {"decoder": "eosr"}, "did you mean 'eoser'"),
         ("x", {"batch_size": 0}, "batch_size is 0"),
         ("a <|mask:0|> b", {}, "gaps of 0 tokens"),
         ("a <|mask:7|> b", {"decoder": "semi-ar"}, "does not divide the canvas length 7"),

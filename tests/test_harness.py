@@ -46,7 +46,7 @@ def by_hand(lm: MaskedLM, context: list[int], text: list[int], masked: tuple[int
     at = torch.tensor([[len(context) + i for i in masked]])
     hidden = [lm.mask_id if i in masked else t for i, t in enumerate(text)]
     rows = (torch.tensor([c + hidden]) for c in (context, [lm.mask_id] * len(context)))
-    given, blind = (lm.logits(row, None, at)[0] for row in rows)
+    given, blind = (lm.model(row).logits[0, at[0]].float() for row in rows)
     logits = blind + (w + 1) * (given - blind) if w else given
     logits[:, lm.mask_id] = -torch.inf
     logprob = logits.double().log_softmax(-1)

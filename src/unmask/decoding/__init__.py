@@ -7,17 +7,5 @@ from unmask.decoding.plan import Plan
 from unmask.decoding.sampling import Candidates
 from unmask.decoding.score import replay
 
-__all__ = [
-    "CONFIDENCES",
-    "PRESETS",
-    "SCHEDULES",
-    "Candidates",
-    "Confidence",
-    "Decoder",
-    "Plan",
-    "Streamer",
-    "decode",
-    "decode_each",
-    "make_decoder",
-    "replay",
-]
+__all__ = ["CONFIDENCES", "PRESETS", "SCHEDULES", "Candidates", "Confidence", "Decoder", "Plan", "Streamer"]
+__all__ += ["decode", "decode_each", "make_decoder", "replay"]

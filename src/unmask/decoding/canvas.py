@@ -1,4 +1,4 @@
-"""Canvases: the rows that are being decoded at the moment."""
+"""Canvases: the rows that are being decoded."""
 
 from __future__ import annotations
 
@@ -8,36 +8,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from unmask.decoding.trajectory import Trajectory
+from unmask.decoding.trajectory import Trajectory, cat_left_padded
 
-_PER_TOKEN, _PER_ROW = ("ids", "visible"), ("rank", "step", "logprob", "seeds", "at")
+_OTHERS = ("rank", "step", "logprob", "seeds", "at")  # tensors that do not grow with the prompt
 
 
 @dataclass
 class Canvases:
-    """A batch of rows, which may stand at different steps, leave, and be joined by others.
+    """A batch of rows, which may be at different steps, leave, and be joined by others."""
 
-    Attributes:
-        ids: (B, P+L) int64, prompt and canvas. visible: (B, P+L) bool, False = padding.
-        rank: (B, L) int64, how many positions to fill stand before each; a plan's blocks count these.
-        step: (B, L) int16 and logprob: (B, L) float32, as in Trajectory.
-        seeds: (B,) int64. at: (B,) int64, the passes that each row has taken.
-        numbers: the caller's number of each row. passes: ``at``, readable without waiting for the device.
-        padded: whether any prompt is.
-    """
-
-    ids: Tensor
-    visible: Tensor
-    rank: Tensor
-    step: Tensor
-    logprob: Tensor
-    seeds: Tensor
-    at: Tensor
-    numbers: list[int]
-    passes: list[int]
-    padded: bool
+    ids: Tensor  # (B, P+L) int64, prompt and canvas
+    visible: Tensor  # (B, P+L) bool, False = padding
+    rank: Tensor  # (B, L) int64, how many positions to fill are before each; a plan's blocks count these
+    step: Tensor  # (B, L) int16, as in Trajectory
+    logprob: Tensor  # (B, L) float32, as in Trajectory
+    seeds: Tensor  # (B,) int64
+    at: Tensor  # (B,) int64, the passes that each row has taken
+    numbers: list[int]  # the caller's number of each row
+    passes: list[int]  # ``at``, readable without waiting for the device
+    padded: bool  # whether any prompt is
 
     @classmethod
     def new(
@@ -81,20 +71,19 @@ class Canvases:
 
     def take(self, rows: Tensor) -> Canvases:
         """Some rows, (n,) int64."""
-        chosen: dict[str, Any] = {k: getattr(self, k)[rows] for k in (*_PER_TOKEN, *_PER_ROW)}
+        chosen: dict[str, Any] = {k: getattr(self, k)[rows] for k in ("ids", "visible", *_OTHERS)}
         index = rows.tolist()
-        chosen |= {k: [getattr(self, k)[i] for i in index] for k in ("numbers", "passes")}
-        return replace(self, **chosen)
+        numbers, passes = ([values[i] for i in index] for values in (self.numbers, self.passes))
+        return replace(self, **chosen, numbers=numbers, passes=passes)
 
     def join(self, other: Canvases, pad_id: int) -> Canvases:
         """These rows above others; the narrower prompts get more padding."""
-        pads = [max(0, other.width - self.width), max(0, self.width - other.width)]
-        joined: dict[str, Any] = {k: torch.cat([getattr(self, k), getattr(other, k)]) for k in _PER_ROW}
-        for name, fill in zip(_PER_TOKEN, (pad_id, False), strict=True):
-            parts = zip((self, other), pads, strict=True)
-            joined[name] = torch.cat([F.pad(getattr(part, name), (pad, 0), value=fill) for part, pad in parts])
+        joined: dict[str, Any] = {k: torch.cat([getattr(self, k), getattr(other, k)]) for k in _OTHERS}
         joined |= {k: getattr(self, k) + getattr(other, k) for k in ("numbers", "passes")}
-        return Canvases(**joined, padded=self.padded or other.padded or any(pads))
+        ids = cat_left_padded([self.ids, other.ids], pad_id)
+        visible = cat_left_padded([self.visible, other.visible])
+        padded = self.padded or other.padded or self.width != other.width
+        return Canvases(ids, visible, **joined, padded=padded)
 
     def drop_padding(self) -> Canvases:
         """Without the columns that are padding in every row."""

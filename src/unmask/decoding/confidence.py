@@ -18,16 +18,14 @@ from unmask.decoding.sampling import Candidates
 
 
 class Confidence(NamedTuple):
-    """A rule for scores.
-
-    Attributes:
-        score: (candidates, uniform noise (N,) where the rule is ``noisy``, else None) -> scores (N,) float64 in [0, 1].
-        entropy: whether it reads the candidates' entropy. noisy: whether it draws a number for every position.
-    """
+    """A rule for scores."""
 
     score: Callable[[Candidates, Tensor | None], Tensor]
+    """(candidates, uniform noise (N,) where the rule is ``noisy``, else None) -> scores (N,) float64 in [0, 1]."""
     entropy: bool = False
+    """Whether it reads the candidates' entropy."""
     noisy: bool = False
+    """Whether it draws a number for every position."""
 
     @staticmethod
     def of(name: str) -> Confidence:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -17,6 +16,7 @@ from unmask.decoding.score import forward_with_guidance
 from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
 from unmask.models.backbone import KVCache
+from unmask.models.head import Head
 from unmask.models.masked_lm import MaskedLM, Text
 
 
@@ -31,14 +31,14 @@ class Streamer(Protocol):
 class DecodingLoop:
     """A model and a decoder at work on rows of canvases: ``run`` passes until all are done, ``advance`` is one pass.
 
-    A row stands in the plan where its own committed tokens put it, so what it becomes does not depend on its neighbors.
-    Without a threshold or early stop nothing here waits for the device.
+    A row's own committed tokens say which step of the plan it is in, so it does not depend on its neighbors. Without a
+    threshold or early stop nothing here waits for the device.
     """
 
     def __init__(self, lm: MaskedLM, decoder: Decoder, early_stop: bool) -> None:
         self.lm, self.decoder, self.early_stop = lm, decoder, early_stop
         self.plan = plan = decoder.plan
-        self.static = decoder.threshold is None  # then a row's passes say where in the plan it stands
+        self.static = decoder.threshold is None  # then a row's step in the plan is the number of its passes
         self.confidence = Confidence.of(decoder.confidence)
         self.max_commit = max(plan.commits if self.static else plan.open)
 
@@ -60,7 +60,7 @@ class DecodingLoop:
         refill: Callable[[Canvases], Canvases] = lambda rows: rows,
         on_pass: Callable[[Canvases], None] = lambda rows: None,
     ) -> Iterator[Canvases]:
-        """Advance rows until none is left; yields those that finish together, then goes on with ``refill`` of the others."""
+        """Advance rows until none is left; yields those that finish together, and continues with ``refill`` of the others."""
         while len(rows):
             self.advance(rows)
             on_pass(rows)
@@ -76,10 +76,11 @@ class DecodingLoop:
         window, active = self.cache_window(rows, step)
         if active is not None:
             open_ &= active[:, None]
+        flat = open_.flatten()
         if self.static:  # as many as the plan says: no need to look
-            flat = torch.nonzero_static(open_.flatten(), size=sum(self.plan.open[s] for s in rows.passes))[:, 0]
+            flat = torch.nonzero_static(flat, size=sum(self.plan.open[s] for s in rows.passes))[:, 0]
         else:
-            flat = open_.flatten().nonzero()[:, 0]
+            flat = flat.nonzero()[:, 0]
         at = flat // rows.length, flat % rows.length
         found = self.propose(rows, at, window)
         scores = torch.full(open_.shape, -torch.inf, dtype=torch.float64, device=flat.device)
@@ -120,19 +121,15 @@ class DecodingLoop:
         decoder, (row, column) = self.decoder, at
         noise = uniform_noise(rows.seeds[row], rows.at[row], column, TOKEN) if decoder.temperature > 0 else None
         start, stop = window or (0, rows.ids.shape[1])
-        return forward_with_guidance(
-            self.lm,
-            rows.ids,
-            rows.attention_mask,
-            row * (stop - start) + column + rows.width - start,
-            lambda head, hidden: candidates(
+        positions = row * (stop - start) + column + rows.width - start
+
+        def read(head: Head, hidden: Tensor) -> Candidates:
+            return candidates(
                 head, hidden, decoder.temperature, noise, self.confidence.entropy, decoder.top_p, self.excluded
-            ),
-            prompt=rows.width,
-            w=decoder.cfg_scale,
-            cache=self.cache,
-            window=window,
-        )
+            )
+
+        how: dict[str, Any] = {"prompt": rows.width, "w": decoder.cfg_scale, "cache": self.cache, "window": window}
+        return forward_with_guidance(self.lm, rows.ids, rows.attention_mask, positions, read, **how)
 
     def score(self, rows: Canvases, at: tuple[Tensor, Tensor], found: Candidates, gammas: Tensor) -> Tensor:
         """The candidates' scores (N,) float64, after the EOS rule. gammas (B,): EOSER's factor of each row."""
@@ -155,7 +152,7 @@ class DecodingLoop:
         return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best.indices, chosen)
 
     def commit(self, rows: Canvases, at: tuple[Tensor, Tensor], found: Candidates, chosen: Tensor) -> None:
-        """Write the chosen (N,) bool of the candidates; what is not chosen is written back as it stands."""
+        """Write the chosen (N,) bool of the candidates; where none is chosen, what is there is written back."""
         row, column = at
         for target, value in ((rows.canvas, found.tokens), (rows.logprob, found.logprob), (rows.step, rows.at[row])):
             target[row, column] = torch.where(chosen, value.to(target.dtype), target[row, column])
@@ -207,38 +204,28 @@ def decode(
 
     Args:
         prompt: (B, P) int64, left-padded. prompt_mask: (B, P) bool, False = padding. (``MaskedLM.encode`` makes both.)
-        decoder: what to do at each step.
-        seeds: (B,) int64, one a row, or a generator of them; needed where the decoder draws random numbers. A row's result
-            depends on its own seed alone, not on the batch it stands in.
+        seeds: (B,) int64, one a row, or a generator of them; needed where the decoder draws random numbers. A row depends on
+            its own seed alone, not on its batch.
         streamer: shown every draft; for one row.
-        early_stop: a row is finished once all is committed up to its first end token, since its text cannot change any
-            more. It leaves the batch; the rest of its canvas stays masked, with step -1.
-        canvas: (B, L) int64, templates: mask tokens where to fill; other tokens are kept, with step -1. A row has
-            ``max_new_tokens`` masks, and a plan's blocks count masks. All masks where left out.
+        early_stop: a row leaves the batch once all is committed up to its first end token; the rest stays masked, step -1.
+        canvas: (B, L) int64, templates with ``max_new_tokens`` masks each, which a plan's blocks count; other tokens are
+            kept, with step -1. Left out: all masks.
 
-    Returns:
-        The trajectory; prompt tokens are never altered.
-
-    Raises:
-        UserError: where randomness has no source, seeds are not one a row, a prompt holds the mask token, a template does not
-            fit the decoder, a streamer gets more than one row, or the model's logits are not finite.
+    Raises UserError where randomness has no source, seeds are not one a row, a template does not fit the decoder, a streamer
+    gets more than one row, or the model's logits are not finite.
     """
     batch, length = len(prompt), decoder.plan.length
-    if (prompt == lm.mask_id).logical_and(prompt_mask).any():
-        raise UserError("a prompt holds the mask token: remove it")
     if streamer is not None and batch != 1:
         raise UserError(f"a streamer shows one row, not {batch}: decode one prompt at a time")
     if canvas is None:
         canvas = torch.full((batch, length), lm.mask_id, device=prompt.device)
     elif ((masks := (canvas == lm.mask_id).sum(1)) != length).any():
-        raise UserError(
-            f"a template has {masks.tolist()} masks, but decoder {decoder.name!r} fills {length}: set max_new_tokens"
-        )
+        fills = f"decoder {decoder.name!r} fills {length}"
+        raise UserError(f"a template has {masks.tolist()} masks, but {fills}: set max_new_tokens")
     elif decoder.cache != "none" and canvas.shape[1] > length:
         raise UserError(f"cache={decoder.cache} needs a canvas without fixed tokens: set cache=none for a template")
-    rows = Canvases.new(
-        prompt, prompt_mask, canvas, lm.mask_id, _seeds(decoder, batch, seeds).to(prompt.device), range(batch)
-    )
+    row_seeds = _seeds(decoder, batch, seeds).to(prompt.device)
+    rows = Canvases.new(prompt, prompt_mask, canvas, lm.mask_id, row_seeds, range(batch))
     loop = DecodingLoop(lm, decoder, early_stop)
     if streamer is None:
         parts = list(loop.run(rows))
@@ -247,9 +234,8 @@ def decode(
         parts = list(loop.run(rows, on_pass=lambda rows: streamer.put_draft(rows.canvas[0])))
         streamer.put(parts[0].canvas[0].cpu())
         streamer.end()
-    done = functools.reduce(lambda one, two: one.join(two, lm.pad_id), parts)
-    order = torch.tensor(done.numbers, device=prompt.device).argsort()
-    return done.take(order).trajectory(lm.mask_id, decoder.config())
+    order = torch.tensor([number for part in parts for number in part.numbers]).argsort()
+    return Trajectory.cat([part.trajectory(lm.mask_id, decoder.config()) for part in parts]).take(order)
 
 
 def decode_each(
@@ -263,15 +249,13 @@ def decode_each(
 ) -> Iterator[tuple[list[int], Trajectory]]:
     """``decode`` of any number of prompts with a batch that stays full: a finished row makes room for the next prompt.
 
-    Prompts of similar length next to each other waste least on padding.
+    Prompts of similar length next to each other waste least on padding. Yields (indexes into ``prompts``, their trajectory)
+    of rows that finish together.
 
     Args:
         prompts: texts or token ids for ``MaskedLM.encode``. batch_size: rows of one forward pass.
-        static_width: for a compiled model: prompts are padded to this many tokens and the batch is filled up with rows that
-            nobody asked for, so that every forward pass has one shape.
-
-    Yields:
-        (indexes into ``prompts``, their trajectory) of rows that finish together.
+        static_width: for a compiled model: prompts are padded to this many tokens and the batch is filled up with copies of
+            the last, so that every forward pass has one shape.
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: pass 1 or more")
@@ -279,7 +263,7 @@ def decode_each(
     loop, waiting = DecodingLoop(lm, decoder, early_stop), 0
 
     def fresh(room: int) -> Canvases:
-        """Canvases of the next prompts, at most ``room``; under a static width of as many rows, whoever they are for."""
+        """Canvases of the next prompts, at most ``room``; under a static width, exactly as many."""
         nonlocal waiting
         numbers = range(waiting, waiting + room if static_width else min(waiting + room, len(prompts)))
         waiting = numbers.stop
@@ -306,5 +290,5 @@ def decode_each(
             done = done.take(torch.tensor(asked, device=lm.device)).drop_padding()
             yield done.numbers, done.trajectory(lm.mask_id, decoder.config())
         unfinished -= len(asked)
-        if not unfinished:  # rows that nobody asked for may be left
+        if not unfinished:  # copies may be left
             return

@@ -21,8 +21,7 @@ from unmask.io.files import expand_home, read_yaml
 class Decoder:
     """A decoding configuration. Equal decoders decode equally; ``config()`` travels with every result.
 
-    Raises:
-        UserError: on construction, for any value out of range or a plan that cannot be made.
+    Raises UserError on construction, for any value out of range or a plan that cannot be made.
     """
 
     name: str = "full"
@@ -54,16 +53,14 @@ class Decoder:
     threshold: float | None = None
     """Also commit every open candidate whose score reaches this."""
     cache: Literal["none", "prefix", "dual"] = "none"
-    """Approximate: within a block of the plan, reuse keys and values of what stands before the block (``prefix``) or on both
-    sides of it (``dual``) from the block's first pass (Fast-dLLM)."""
+    """Approximate: within a block of the plan, reuse keys and values of what is before the block (``prefix``) or on both sides
+    of it (``dual``) from the block's first pass (Fast-dLLM)."""
 
     def __post_init__(self) -> None:
         Confidence.of(self.confidence)
         if self.eos == "exclude" and self.confidence != "low-confidence":
-            raise UserError(
-                f"eos=exclude renormalizes probabilities, so it needs confidence=low-confidence, not {self.confidence}: "
-                "use eos=suppress"
-            )
+            needs = f"needs confidence=low-confidence, not {self.confidence}"
+            raise UserError(f"eos=exclude renormalizes probabilities, so it {needs}: use eos=suppress")
         for field, fine, allowed in (
             ("gamma_min", 0 <= self.gamma_min <= 1, "0 to 1"),
             ("temperature", 0 <= self.temperature < float("inf"), "0 or more"),
@@ -76,10 +73,9 @@ class Decoder:
                 raise UserError(f"{field} of decoder {self.name!r} is {getattr(self, field)}: choose {allowed}")
         plan = self.plan  # refuses an impossible plan at once
         if self.cache != "none" and not any(a == b < plan.length for a, b in pairwise(plan.horizon)):
-            raise UserError(
-                f"cache={self.cache} saves nothing in decoder {self.name!r}: it needs a plan of several blocks, one of which "
-                "takes more than one step; set block_length or leave the cache out"
-            )
+            needs = "it needs a plan of several blocks, one of which takes more than one step"
+            says = f"cache={self.cache} saves nothing in decoder {self.name!r}: {needs}"
+            raise UserError(f"{says}; set block_length or leave the cache out")
 
     @classmethod
     def from_preset(cls, preset: str, **fields: Any) -> Decoder:
@@ -90,9 +86,8 @@ class Decoder:
     def plan(self) -> Plan:
         plan = SCHEDULES.resolve(self.schedule)(self)
         if plan.length != self.max_new_tokens:
-            raise UserError(
-                f"schedule {self.schedule!r} plans {plan.length} tokens for a canvas of {self.max_new_tokens}"
-            )
+            plans = f"schedule {self.schedule!r} plans {plan.length} tokens"
+            raise UserError(f"{plans} for a canvas of {self.max_new_tokens}")
         return plan
 
     @property
@@ -166,12 +161,7 @@ PRESETS: Registry[dict[str, Any]] = Registry(
 def make_decoder(spec: str, **defaults: Any) -> Decoder:
     """A decoder from a preset with parameters (``eoser-ass:blocks=4,gamma_min=0.1``) or a YAML file of Decoder fields.
 
-    Args:
-        spec: preset spec, or the path of a .yaml file that may name a ``preset`` beside its fields.
-        defaults: fields that hold unless the spec sets them, e.g. ``max_new_tokens=256``.
-
-    Raises:
-        UserError: for an unknown preset or parameter, or a value out of range.
+    The file may name a ``preset`` beside its fields. ``defaults`` hold unless the spec sets them. Raises UserError.
     """
     name, parameters = split_spec(spec)
     values: dict[str, Any] = dict(parameters)

@@ -17,8 +17,7 @@ from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
 from unmask.models.masked_lm import MaskedLM, Text
 
-Messages: TypeAlias = Sequence[dict[str, str]]
-Prompt: TypeAlias = str | Messages | Sequence[int] | Tensor
+Prompt: TypeAlias = str | Sequence[dict[str, str]] | Sequence[int] | Tensor
 """A user's turn, a conversation as ``{"role": …, "content": …}`` messages, a template with gaps, or token ids."""
 
 GAP = re.compile(r"<\|mask:(\d+)\|>")
@@ -26,15 +25,12 @@ GAP = re.compile(r"<\|mask:(\d+)\|>")
 
 @dataclass(frozen=True)
 class Generation:
-    """Completions, those of one prompt next to each other.
-
-    Attributes:
-        texts: N strings, each up to its first end token or stop string; a template's with its gaps filled.
-        trajectories: the N decodes in batches of equal canvas length, whole (a stop string cuts the text alone).
-    """
+    """Completions, those of one prompt next to each other."""
 
     texts: list[str]
+    """N strings, each up to its first end token or stop string; a template's with its gaps filled."""
     trajectories: list[Trajectory]
+    """The N decodes in batches of equal canvas length, whole (a stop string cuts the text alone)."""
 
     @property
     def trajectory(self) -> Trajectory:
@@ -51,7 +47,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class _Row:
-    """One completion to make: what stands before the canvas, the canvas where it is a template, and its text's beginning."""
+    """One completion to make: what is before the canvas, the canvas where it is a template, and its text's beginning."""
 
     prompt: Text
     canvas: tuple[int, ...] = ()
@@ -73,10 +69,9 @@ def generate(
 ) -> Generation:
     """Complete prompts, or fill the gaps of templates.
 
-    A text with gaps (``"The capital of <|mask:4|> is Rome."``: four tokens to fill) is taken as it stands, without the
-    chat template; in a conversation, the last assistant message or ``prefill`` may have gaps; in token ids, mask tokens are
-    gaps. All other tokens stay, whatever the decoder; its canvas length is the number of masks. End tokens in a gap are not
-    shown.
+    A text with gaps (``"The capital of <|mask:4|> is Rome."``: four tokens to fill) is taken as it is, without the chat
+    template; in a conversation, the last assistant message or ``prefill`` may have gaps; in token ids, mask tokens are gaps.
+    All other tokens stay; the canvas length is the number of masks. End tokens in a gap are not shown.
 
     Args:
         prompts: one prompt or several: texts, each a user's turn, lists of messages, token ids, or templates of any of these.
@@ -89,8 +84,7 @@ def generate(
         prefill: text that every assistant's turn starts with; it is not part of the completion, unless it has gaps.
         batch_size: rows of one forward pass. streamer: shown every draft; for one completion.
 
-    Raises:
-        UserError: also for anything that ``make_decoder``, ``MaskedLM.encode`` and ``decode`` refuse.
+    Raises UserError, also for anything that ``make_decoder``, ``MaskedLM.encode`` and ``decode`` refuse.
     """
     rows = [_row(lm, cast(Prompt, p), prefill) for p in (prompts if _are_several(prompts) else [prompts])]
     if not rows or num_return_sequences < 1:
@@ -100,8 +94,6 @@ def generate(
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: pass 1 or more")
     rows = [row for row in rows for _ in range(num_return_sequences)]
-    if streamer is not None and len(rows) != 1:
-        raise UserError(f"a streamer shows one row, not {len(rows)}: decode one prompt at a time")
     found: dict[int, Trajectory] = {}
 
     def shape(i: int) -> tuple[int, int]:
@@ -116,16 +108,14 @@ def generate(
         if masks:
             chosen = chosen.replace(max_new_tokens=masks)
         if num_return_sequences > 1 and not chosen.is_random:
-            raise UserError(
-                f"num_return_sequences is {num_return_sequences}, but decoder {chosen.name!r} draws no random numbers, so all "
-                "would be equal: set a temperature"
-            )
+            equal = f"decoder {chosen.name!r} draws no random numbers, so all would be equal"
+            raise UserError(f"num_return_sequences is {num_return_sequences}, but {equal}: set a temperature")
         numbers = list(group)
         some = [rows[i] for i in numbers]
         for taken, part in _decode(lm, some, chosen, seed + torch.tensor(numbers), batch_size, streamer):
             found |= {numbers[n]: part.take(torch.tensor([i])) for i, n in enumerate(taken)}
     ordered = [found[i] for i in range(len(rows))]
-    texts = [_text(lm, row, part, stop) for row, part in zip(rows, ordered, strict=True)]
+    texts = [until(_text(lm, row, part.tokens), stop) for row, part in zip(rows, ordered, strict=True)]
     groups = itertools.groupby(ordered, lambda t: t.tokens.shape[1])
     return Generation(texts, [Trajectory.cat(list(group)) for _, group in groups])
 
@@ -145,7 +135,7 @@ def _row(lm: MaskedLM, prompt: Prompt, prefill: str) -> _Row:
     if isinstance(prompt, str):
         before, answer = ("", prompt) if GAP.search(prompt) else (lm.chat(prompt), prefill)
     else:
-        messages, answer = [dict(message) for message in cast("Messages", prompt)], prefill
+        messages, answer = [dict(message) for message in cast("Sequence[dict[str, str]]", prompt)], prefill
         if messages and messages[-1].get("role") == "assistant" and GAP.search(str(messages[-1].get("content"))):
             answer = messages.pop()["content"] + prefill
         before = lm.render(messages)
@@ -172,12 +162,10 @@ def _decode(
         yield part.tolist(), decode(lm, ids, mask, decoder, seeds[part], streamer, not template, canvas)
 
 
-def _text(lm: MaskedLM, row: _Row, trajectory: Trajectory, stop: Sequence[str]) -> str:
-    if row.canvas:
-        text = row.start + str(lm.tokenizer.decode([t for t in trajectory.tokens[0].tolist() if t not in lm.end_ids]))
-    else:
-        text = lm.text(trajectory.tokens)[0]
-    return until(text, stop)
+def _text(lm: MaskedLM, row: _Row, tokens: Tensor) -> str:
+    if not row.canvas:
+        return lm.text(tokens)[0]
+    return row.start + str(lm.tokenizer.decode([t for t in tokens[0].tolist() if t not in lm.end_ids]))
 
 
 def until(text: str, stops: Sequence[str]) -> str:

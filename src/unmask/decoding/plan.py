@@ -16,33 +16,28 @@ from unmask.errors import UserError
 class Plan:
     """One entry a step.
 
-    Attributes:
-        commits: tokens committed (at least; a threshold may commit more). Sum = the canvas length L.
-        horizon: positions below it are open to commits.
-        progress: normalized decoding time in [0, 1], which EOS rejection reads.
-
-    Raises:
-        UserError: on construction, for what is no plan.
+    Raises UserError on construction, for what is no plan.
     """
 
     commits: tuple[int, ...]
+    """Tokens committed (at least; a threshold may commit more). Sum = the canvas length L."""
     horizon: tuple[int, ...]
+    """Positions below it are open to commits."""
     progress: tuple[float, ...]
+    """Normalized decoding time in [0, 1], which EOS rejection reads."""
 
     def __post_init__(self) -> None:
-        grows = all(a <= b for values in (self.horizon, self.progress) for a, b in pairwise(values))
         if not (
             len(self.commits) == len(self.horizon) == len(self.progress) > 0
             and min(self.commits) >= 1
             and all(h >= d for h, d in zip(self.horizon, self.done, strict=True))
-            and grows
+            and all(a <= b for values in (self.horizon, self.progress) for a, b in pairwise(values))
             and self.horizon[-1] == self.length
             and 0 <= self.progress[0] <= self.progress[-1] <= 1
         ):
-            raise UserError(
-                "this is no plan: commits, horizon and progress have one entry a step, each step commits 1 token or more "
-                "below its horizon, the horizon grows to the canvas length, and progress grows within [0, 1]"
-            )
+            entries = "commits, horizon and progress have one entry a step, each step commits 1 token or more below its horizon"
+            grow = "the horizon grows to the canvas length, and progress grows within [0, 1]"
+            raise UserError(f"this is no plan: {entries}, {grow}")
 
     @cached_property
     def length(self) -> int:
@@ -72,8 +67,7 @@ class Plan:
     def uniform(cls, length: int, steps: int, block_length: int | None = None) -> Plan:
         """The same number of tokens every step: over the whole canvas, or block after block (semi-autoregressive).
 
-        Progress is linear in the step, s/(S-1). Raises UserError, with what would do, for more steps than tokens, a block
-        length that does not divide the canvas, or steps that do not divide over the blocks.
+        Progress is linear in the step, s/(S-1). Raises UserError, with what would do, where lengths or steps do not divide.
         """
         count = _count_blocks(length, block_length)
         block = length // count
@@ -95,10 +89,7 @@ class Plan:
         blocks of one step each: horizon[s] = done[max(s, S-b)]. ``block_length=B`` is the hybrid: blocks of B left to right,
         each filled by ascending steps. ``max_commit`` bounds what a step commits, at the price of more steps. Progress is the
         fraction committed once the step is done: (2^(s+1)-1)/2^S as in the paper, done/L in the hybrid and under a bound.
-
-        Raises:
-            UserError: for ``blocks`` outside 1 … S, both forms at once, a block length that does not divide the canvas, or a
-                bound below 1.
+        Raises UserError for both forms at once, and what is out of range.
         """
         if max_commit is not None and max_commit < 1:
             raise UserError(f"max_commit is {max_commit}: choose 1 or more, or none")
@@ -111,13 +102,13 @@ class Plan:
             return cls._repeated(commits, count, tuple(d / length for d in done))
         steps = len(commits)
         if not 1 <= blocks <= steps:
-            raise UserError(
-                f"blocks is {blocks} for a canvas of {length} tokens in {steps} ascending steps: choose 1 to {steps}"
-            )
+            canvas = f"a canvas of {length} tokens in {steps} ascending steps"
+            raise UserError(f"blocks is {blocks} for {canvas}: choose 1 to {steps}")
         horizon = tuple(done[max(s, steps - blocks)] for s in range(steps))
+        progress = tuple(d / length for d in done)
         if commits == _powers(length, None):
-            return cls(tuple(commits), horizon, tuple((2 ** (s + 1) - 1) / 2**steps for s in range(steps)))
-        return cls(tuple(commits), horizon, tuple(d / length for d in done))
+            progress = tuple((2 ** (s + 1) - 1) / 2**steps for s in range(steps))
+        return cls(tuple(commits), horizon, progress)
 
     @classmethod
     def _repeated(cls, commits: list[int], count: int, progress: tuple[float, ...]) -> Plan:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ def _mix(z: Tensor) -> Tensor:
 def uniform_noise(seeds: Tensor, step: Tensor | int, positions: Tensor, stream: int) -> Tensor:
     """Uniform numbers in [0, 1) that depend on nothing but a row's seed, the step, the position and the stream.
 
-    So a row is decoded alike in whatever batch it stands. seeds, step and positions int64, broadcast together -> float64.
+    So a row is decoded alike in whatever batch. seeds, step and positions int64, broadcast together -> float64.
     """
     number = 2 * step + (stream + 1) + torch.zeros_like(seeds)  # a tensor, so that the product wraps
     z = _mix(seeds + GOLDEN * number)
@@ -39,21 +38,14 @@ def uniform_noise(seeds: Tensor, step: Tensor | int, positions: Tensor, stream: 
 
 @dataclass(frozen=True)
 class Candidates:
-    """One candidate token a position, with what confidences read.
+    """One candidate token a position, with what confidences read, (N,) each."""
 
-    Attributes:
-        tokens: (N,) int64. logprob: (N,) float32 (float64 where the model is), log-probability of ``tokens`` at temperature 1.
-        top, second: (N,) float64, the two largest probabilities.
-        entropy: (N,) float64, in units of log V, where asked for.
-        end: (N,) float64, probability of the end tokens together at temperature 1, where asked for.
-    """
-
-    tokens: Tensor
-    logprob: Tensor
-    top: Tensor
-    second: Tensor
-    entropy: Tensor | None = None
-    end: Tensor | None = None
+    tokens: Tensor  # int64
+    logprob: Tensor  # of ``tokens`` at temperature 1; float32 (float64 where the model is)
+    top: Tensor  # float64, the largest probability
+    second: Tensor  # float64, the second largest
+    entropy: Tensor | None = None  # float64, in units of log V, where asked for
+    end: Tensor | None = None  # float64, probability of the end tokens together at temperature 1, where asked for
 
 
 def candidates(
@@ -72,10 +64,9 @@ def candidates(
 
     Args:
         hidden: (N, d) final hidden states. noise: (N,) float64 in [0, 1), or None at temperature 0.
-        entropy: whether to compute it.
         top_p: below 1, nucleus sampling (arXiv 1904.09751) among the most likely tokens whose probabilities at
             ``temperature`` first exceed it; this sorts the vocabulary. Scores and log-probabilities do not know of it.
-        end_ids: tokens whose probability together is asked for.
+        entropy, end_ids: whether to compute the entropy, and of which tokens the probability together.
     """
     found = []
     for i, h in enumerate(head.parts(hidden)):
@@ -91,21 +82,16 @@ def candidates(
             drawn, logit = _draw(head, h, read, temperature, u)
         logprob = torch.where(drawn == likely.tokens, read.logprob, logit - read.top + read.logprob)
         found.append(replace(likely, tokens=drawn, logprob=logprob.to(likely.logprob)))
-    joined: dict[str, Any] = {
-        name: None if value is None else torch.cat([getattr(f, name) for f in found])
-        for name, value in vars(found[0]).items()
-    }
-    return Candidates(**joined)
+    computed = [name for name, value in vars(found[0]).items() if value is not None]
+    return replace(found[0], **{name: torch.cat([getattr(f, name) for f in found]) for name in computed})
 
 
 class _Vocabulary:
     """One pass over the vocabulary.
 
-    Attributes:
-        candidates: the most likely tokens. top, logprob: (N,) float64, their logits and log-probabilities.
-        share: (N, pieces) float64, what brings a piece's sums to the scale of the largest logit of all.
-        buckets: with a temperature, a piece's sums over 64 neighbors of exp((logit - the piece's top) / temperature).
-        whole: with a temperature, all logits where the vocabulary is one piece.
+    ``candidates``: the most likely tokens; ``top``, ``logprob`` (N,): their logits and log-probabilities, float64. ``share``
+    (N, pieces): what brings a piece's sums to the scale of the largest logit of all. With a temperature, ``buckets``: a
+    piece's sums over 64 neighbors of exp((logit - the piece's top) / temperature), and ``whole``: all logits of one piece.
     """
 
     def __init__(
@@ -118,9 +104,8 @@ class _Vocabulary:
 
         # Of the piece that leads so far: the sum of the other tokens' weights is kept apart from the largest one, which is 1,
         # for it may be too small to change a sum with 1.
-        largest, token, piece, rest, second = lead = [
-            hidden.new_zeros(len(hidden), dtype=torch.float64) for _ in range(5)
-        ]
+        lead = [hidden.new_zeros(len(hidden), dtype=torch.float64) for _ in range(5)]
+        largest, token, piece, rest, second = lead
         largest.fill_(-torch.inf)
         size = 0
         for number, (a, logits) in enumerate(head.pieces(hidden)):
@@ -180,8 +165,7 @@ def _pick(cdf: Tensor, noise: Tensor) -> Tensor:
 def _draw(head: Head, hidden: Tensor, read: _Vocabulary, temperature: float, noise: Tensor) -> tuple[Tensor, Tensor]:
     """A token (N,) by inverse CDF, and its logit: a bucket by its sum, then one of its 64 tokens.
 
-    What of ``noise`` remains once the bucket is chosen is uniform again and chooses the token. The bucket's logits come from
-    the pass where the vocabulary was one piece, else from the head again.
+    What of ``noise`` remains once the bucket is chosen is uniform again and chooses the token.
     """
     scale = read.share ** (1 / temperature)
     weights = torch.cat([sums.double() * scale[:, i : i + 1] for i, sums in enumerate(read.buckets)], 1)
@@ -197,7 +181,7 @@ def _draw(head: Head, hidden: Tensor, read: _Vocabulary, temperature: float, noi
         logits = read.whole.gather(1, token.clamp(max=size - 1)).double().masked_fill(token >= size, -torch.inf)
     inner = ((logits - read.top[:, None]) / temperature).exp()
     at = _pick(inner.cumsum(1), (left / width).clamp(0, 1)[:, 0])
-    # A rounded sum may point at an impossible token; the likeliest one of the bucket stands in.
+    # A rounded sum may point at an impossible token; the likeliest one of the bucket replaces it.
     at = torch.where(inner.gather(1, at) > 0, at, inner.argmax(1, keepdim=True))
     return (bucket * BUCKET + at)[:, 0], logits.gather(1, at)[:, 0]
 

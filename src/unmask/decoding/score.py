@@ -31,8 +31,8 @@ def forward_with_guidance(
 ) -> Result:
     """``lm.forward_head`` under classifier-free guidance: logits u + (w + 1)(c - u), u from the row with its prompt masked.
 
-    The head is linear, so the hidden states are mixed and the head is applied once. ids (B, T), of which the first ``prompt``
-    columns are the prompt; the rest as in ``MaskedLM.forward_head``. A guided cache holds the rows of c, then those of u.
+    The head is linear, so the hidden states are mixed and the head is applied once. The first ``prompt`` columns of ids (B, T)
+    are the prompt; the rest as in ``MaskedLM.forward_head``. A guided cache holds the rows of c, then those of u.
     """
     if w == 0:
         return lm.forward_head(ids, attention_mask, positions, fn, cache, window)
@@ -59,17 +59,12 @@ def score_states(
     prompt: int,
     w: float,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of ``tokens`` where masks stand, and the entropy there (no gradient), in nats; two (N,).
+    """Log-probabilities of ``tokens`` at masks of the states ``ids``, and the entropy there (no gradient), in nats; two (N,).
 
-    Args:
-        ids: (B, T) int64, the states. attention_mask: (B, T) bool, False = padding, or None.
-        at: rows and columns, (N,) int64 each. tokens: (N,) int64.
-        prompt, w: as in ``forward_with_guidance``.
+    at: rows and columns, (N,) int64 each; the rest as in ``forward_with_guidance``.
     """
-    positions = at[0] * ids.shape[1] + at[1]
-    return forward_with_guidance(
-        lm, ids, attention_mask, positions, lambda head, hidden: score_tokens(head, hidden, tokens), prompt=prompt, w=w
-    )
+    positions, scored = at[0] * ids.shape[1] + at[1], partial(score_tokens, tokens=tokens)
+    return forward_with_guidance(lm, ids, attention_mask, positions, scored, prompt=prompt, w=w)
 
 
 @torch.no_grad()
@@ -78,12 +73,11 @@ def score_each_state(
 ) -> Iterator[tuple[Tensor, Tensor, Result]]:
     """``fn`` on the state before each step, one forward pass a step (two with guidance), each of whole rows.
 
+    Yields rows and columns of the canvas, (N,) int64 each, row-major, and what ``fn`` returned.
+
     Args:
         fn: (head, hidden states (N, d), tokens=(N,) that the trajectory ends with there) -> its result.
-        masked: where to look: at all masked positions instead of those that the step commits.
-
-    Yields:
-        rows and columns of the canvas, (N,) int64 each, row-major, and what ``fn`` returned.
+        masked: look at all masked positions instead of those that the step commits.
     """
     width = trajectory.prompt.shape[1]
     for s in range(trajectory.steps):
@@ -96,10 +90,7 @@ def score_each_state(
 
 
 def replay(lm: MaskedLM, trajectory: Trajectory) -> Tensor:
-    """Log-probabilities of all committed tokens, recomputed on ``state(s)``. (B, L) float32.
-
-    Equals ``logprob``, unless the decoder's cache made that an approximation.
-    """
+    """``logprob`` recomputed on every ``state(s)``, (B, L) float32; equal, unless a cache made it an approximation."""
     out = torch.zeros_like(trajectory.logprob)
     for row, column, (logprob, _) in score_each_state(lm, trajectory, score_tokens):
         out[row, column] = logprob.to(out)

@@ -17,23 +17,6 @@ from unmask.models.masked_lm import MaskedLM
 MASK, END = "·", "∎"
 
 
-def canvas_text(lm: MaskedLM, canvas: list[int], before: list[int] | None) -> Text:
-    """The canvas as styled text: masks dim, end tokens as ∎, what the last step committed highlighted."""
-
-    def style(i: int) -> str:
-        if canvas[i] == lm.mask_id:
-            return "dim"
-        if before is not None and before[i] == lm.mask_id:
-            return "bold black on green"
-        return "dim blue" if canvas[i] in lm.end_ids else ""
-
-    def shown(token: int) -> str:
-        return MASK if token == lm.mask_id else END if token in lm.end_ids else str(lm.tokenizer.decode([token]))
-
-    runs = groupby(range(len(canvas)), style)
-    return Text.assemble(*[("".join(shown(canvas[i]) for i in run), name) for name, run in runs])
-
-
 class LiveCanvas:
     """``put`` the prompt, ``put_draft`` every draft, ``put`` the finished canvas, ``end``; ``delay`` in seconds a draft."""
 
@@ -44,10 +27,23 @@ class LiveCanvas:
         self.step = 0
 
     def _draw(self, value: Tensor) -> None:
-        canvas = value.flatten().tolist()
-        committed = sum(t != self.lm.mask_id for t in canvas)
-        subtitle = f"step {self.step} · {committed}/{len(canvas)} tokens committed"
-        body, width = canvas_text(self.lm, canvas, self.before), min(80, self.live.console.width)
+        """Masks dim, end tokens as ∎, what the last step committed highlighted."""
+        canvas, before, mask, ends = value.flatten().tolist(), self.before, self.lm.mask_id, self.lm.end_ids
+
+        def style(i: int) -> str:
+            if canvas[i] == mask:
+                return "dim"
+            if before is not None and before[i] == mask:
+                return "bold black on green"
+            return "dim blue" if canvas[i] in ends else ""
+
+        def shown(token: int) -> str:
+            return MASK if token == mask else END if token in ends else str(self.lm.tokenizer.decode([token]))
+
+        runs = groupby(range(len(canvas)), style)
+        body = Text.assemble(*[("".join(shown(canvas[i]) for i in run), name) for name, run in runs])
+        subtitle = f"step {self.step} · {len(canvas) - canvas.count(mask)}/{len(canvas)} tokens committed"
+        width = min(80, self.live.console.width)
         self.live.update(Panel(body, title=Text(self.title), subtitle=subtitle, width=width), refresh=True)
         self.before = canvas
 

@@ -31,6 +31,12 @@ _TENSORS = {
 }
 
 
+def cat_left_padded(parts: Sequence[Tensor], fill: int = 0) -> Tensor:
+    """(B, W) each, concatenated along the batch, the narrower ones with ``fill`` on their left."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, (width - part.shape[1], 0), value=fill) for part in parts])
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """A batch of decoded canvases.
@@ -38,9 +44,8 @@ class Trajectory:
     Attributes:
         prompt: (B, P) int64, left-padded. prompt_mask: (B, P) bool, False = padding.
         tokens: (B, L) int64, the finished canvas. step: (B, L) int16, the step that committed each token; -1 where
-            none did: a template's own tokens, and masks that still stand in a row that was stopped early.
-        logprob: (B, L) float32, log-probability (nats, temperature 1, CFG applied, no EOSER factor) of each token in the
-            state that committed it.
+            none did: a template's own tokens, and masks that are left in a row that was stopped early.
+        logprob: (B, L) float32, of each token in the state that committed it; nats, temperature 1, CFG, no EOSER factor.
         mask_id: the mask token. decoder: the Decoder's config.
     """
 
@@ -60,8 +65,7 @@ class Trajectory:
     @property
     def nfe(self) -> Tensor:
         """Forward passes of each row, (B,) int64; guidance counts twice."""
-        passes = 2 if self.decoder["cfg_scale"] > 0 else 1
-        return (self.step.amax(1).long() + 1) * passes
+        return (self.step.amax(1).long() + 1) * (2 if self.decoder["cfg_scale"] > 0 else 1)
 
     def state(self, s: int) -> Tensor:
         """The canvas before step ``s``, (B, L) int64; ``state(0)`` is all mask, ``state(steps)`` is ``tokens``."""
@@ -77,8 +81,7 @@ class Trajectory:
         return torch.cat([self.prompt_mask, torch.ones_like(self.tokens, dtype=torch.bool)], dim=1)
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> Trajectory:
-        mapped: dict[str, Any] = {k: fn(getattr(self, k)) for k in _TENSORS}
-        return replace(self, **mapped)
+        return replace(self, **{k: fn(getattr(self, k)) for k in _TENSORS})  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str) -> Trajectory:
         """The same on another device."""
@@ -91,12 +94,10 @@ class Trajectory:
     @staticmethod
     def cat(parts: Sequence[Trajectory]) -> Trajectory:
         """Parts concatenated along the batch; narrower prompts get more padding."""
-        width = max(p.prompt.shape[1] for p in parts)
-        pads = [{"prompt": width - p.prompt.shape[1], "prompt_mask": width - p.prompt.shape[1]} for p in parts]
-        joined: dict[str, Any] = {
-            k: torch.cat([F.pad(getattr(p, k), (pad.get(k, 0), 0)) for p, pad in zip(parts, pads, strict=True)])
-            for k in _TENSORS
-        }
+        joined: dict[str, Any] = {}
+        for name in _TENSORS:
+            cat = cat_left_padded if name.startswith("prompt") else torch.cat
+            joined[name] = cat([getattr(part, name) for part in parts])
         return replace(parts[0], **joined)
 
     def save(self, path: str | Path) -> None:
@@ -121,6 +122,5 @@ class Trajectory:
                     raise ValueError(f"{name} is {tensors[name].dtype} of {tuple(tensors[name].shape)}")
             return cls(**tensors, mask_id=int(meta["mask_id"]), decoder=decoder)
         except (OSError, SafetensorError, LookupError, TypeError, ValueError, RecursionError) as error:
-            raise UserError(
-                f"{path} is not a saved trajectory ({error}): choose a file that Trajectory.save wrote"
-            ) from None
+            fault = f"{path} is not a saved trajectory ({error})"
+            raise UserError(f"{fault}: choose a file that Trajectory.save wrote") from None

@@ -30,10 +30,8 @@ def check_precision(lm: MaskedLM, lora_r: int | None) -> None:
     """Raises UserError where all weights would be trained in less than float32: most updates would round to nothing."""
     if lora_r is None and lm.model.dtype != torch.float32:
         dtype = str(lm.model.dtype).removeprefix("torch.")
-        raise UserError(
-            f"all weights of {lm.name} would be trained in {dtype}, where small updates are lost: set dtype to float32 (bf16 "
-            "is autocast), or lora_r"
-        )
+        trained = f"all weights of {lm.name} would be trained in {dtype}, where small updates are lost"
+        raise UserError(f"{trained}: set dtype to float32 (bf16 is autocast), or lora_r")
 
 
 @contextmanager
@@ -58,10 +56,8 @@ def adapter_size(model: nn.Module, r: int, targets: str) -> int:
 def add_adapter(lm: MaskedLM, config: Any, seed: int) -> MaskedLM:
     """``lm`` with a new adapter of a peft config, its first weights drawn from ``seed``; only the adapter is trained.
 
-    The adapter names its base model by a whole path, so that a saved one can be loaded alone.
-
-    Raises:
-        UserError: if no module of the model is meant, or the targets are no regular expression.
+    The adapter names its base model by a whole path, so that a saved one can be loaded alone. Raises UserError if no module
+    of the model is meant, or the targets are no regular expression.
     """
     from peft import get_peft_model
 

@@ -13,16 +13,13 @@ from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
 class KVCache:
     """Keys (rotated) and values of every layer, (B, H, T, D) each, from the pass that filled it.
 
-    An approximation in a bidirectional model: what stands outside the window would look different after every commit
+    An approximation in a bidirectional model: what is outside the window would look different after every commit
     (Fast-dLLM, arXiv 2505.22618).
-
-    Attributes:
-        start: the column where the pass under way writes its keys and values.
     """
 
     def __init__(self) -> None:
         self.layers: list[tuple[Tensor, Tensor]] = []
-        self.start = 0
+        self.start = 0  # the column where the current pass writes its keys and values
 
     def update(self, k: Tensor, v: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Put a window's keys and values (B, H, W, D) into a layer; returns the layer's. (As transformers calls its caches.)"""
@@ -36,16 +33,6 @@ class KVCache:
     def take(self, rows: Tensor) -> None:
         """Keep these rows, (n,) int64."""
         self.layers = [(k[rows.to(k.device)], v[rows.to(v.device)]) for k, v in self.layers]
-
-
-def positions_and_mask(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Rotary positions (B, T) or (1, T), and which keys may be seen, (B, 1, 1, T) bool or None for all.
-
-    Every row counts its own unpadded tokens from 0, so left or right padding does not shift them.
-    """
-    if attention_mask is None:
-        return torch.arange(input_ids.shape[1], device=input_ids.device)[None], None
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0), attention_mask.bool()[:, None, None, :]
 
 
 class Trunk:
@@ -67,7 +54,11 @@ class Trunk:
     ) -> BaseModelOutput:
         """Final hidden states (B, T, d), or (B, W, d) of a window; the arguments are those of ``HeadAtPositions.forward``."""
         start, stop = window or (0, input_ids.shape[1])
-        position_ids, visible = positions_and_mask(input_ids, attention_mask)
+        if attention_mask is None:
+            position_ids, visible = torch.arange(input_ids.shape[1], device=input_ids.device)[None], None
+        else:  # every row counts its own unpadded tokens from 0, so left or right padding does not shift them
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            visible = attention_mask.bool()[:, None, None, :]
         x = self.get_input_embeddings()(input_ids[:, start:stop])
         if cache is not None:
             cache.start = start
@@ -108,8 +99,8 @@ class HeadAtPositions:
             input_ids: (B, T) int64. attention_mask: (B, T), zero or False marks padding; None means no padding.
             positions: where to apply the head: a bool mask (B, T), or int64 indexes (N,) into the flattened rows; either
                 gives logits (N, V), None gives (B, T, V).
-            fn: called with (hidden states at ``positions``, output embedding, head) in place of the head; what it returns
-                stands for the logits. (Inside the forward pass, where a sharded model has its weights together.)
+            fn: called with (hidden states at ``positions``, output embedding, head) in place of the head; its result is
+                returned as the logits. (Inside the forward pass, where a sharded model has its weights together.)
             cache: keys and values to fill (a new one), or to use with a window.
             window: columns [start, stop) to compute, all others come from the cache; T is then the window's width for
                 ``positions`` and the result.
@@ -130,9 +121,9 @@ class HeadAtPositions:
 def shifted_positions(
     positions: Tensor | None, attention_mask: Tensor | None, input_ids: Tensor, start: int, stop: int, first: int
 ) -> Tensor:
-    """Where the hidden states stand that predict ``positions`` of the window [start, stop), in columns [first, stop).
+    """Where the hidden states are that predict ``positions`` of the window [start, stop), in columns [first, stop).
 
-    The token before, or the token itself where there is none (the first of a row, whatever padding stands before it).
+    The token before, or the token itself where there is none (the first of a row, whatever padding is before it).
     """
     rows, width = len(input_ids), stop - start
     if positions is None:

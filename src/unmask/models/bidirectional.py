@@ -13,14 +13,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedModel
-from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel
-from transformers.models.qwen2.configuration_qwen2 import Qwen2Config
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2PreTrainedModel
-from transformers.models.qwen3.configuration_qwen3 import Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3PreTrainedModel
 
 from unmask.models.backbone import HeadAtPositions, KVCache, Trunk
 
@@ -36,15 +31,14 @@ class FullAttention(Trunk):
         if visible is not None and self.config._attn_implementation == "eager":  # it adds the mask to the scores
             visible = torch.zeros_like(visible, dtype=x.dtype).masked_fill(~visible, torch.finfo(x.dtype).min)
         rotary = self.rotary_emb(x, position_ids)
+        how = {
+            "position_ids": position_ids,
+            "position_embeddings": rotary,
+            "past_key_values": cache,
+            "is_causal": False,
+        }
         for layer in self.layers:
-            x = layer(
-                x,
-                attention_mask=visible,
-                position_ids=position_ids,
-                position_embeddings=rotary,
-                past_key_values=cache,
-                is_causal=False,
-            )
+            x = layer(x, attention_mask=visible, **how)
         return self.norm(x)
 
 
@@ -69,16 +63,12 @@ class _MaskedHead(HeadAtPositions):
         self.config.tie_word_embeddings = False  # type: ignore[attr-defined]
 
 
-_PARENTS: dict[str, tuple[Any, Any, Any]] = {
-    "Qwen2": (Qwen2Config, Qwen2PreTrainedModel, Qwen2Model),
-    "Qwen3": (Qwen3Config, Qwen3PreTrainedModel, Qwen3Model),
-    "Llama": (LlamaConfig, LlamaPreTrainedModel, LlamaModel),
-}
+_PARENTS = ("Qwen2", "Qwen3", "Llama")
 
 
 def _model(name: str, parent: str, model_type: str | None = None, **attributes: Any) -> Any:
     """A parent's model with full attention, as a class of this name; its configuration is the parent's, or of its own type."""
-    config, pretrained, base = _PARENTS[parent]
+    config, pretrained, base = (getattr(transformers, parent + part) for part in ("Config", "PreTrainedModel", "Model"))
     if model_type is not None:
         own = name.removesuffix("Model").removesuffix("LMHead") + "Config"
         config = type(own, (config,), {"model_type": model_type})

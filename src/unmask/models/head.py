@@ -27,15 +27,11 @@ class Head:
 
     A linear head without bias is applied piece by piece. One of another kind (adapted, quantized, sharded) is a black box:
     it is called once, for the whole vocabulary.
-
-    Attributes:
-        apply: hidden states (N, d) to logits (N, V). mask_id: the token that is never predicted.
-        weight: (V, d), or None for a black box.
     """
 
-    apply: Callable[[Tensor], Tensor]
-    mask_id: int
-    weight: Tensor | None
+    apply: Callable[[Tensor], Tensor]  # hidden states (N, d) to logits (N, V)
+    mask_id: int  # the token that is never predicted
+    weight: Tensor | None  # (V, d), or None for a black box
 
     @classmethod
     def of(cls, module: nn.Module, apply: Callable[[Tensor], Tensor], mask_id: int) -> Head:
@@ -98,13 +94,8 @@ def token_logprob(logits: Tensor, tokens: Tensor) -> Tensor:
 def score_tokens(head: Head, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of given tokens, differentiable, and the entropy of their distributions (no gradient), in nats.
 
-    Neither logits nor probabilities are kept for the backward pass; it computes every piece again.
-
-    Args:
-        hidden: (N, d). tokens: (N,) int64.
-
-    Returns:
-        Two (N,) tensors, float32 (float64 where the model is).
+    hidden (N, d), tokens (N,) int64 -> two (N,), float32 (float64 where the model is). Neither logits nor probabilities are
+    kept for the backward pass; it computes every piece again.
     """
     if head.weight is None:
         _, logits = next(head.pieces(hidden))
@@ -167,7 +158,7 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
 
 
 def _within(tokens: Tensor, a: int, piece: Tensor) -> tuple[Tensor, Tensor]:
-    """Where tokens (N,) stand in a piece that starts at ``a``: index (N, 1), clamped into it, and whether inside (N,)."""
+    """Where tokens (N,) are in a piece that starts at ``a``: index (N, 1), clamped into it, and whether inside (N,)."""
     at = tokens - a
     return at.clamp(0, piece.shape[1] - 1)[:, None], (at >= 0) & (at < piece.shape[1])
 
@@ -198,10 +189,7 @@ def _score(head: Head, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, 
 
 
 def rescale(tops: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """From every piece's largest logit (N,) to the factor that its sums need on the scale of the largest of all.
-
-    Returns (N, pieces) and (N,), float64.
-    """
+    """From every piece's largest logit to its sums' factor on the scale of the largest of all, (N, pieces), and that, (N,)."""
     stacked = torch.stack(tops, 1).double()
     top = stacked.amax(1)
     return (stacked - top[:, None]).exp(), top

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from unmask.models.masked_lm import MaskedLM
     from unmask.models.memory import MemoryEstimate
 
-# Heavy imports stand inside the functions, so that --help and a typo answer at once.
+# Heavy imports are inside the functions, so that --help and a typo answer at once.
 
 
 @dataclass(kw_only=True)
@@ -42,9 +42,8 @@ class InfoArguments(ModelSource):
         if not self.max_new_tokens or min(self.max_new_tokens) < 1:
             raise UserError(f"max_new_tokens is {self.max_new_tokens}: choose lengths of 1 or more")
         if self.trust_remote_code or self.load_in_4bit:
-            raise UserError(
-                "info reads a checkpoint's shape, which foreign code and quantized weights do not show: leave them out"
-            )
+            hidden = "foreign code and quantized weights do not show a checkpoint's shape"
+            raise UserError(f"{hidden}, which info reads: leave them out")
         if not self.weights and self.adapter is not None:
             raise UserError(f"--no-weights reads no adapter: leave --adapter {self.adapter} out")
 
@@ -78,12 +77,11 @@ def memory(lm: MaskedLM, a: InfoArguments) -> list[tuple[str, int, MemoryEstimat
     cuda, dtype = not a.weights or lm.device.type != "cpu", lm.model.dtype
     rows = []
     for length in a.max_new_tokens:
-        work = Workload(dtype, a.batch_size, a.prompt, length, cuda=cuda)
+        work = Workload(dtype, a.batch_size, a.prompt, length, cuda=cuda, reference=True)
         rows.append((f"decode, {a.batch_size} rows", length, decoding_memory(lm, work)))
-        work = Workload(dtype, a.rows_per_forward, a.prompt, length, reference=True, cuda=cuda)
         for label, kind, lora in ((f"LoRA r={a.lora_r}", dtype, a.lora_r), ("all weights", torch.float32, 0)):
             for suffix, again in (("", False), (", checkpointing", True)):
-                one = replace(work, dtype=kind, lora=lora, checkpointing=again)
+                one = replace(work, rows=a.rows_per_forward, dtype=kind, lora=lora, checkpointing=again)
                 rows.append((f"rl {label}{suffix}", length, training_memory(lm, one)))
     return rows
 
@@ -105,10 +103,8 @@ def command(arguments: list[str]) -> None:
         found = ", ".join(f"{k} {v:.2g}" for k, v in lm.self_test().items())
         table.add_row("self-test", f"passed: {found} (std of the logits)")
     screen.print(table)
-    screen.print(
-        f"\nmemory in GiB, on one process without sharding: P = {a.prompt}; rl: {a.rows_per_forward} rows a forward pass, "
-        "bf16 autocast, beta > 0"
-    )
+    rl = f"rl: {a.rows_per_forward} rows a forward pass, bf16 autocast, beta > 0"
+    screen.print(f"\nmemory in GiB, on one process without sharding: P = {a.prompt}; {rl}")
     estimates = memory(lm, a)
     parts = [k for k in asdict(estimates[0][2]) if k != "views"]  # token ids, too few to show
     table = Table("", *(Column(name, justify="right") for name in ("L", "total", *parts)), box=None)

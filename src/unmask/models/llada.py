@@ -1,10 +1,9 @@
 """LLaDA: a bidirectional Llama-shaped transformer with the published config fields and state-dict keys.
 
-A checkpoint such as ``GSAI-ML/LLaDA-8B-Instruct`` loads into this class unchanged; the published remote code is not needed.
-Departures from it, each on purpose: a boolean padding mask that stays bidirectional, rotary tables computed from the config
-in every forward pass (nothing to load, nothing to corrupt on a meta device), a head that may be applied at chosen
-positions only, and a cache of keys and values for windows of the row. Left out: alibi, attention biases, layer norms other
-than RMSNorm.
+A checkpoint such as ``GSAI-ML/LLaDA-8B-Instruct`` loads into this class unchanged. Departures from its published code, each
+on purpose: a boolean padding mask that stays bidirectional, rotary tables computed from the config in every forward pass
+(nothing to load, nothing to corrupt on a meta device), the head at chosen positions only, and a cache of keys and values for
+windows of the row. Left out: alibi, attention biases, layer norms other than RMSNorm.
 """
 
 from typing import Any, cast
@@ -38,10 +37,8 @@ class LLaDAConfig(PretrainedConfig):
     """Shape of a LLaDA model, in the field names of the published ``config.json``.
 
     ``n_kv_heads`` below ``n_heads`` is grouped-query attention. ``task_defaults`` maps a task name to the parameters that
-    a checkpoint was trained for (used by the shipped ``tiny``; absent from published checkpoints).
-
-    Raises:
-        ValueError: if a field asks for a variant that this class does not implement.
+    a checkpoint was trained for (used by the shipped ``tiny``; absent from published checkpoints). Raises ValueError if a
+    field asks for a variant that this class does not implement.
     """
 
     model_type = "llada"
@@ -81,10 +78,9 @@ class LLaDAConfig(PretrainedConfig):
         self.task_defaults = self.task_defaults or {}
         super().__post_init__(**{**kwargs, "tie_word_embeddings": False})
         if self.d_model % self.n_heads or self.n_heads % self.n_kv_heads:
-            raise ValueError(
-                f"LLaDA config has d_model={self.d_model}, n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}; "
-                "n_heads must divide d_model and n_kv_heads must divide n_heads"
-            )
+            shape = f"d_model={self.d_model}, n_heads={self.n_heads}, n_kv_heads={self.n_kv_heads}"
+            must = "n_heads must divide d_model and n_kv_heads must divide n_heads"
+            raise ValueError(f"LLaDA config has {shape}; {must}")
 
 
 class RMSNorm(nn.Module):
@@ -181,22 +177,16 @@ class LLaDAModel(Trunk, LLaDAPreTrainedModel):  # type: ignore[misc]
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.embedding_size, config.d_model),
-                "blocks": nn.ModuleList(LLaDABlock(config, n) for n in range(config.n_layers)),
-                "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
-            }
-        )
+        self.transformer = nn.ModuleDict()
+        self.transformer["wte"] = nn.Embedding(config.embedding_size, config.d_model)
+        self.transformer["blocks"] = nn.ModuleList(LLaDABlock(config, n) for n in range(config.n_layers))
+        self.transformer["ln_f"] = RMSNorm(config.d_model, config.rms_norm_eps)
         if not config.weight_tying:  # the head lives inside the trunk in the published layout
             self.transformer["ff_out"] = nn.Linear(config.d_model, config.embedding_size, bias=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.transformer["wte"]
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.transformer["wte"] = value
 
     def run_layers(self, x: Tensor, position_ids: Tensor, visible: Tensor | None, cache: KVCache | None) -> Tensor:
         cos, sin = rotary_table(position_ids, self.config.d_model // self.config.n_heads, self.config.rope_theta)
@@ -215,9 +205,6 @@ class LLaDAModelLM(HeadAtPositions, LLaDAPreTrainedModel):  # type: ignore[misc]
 
     def get_output_embeddings(self) -> nn.Module:
         return self.model.transformer["wte" if self.config.weight_tying else "ff_out"]
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        self.model.transformer["wte" if self.config.weight_tying else "ff_out"] = value
 
     def untie(self) -> None:
         if self.config.weight_tying:

@@ -57,9 +57,7 @@ def load(
             adapter, which is merged into the base model that it names.
         device_map: also a dict of module names to devices, as in transformers; this and the rest: see ``source.ModelSource``.
 
-    Raises:
-        UserError: one sentence, for an unknown name, a hub that cannot be reached, an unsupported family, missing files, wrong
-            keys or shapes, or a failed self-test.
+    Raises UserError for an unknown name, an unsupported family, missing files, wrong keys or shapes, or a failed self-test.
     """
     name, adapter = expand_home(name), expand_home(adapter)
     settings = {"dtype": _dtype(dtype), **_placement(name, device, device_map, load_in_4bit)}
@@ -80,10 +78,8 @@ def _resolve_adapters(folder: Path) -> tuple[Path, list[Path]]:
         base = read_json(folder / "adapter_config.json", dict, "fetch it again").get("base_model_name_or_path")
         named = bool(base) and isinstance(base, str)
         if not named or folder.resolve() in adapters:
-            fault = "is its own" if named else "names no"
-            raise UserError(
-                f"the adapter {folder} {fault} base model: set base_model_name_or_path in adapter_config.json"
-            )
+            fault = f"the adapter {folder} {'is its own' if named else 'names no'} base model"
+            raise UserError(f"{fault}: set base_model_name_or_path in adapter_config.json")
         adapters.insert(0, folder.resolve())
         folder = find_folder(base)
     return folder, adapters
@@ -91,8 +87,7 @@ def _resolve_adapters(folder: Path) -> tuple[Path, list[Path]]:
 
 def _load_checkpoint(name: str, folder: Path, settings: dict[str, Any], trust_remote_code: bool) -> MaskedLM:
     """A checkpoint that is no adapter. ``settings``: keyword arguments of ``from_pretrained``."""
-    config = read_json(folder / "config.json", dict, "fetch it again")
-    kind = _family(config, trust_remote_code)
+    config, kind = _family(folder, trust_remote_code)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise UserError(f"{name} holds no .safetensors weights: fetch them, or convert the checkpoint to safetensors")
@@ -127,7 +122,7 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _dtype(name: str) -> torch.dtype | str:
+def _dtype(name: str) -> Any:
     """A dtype that weights can be loaded in, or ``auto``. Raises UserError."""
     if name not in (*DTYPES, "auto"):
         raise unknown("dtype", name, [*DTYPES, "auto"])
@@ -136,54 +131,42 @@ def _dtype(name: str) -> torch.dtype | str:
 
 def warn_of_slow_bf16(device: torch.device) -> None:
     """Say so where bfloat16 products run on a processor without instructions for them (measured: 29 times slower)."""
-    slow = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if slow and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        print(
-            "unmask: warning: this processor has no bfloat16 instructions, so bfloat16 takes many times as long as float32: "
-            "set bf16 to false and dtype to float32",
-            file=sys.stderr,
-        )
+    on_mkldnn = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if on_mkldnn and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        slow = "this processor has no bfloat16 instructions, so bfloat16 takes many times as long as float32"
+        print(f"unmask: warning: {slow}: set bf16 to false and dtype to float32", file=sys.stderr)
 
 
 def load_meta(name: str, dtype: str = "auto", revision: str | None = None) -> MaskedLM:
     """A checkpoint's shape, ids and tokenizer without its weights: a model on the meta device. Adapters count as their base.
 
-    Raises:
-        UserError: as ``load``, for what can be seen without weights.
+    Raises UserError as ``load``, for what can be seen without weights.
     """
-    chosen: Any = _dtype(dtype)
+    chosen = _dtype(dtype)
     folder, _ = _resolve_adapters(find_folder(name, revision, weights=False))
-    config = read_json(folder / "config.json", dict, "fetch it again")
-    kind: Any = _family(config, False)
+    config, kind = _family(folder)
     stated = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     try:
         settings = kind.config_class.from_pretrained(folder)
         tokenizer = _tokenizer(folder, kind, name)
-        model = meta_model(kind, settings, DTYPES.get(stated, torch.float32) if chosen == "auto" else chosen)
+        with torch.device("meta"):
+            model = kind._from_config(settings, dtype=DTYPES.get(stated, torch.float32) if chosen == "auto" else chosen)
     except _LOADING as error:
         raise UserError(f"cannot read {name}: {_first_line(error)}") from None
     return MaskedLM.wrap(model.eval(), tokenizer, name)
 
 
-def meta_model(kind: type[PreTrainedModel], config: Any, dtype: torch.dtype) -> Any:
-    """A model without data, on the meta device."""
-    with torch.device("meta"):
-        return kind._from_config(config, dtype=dtype)
-
-
-def _family(config: dict[str, Any], trust_remote_code: bool) -> type[PreTrainedModel] | None:
-    """The class of a config.json; None for one of an unknown family whose own code is trusted. Raises UserError."""
+def _family(folder: Path, trust_remote_code: bool = False) -> tuple[dict[str, Any], Any]:
+    """A folder's config.json and its class; None for one of an unknown family whose own code is trusted. Raises UserError."""
+    config = read_json(folder / "config.json", dict, "fetch it again")
     family = str(config.get("model_type"))
     names = [family, *map(str, config.get("architectures") or ())]
     if not trust_remote_code and any(_NOT_YET.search(name) for name in names):
-        raise UserError(
-            f"model family {' / '.join(names)} is not supported yet: block-causal and mixture-of-experts diffusion models need "
-            f"another attention or another loader; choose a checkpoint of {', '.join(FAMILIES)}"
-        )
-    if family in FAMILIES:
-        return FAMILIES[family]
-    if "auto_map" in config and trust_remote_code:
-        return None
+        need = "block-causal and mixture-of-experts diffusion models need another attention or another loader"
+        choose = f"choose a checkpoint of {', '.join(FAMILIES)}"
+        raise UserError(f"model family {' / '.join(names)} is not supported yet: {need}; {choose}")
+    if family in FAMILIES or ("auto_map" in config and trust_remote_code):
+        return config, FAMILIES.get(family)
     hint = "; or run the checkpoint's own code with --trust-remote-code" if "auto_map" in config else ""
     raise UserError(f"{unknown('model family', family, FAMILIES)}{hint}")
 
@@ -193,12 +176,8 @@ def find_folder(
 ) -> Path:
     """The folder of a shipped model, of a path, or of a hub name, which is downloaded to the hub's cache if it is not there.
 
-    Args:
-        remote_code: fetch Python files too. weights: without them, only what describes the model.
-        adapter: whether an adapter is looked for, not a model.
-
-    Raises:
-        UserError: for a name that is none of these, or a hub that does not have it.
+    remote_code: fetch Python files too. weights: without them, only what describes the model. adapter: whether an adapter is
+    looked for, not a model. Raises UserError for a name that is none of these, or a hub that does not have it.
     """
     name = expand_home(name)
     folder = SHIPPED.get(name, Path(name))
@@ -230,8 +209,8 @@ def find_folder(
 def _placement(name: str, device: str, device_map: Any, load_in_4bit: bool) -> dict[str, Any]:
     """Keyword arguments of ``from_pretrained`` that say where the weights go and how."""
     if device_map is not None and (world := world_size()) > 1:
-        fix = "start a single process, or leave it out"
-        raise UserError(f"device_map={device_map} spreads one model over the devices of {world} processes: {fix}")
+        spreads = f"device_map={device_map} spreads one model over the devices of {world} processes"
+        raise UserError(f"{spreads}: start a single process, or leave it out")
     if device_map is not None and device != "auto":
         raise UserError(f"device={device} and device_map={device_map} contradict each other: set one of them")
     if device == "auto":
@@ -252,26 +231,23 @@ def _placement(name: str, device: str, device_map: Any, load_in_4bit: bool) -> d
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16,
-            llm_int8_skip_modules=["model.transformer.ff_out", "lm_head"],  # the heads; a block's ff_out is quantised
+            llm_int8_skip_modules=["model.transformer.ff_out", "lm_head"],  # the heads; a block's ff_out is quantized
         )
     return settings
 
 
-def _load_family(
-    kind: type[PreTrainedModel], folder: Path, name: str, config: dict[str, Any], settings: dict[str, Any]
-) -> PreTrainedModel:
+def _load_family(kind: Any, folder: Path, name: str, config: dict[str, Any], settings: dict[str, Any]) -> Any:
     """A model of a known family; refused by name where its files hold other keys or shapes."""
     architecture = next(iter(config.get("architectures") or [kind.__name__]))
     if architecture != kind.__name__ and kind not in bidirectional.UNDER_PARENTS_NAME:
         known = f"{kind.__name__}, the one implemented for {config['model_type']}"
         raise UserError(f"{name} is refused: its architecture {architecture} is not {known}")
-    loaded: Any = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True, **settings)
-    model, report = loaded
+    model, report = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True, **settings)
     vars(model.config).pop("auto_map", None)  # names Python files that are neither needed nor saved with the model
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(map(str, report[problem])):
-            says = f"{problem.replace('_', ' ')} {', '.join(keys[:4])} ({len(keys)} in all)"
-            raise UserError(f"{name} is refused: {says}")
+            some = f"{', '.join(keys[:4])} ({len(keys)} in all)"
+            raise UserError(f"{name} is refused: {problem.replace('_', ' ')} {some}")
     return model
 
 
@@ -302,7 +278,7 @@ def as_masked_lm(model: MaskedLM | PreTrainedModel | str, tokenizer: PreTrainedT
 
 
 def _merge(lm: MaskedLM, adapter: Path, name: str) -> MaskedLM:
-    """The model, now called ``name``, with an adapter merged into its weights (kept beside them where they are quantised)."""
+    """The model, now called ``name``, with an adapter merged into its weights (kept beside them where they are quantized)."""
     from peft import PeftModel, get_peft_model_state_dict
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import load_peft_weights

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from jinja2 import TemplateError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unmask.errors import UserError
@@ -29,24 +29,21 @@ END_OF_TURN = ("<|eot_id|>", "<|im_end|>")
 
 @dataclass
 class MaskedLM:
-    """A masked diffusion language model: backbone, tokenizer and the ids read from them.
-
-    Attributes:
-        model: the backbone, whose forward takes ``positions`` (see ``HeadAtPositions.forward``).
-        mask_id, eos_id, pad_id: int token ids. eot_id: the end-of-turn id, where the tokenizer has one beside EOS.
-        max_length: the longest prompt + canvas that the checkpoint was made for, in tokens.
-        weights: a fingerprint of the weight files, so that a record can name them.
-    """
+    """A masked diffusion language model: backbone, tokenizer and the ids read from them."""
 
     model: PreTrainedModel
+    """The backbone, whose forward takes ``positions`` (see ``HeadAtPositions.forward``)."""
     tokenizer: PreTrainedTokenizerBase
     name: str
     mask_id: int
     eos_id: int
     pad_id: int
     eot_id: int | None
+    """The end-of-turn id, where the tokenizer has one beside EOS."""
     max_length: int
+    """The longest prompt + canvas that the checkpoint was made for, in tokens."""
     weights: str
+    """A fingerprint of the weight files, so that a record can name them."""
 
     @classmethod
     def wrap(
@@ -60,10 +57,10 @@ class MaskedLM:
             return found if found is not None else getattr(config, field, None)
 
         if len({tokenizer.mask_token_id, getattr(config, "mask_token_id", None)} - {None}) == 2:
-            raise UserError(
-                f"{name} is refused: its tokenizer's mask token is {tokenizer.mask_token_id}, its config.json says "
-                f"{config.mask_token_id}: set both alike"
+            differ = (
+                f"its tokenizer's mask token is {tokenizer.mask_token_id}, its config.json says {config.mask_token_id}"
             )
+            raise UserError(f"{name} is refused: {differ}: set both alike")
         mask_id, eos_id, pad_id = read("mask_token_id"), read("eos_token_id"), read("pad_token_id")
         for what, value in (("mask", mask_id), ("end-of-sequence", eos_id)):
             if not isinstance(value, int):
@@ -103,27 +100,12 @@ class MaskedLM:
             fn: called once, with (head, hidden states).
             cache, window: see ``HeadAtPositions.forward``; with a window, ``positions`` count in the flattened window.
         """
-        return self.model(
-            input_ids=ids,
-            attention_mask=attention_mask,
-            positions=positions,
-            fn=lambda hidden, embedding, head: fn(Head.of(embedding, head, self.mask_id), hidden),
-            cache=cache,
-            window=window,
-        ).logits
 
-    def logits(self, ids: Tensor, attention_mask: Tensor | None, positions: Tensor) -> Tensor:
-        """Float32 logits at ``positions``, each for its own position; the mask token has logit -inf.
+        def read(hidden: Tensor, embedding: nn.Module, head: Callable[[Tensor], Tensor]) -> Result:
+            return fn(Head.of(embedding, head, self.mask_id), hidden)
 
-        Args:
-            ids: (B, T) int64. attention_mask: (B, T) bool, False = padding, or None.
-            positions: (B, K) int64 -> (B, K, V).
-        """
-        flat = positions + torch.arange(len(ids), device=ids.device)[:, None] * ids.shape[1]
-        logits: Tensor = self.model(input_ids=ids, attention_mask=attention_mask, positions=flat.flatten()).logits
-        logits = logits.float().view(*positions.shape, -1)
-        logits[..., self.mask_id] = -torch.inf
-        return logits
+        how: dict[str, Any] = {"positions": positions, "fn": read, "cache": cache, "window": window}
+        return self.model(input_ids=ids, attention_mask=attention_mask, **how).logits
 
     @property
     def task_defaults(self) -> dict[str, dict[str, Any]]:
@@ -154,16 +136,15 @@ class MaskedLM:
     def render(self, messages: list[dict[str, str]], answer: bool = True, unfinished: bool = False) -> str:
         """Messages as the chat template writes them; UserError where it cannot.
 
-        ``answer``: go on to where the assistant's next turn begins; ``unfinished``: end inside the last message.
+        ``answer``: add the beginning of the assistant's next turn; ``unfinished``: end inside the last message.
         """
         # enable_thinking is Qwen3's: without it, its template asks for another format. Other templates pass it over.
         how: dict[str, Any] = {"add_generation_prompt": answer, "continue_final_message": unfinished}
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False, **how)
         except (TemplateError, ValueError, TypeError) as error:
-            raise UserError(
-                f"the chat template of {self.name} refuses the messages ({error}): change them, or repair the template"
-            ) from None
+            refuses = f"the chat template of {self.name} refuses the messages ({error})"
+            raise UserError(f"{refuses}: change them, or repair the template") from None
         return str(text)
 
     def tokens(self, text: Text) -> list[int]:
@@ -173,24 +154,17 @@ class MaskedLM:
         ids, vocabulary = [int(i) for i in text], len(self.model.get_input_embeddings().weight)  # type: ignore[arg-type]
         for i in ids:
             if not 0 <= i < vocabulary:
-                raise UserError(
-                    f"token id {i} lies outside the vocabulary of {self.name}: choose 0 to {vocabulary - 1}"
-                )
+                outside = f"token id {i} lies outside the vocabulary of {self.name}"
+                raise UserError(f"{outside}: choose 0 to {vocabulary - 1}")
         return ids
 
     def encode(
         self, prompts: Sequence[Text], canvas: int = 0, width: int = 0, empty: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """Prompts of any lengths as one left-padded batch, at least ``width`` tokens wide.
+        """Prompts of any lengths as one left-padded batch, at least ``width`` tokens wide, on the model's device.
 
-        Args:
-            canvas: tokens that must fit behind each. empty: whether a prompt may be.
-
-        Returns:
-            ids (B, P) int64 and the padding mask (B, P) bool (False = padding), on the model's device.
-
-        Raises:
-            UserError: for a prompt that is empty, no Unicode text, too long, or holds the mask token.
+        ids (B, P) int64 and the padding mask (B, P) bool (False = padding). Raises UserError for a prompt that is empty (unless
+        it may be), no Unicode text, too long with a canvas of so many tokens behind it, or holds the mask token.
         """
         rows = [self.tokens(prompt) for prompt in prompts]
         for text, row in zip(prompts, rows, strict=True):
@@ -200,10 +174,8 @@ class MaskedLM:
                 token = self.tokenizer.convert_ids_to_tokens(self.mask_id)
                 raise UserError(f"the prompt {text[:60]!r} holds the mask token {token}: remove it")
             if len(row) + canvas > self.max_length:
-                raise UserError(
-                    f"the prompt has {len(row)} tokens and the canvas {canvas}, but {self.name} takes at most "
-                    f"{self.max_length} together: shorten the prompt or lower --max-new-tokens"
-                )
+                long = f"the prompt has {len(row)} tokens and the canvas {canvas}, but {self.name} takes at most"
+                raise UserError(f"{long} {self.max_length} together: shorten the prompt or lower --max-new-tokens")
         width = max([width, *map(len, rows)])
         ids = torch.full((len(rows), width), self.pad_id)
         mask = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -226,19 +198,15 @@ class MaskedLM:
     def self_test(self) -> dict[str, float]:
         """Check on short rows that the checkpoint is a usable bidirectional model, in its own dtype.
 
-        Returns:
-            ``padding`` (logit change that left padding makes, in standard deviations of the logits: the root mean square of
-            the worst position, since the largest of millions may be rounding in bfloat16), ``left`` and ``right`` (largest
-            change at one end of a row when the other end's token changes, in the same unit).
-
-        Raises:
-            UserError: if padding shows, a side is not seen, something is not finite, or the mask id is no token's.
+        Returns ``padding`` (logit change that left padding makes, in standard deviations of the logits: the root mean square of
+        the worst position, since the largest of millions may be rounding in bfloat16), ``left`` and ``right`` (largest change
+        at one end of a row when the other end's token changes, in the same unit). Raises UserError if padding shows, a side is
+        not seen, something is not finite, or the mask id is no token's.
         """
         vocabulary = len(self.model.get_input_embeddings().weight)  # type: ignore[arg-type]
         if not 0 <= self.mask_id < vocabulary:
-            raise UserError(
-                f"{self.name} is refused: its mask id {self.mask_id} lies outside its vocabulary of {vocabulary}"
-            )
+            outside = f"its mask id {self.mask_id} lies outside its vocabulary of {vocabulary}"
+            raise UserError(f"{self.name} is refused: {outside}")
         usable = torch.tensor([i for i in range(vocabulary) if i not in (self.mask_id, *self.end_ids)][:64])
         row = usable[torch.arange(12) * 5 % len(usable)].to(self.device)
         row[4:7] = self.mask_id
@@ -262,16 +230,12 @@ class MaskedLM:
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.1
         if not all(t.isfinite().all() for t in (plain, padded, left, right)):
             raise UserError(f"{self.name} is refused: its logits are not finite (weights or rotary tables are broken)")
-        if found["padding"] > tolerance:
-            raise UserError(
-                f"{self.name} is refused: left padding changes its logits by {found['padding']:.2g} standard deviations (at "
-                f"most {tolerance:g}), so batches of different prompts would be wrong"
-            )
-        for side in ("left", "right"):
-            if found[side] == 0.0:
-                raise UserError(
-                    f"{self.name} is refused: it does not see tokens to the {side}, so it is not bidirectional"
-                )
+        if (change := found["padding"]) > tolerance:
+            changes = f"left padding changes its logits by {change:.2g} standard deviations (at most {tolerance:g})"
+            raise UserError(f"{self.name} is refused: {changes}, so batches of different prompts would be wrong")
+        for side in (side for side in ("left", "right") if found[side] == 0.0):
+            blind = f"it does not see tokens to the {side}, so it is not bidirectional"
+            raise UserError(f"{self.name} is refused: {blind}")
         return found
 
     def info(self) -> dict[str, Any]:
@@ -281,9 +245,5 @@ class MaskedLM:
             "family": self.model.config.model_type,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "dtype": str(self.model.dtype).removeprefix("torch."),
-            "mask_id": self.mask_id,
-            "eos_id": self.eos_id,
-            "eot_id": self.eot_id,
-            "max_length": self.max_length,
-            "weights": self.weights,
+            **{k: getattr(self, k) for k in ("mask_id", "eos_id", "eot_id", "max_length", "weights")},
         }

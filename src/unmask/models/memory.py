@@ -53,28 +53,21 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked of the model.
+    """What is asked of the model."""
 
-    Attributes:
-        dtype: of the weights. rows: of one forward pass. prompt, length: tokens of a row, P and L.
-        lora: rank of the adapter that is trained, 0 for all weights. targets: its modules, a regular expression.
-        autocast: to bfloat16. checkpointing: of activations, a block at a time. reference: whether beta > 0.
-        completions, steps: in one update, on one process. processes: of the run. cuda: whether pieces are those of a GPU.
-    """
-
-    dtype: torch.dtype
-    rows: int
-    prompt: int
-    length: int
-    lora: int = 0
-    targets: str = LORA_TARGETS
-    autocast: bool = True
-    checkpointing: bool = False
-    reference: bool = False
-    completions: int = 1
+    dtype: torch.dtype  # of the weights
+    rows: int  # of one forward pass
+    prompt: int  # tokens of a row, P
+    length: int  # and of its canvas, L
+    lora: int = 0  # rank of the adapter that is trained, 0 for all weights
+    targets: str = LORA_TARGETS  # its modules, a regular expression
+    autocast: bool = True  # to bfloat16
+    checkpointing: bool = False  # of activations, a block at a time
+    reference: bool = False  # whether beta > 0
+    completions: int = 1  # in one update, on one process
     steps: int = 1
-    processes: int = 1
-    cuda: bool = False
+    processes: int = 1  # of the run
+    cuda: bool = False  # whether pieces are those of a GPU
 
     @property
     def tokens(self) -> int:
@@ -109,8 +102,7 @@ def decoding_memory(lm: MaskedLM, work: Workload) -> MemoryEstimate:
 def training_memory(lm: MaskedLM, work: Workload) -> MemoryEstimate:
     """Bytes for reinforcement learning on one process, the rollout included (it needs less than the update).
 
-    Raises:
-        UserError: where an adapter's ``targets`` match no matrix of the model.
+    Raises UserError where an adapter's ``targets`` match no matrix of the model.
     """
     e = work.dtype.itemsize
     parameters = sum(p.numel() for p in lm.model.parameters())
@@ -129,6 +121,7 @@ def training_memory(lm: MaskedLM, work: Workload) -> MemoryEstimate:
 
 
 def _training_activations(lm: MaskedLM, work: Workload, adapter: int) -> float:
+    """What the layers keep for their backward pass, its gradients, and copies of weights that autocast makes."""
     d, f, q, kv = _widths(lm.model.config)
     n, r = lm.model.config.num_hidden_layers, work.lora
     e = work.dtype.itemsize
@@ -140,11 +133,14 @@ def _training_activations(lm: MaskedLM, work: Workload, adapter: int) -> float:
         inputs = c * ((2 if c == e else 5) * d + f)
     kept = (4 if r else 8) * normed + c * (4 * q + 3 * f) + inputs
     gradients = 3 * c * f + 8 * d
-    frozen = c * n * d * (2 * q + 2 * kv + 3 * f) if c != e else 0
-    cached = (
-        (c * adapter if work.autocast else 0) if r else frozen
-    )  # of what is trained, until the forward pass has ended
-    frozen = frozen if r else 0
+    base_casts = c * n * d * (2 * q + 2 * kv + 3 * f) if c != e else 0
+    if r:
+        trained_casts, frozen_casts = c * adapter if work.autocast else 0, base_casts
+    else:
+        trained_casts, frozen_casts = base_casts, 0
     if not work.checkpointing:
-        return work.tokens * (n * kept + gradients) + cached + frozen
-    return work.tokens * n * e * d + max(cached, work.tokens * (kept + gradients) + (cached + frozen) / n)
+        return work.tokens * (n * kept + gradients) + trained_casts + frozen_casts
+    one_layer = work.tokens * (kept + gradients) + (trained_casts + frozen_casts) / n
+    return work.tokens * n * e * d + max(
+        trained_casts, one_layer
+    )  # the first are kept until the forward pass has ended

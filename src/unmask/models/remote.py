@@ -15,10 +15,9 @@ _CLASSES = ("AutoModelForMaskedLM", "AutoModelForCausalLM", "AutoModel")
 
 
 class RemoteLM(nn.Module):
-    """A model known only by its logits, behind the forward pass that the rest of the package calls.
+    """A model known only by its logits, each of its own position, behind the forward pass that the rest of the package calls.
 
-    The logits of all positions are computed and stand for the hidden states; the head is the identity. For decoding and
-    evaluation, without a cache; the logits must be those of their own position.
+    Its logits at all positions serve as hidden states; the head is the identity. For decoding and evaluation, without a cache.
     """
 
     def __init__(self, inner: Any) -> None:

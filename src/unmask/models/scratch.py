@@ -40,11 +40,7 @@ def character_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def new_model(shape: dict[str, Any], seed: int) -> tuple[LLaDAModelLM, PreTrainedTokenizerFast]:
-    """A randomly initialized model (float32) and its tokenizer; ``shape`` holds LLaDAConfig fields.
-
-    Raises:
-        UserError: for an unknown field or an impossible shape.
-    """
+    """A randomly initialized model (float32) and its tokenizer; ``shape`` holds LLaDAConfig fields. Raises UserError."""
     tokenizer = character_tokenizer()
     ids: dict[str, Any] = {name: getattr(tokenizer, name) for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
     ids["vocab_size"] = len(tokenizer)
