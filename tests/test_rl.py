@@ -238,7 +238,8 @@ def test_ratio_is_one_on_the_sampled_states(tmp_path: Path, decoder: str) -> Non
     t.update(t.model, t.rollout, 0)
     assert abs(t.pending_metrics["ratio"] - 1) < 1e-4 and t.pending_metrics["logprob_mismatch"] < 1e-4
     with t.inference() as policy:
-        again = t.score_views(policy, t.rollout, EVERYONE)[0]
+        t.rollout.active = EVERYONE
+        again = t.score_views(policy, t.rollout)[0]
     assert float(((again - t.rollout.trajectory.logprob).exp() - 1).abs().max()) < 1e-4
 
 
@@ -261,7 +262,8 @@ def test_other_objectives_score_another_policy(tmp_path: Path) -> None:
         assert abs(t.pending_metrics["ratio"] - 1) < 1e-6  # old and new policy are the same
         if objective == "one-step":
             with t.inference() as policy:
-                found = t.score_views(policy, t.rollout, EVERYONE)[0]
+                t.rollout.active = EVERYONE
+                found = t.score_views(policy, t.rollout)[0]
             first = t.rollout.trajectory.committed(0)
             assert torch.allclose(found[first], t.rollout.trajectory.logprob[first], atol=1e-4)
     assert gaps["cj"] < 1e-4 < 0.1 < min(gaps["one-step"], gaps["diffu"], gaps["coupled"])
@@ -342,5 +344,5 @@ def test_lora_reference_is_the_model_without_its_adapter(tmp_path: Path) -> None
     assert again.reference is not None and not torch.allclose(again.reference[0], again.trajectory.logprob, atol=1e-2)
     plain_trainer = trainer(tmp_path)
     with plain_trainer.inference() as policy:
-        found = plain_trainer.score_views(policy, again, again.active)[0]
+        found = plain_trainer.score_views(policy, again)[0]
         assert torch.allclose(found, again.reference[0], atol=1e-4)

@@ -13,7 +13,7 @@ import torch
 from unmask import UserError, make_task
 from unmask.rl.objectives import View, group_advantages, k3, sample_views, token_weights
 from unmask.rl.rewards import reward_functions, score
-from unmask.rl.rollout import RolloutSampler
+from unmask.rl.rollout import rollout_batches
 
 
 def test_advantages_by_hand() -> None:
@@ -54,13 +54,13 @@ def test_k3_is_zero_on_equal_policies_and_positive_elsewhere() -> None:
 
 
 def test_sampler_repeats_for_inner_iterations_and_cuts_over_ranks() -> None:
-    one = list(RolloutSampler(10, 4, 2, 12, seed=3))
+    one = rollout_batches(10, 4, 2, 12, seed=3)
     assert len(one) == 12 and all(one[2 * r] == one[2 * r + 1] for r in range(6))
     flat = list(itertools.chain.from_iterable(one[::2]))
     assert sorted(flat[:10]) == sorted(flat[10:20]) == list(range(10)) and flat[:10] != flat[10:20]
-    ranks = [list(RolloutSampler(10, 2, 2, 12, 3, rank, 2)) for rank in range(2)]
+    ranks = [rollout_batches(10, 2, 2, 12, 3, rank, 2) for rank in range(2)]
     assert [a + b for a, b in zip(*ranks, strict=True)] == one
-    assert [sorted(b) for b in RolloutSampler(2, 4, 1, 2, seed=0)] == [[0, 0, 1, 1]] * 2  # more prompts than rows
+    assert [sorted(b) for b in rollout_batches(2, 4, 1, 2, seed=0)] == [[0, 0, 1, 1]] * 2  # more prompts than rows
 
 
 # ---- rewards ---------------------------------------------------------------------------------------------------------------
@@ -86,10 +86,8 @@ def short(prompts: Any, completions: Any, **_: Any) -> Any:
     [
         (raises, "reward function raises raised ZeroDivisionError: division by zero"),
         (constant(float("nan")), "returned nan for the completion 'one': return a finite number"),
-        (constant("good"), "returned 'good'"),
-        (constant(10**5000), "returned an object of type int for"),
+        (constant("good"), "raised ValueError: could not convert string to float: 'good'"),
         (constant(1e300), r"returned 1e\+300"),
-        (constant(torch.ones(2)), "returned an object of type Tensor"),
         (short, "returned 1 values for 2 completions"),
         (constant(None), "every reward function .* returned None for the prompt 'a'"),
     ],
@@ -114,8 +112,8 @@ def test_rewards_get_columns_and_may_abstain() -> None:
     [
         ("sovled", "unknown reward 'sovled': did you mean 'solved'.* package.module:name"),
         ("no.such:thing", "cannot import"),
-        ("math:pi", "not a function"),
-        ("fractions:Fraction", "is a class: name an object of it"),
+        ("math:pi", "is 3.14.*: name a function"),
+        ("fractions:Fraction", "is <class .*or an object that is called like one"),
     ],
 )
 def test_reward_specs(spec: str, message: str) -> None:

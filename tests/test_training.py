@@ -212,8 +212,8 @@ def test_wrong_configs_name_the_fix(tmp_path: Path, text: str, message: str) -> 
     ("changes", "message"),
     [
         ({"data": "x.jsonl"}, "either tasks .* or data"),
-        ({"num_train_epochs": 2.0}, "max_steps is 6, num_train_epochs is 2.0: set one"),
-        ({"max_steps": None}, "max_steps is None, num_train_epochs is None: set one"),
+        ({"num_train_epochs": 2.0}, "max_steps=6 and num_train_epochs=2.0: set one"),
+        ({"max_steps": None}, "max_steps=None and num_train_epochs=None: set one"),
         ({"overlong": "cut"}, "unknown overlong 'cut': .*refuse"),
         ({"lora_dropout": 1.5}, "lora_dropout is 1.5"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),

@@ -1,4 +1,4 @@
-"""Run folders: whose they are, where a run goes on, and the plain checkpoint at its end."""
+"""Run folders: whose they are, where a run resumes, and the plain checkpoint at its end."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerState
 
 from unmask.config import read_config, save_config
 from unmask.errors import UserError, check_own_folder
@@ -21,11 +20,11 @@ from unmask.models.masked_lm import MaskedLM
 from unmask.training.checkpoints import checkpoints, verify
 from unmask.training.config import MAY_CHANGE, RunConfig
 from unmask.training.model_card import model_card
-from unmask.training.trainer import RunTrainer
+from unmask.training.trainer import RunTrainer, plain_log
 
 
 def run(trainer: RunTrainer) -> Path:
-    """Train, or go on in a folder that holds a checkpoint; returns the folder of the final plain checkpoint.
+    """Train, or resume in a folder that holds a checkpoint; returns the folder of the final plain checkpoint.
 
     Raises:
         UserError: if the folder cannot be written, or holds checkpoints of a run with other settings or damaged ones.
@@ -48,7 +47,6 @@ def run(trainer: RunTrainer) -> Path:
             )
         if config.bf16:
             warn_of_slow_bf16(args.device)
-    trainer.add_callback(_FolderCheck())
     args.eval_on_start = args.eval_on_start and checkpoint is None  # a resumed run has that line already
     last = output / f"checkpoint-{args.max_steps}"
     with _writing_run(output):
@@ -75,14 +73,6 @@ def _newest(output: Path, config: RunConfig) -> Path | None:
     return found[-1] if found else None
 
 
-class _FolderCheck(TrainerCallback):
-    """Ends a run whose folder is gone: the Trainer would make it anew, without what the run needs to go on."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not (Path(args.output_dir) / "config.yaml").is_file():
-            raise folder_removed(Path(args.output_dir))
-
-
 @contextmanager
 def _writing_run(folder: Path) -> Iterator[None]:
     """Turns what a run raises that cannot write to its folder, gone or on a full disk, into a UserError."""
@@ -107,7 +97,8 @@ def export(lm: MaskedLM, folder: Path, card: str = "") -> Path:
     """Weights, tokenizer and (if any) a README.md as a plain checkpoint that ``load`` takes, whole or not at all."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    lm.model.save_pretrained(partial, max_shard_size="5GB")
+    with plain_log():
+        lm.model.save_pretrained(partial, max_shard_size="5GB")
     lm.tokenizer.save_pretrained(partial)
     if card:
         (partial / "README.md").write_text(card, encoding="utf-8")

@@ -18,17 +18,16 @@ from torch import Tensor
 from transformers import IntervalStrategy, PreTrainedTokenizerBase, TrainerCallback
 
 from unmask.errors import UserError
-from unmask.models.adapters import add_adapter
 from unmask.models.head import Head, score_tokens
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.scratch import new_model
 from unmask.tasks import Task, make_task
 from unmask.training.config import SFTConfig
-from unmask.training.noise import corrupt, diffusion_loss, sample_times
+from unmask.training.noise import corrupt, sample_times
 from unmask.training.optim import MuonAdamW
 from unmask.training.run_folder import run
 from unmask.training.sft_data import Data, chat_data, task_data
-from unmask.training.trainer import Model, RunTrainer, load_model, lora_config, training_arguments
+from unmask.training.trainer import Model, RunTrainer, prepare_model, training_arguments
 
 EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -62,7 +61,7 @@ class SFTTrainer(RunTrainer):
     ) -> None:
         config = args.resolved()
         arguments = training_arguments(config, dataloader_drop_last=True, eval_strategy="steps")
-        lm = load_model(model, config, processing_class)
+        lm = prepare_model(model, config, processing_class, dynamic=False)
         with arguments.main_process_first():  # one process fetches a data set, the others find it
             data = _data(lm, config, train_dataset)
             if eval_dataset is not None:
@@ -74,10 +73,6 @@ class SFTTrainer(RunTrainer):
         self.config = replace(config, model=base, warmup_steps=int(arguments.warmup_steps))
         if data.collate.prompt_width == 0:
             self.config = replace(self.config, max_length=data.collate.width)
-        if config.compile:
-            lm.model.base_model.compile(dynamic=False)
-        if (adapter := lora_config(config)) is not None:
-            lm = add_adapter(lm, adapter, config.seed)
         self.canvases, self.notice, self.prompt_width = data.canvases, data.notice, data.collate.prompt_width
         self._noise, self._noise_step = torch.Generator(), -1
         datasets = {"train_dataset": data.training, "eval_dataset": data.validation, "data_collator": data.collate}
@@ -129,9 +124,9 @@ class SFTTrainer(RunTrainer):
         def score(hidden: Tensor, embedding: Any, head: Callable[[Tensor], Tensor]) -> Tensor:
             return score_tokens(Head.of(embedding, head, mask_id=-1), hidden, targets)[0]  # -1: no token is left out
 
-        logprob = model(input_ids=noisy, attention_mask=visible, positions=masked, fn=score).logits
+        logprob = model(input_ids=noisy, attention_mask=visible, positions=masked, fn=score).logits  # (N,)
         times = t.to(ids.device)[masked.nonzero()[:, 0]]
-        return diffusion_loss(logprob, times, learned.sum().clamp(min=1))
+        return -(logprob / times).sum() / learned.sum().clamp(min=1)
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
@@ -168,7 +163,7 @@ def _data(lm: MaskedLM, config: SFTConfig, source: Any) -> Data:
     if not len(tasks):
         raise UserError("there is nothing to train on: choose tasks (with worked responses) or data (a chat data set)")
     if isinstance(tasks[0], Task):
-        return task_data(lm, tasks, config.problems, config.canvas, config.validation_problems, config.seed)
+        return task_data(lm, tasks, config)
     return chat_data(lm, source, config.max_length, config.overlong, config.validation_share)
 
 
@@ -190,7 +185,7 @@ def _set_length(args: Any, config: SFTConfig, rows: int) -> None:
 
 
 def train(config: SFTConfig) -> Path:
-    """Run (or, if the run folder holds a checkpoint, go on with) a supervised run; returns the final checkpoint's folder.
+    """Run, or resume from the run folder's newest checkpoint; returns the folder of the final plain checkpoint.
 
     Raises:
         UserError: for an unknown model, task or data set, or responses that do not fit.

@@ -19,15 +19,21 @@ from torch import Tensor
 
 from unmask.errors import UserError
 from unmask.io.hub import SUFFIXES, load_split
+from unmask.io.schema import check
 from unmask.models.masked_lm import MaskedLM
 from unmask.tasks import Task
-from unmask.training.config import LONGEST
+from unmask.training.config import LONGEST, SFTConfig
 
 _REASONING = (
-    "Think between <reasoning> and </reasoning>, then write only the final answer between <answer> and </answer>.\n\n"
+    "Think between <reasoning> and </reasoning>, then write only the final answer between <answer> and </answer>."
 )
-_S1K = ("question", "thinking_trajectories", "attempt")
-_COLUMNS = (("messages",), ("prompt", "completion"), _S1K)
+_TURNS = [{"role": str, "content": (str, None)}]
+_FORMATS: tuple[dict[str, Any], ...] = (
+    {"messages": _TURNS},
+    {"prompt": (str, _TURNS), "completion": (str, _TURNS)},
+    {"question": str, "thinking_trajectories": (str, [str]), "attempt": str},  # simplescaling/s1K
+)
+"""Columns of chat data and what they hold (``io/schema.py``)."""
 
 Prompt = str | list[dict[str, str]]
 """Text, or messages for the chat template."""
@@ -92,22 +98,20 @@ def task_rows(lm: MaskedLM, tasks: Sequence[Task], split: str, counts: Sequence[
     return [rows[i % len(rows)] for i in range(max(counts)) for rows in per_task]
 
 
-def task_data(
-    lm: MaskedLM, tasks: Sequence[Task], problems: list[int], canvas: list[int], validation_problems: int, seed: int
-) -> Data:
+def task_data(lm: MaskedLM, tasks: Sequence[Task], config: SFTConfig) -> Data:
     """Training and validation rows of tasks. Raises UserError where they do not fit the canvas or the model."""
+    problems, canvas = config.problems, max(config.canvas)
     if len(problems) not in (1, len(tasks)):
         raise UserError(f"problems is {problems}: set one number, or one for each of the {len(tasks)} tasks")
     counts = problems if len(problems) == len(tasks) else problems * len(tasks)
-    training = task_rows(lm, tasks, "train", counts, seed)
-    validation = task_rows(lm, tasks, "validation", [validation_problems] * len(tasks), 0)
-    longest, most = max(len(row["response"]) for row in training), max(canvas)
-    if longest > most:
-        raise UserError(f"the longest response has {longest} tokens: raise canvas {canvas} to hold it")
+    training = task_rows(lm, tasks, "train", counts, config.seed)
+    validation = task_rows(lm, tasks, "validation", [config.validation_problems] * len(tasks), 0)
+    if (longest := max(len(row["response"]) for row in training)) > canvas:
+        raise UserError(f"the longest response has {longest} tokens: raise canvas {config.canvas} to hold it")
     width = max(len(row["prompt"]) for row in (*training, *validation))
-    if width + most > lm.max_length:
-        raise UserError(f"prompts of {width} tokens and a canvas of {most} exceed the model's {lm.max_length}")
-    return Data(training, validation, Collate(lm.eos_id, width + most, width), canvas)
+    if width + canvas > lm.max_length:
+        raise UserError(f"prompts of {width} tokens and a canvas of {canvas} exceed the model's {lm.max_length}")
+    return Data(training, validation, Collate(lm.eos_id, width + canvas, width), config.canvas)
 
 
 def _row(prompt: Sequence[int], response: Sequence[int]) -> Row:
@@ -187,9 +191,9 @@ def end_token(lm: MaskedLM) -> int:
 def tokenize(lm: MaskedLM, prompt: Prompt, response: str) -> tuple[list[int], list[int]]:
     """Token ids of the prompt and of the response with its end of turn.
 
-    Messages go through the chat template: the prompt is what stands before the assistant's turn, the response what the
-    template writes from there to the first end token. Text is taken as it is. Each is tokenized by itself, since a
-    decoder's canvas begins behind the prompt's last token.
+    Messages go through the chat template: the prompt is what it writes before the assistant's turn, the response what it
+    writes from there to the first end token. Text is taken as it is. Each is tokenized by itself, since a decoder's canvas
+    begins behind the prompt's last token.
 
     Raises:
         UserError: for empty text, control tokens in it, or a template that refuses the messages.
@@ -222,52 +226,34 @@ def tokenize(lm: MaskedLM, prompt: Prompt, response: str) -> tuple[list[int], li
     return first, [*second, end_token(lm)] if end is None else second[: end + 1]
 
 
-# ---- formats ---------------------------------------------------------------------------------------------------------
-
-
 def _exchange(row: Mapping[str, Any]) -> tuple[Prompt, str]:
     """Prompt and response of a row, in the first format whose columns are all there."""
-    if "messages" in row:
-        return _last_turn(row["messages"])
-    if {"prompt", "completion"} <= set(row):
-        prompt, completion = row["prompt"], row["completion"]
-        if isinstance(prompt, list) != isinstance(completion, list):
-            raise UserError("one of prompt and completion is text, the other messages: write both alike")
-        if not isinstance(completion, list):
-            return _text(prompt, "prompt"), _text(completion, "completion")
-        if len(completion) != 1:
-            raise UserError(
-                f"completion holds {len(completion)} messages: leave the assistant's there, and move the others to prompt"
-            )
-        return _last_turn([*prompt, *completion])
-    if set(_S1K) <= set(row):  # simplescaling/s1K: the first trajectory, in tags that the user's turn asks for
-        values = [row[name] for name in _S1K]
-        if isinstance(values[1], list):
-            values[1] = (values[1] or [None])[0]
-        texts = {name: _text(value, name) for name, value in zip(_S1K, values, strict=True)}
-        for name, text in texts.items():
-            if not text.strip():
-                raise UserError(f"{name} is empty: fill or remove the row")
-        question, reasoning, answer = texts.values()
+    columns = next((columns for columns in _FORMATS if columns.keys() <= row.keys()), None)
+    if columns is None:
+        formats = " or ".join(" + ".join(columns) for columns in _FORMATS)
+        raise UserError(f"the row has the columns {', '.join(sorted(row)) or '(none)'}: rename them to {formats}")
+    values = {name: row[name] for name in columns}
+    try:
+        check(values, columns, "the row")
+    except ValueError as error:
+        raise UserError(f"{error}: repair or remove the row") from None
+    if "question" in values:  # the first trajectory, in tags that the user's turn asks for
+        question, reasoning, answer = values.values()
+        reasoning = "".join(reasoning[:1]) if isinstance(reasoning, list) else reasoning
+        if not (question.strip() and reasoning.strip() and answer.strip()):
+            raise UserError(f"one of {', '.join(columns)} is empty: fill or remove the row")
         response = f"<reasoning>{reasoning}</reasoning>\n<answer>{answer}</answer>"
-        return [{"role": "user", "content": _REASONING + question}], response
-    formats = " or ".join(" + ".join(columns) for columns in _COLUMNS)
-    raise UserError(f"the row has the columns {', '.join(sorted(row)) or '(none)'}: rename them to {formats}")
-
-
-def _text(value: Any, what: str) -> str:
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"{what} is {type(value).__name__}: write text")
-    return value or ""
-
-
-def _last_turn(messages: Any) -> tuple[Prompt, str]:
-    """The last message, which is the assistant's and is learned, and all before it."""
-    if not isinstance(messages, list) or len(messages) < 2 or not all(isinstance(m, dict) for m in messages):
+        return [{"role": "user", "content": f"{_REASONING}\n\n{question}"}], response
+    prompt, completion = values.get("prompt", []), values.get("completion", values.get("messages"))
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt, completion
+    if isinstance(prompt, str) or isinstance(completion, str) or ("completion" in values and len(completion) != 1):
         raise UserError(
-            "messages are no list of two or more {role, content}: write the user's and the assistant's turn"
+            "prompt and completion are to be both text, or messages with one, the assistant's, in completion"
         )
-    turns = [{k: _text(m.get(k), f"a {k}") for k in ("role", "content")} for m in messages]
-    if turns[-1]["role"] != "assistant":
-        raise UserError(f"the last message is by {turns[-1]['role']!r}: end with the assistant's")
+    turns = [{"role": m["role"], "content": m["content"] or ""} for m in (*prompt, *completion)]
+    if len(turns) < 2 or turns[-1]["role"] != "assistant":
+        raise UserError(
+            "the messages are not two or more, the last by the assistant: write the user's turn and its answer"
+        )
     return turns[:-1], turns[-1]["content"]

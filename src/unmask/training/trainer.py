@@ -5,17 +5,20 @@ from __future__ import annotations
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.utils import logging
 
 from unmask.errors import UserError, unknown
 from unmask.io.files import writing_to
-from unmask.models.adapters import adapter_config, check_precision
+from unmask.models.adapters import adapter_config, add_adapter, check_precision
 from unmask.models.load import as_masked_lm, load
 from unmask.models.masked_lm import MaskedLM
 from unmask.training.checkpoints import checkpoints, seal, verify
@@ -47,27 +50,45 @@ def training_arguments(config: RunConfig, **more: Any) -> TrainingArguments:
     return TrainingArguments(**{**values, **more, **config.trainer_args})
 
 
-def load_model(model: Model, config: RunConfig, processing_class: PreTrainedTokenizerBase | None = None) -> MaskedLM:
-    """What a trainer takes as ``model``, with the run's dtype and attention. Raises UserError."""
+def prepare_model(
+    model: Model,
+    config: RunConfig,
+    processing_class: PreTrainedTokenizerBase | None,
+    peft_config: Any = None,
+    dynamic: bool | None = None,
+) -> MaskedLM:
+    """What a trainer takes as ``model``, with the run's dtype, attention and adapter, compiled if asked. Raises UserError."""
     if isinstance(model, str):
         lm = load(model, config.dtype)
         check_precision(lm, config.lora_r)
     else:
         lm = as_masked_lm(model, processing_class)
     lm.model.config._attn_implementation = config.attn_implementation
-    return lm
+    if config.compile:
+        lm.model.base_model.compile(dynamic=dynamic)
+    if peft_config is None and config.lora_r is not None:
+        dropout = getattr(config, "lora_dropout", 0.0)
+        peft_config = adapter_config(config.lora_r, config.lora_alpha, config.lora_target_modules, dropout)
+    return lm if peft_config is None else add_adapter(lm, peft_config, config.seed)
 
 
-def lora_config(config: RunConfig) -> Any:
-    """The adapter that a run trains; None where it trains all weights."""
-    if config.lora_r is None:
-        return None
-    dropout = getattr(config, "lora_dropout", 0.0)
-    return adapter_config(config.lora_r, config.lora_alpha, config.lora_target_modules, dropout)
+@contextmanager
+def plain_log() -> Iterator[None]:
+    """Without transformers' progress bars where standard error is no terminal; what the caller had set is restored."""
+    bars, hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    if bars and not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+        if not hub_bars:
+            disable_progress_bars()
 
 
 class RunTrainer(Trainer):
-    """transformers.Trainer that goes on from whole checkpoints only, and never deletes a copy under another name."""
+    """transformers.Trainer that resumes from whole checkpoints only, and never deletes a copy under another name."""
 
     config: RunConfig
     notice = ""
@@ -81,7 +102,7 @@ class RunTrainer(Trainer):
     def rank_share(self, count: int) -> list[int]:
         """Which of ``count`` parts of a validation are this process's: as many on every one, so that FSDP's collectives meet.
 
-        A number from ``count`` on stands for another part (modulo ``count``), which is computed but not counted.
+        A number from ``count`` on means another part (modulo ``count``), which is computed but not counted.
         """
         world = self.args.world_size
         return [i * world + self.args.process_index for i in range(-(-count // world))]
@@ -94,7 +115,7 @@ class RunTrainer(Trainer):
         return found
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'. Raises UserError where the checkpoint to go on from is not as it was saved."""
+        """As transformers'. Raises UserError where the checkpoint to resume from is not as it was saved."""
         if resume_from_checkpoint is True:
             found = checkpoints(Path(str(self.args.output_dir)))
             resume_from_checkpoint = str(found[-1]) if found else None
@@ -126,7 +147,7 @@ class RunTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # the Trainer's names are not exact
         try:
-            with warnings.catch_warnings():
+            with plain_log(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module="peft")  # it does not know where a shipped base model lies
                 super()._save_checkpoint(model, trial)
         finally:
