@@ -48,7 +48,7 @@ class Rollout:
         """What ``save`` wrote. Raises UserError where there is none of this rank."""
         file = folder / f"rollout-{rank}.safetensors"
         if not file.is_file():
-            raise UserError(f"{folder} has no rollout of process {rank}: go on with as many processes as before")
+            raise UserError(f"{folder} has no rollout of process {rank}: resume with as many processes as before")
         trajectory = Trajectory.load(folder / f"trajectory-{rank}.safetensors").to(device)
         return cls(trajectory, **load_file(file, device=str(device)))
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import IntervalStrategy, PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from unmask.decoding import Decoder
 from unmask.decoding.trajectory import Trajectory
@@ -71,6 +71,7 @@ class DiffusionGRPOTrainer(RunTrainer):
             logging_steps=1,  # with more, the updates between would go unreported
             logging_nan_inf_filter=False,
             ddp_find_unused_parameters=False,
+            eval_on_start=True,
         )
         if dropout := getattr(peft_config, "lora_dropout", 0):
             raise UserError(
@@ -80,15 +81,12 @@ class DiffusionGRPOTrainer(RunTrainer):
         self.config = replace(args, model=lm.name)
         with arguments.main_process_first():  # one process fetches a data set, the others find it
             data = rl_data(lm, args, reward_funcs, train_dataset, eval_dataset)
-        if data.validation:
-            arguments.eval_strategy, arguments.eval_on_start = IntervalStrategy.STEPS, True
         self.reward_funcs, self.reward_weights = data.reward_funcs, torch.tensor(data.weights)
         self.decoder = args.rollout_decoder()
         self.objective = objectives.find_objective(args.objective)
         widest = data.widest(lm, args.max_completion_length)
         self.prompt_width = widest if args.compile else 0
-        datasets = {"train_dataset": data.training, "eval_dataset": data.validation or None, "data_collator": list}
-        super().__init__(lm, arguments, callbacks=callbacks, **datasets)
+        super().__init__(lm, arguments, data.training, data.validation, list, callbacks)
         if self.is_fsdp_enabled and self.decoder.threshold is not None:
             raise UserError(
                 "a threshold decoder takes other numbers of steps on every rank, which FSDP cannot follow: use DDP"
@@ -112,15 +110,13 @@ class DiffusionGRPOTrainer(RunTrainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Sample (at the first inner iteration), then accumulate the gradient of one update. Returns the loss."""
-        iteration = self.state.global_step % self.config.num_iterations
-        start = time.perf_counter()
+        iteration, start = self.state.global_step % self.config.num_iterations, time.perf_counter()
         if iteration == 0:
             self.rollout = self.sample(inputs)
         assert self.rollout is not None
         sampled = time.perf_counter()
         loss = self.update(model, self.rollout, iteration)
-        self.pending_metrics["seconds_rollout"] = sampled - start
-        self.pending_metrics["seconds_update"] = time.perf_counter() - sampled
+        self.pending_metrics |= {"seconds_rollout": sampled - start, "seconds_update": time.perf_counter() - sampled}
         return loss
 
     @contextmanager
@@ -138,9 +134,9 @@ class DiffusionGRPOTrainer(RunTrainer):
             model.train(training)
 
     def _decode(self, rows: list[Row], decoder: Decoder, seeds: Tensor) -> Trajectory:
-        prompts = [row["prompt"] for row in rows]
+        prompts, size = [row["prompt"] for row in rows], self.config.rows_per_forward
         with self.inference() as policy:
-            return sample_trajectory(policy, prompts, decoder, seeds, self.config.rows_per_forward, self.prompt_width)
+            return sample_trajectory(policy, prompts, decoder, seeds, size, self.prompt_width)
 
     def sample(self, rows: list[Row]) -> Rollout:
         """Expand prompts to groups, decode, reward, and score under the old and the reference policy where needed."""
@@ -155,10 +151,13 @@ class DiffusionGRPOTrainer(RunTrainer):
         advantages = objectives.group_advantages(rewards, config.num_generations, config.scale_rewards)
         active = objectives.has_reward_variance(rewards, config.num_generations)
         self._record_rollout(trajectory, table, rewards, active)
+        first_group = list(zip(rows, texts, rewards.tolist(), advantages.tolist(), strict=True))[
+            : config.num_generations
+        ]
         self.completions = [
-            {"prompt": row["prompt"], "completion": text, "reward": float(r), "advantage": float(a)}
-            for row, text, r, a in zip(rows, texts, rewards, advantages, strict=True)
-        ][: config.num_generations]
+            {"prompt": row["prompt"], "completion": text, "reward": r, "advantage": a}
+            for row, text, r, a in first_group
+        ]
         rollout = Rollout(trajectory, *(x.to(trajectory.tokens.device) for x in (advantages, active, view_seeds)))
         if config.uses_recorded:
             rollout.old = trajectory.logprob[None]
@@ -186,24 +185,23 @@ class DiffusionGRPOTrainer(RunTrainer):
     def score_views(self, policy: MaskedLM, rollout: Rollout) -> Tensor:
         """Log-probabilities of the recorded tokens in all views, (iterations, B, L); 0 in rows that are not active."""
         found = []
-        for i in range(self.config.num_iterations if self.objective.fresh else 1):
-            rows = ViewRows.of(self.views(rollout, i))
+        for iteration in range(self.config.num_iterations if self.objective.fresh else 1):
+            rows = ViewRows.of(self.views(rollout, iteration))
             found.append(score_all(policy, rollout.trajectory, rows, self.microbatches(rows, rollout.active)))
         return torch.stack(found)
 
     def microbatches(self, rows: ViewRows, active: Tensor) -> list[Microbatch]:
-        """The forward passes over view rows of ``active`` (B,) trajectories, as many on every rank; padding does not count."""
-        found = [(part, True) for part in rows.parts(self.config.rows_per_forward, active)]
+        """The forward passes over view rows that score tokens of ``active`` (B,) trajectories, as many on every rank."""
+        scoring = (active[rows.row] & rows.scored.any(1)).nonzero()[:, 0]
+        found = [(part, True) for part in scoring.split(self.config.rows_per_forward) if len(part)]
         num_passes = len(found)
         if self.args.world_size > 1:
             device = self.accelerator.device
             num_passes = int(self.accelerator.gather(torch.tensor([num_passes], device=device)).max())
-        padding_pass = (torch.zeros(1, dtype=torch.int64, device=active.device), False)
+        padding_pass = (torch.zeros(1, dtype=torch.int64, device=active.device), False)  # computed, not counted
         return found + [padding_pass] * (max(num_passes, 1) - len(found))
 
-    def _token_losses(
-        self, rollout: Rollout, iteration: int, new: Tensor, row: Tensor, column: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _token_losses(self, rollout: Rollout, iteration: int, new: Tensor, row: Tensor, column: Tensor) -> list[Tensor]:
         """Of the tokens at (row, column), all (N,): surrogate plus KL penalty, the ratio's logarithm, KL."""
         stored = iteration if self.objective.fresh else 0
         old = new.detach() if rollout.old is None else rollout.old[stored][row, column]
@@ -212,7 +210,7 @@ class DiffusionGRPOTrainer(RunTrainer):
         if rollout.reference is not None:
             kl = objectives.k3(new, rollout.reference[stored][row, column])
             loss = loss + self.config.beta * kl
-        return loss, new - old, kl
+        return [loss, new - old, kl]
 
     def _joint_gradient(
         self, rollout: Rollout, iteration: int, views: list[View], microbatches: list[Microbatch]

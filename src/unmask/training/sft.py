@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import IntervalStrategy, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from unmask.errors import UserError
 from unmask.models.head import Head, score_tokens
@@ -60,14 +60,12 @@ class SFTTrainer(RunTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         config = args.resolved()
-        arguments = training_arguments(config, dataloader_drop_last=True, eval_strategy="steps")
+        arguments = training_arguments(config, dataloader_drop_last=True)
         lm = prepare_model(model, config, processing_class, dynamic=False)
         with arguments.main_process_first():  # one process fetches a data set, the others find it
             data = _data(lm, config, train_dataset)
             if eval_dataset is not None:
                 data.validation = chat_data(lm, eval_dataset, data.collate.width, config.overlong, 0.0).training
-        if not data.validation:
-            arguments.eval_strategy = IntervalStrategy.NO
         _set_length(arguments, config, len(data.training))
         base = None if config.new_model is not None else lm.name
         self.config = replace(config, model=base, warmup_steps=int(arguments.warmup_steps))
@@ -75,8 +73,7 @@ class SFTTrainer(RunTrainer):
             self.config = replace(self.config, max_length=data.collate.width)
         self.canvases, self.notice, self.prompt_width = data.canvases, data.notice, data.collate.prompt_width
         self._noise, self._noise_step = torch.Generator(), -1
-        datasets = {"train_dataset": data.training, "eval_dataset": data.validation, "data_collator": data.collate}
-        super().__init__(lm, arguments, callbacks=callbacks, **datasets)
+        super().__init__(lm, arguments, data.training, data.validation, data.collate, callbacks)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.config.optimizer == "adamw":

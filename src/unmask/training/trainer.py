@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from unmask.errors import UserError, unknown
@@ -37,6 +37,7 @@ def training_arguments(config: RunConfig, **more: Any) -> TrainingArguments:
     cpu = not torch.cuda.is_available()
     values: dict[str, Any] = {name: getattr(config, name) for name in known if getattr(config, name, None) is not None}
     values |= {
+        "eval_strategy": "steps",
         "per_device_eval_batch_size": config.per_device_train_batch_size,
         "activation_checkpointing_kwargs": {"use_reentrant": False},
         "use_cpu": cpu,
@@ -94,10 +95,15 @@ class RunTrainer(Trainer):
     notice = ""
     """What a run says on standard error before it starts."""
 
-    def __init__(self, lm: MaskedLM, args: TrainingArguments, **settings: Any) -> None:
+    def __init__(
+        self, lm: MaskedLM, args: TrainingArguments, train_dataset: Any, eval_dataset: Any, collate: Any, callbacks: Any
+    ) -> None:
         self.lm = lm
+        if not eval_dataset:
+            args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
+        data: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": collate}
         with writing_to(str(args.output_dir), "output_dir"):  # the Trainer makes its folder
-            super().__init__(model=lm.model, args=args, processing_class=lm.tokenizer, **settings)
+            super().__init__(lm.model, args, processing_class=lm.tokenizer, callbacks=callbacks, **data)
 
     def rank_share(self, count: int) -> list[int]:
         """Which of ``count`` parts of a validation are this process's: as many on every one, so that FSDP's collectives meet.
