@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModel
 
 from checkpoints import write_dream, write_llada, write_qwen3_a2d
 from conftest import SHAPE
-from test_sft_data import chat, no_shared_cache  # noqa: F401  (a fixture for every test)
+from test_sft_data import chat
 from unmask import load
 from unmask.rl.config import DiffusionGRPOConfig
 from unmask.rl.run import train as train_rl

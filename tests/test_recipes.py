@@ -14,7 +14,7 @@ import torch
 
 from checkpoints import write_llada
 from recipes_run import small_rl
-from unmask import UserError, load
+from unmask import load
 from unmask.cli import main
 from unmask.config import read_config, save_config
 from unmask.rl.config import DiffusionGRPOConfig
@@ -134,16 +134,3 @@ def test_dry_run_on_the_command_line(
     monkeypatch.delenv("WORLD_SIZE")
     assert main(["rl", str(tmp_path / "c.yaml"), "--lora-r", "None"]) == 2  # and without the dry run
     assert "would be trained in bfloat16" in capsys.readouterr().err
-
-
-def test_base_files(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("base: b.yaml\nbeta: 0.5\noutput_dir: x\n")
-    (tmp_path / "b.yaml").write_text("beta: 0.1\ntasks: [sudoku]\nseed: 3\n")
-    c = read_config(DiffusionGRPOConfig, tmp_path / "a.yaml", ["--seed", "4"])
-    assert (c.beta, c.seed, c.tasks) == (0.5, 4, ["sudoku"])
-    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
-    with pytest.raises(UserError, match="does not lead back"):
-        read_config(DiffusionGRPOConfig, tmp_path / "a.yaml")
-    (tmp_path / "b.yaml").write_text("bta: 1\n")
-    with pytest.raises(UserError, match="did you mean 'beta'"):
-        read_config(DiffusionGRPOConfig, tmp_path / "a.yaml")

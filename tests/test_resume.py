@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from transformers import TrainerCallback
 
-from test_sft_data import chat, no_shared_cache  # noqa: F401  (a fixture for every test)
+from test_sft_data import chat
 from unmask import DiffusionGRPOConfig, DiffusionGRPOTrainer, SFTConfig, SFTTrainer, UserError
 from unmask.training.run_folder import run
 

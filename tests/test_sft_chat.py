@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import TrainerCallback
 
 from conftest import SHAPE, toy
-from test_sft_data import WIDTH, chat, no_shared_cache, read, turns, write  # noqa: F401  (a fixture for every test)
+from test_sft_data import WIDTH, chat, turns
 from unmask import SFTConfig, SFTTrainer, UserError, load
 from unmask.config import read_config
 from unmask.models.adapters import LORA_TARGETS, adapter_config, add_adapter
@@ -28,20 +28,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def config(output: Path, data: str | None = None, **changes: Any) -> SFTConfig:
-    values: dict[str, Any] = {
-        "max_length": WIDTH,
-        "validation_share": 0.1,
-        "max_steps": 4,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "learning_rate": 1e-2,
-        "warmup_steps": 0,
-        "logging_steps": 1,
-        "eval_steps": 2,
-        "save_steps": 2,
-        "report_to": [],
-        "bf16": False,
-    }
+    values: dict[str, Any] = {"max_length": WIDTH, "validation_share": 0.1, "max_steps": 4, "learning_rate": 1e-2}
+    values |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "warmup_steps": 0, "bf16": False}
+    values |= {"logging_steps": 1, "eval_steps": 2, "save_steps": 2, "report_to": []}
     return SFTConfig(output_dir=output, data=data, **{**values, **changes})
 
 
@@ -189,29 +178,13 @@ def test_fine_tuning_from_python_learns_when_to_stop(tmp_path: Path, toy_folder:
 
 
 def test_adapters_reach_every_matrix_of_every_block() -> None:
-    reached = add_adapter(toy(), adapter_config(2, 4), 0).model
-    names = {
-        n.rsplit(".lora_A", 1)[0].removeprefix("base_model.model.")
-        for n, _ in reached.named_parameters()
-        if "lora_A" in n
-    }
+    adapted = [n for n, _ in add_adapter(toy(), adapter_config(2, 4), 0).model.named_parameters() if "lora_A" in n]
+    names = {n.rsplit(".lora_A", 1)[0].removeprefix("base_model.model.") for n in adapted}
     assert names == {n for n, m in toy().model.named_modules() if isinstance(m, torch.nn.Linear) and ".blocks." in n}
     for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
         assert re.fullmatch(LORA_TARGETS, f"model.layers.11.{name}")
     for name in ("lm_head", "model.transformer.ff_out", "model.layers.1.input_layernorm", "model.embed_tokens"):
         assert not re.fullmatch(LORA_TARGETS, name)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"max_length": 4096}, r"max_length is 4096, but .* takes 1024 tokens: lower it"),
-        ({"validation_share": 1.0}, "leaves 0 rows to train on"),
-    ],
-)
-def test_runs_refuse_what_does_not_fit(tmp_path: Path, toy_folder: str, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        train(config(tmp_path / "a", chat(tmp_path), model=toy_folder, **changes))
 
 
 # ---- the recipe ------------------------------------------------------------------------------------------------------
@@ -220,30 +193,12 @@ def test_runs_refuse_what_does_not_fit(tmp_path: Path, toy_folder: str, changes:
 def test_the_s1k_recipe_is_the_published_one() -> None:
     """d1's settings."""
     c = read_config(SFTConfig, ROOT / "configs" / "llada" / "sft_s1k.yaml")
-    published = {
-        "model": "GSAI-ML/LLaDA-8B-Instruct",
-        "data": "simplescaling/s1K",
-        "max_length": 4096,
-        "overlong": "truncate",
-        "validation_share": 0.01,
-        "lora_r": 128,
-        "lora_alpha": 256,
-        "lora_dropout": 0.05,
-        "num_train_epochs": 20,
-        "per_device_train_batch_size": 1,
-        "gradient_accumulation_steps": 4,
-        "learning_rate": 1e-5,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": 0,
-        "weight_decay": 0.1,
-        "max_grad_norm": 1.0,
-        "optimizer": "adamw",
-        "adam_beta2": 0.999,
-        "prompt_masking": 0.0,
-        "eos_in_loss": True,
-        "bf16": True,
-        "dtype": "bfloat16",
-    }
+    published: dict[str, Any] = {"model": "GSAI-ML/LLaDA-8B-Instruct", "data": "simplescaling/s1K", "dtype": "bfloat16"}
+    published |= {"max_length": 4096, "overlong": "truncate", "validation_share": 0.01, "num_train_epochs": 20}
+    published |= {"lora_r": 128, "lora_alpha": 256, "lora_dropout": 0.05, "bf16": True, "max_grad_norm": 1.0}
+    published |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "learning_rate": 1e-5}
+    published |= {"lr_scheduler_type": "linear", "warmup_steps": 0, "weight_decay": 0.1, "adam_beta2": 0.999}
+    published |= {"optimizer": "adamw", "prompt_masking": 0.0, "eos_in_loss": True}
     assert {name: getattr(c, name) for name in published} == published
     names = [n for n, m in toy().model.named_modules() if isinstance(m, torch.nn.Linear)]
     reached = {n.rsplit(".", 1)[1] for n in names if re.fullmatch(c.lora_target_modules, n)}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from conftest import SHAPE, toy
-from test_sft_data import chat, no_shared_cache  # noqa: F401  (a fixture for every test)
+from test_sft_data import chat
 from unmask import SFTConfig, SFTTrainer, UserError, load, make_task
 from unmask.config import read_config
 from unmask.training.noise import corrupt, sample_times
@@ -25,6 +25,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "countdown": {"style": "compact", "max_value": 6},
 }
 SHORT: dict[str, Any] = {"validation_share": 0.1, "max_steps": 2, "per_device_train_batch_size": 2, "bf16": False}
+SHORT["report_to"] = []
 
 
 def config(output: Path, **changes: Any) -> SFTConfig:
@@ -34,14 +35,8 @@ def config(output: Path, **changes: Any) -> SFTConfig:
         "problems": [24, 12],
         "validation_problems": 8,
         "canvas": [96, 128],
-        "max_steps": 6,
-        "per_device_train_batch_size": 8,
-        "warmup_steps": 2,
-        "logging_steps": 2,
-        "eval_steps": 3,
-        "save_steps": 3,
-        "report_to": [],
-        "bf16": False,
+        **{"max_steps": 6, "per_device_train_batch_size": 8, "warmup_steps": 2, "logging_steps": 2, "eval_steps": 3},
+        **{"save_steps": 3, "report_to": [], "bf16": False},
     }
     return SFTConfig(output_dir=str(output), **{**values, **changes})
 
@@ -67,11 +62,9 @@ def test_corruption_masks_only_what_it_may_at_rate_t() -> None:
 def test_trainer_loss_equals_restatement(tmp_path: Path) -> None:
     """The loss of a batch of tasks, row by row: only canvas tokens, weighted by 1/t."""
     lm = toy()
-    tasks = [make_task(name, TASKS) for name in TASKS]
     c = config(tmp_path, new_model=None, problems=[8, 4], canvas=[128])
-    trainer = SFTTrainer(lm, c, tasks)
+    trainer = SFTTrainer(lm, c, [make_task(name, TASKS) for name in TASKS])
     rows: Any = trainer.train_dataset
-    width = max(len(row["prompt"]) for row in rows)
     assert len(rows) == 16 and rows[1] is rows[9]  # the smaller set repeats
     batch = trainer.data_collator([rows[i] for i in range(4)])
     for i in range(4):
@@ -81,21 +74,19 @@ def test_trainer_loss_equals_restatement(tmp_path: Path) -> None:
         ids = batch["ids"][i, start:].tolist()
         assert ids[: len(prompt) + len(response)] == prompt + response and response[-1] == lm.eot_id
         assert set(ids[len(prompt) + len(response) :]) == {lm.eos_id}
-    assert trainer.prompt_width >= width
     t = torch.tensor([0.2, 0.9, 0.5, 0.7])
     found = trainer.loss_at(lm.model, batch, t, 128, 0.0, torch.Generator().manual_seed(3))
     generator = torch.Generator().manual_seed(3)
     torch.rand(4, generator=generator)  # the draw that decides on prompt masking
     draws = torch.rand(batch["ids"].shape, generator=generator)
-    total, tokens, first = 0.0, 0, trainer.prompt_width
+    total, first = 0.0, trainer.prompt_width
     for i in range(4):
         masked = [j for j in range(first, first + 128) if draws[i, j] < t[i]]
-        tokens += 128
         noisy = batch["ids"][i].clone()
         noisy[masked] = lm.mask_id
         logits = lm.model(noisy[None], batch["visible"][i][None]).logits[0]
         total += float(F.cross_entropy(logits[masked], batch["ids"][i, masked], reduction="sum").detach()) / float(t[i])
-    assert float(found.detach()) == pytest.approx(total / tokens, rel=1e-4)
+    assert float(found.detach()) == pytest.approx(total / (4 * 128), rel=1e-4)
 
 
 def test_resume_equals_uninterrupted(tmp_path: Path) -> None:
@@ -106,7 +97,7 @@ def test_resume_equals_uninterrupted(tmp_path: Path) -> None:
     again = load_file(train(config(tmp_path / "part")) / "model.safetensors")
     assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
     assert load(str(part)).model.config.task_defaults == TASKS
-    with pytest.raises(UserError, match="run with other max_steps, seed, canvas"):
+    with pytest.raises(UserError, match="run with other seed, canvas, max_steps"):
         train(config(tmp_path / "part", seed=1, max_steps=9, canvas=[128]))
 
 
@@ -136,9 +127,14 @@ def test_the_config_of_the_shipped_model_runs(tmp_path: Path) -> None:
     c = read_config(SFTConfig, Path(__file__).parent.parent / "configs" / "tiny" / "sft.yaml")
     assert c.new_model is not None
     shape = {**c.new_model, "d_model": 16, "n_layers": 1, "n_heads": 2, "mlp_hidden_size": 16}
-    sizes: dict[str, Any] = {"problems": [8], "validation_problems": 4, "max_steps": 2, "report_to": []}
-    sizes |= {"per_device_train_batch_size": 4, "compile": False}
-    small = dataclasses.replace(c, output_dir=str(tmp_path / "run"), new_model=shape, **sizes)
+    sizes: dict[str, Any] = {
+        "problems": [8],
+        "validation_problems": 4,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+    }
+    sizes |= {"output_dir": str(tmp_path / "run"), "report_to": [], "compile": False}
+    small = dataclasses.replace(c, new_model=shape, **sizes)
     assert (train(small) / "model.safetensors").exists()
 
 
@@ -157,10 +153,8 @@ def test_the_config_of_the_shipped_model_runs(tmp_path: Path) -> None:
 def test_what_is_left_open_suits_the_run(
     given: dict[str, Any], expected: dict[str, Any], tmp_path: Path, toy_folder: str
 ) -> None:
-    data = chat(tmp_path)
-    c = SFTConfig(
-        **{"output_dir": tmp_path / "run", "data": data, "model": toy_folder, "report_to": [], **SHORT, **given}
-    )
+    values = {"output_dir": tmp_path / "run", "data": chat(tmp_path), "model": toy_folder, **SHORT, **given}
+    c = SFTConfig(**values)
     model: Any = toy_folder if c.new_model is None else toy()
     found = SFTTrainer(model, c).config  # what ``config.yaml`` says of the run
     assert expected == {name: getattr(found, name) for name in expected}
@@ -172,8 +166,7 @@ def test_what_is_left_open_suits_the_run(
 def test_a_run_that_ends_in_its_warm_up_says_so(
     warmup: int, warned: bool, tmp_path: Path, toy_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    values: dict[str, Any] = {**SHORT, "warmup_steps": warmup, "report_to": []}
-    train(SFTConfig(output_dir=tmp_path / "run", model=toy_folder, data=chat(tmp_path), **values))
+    train(SFTConfig(output_dir=tmp_path / "run", model=toy_folder, data=chat(tmp_path), warmup_steps=warmup, **SHORT))
     assert (f"all 2 updates fall into the warm-up of {warmup}" in capsys.readouterr().err) == warned
 
 
@@ -191,14 +184,11 @@ def test_other_arguments_of_the_trainer(tmp_path: Path, toy_folder: str) -> None
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("output_dir: x\ntasks: [sudoku]\nnew_model: {}\nmax_step: 3", "did you mean 'max_steps'"),
-        ("output_dir: x\ntasks: [sudoku]\nnew_model: {}\nbatch_size: 3", "unknown key in .*'batch_size'"),
-        ("output_dir: x\ntasks: [sudoku]\nnew_model: {}\nmax_steps: many", "max_steps in .* is 'many'"),
-        ("output_dir: x\ntasks: [sudoku]\nnew_model: {}\nmax_steps: 0", "max_steps is 0"),
-        ("output_dir: x\ntasks: [sudoku]\nnew_model: {}\noptimizer: sgd", "unknown optimizer .*muon"),
-        ("tasks: [sudoku]\nnew_model: {}", "lacks output_dir"),
-        ("- a\n- b", "not a table"),
-        ("a: [", "is not a table of settings"),
+        ("output_dir: x\nmax_step: 3", "unknown key in .* did you mean 'max_steps'"),
+        ("output_dir: x\nmax_steps: many", "max_steps in .* is 'many'"),
+        ("output_dir: x\nmax_steps: 0", "max_steps is 0"),
+        ("output_dir: x\noptimizer: sgd", "unknown optimizer .*muon"),
+        ("tasks: [sudoku]", "lacks output_dir"),
     ],
 )
 def test_wrong_configs_name_the_fix(tmp_path: Path, text: str, message: str) -> None:
@@ -213,11 +203,8 @@ def test_wrong_configs_name_the_fix(tmp_path: Path, text: str, message: str) -> 
     [
         ({"data": "x.jsonl"}, "either tasks .* or data"),
         ({"num_train_epochs": 2.0}, "max_steps=6 and num_train_epochs=2.0: set one"),
-        ({"max_steps": None}, "max_steps=None and num_train_epochs=None: set one"),
-        ({"overlong": "cut"}, "unknown overlong 'cut': .*refuse"),
         ({"lora_dropout": 1.5}, "lora_dropout is 1.5"),
-        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
-        ({"validation_share": 1.5}, "validation_share is 1.5"),
+        ({"adam_beta2": 1.5}, "adam_beta2 is 1.5"),
         ({"report_to": ["nowhere"]}, "unknown logger in report_to 'nowhere'"),
         ({"model": "tiny"}, "either model .* or new_model"),
         ({"lora_r": 2}, "a new_model trains whole"),
@@ -236,6 +223,8 @@ def test_wrong_settings_name_the_fix(tmp_path: Path, changes: dict[str, Any], me
         ({"tasks": ["sudoku:style=paper"], "problems": [4]}, "no worked responses"),
         ({"new_model": {"n_layer": 2}}, "did you mean 'n_layers'"),
         ({"new_model": None}, "either model .* or new_model"),
+        ({"tasks": [], "data": "DATA", "max_length": 4096}, r"max_length is 4096, but .* takes 1024 tokens: lower it"),
+        ({"tasks": [], "data": "DATA", "validation_share": 1.0}, "leaves 0 rows to train on"),
         ({"tasks": []}, "nothing to train on: choose tasks"),
         ({"problems": [1, 2, 3]}, "one for each of the 2 tasks"),
         ({"lora_r": 2, "lora_target_modules": "nothing"}, "does not fit the model"),
@@ -247,8 +236,10 @@ def test_wrong_settings_name_the_fix(tmp_path: Path, changes: dict[str, Any], me
 def test_what_the_config_shows_is_refused_before_the_folder_is_made(
     changes: dict[str, Any], message: str, tmp_path: Path, toy_folder: str
 ) -> None:
-    if {"lora_r", "dtype"} & set(changes):
+    if {"lora_r", "dtype", "data"} & set(changes):
         changes = {"new_model": None, "model": toy_folder, "tasks": [f"{t}:style=compact" for t in TASKS], **changes}
+    if "data" in changes:
+        changes["data"] = chat(tmp_path)
     with pytest.raises(UserError, match=message):
         train(dataclasses.replace(config(tmp_path / "run"), **changes))
     assert not (tmp_path / "run").exists()
