@@ -14,7 +14,7 @@ from transformers import TrainerState
 
 from unmask.config import read_config, save_config
 from unmask.errors import UserError, check_own_folder
-from unmask.io.files import folder_removed, writing_to
+from unmask.io.files import writing_to
 from unmask.models.load import load, warn_of_slow_bf16
 from unmask.models.masked_lm import MaskedLM
 from unmask.training.checkpoints import checkpoints, verify
@@ -75,22 +75,17 @@ def _newest(output: Path, config: RunConfig) -> Path | None:
 
 @contextmanager
 def _writing_run(folder: Path) -> Iterator[None]:
-    """Turns what a run raises that cannot write to its folder, gone or on a full disk, into a UserError."""
+    """Turns what a run raises that cannot write to its folder, as on a full disk, into a UserError."""
     try:
         yield
-    except BrokenPipeError:  # of standard output
-        raise
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if not (folder / "config.yaml").is_file():
-            raise folder_removed(folder) from None
+    except (OSError, RuntimeError, SafetensorError) as error:  # the latter two of torch and safetensors
         here = isinstance(error, OSError) and str(error.filename or "").startswith(str(folder))
-        if here or "No space left" in str(error) or "PytorchStreamWriter" in str(error):
-            reason = getattr(error, "strerror", None) or "no space left"
-            raise UserError(
-                f"cannot write to {folder}: {reason}; make room and start the same command again, or choose another "
-                "--output-dir"
-            ) from None
-        raise
+        if not here and "No space left" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise UserError(
+            f"cannot write to {folder}: {getattr(error, 'strerror', None) or 'no space left'}; make room and start the same "
+            "command again, or choose another --output-dir"
+        ) from None
 
 
 def export(lm: MaskedLM, folder: Path, card: str = "") -> Path:
