@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from unmask import UserError, make_task
-from unmask.rl.objectives import View, group_advantages, k3, sample_views, token_weights
+from unmask.rl.objectives import group_advantages, k3, token_weights
 from unmask.rl.rewards import reward_functions, score
 from unmask.rl.rollout import rollout_batches
 
@@ -37,13 +37,6 @@ def test_weights_by_hand(normalization: Any, expected: Any) -> None:
     a = torch.tensor([[True, False, False, False], [True, True, False, False]])
     b = torch.tensor([[False, True, True, True], [False, False, False, False]])
     assert torch.allclose(torch.stack(token_weights([a, b], normalization)), torch.tensor(expected))
-
-
-def test_steps_that_score_nothing_are_not_sampled() -> None:
-    ids = torch.zeros(2, 6, dtype=torch.int64)
-    empty, full = (View(ids, torch.full((2, 3), fill)) for fill in (False, True))
-    chosen = sample_views([empty, full, empty], 1, torch.arange(2), 0)
-    assert [bool(v.scored.all()) for v in chosen] == [False, True, False]
 
 
 def test_k3_is_zero_on_equal_policies_and_positive_elsewhere() -> None:
