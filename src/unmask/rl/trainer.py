@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 from typing import Any, cast
 
@@ -333,17 +334,15 @@ class DiffusionGRPOTrainer(RunTrainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Greedy decoding of the validation rows under the run's decoder: mean reward, and accuracy for rows of tasks."""
         rows: list[Row] = list(self.eval_dataset if eval_dataset is None else eval_dataset)  # type: ignore[arg-type]
-        share = self.rank_share(len(rows))
-        counted = sum(i < len(rows) for i in share)
-        mine = [rows[i % len(rows)] for i in share]
+        share, counted = zip(*self.rank_share(len(rows)), strict=True)
+        mine = [rows[i] for i in share]
         seeds, _ = rollout_seeds(self.config.seed, 0, 0, len(rows))
-        greedy = self.decoder.replace(temperature=0.0)
-        trajectory = self._decode(mine, greedy, seeds[torch.tensor(share) % len(rows)])
+        trajectory = self._decode(mine, self.decoder.replace(temperature=0.0), seeds[[*share]])
         texts = self.lm.text(trajectory.tokens)
         rewards = (score(self.reward_funcs, mine, texts) * self.reward_weights).nansum(1).tolist()
         names = list(dict.fromkeys(row["task"].label for row in rows if "task" in row))
         sums = torch.zeros(len(names) + 1, 4, dtype=torch.float64)  # rows, solved, points, possible; last rows, reward
-        for row, text, reward in list(zip(mine, texts, rewards, strict=True))[:counted]:
+        for row, text, reward in compress(zip(mine, texts, rewards, strict=True), counted):
             sums[-1] += torch.tensor([1.0, reward, 0.0, 0.0])
             if "task" in row:
                 grade = row["task"].grade(row["problem"], text)

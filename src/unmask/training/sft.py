@@ -137,15 +137,14 @@ class SFTTrainer(RunTrainer):
         size = self.args.per_device_eval_batch_size
         batches = [rows[a : a + size] for a in range(0, len(rows), size)]
         sums = torch.zeros(len(EVAL_TIMES), device=self.args.device)
-        for k in self.rank_share(len(batches)):
-            number = k % len(batches)
+        for number, counted in self.rank_share(len(batches)):
             batch = self._prepare_inputs(self.data_collator(batches[number]))
             for i, time in enumerate(EVAL_TIMES):
                 t = torch.full((len(batch["ids"]),), time)
                 generator = torch.Generator().manual_seed(number * 10 + i)
                 with self.compute_loss_context_manager():
                     loss = self.loss_at(model, batch, t, max(self.canvases), 0.0, generator)
-                sums[i] += loss.float() * len(t) * (k < len(batches))
+                sums[i] += loss.float() * len(t) * counted
         model.train()
         means = (self.accelerator.reduce(sums) / len(rows)).tolist()
         metrics = {f"{metric_key_prefix}_loss_t{t}": m for t, m in zip(EVAL_TIMES, means, strict=True)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -77,13 +77,14 @@ def prepare_model(
 def plain_log() -> Iterator[None]:
     """Without transformers' progress bars where standard error is no terminal; what the caller had set is restored."""
     bars, hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    if bars and not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    if sys.stderr.isatty() or not bars:
+        yield
+        return
+    logging.disable_progress_bar()
     try:
         yield
     finally:
-        if bars:
-            logging.enable_progress_bar()
+        logging.enable_progress_bar()
         if not hub_bars:
             disable_progress_bars()
 
@@ -105,20 +106,19 @@ class RunTrainer(Trainer):
         with writing_to(str(args.output_dir), "output_dir"):  # the Trainer makes its folder
             super().__init__(lm.model, args, processing_class=lm.tokenizer, callbacks=callbacks, **data)
 
-    def rank_share(self, count: int) -> list[int]:
-        """Which of ``count`` parts of a validation are this process's: as many on every one, so that FSDP's collectives meet.
+    def rank_share(self, count: int) -> list[tuple[int, bool]]:
+        """Which of ``count`` parts of a validation are this process's, and whether each counts: as many on every one, so that
+        FSDP's collectives meet."""
+        numbers = range(
+            self.args.process_index, -(-count // self.args.world_size) * self.args.world_size, self.args.world_size
+        )
+        return [(number % count, number < count) for number in numbers]
 
-        A number from ``count`` on means another part (modulo ``count``), which is computed but not counted.
-        """
-        world = self.args.world_size
-        return [i * world + self.args.process_index for i in range(-(-count // world))]
-
-    def report(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def report(self, metrics: dict[str, float]) -> dict[str, float]:
         """Log the metrics of a validation, and tell the callbacks."""
-        found = dict(metrics)
-        self.log(found)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-        return found
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As transformers'. Raises UserError where the checkpoint to resume from is not as it was saved."""
