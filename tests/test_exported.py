@@ -1,4 +1,4 @@
-"""``final``: its card, that it opens without unmask as far as its family allows, and that what is merged has the same logits."""
+"""``final``: its card, that it opens without unmask as its family allows, and that what is merged has the same logits."""
 
 from __future__ import annotations
 
