@@ -123,38 +123,23 @@ def length(prompts, completions, scale=1.0, **_):
 
 
 class Shout:
-    __slots__ = ()
-
     def __call__(self, prompts, completions, **_):
         return [float(c.isupper()) for c in completions]
 
 
-long, short, shout, quiet = partial(length), partial(length, scale=-2.0), Shout(), Shout()
-nested, std, given = partial(partial(length, scale=2.0)), length, lambda prompts, completions, **_: [0.5] * len(prompts)
+short, shout, nested, std = partial(length, scale=-2.0), Shout(), partial(partial(length, scale=2.0)), length
 """
 
 
-@pytest.mark.parametrize(
-    ("rewards", "names"),
-    [
-        (["named:long", "named:short"], ["long", "short"]),
-        (["named:shout", "named:quiet", "named:nested", "named:given"], ["shout", "quiet", "nested", "given"]),
-        (["named:length", "other:length"], ["length", "length_2"]),
-        (["named:std", "solved"], ["std_2", "solved"]),  # reward_std is the rollout's
-    ],
-)
-def test_every_function_has_a_metric_of_its_own(
-    rewards: list[str], names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_function_has_a_metric_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("named", "other"):
         (tmp_path / f"{module}.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    functions = reward_functions(rewards, [])
-    assert list(functions) == names
-    if names == ["long", "short"]:
-        table = score({name: f for name, (f, _) in functions.items()}, [{"prompt": "a"}], ["four"])
-        assert table.tolist() == [[4, -8]]
+    functions = reward_functions(["named:short", "named:shout", "named:nested"], [])
+    table = score({name: f for name, (f, _) in functions.items()}, [{"prompt": "a"}], ["FOUR"])
+    assert list(functions) == ["short", "shout", "nested"] and table.tolist() == [[-8, 1, 8]]
+    assert list(reward_functions(["named:length", "other:length"], [])) == ["length", "length_2"]
+    assert list(reward_functions(["named:std", "solved"], [])) == ["std_2", "solved"]  # reward_std is the rollout's
 
 
 def test_rewards_of_tasks_and_of_callables_are_told_apart() -> None:

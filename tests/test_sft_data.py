@@ -147,29 +147,25 @@ def test_bad_rows_are_named(tmp_path: Path, toy_lm: MaskedLM, row: dict[str, Any
         read(toy_lm, write(tmp_path / "a.jsonl", {**row, "messages": turns("a", "b")}, row))
 
 
-def test_data_that_cannot_be_read(tmp_path: Path, toy_lm: MaskedLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_that_cannot_be_read(tmp_path: Path, toy_lm: MaskedLM) -> None:
     (tmp_path / "a.csv").write_text("a,b\n")
     with pytest.raises(UserError, match=r"unsupported data file .*a\.csv: choose \.json"):
         read(toy_lm, str(tmp_path / "a.csv"))
-    (tmp_path / "a.jsonl").write_text('{"messages": [')
-    with pytest.raises(UserError, match=r"a\.jsonl:1 is not JSON"):
-        read(toy_lm, str(tmp_path / "a.jsonl"))
-    with pytest.raises(UserError, match=r"empty has no \.json, .* file of the train split"):
+    with pytest.raises(UserError, match=r"has no \.json, .* file of the train split"):
         (tmp_path / "empty").mkdir()
         read(toy_lm, str(tmp_path / "empty"))
 
-    def offline(*_: Any, **__: Any) -> Any:
-        raise ConnectionError("Couldn't reach 'simplescaling/s1K' on the Hub\nmore")
 
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(UserError, match=r"could not download .* simplescaling/s1K \(Couldn't reach .*\): .*local copy"):
-        read(toy_lm, "simplescaling/s1K")
-    lm = toy()
-    for template, message in (
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
         (None, "toy has no chat template"),
         ("{{ raise_exception('no') }}", r"jsonl:1.*the chat template of toy refuses the messages \(no\)"),
         ("{{ 'a' if add_generation_prompt else 'b' }}", "otherwise than it asks for it"),
-    ):
-        lm.tokenizer.chat_template = template
-        with pytest.raises(UserError, match=message):
-            read(lm, chat(tmp_path))
+    ],
+)
+def test_templates_that_do_not_serve(tmp_path: Path, template: str | None, message: str) -> None:
+    lm = toy()
+    lm.tokenizer.chat_template = template
+    with pytest.raises(UserError, match=message):
+        read(lm, chat(tmp_path))

@@ -65,36 +65,6 @@ def test_corruption_masks_only_what_it_may_at_rate_t() -> None:
     assert abs(float(masked[:, 50:].float().mean()) - 0.3) < 0.01
 
 
-def test_trainer_loss_equals_restatement(tmp_path: Path) -> None:
-    """The loss of a batch of tasks, row by row: only canvas tokens, weighted by 1/t."""
-    lm = toy()
-    c = config(tmp_path, new_model=None, problems=[8, 4], canvas=[128])
-    trainer = SFTTrainer(lm, c, [make_task(name, TASKS) for name in TASKS])
-    rows: Any = trainer.train_dataset
-    assert len(rows) == 16 and rows[1] is rows[9]  # the smaller set repeats
-    batch = trainer.data_collator([rows[i] for i in range(4)])
-    for i in range(4):
-        prompt, response = rows[i]["prompt"].tolist(), rows[i]["response"].tolist()
-        start = trainer.prompt_width - len(prompt)
-        assert batch["visible"][i].tolist() == [False] * start + [True] * (len(prompt) + 128)
-        ids = batch["ids"][i, start:].tolist()
-        assert ids[: len(prompt) + len(response)] == prompt + response and response[-1] == lm.eot_id
-        assert set(ids[len(prompt) + len(response) :]) == {lm.eos_id}
-    t = torch.tensor([0.2, 0.9, 0.5, 0.7])
-    found = trainer.loss_at(lm.model, batch, t, 128, 0.0, torch.Generator().manual_seed(3))
-    generator = torch.Generator().manual_seed(3)
-    torch.rand(4, generator=generator)  # the draw that decides on prompt masking
-    draws = torch.rand(batch["ids"].shape, generator=generator)
-    total, first = 0.0, trainer.prompt_width
-    for i in range(4):
-        masked = [j for j in range(first, first + 128) if draws[i, j] < t[i]]
-        noisy = batch["ids"][i].clone()
-        noisy[masked] = lm.mask_id
-        logits = lm.model(noisy[None], batch["visible"][i][None]).logits[0]
-        total += float(F.cross_entropy(logits[masked], batch["ids"][i, masked], reduction="sum").detach()) / float(t[i])
-    assert float(found.detach()) == pytest.approx(total / (4 * 128), rel=1e-4)
-
-
 def test_resume_equals_uninterrupted(tmp_path: Path) -> None:
     whole = load_file(train(config(tmp_path / "whole")) / "model.safetensors")
     part = train(config(tmp_path / "part"))
@@ -257,48 +227,55 @@ def chat_config(output: Path, data: str | None = None, **changes: Any) -> SFTCon
     return SFTConfig(output_dir=output, data=data, **{**values, **changes})
 
 
-@pytest.mark.parametrize("eos_in_loss", [True, False])
-def test_loss_and_gradient_by_hand(tmp_path: Path, eos_in_loss: bool) -> None:
+@pytest.mark.parametrize(("kind", "eos_in_loss"), [("chat", True), ("chat", False), ("tasks", True)])
+def test_loss_and_gradient_by_hand(tmp_path: Path, kind: str, eos_in_loss: bool) -> None:
     """Each row alone, without padding: response, end of turn and filling are masked and learned, the prompt never is.
 
     The softmax by hand runs over the whole vocabulary, the mask token included.
     """
     lm = toy()
-    trainer = SFTTrainer(lm, chat_config(tmp_path / "t", chat(tmp_path), eos_in_loss=eos_in_loss))
+    if kind == "chat":
+        trainer = SFTTrainer(lm, chat_config(tmp_path / "t", chat(tmp_path), eos_in_loss=eos_in_loss))
+    else:
+        c = config(tmp_path, new_model=None, problems=[8, 4], canvas=[128])
+        trainer = SFTTrainer(lm, c, [make_task(name, TASKS) for name in TASKS])
     rows: Any = trainer.train_dataset
+    assert kind == "chat" or (len(rows) == 16 and rows[1] is rows[9])  # the smaller set repeats
     batch = trainer.data_collator(rows[:4])
-    lengths = [(len(r["prompt"]), len(r["response"])) for r in rows[:4]]
-    assert len({p for p, _ in lengths}) > 2
+    width = batch["ids"].shape[1]
     t = torch.tensor([0.3, 0.9, 0.5, 0.7])
-    found = trainer.loss_at(lm.model, batch, t, WIDTH, 0.0, torch.Generator().manual_seed(3))
+    found = trainer.loss_at(lm.model, batch, t, max(trainer.canvases), 0.0, torch.Generator().manual_seed(3))
     found.backward()
     gradient = {n: p.grad.clone() for n, p in lm.model.named_parameters() if p.grad is not None}
 
     generator = torch.Generator().manual_seed(3)
     torch.rand(4, generator=generator)  # which rows mask their prompt: none
-    draws = torch.rand(4, WIDTH, generator=generator)
+    draws = torch.rand(4, width, generator=generator)
     lm.model.zero_grad()
     total, tokens = torch.zeros(()), 0
     kinds = set()
-    for i, (prompt, response) in enumerate(lengths):
-        ids = batch["ids"][i]
-        assert ids[:prompt].tolist() == rows[i]["prompt"].tolist()
-        assert ids[prompt + response - 1] == lm.eot_id and set(ids[prompt + response :].tolist()) == {lm.eos_id}
-        hidden = [j for j in range(prompt, WIDTH) if draws[i, j] < t[i]]
-        last = WIDTH if eos_in_loss else prompt + response
+    for i, row in enumerate(rows[:4]):
+        ids, prompt, response = batch["ids"][i], row["prompt"].tolist(), row["response"].tolist()
+        first = len(prompt) if kind == "chat" else trainer.prompt_width  # prompts of tasks are padded on the left
+        begin, end = first - len(prompt), first + len(response)
+        assert ids[begin:end].tolist() == prompt + response and response[-1] == lm.eot_id
+        assert set(ids[end:].tolist()) == {lm.eos_id}
+        hidden = [j for j in range(first, width) if draws[i, j] < t[i]]
+        last = width if eos_in_loss else end
         masked = [j for j in hidden if j < last]
         kinds |= {int(ids[j]) for j in masked} & {lm.eos_id, lm.eot_id}
-        tokens += last - prompt
+        tokens += last - first
         noisy = ids.clone()
         noisy[hidden] = lm.mask_id
-        total = total + F.cross_entropy(lm.model(noisy[None]).logits[0][masked], ids[masked], reduction="sum") / t[i]
+        logits = lm.model(noisy[None, begin:]).logits[0][[j - begin for j in masked]]
+        total = total + F.cross_entropy(logits, ids[masked], reduction="sum") / t[i]
     (total / tokens).backward()
     assert kinds == ({lm.eos_id, lm.eot_id} if eos_in_loss else {lm.eot_id})
     assert float(found.detach()) == pytest.approx(float(total.detach()) / tokens, rel=1e-5)
     for name, p in lm.model.named_parameters():
         assert p.grad is not None and torch.allclose(gradient[name], p.grad, rtol=1e-3, atol=1e-5), name
     lm.model.zero_grad()
-    nothing = trainer.loss_at(lm.model, batch, torch.full((4,), 1e-9), WIDTH, 0.0, generator)
+    nothing = trainer.loss_at(lm.model, batch, torch.full((4,), 1e-9), max(trainer.canvases), 0.0, generator)
     nothing.backward()  # nothing is masked
     assert float(nothing.detach()) == 0.0 and not any(p.grad.any() for p in lm.model.parameters())  # type: ignore[union-attr]
 
