@@ -33,9 +33,6 @@ def reward_functions(rewards: Sequence[str | Reward], tasks: Sequence[Task]) -> 
     Args:
         rewards: functions, or their names: registered ones, ``package.module:name``, or ``released``. Where several have one
             name, the second is ``NAME_2``, and so on.
-
-    Raises:
-        UserError: for a function that cannot be imported, and for ``released`` with a task that has no released reward.
     """
     found = [] if rewards else _task_rewards(tasks, released=False)
     for spec in rewards:
@@ -84,18 +81,13 @@ def _task_rewards(tasks: Sequence[Task], released: bool) -> list[tuple[str, Rewa
 
 
 def score(functions: Mapping[str, Reward], rows: list[Row], completions: list[str]) -> Tensor:
-    """Every function's reward for every completion.
+    """Every function's reward for every completion, (B, functions) float32; NaN where it returned None (it does not judge it).
 
     Args:
-        functions: by their names in messages.
         rows: one a completion; ``prompt`` and any further columns, which the functions get as lists by name.
 
-    Returns:
-        (B, functions) float32; NaN where a function returned None (it does not judge this row).
-
     Raises:
-        UserError: where a function raises, returns the wrong number of values or something that is no finite number, or
-            where every function returned None for a row.
+        UserError: where a function raises, returns anything but a finite number or None a completion, or none judges a row.
     """
     columns = {f"{key}s" if key == "prompt" else key: [row[key] for row in rows] for key in rows[0]}
     table = torch.tensor([_call(*item, completions, columns) for item in functions.items()]).T.contiguous()

@@ -84,15 +84,11 @@ def sample_trajectory(
 
 
 def score_rows(policy: MaskedLM, trajectory: Trajectory, rows: ViewRows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One forward pass: log-probabilities and entropies (N,) of the scored tokens, and their rows and columns (N,).
-
-    Differentiable in the first; the order is row-major in ``rows.scored``.
-    """
-    width = trajectory.prompt.shape[1]
+    """One forward pass: log-probabilities (with gradient), entropies, rows and columns of the scored tokens, (N,) each."""
+    width, scale = trajectory.prompt.shape[1], trajectory.decoder["cfg_scale"]
     at, column = rows.scored.nonzero(as_tuple=True)
-    row = rows.row[at]
+    row, where = rows.row[at], (at, column + width)
     tokens = trajectory.tokens[row, column]
-    where, scale = (at, column + width), trajectory.decoder["cfg_scale"]
     found = score_states(policy, rows.ids, trajectory.visible[rows.row], where, tokens, prompt=width, w=scale)
     return *found, row, column
 

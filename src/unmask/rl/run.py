@@ -52,11 +52,7 @@ class RunLog(TrainerCallback):
 
 
 def train(config: DiffusionGRPOConfig) -> Path:
-    """Run, or resume from the run folder's newest checkpoint; returns the folder of the final plain checkpoint.
-
-    Raises:
-        UserError: for anything wrong in the request, and for what goes wrong in rewards or the loss.
-    """
+    """Run, or resume from the run folder's newest checkpoint; returns the folder of the final plain checkpoint."""
     trainer = DiffusionGRPOTrainer(str(config.model), None, config)
     trainer.add_callback(RunLog(trainer))
     return run(trainer)

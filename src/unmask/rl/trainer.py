@@ -46,11 +46,8 @@ class DiffusionGRPOTrainer(RunTrainer):
         train_dataset: a Task or several, or rows with ``prompt`` (text, or messages for the chat template), whose other columns
             go to the reward functions. Without it and without reward_funcs, ``args`` names both.
         eval_dataset: rows like these; by default the tasks' validation problems. Rows with ``problem`` and ``task`` are graded.
-        peft_config: train this adapter (by default that of ``args.lora_r``); the reference policy is the model without it.
-
-    Raises:
-        UserError: for a data set without rows or prompts, no reward function, a wrong number of weights, or dropout in the
-            adapter (the policy that is optimized must be the one that sampled).
+        peft_config: train this adapter (by default that of ``args.lora_r``), without dropout; the reference policy is the model
+            without it.
     """
 
     config: DiffusionGRPOConfig
@@ -84,7 +81,7 @@ class DiffusionGRPOTrainer(RunTrainer):
             data = rl_data(lm, args, reward_funcs, train_dataset, eval_dataset)
         self.reward_funcs, self.reward_weights = data.reward_funcs, torch.tensor(data.weights)
         self.decoder = args.rollout_decoder()
-        self.objective = objectives.find_objective(args.objective)
+        self.objective: objectives.Objective = objectives.find_objective(args.objective)
         widest = data.widest(lm, args.max_completion_length)
         self.prompt_width = widest if args.compile else 0
         super().__init__(lm, arguments, data.training, data.validation, list, callbacks)
@@ -216,13 +213,11 @@ class DiffusionGRPOTrainer(RunTrainer):
     def _joint_gradient(
         self, rollout: Rollout, iteration: int, views: list[View], microbatches: list[Microbatch]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The loss of log-probabilities that are sums over views, and what it takes from each of them.
+        """Of log-probabilities that are sums over views: this rank's loss, its gradient with respect to the sums, the ratio's
+        logarithm and KL, the last three (B, L).
 
         Two passes are exact with the memory of one view: the sums without gradient, then (in ``update``) a backward pass of
         gradient · log-probability for each forward pass.
-
-        Returns:
-            This rank's loss, its gradient with respect to the sums, the ratio's logarithm and KL, the last three (B, L).
         """
         scored = torch.stack([v.scored for v in views]).any(0)
         row, column = (scored & rollout.active[:, None]).nonzero(as_tuple=True)

@@ -43,9 +43,6 @@ class SFTTrainer(RunTrainer):
         eval_dataset: rows of chat data; by default a share of ``train_dataset``, or the task's validation problems.
         processing_class: the tokenizer, where ``model`` is a PreTrainedModel.
         callbacks: further TrainerCallbacks.
-
-    Raises:
-        UserError: for an unknown model, task or data set, or responses that do not fit.
     """
 
     config: SFTConfig
@@ -181,11 +178,7 @@ def _set_length(args: Any, config: SFTConfig, rows: int) -> None:
 
 
 def train(config: SFTConfig) -> Path:
-    """Run, or resume from the run folder's newest checkpoint; returns the folder of the final plain checkpoint.
-
-    Raises:
-        UserError: for an unknown model, task or data set, or responses that do not fit.
-    """
+    """Run, or resume from the run folder's newest checkpoint; returns the folder of the final plain checkpoint."""
     if config.new_model is not None:
         return run(SFTTrainer(MaskedLM.wrap(*new_model(config.new_model, config.seed), name="new model"), config))
     if config.model is None:

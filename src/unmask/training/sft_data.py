@@ -224,7 +224,8 @@ def _exchange(row: Mapping[str, Any]) -> tuple[Prompt, str]:
             raise UserError(f"one of {', '.join(columns)} is empty: fill or remove the row")
         response = f"<reasoning>{reasoning}</reasoning>\n<answer>{answer}</answer>"
         return [{"role": "user", "content": f"{_REASONING}\n\n{question}"}], response
-    prompt, completion = values.get("prompt", []), values.get("completion", values.get("messages"))
+    prompt: Any = values.get("prompt", [])
+    completion: Any = values.get("completion", values.get("messages"))
     if isinstance(prompt, str) and isinstance(completion, str):
         return prompt, completion
     if isinstance(prompt, str) or isinstance(completion, str) or ("completion" in values and len(completion) != 1):
