@@ -33,7 +33,7 @@ SMALL: dict[str, Any] = {"report_to": [], "lora_r": 2, "eval_steps": 2, "save_st
 
 
 def small_rl(file: Path, model: str, data: Path, output: Path) -> DiffusionGRPOConfig:
-    """A recipe with everything that its 8B model and 8 GPUs are for made small; the rest as it stands."""
+    """A recipe with everything that its 8B model and 8 GPUs are for made small; the rest as it is."""
     config = read_config(DiffusionGRPOConfig, file)
     (task,) = config.tasks
     if (name := task.partition(":")[0]) in ("gsm8k", "math500"):

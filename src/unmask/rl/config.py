@@ -11,7 +11,7 @@ from unmask.training.config import RunConfig
 if TYPE_CHECKING:
     from unmask.decoding import Decoder
 
-# Heavy imports stand inside the checks, so that help and a typo answer at once.
+# Heavy imports are inside the checks, so that help and a typo answer at once.
 
 
 @dataclass(kw_only=True)

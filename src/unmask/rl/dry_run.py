@@ -26,7 +26,7 @@ class Work:
         steps: of its sampling. every: views of the objective; views: those that an update scores, with a backward pass.
         old, reference, joint: how often all views are scored once more in a rollout: for the old policy, for the reference, and
             for a loss of log-probabilities that are sums over views.
-        copies: rows that stand for one (guidance: 2).
+        copies: rows that a forward pass has for one (guidance: 2).
     """
 
     steps: int

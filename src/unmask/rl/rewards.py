@@ -16,7 +16,7 @@ from unmask.tasks.base import Judge, Problem, Reward, Task
 
 Row = dict[str, Any]
 REWARDS: Registry[Reward | None] = Registry("reward")
-REWARDS["released"] = None  # stands for the released trainer's own reward functions of the tasks
+REWARDS["released"] = None  # means the released trainer's own reward functions of the tasks
 
 
 @REWARDS.register("solved")
