@@ -96,7 +96,7 @@ def test_a_checkpoint_of_another_model_is_one_sentence(
 ) -> None:
     shutil.copytree(stopped("sft"), tmp_path / "run")
     (tmp_path / "run" / "config.yaml").unlink()
-    with pytest.raises(UserError, match="checkpoint-3 is not of this model"):
+    with pytest.raises(UserError, match="run is not of this model"):
         start("sft", tmp_path / "run", model, str(stopped("sft").parent / "chat.jsonl"))
 
 

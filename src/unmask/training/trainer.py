@@ -134,21 +134,14 @@ class RunTrainer(Trainer):
     def restore(self, checkpoint: Path) -> None:
         """Take up what a checkpoint holds besides the Trainer's own files."""
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        try:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        except (RuntimeError, KeyError, ValueError) as error:
-            raise UserError(
-                f"{resume_from_checkpoint} is not of this model ({str(error).partition(chr(10))[0]:.120}): remove it"
-            ) from None
-
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Keys that do not fit are no matter for a warning; a missing one may share its weights with one that is there."""
         parameters = dict(cast(Any, self.model).named_parameters(remove_duplicate=False))
         there = {id(p) for name, p in parameters.items() if name not in load_result.missing_keys}
         missing = [name for name in load_result.missing_keys if id(parameters.get(name)) not in there]
         if strange := [*missing, *load_result.unexpected_keys]:
-            raise ValueError(f"{len(strange)} keys differ, among them {strange[0]}")
+            differ = f"{len(strange)} keys differ, among them {strange[0]}"
+            raise UserError(f"the checkpoint in {self.args.output_dir} is not of this model ({differ}): remove it")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # the Trainer's names are not exact
