@@ -15,7 +15,7 @@ from unmask.evaluation.evaluate import task_prompts
 from unmask.models.load import load
 from unmask.results.statistics import pooled_bootstrap
 from unmask.rl.objectives import OBJECTIVES, ViewRows
-from unmask.rl.rollout import row_seeds, sample_trajectory, score_all
+from unmask.rl.rollout import rollout_seeds, sample_trajectory, score_all
 from unmask.tasks import make_task
 
 
@@ -34,16 +34,15 @@ def run(config: BenchGap, progress: Callable[[str], None]) -> dict[str, Any]:
         for decoder_spec in config.decoder:
             progress(f"{spec} · {decoder_spec}")
             decoder = make_decoder(decoder_spec, max_new_tokens=config.max_new_tokens, temperature=config.temperature)
-            seeds, view_seeds = row_seeds(config.seed, 0, 0, len(prompts))
+            seeds, view_seeds = rollout_seeds(config.seed, 0, 0, len(prompts))
             trajectory = sample_trajectory(lm, prompts, decoder, seeds, config.rows_per_forward)
-            everyone = torch.ones(len(prompts), dtype=torch.bool)
             inside = torch.arange(config.max_new_tokens) <= lm.lengths(trajectory.tokens)[:, None]
             for name, objective in OBJECTIVES.items():
                 gaps = torch.zeros_like(trajectory.logprob, dtype=torch.float64)
                 scored = torch.zeros_like(gaps)
                 for view in objective.views(trajectory, view_seeds, 0):
                     rows = ViewRows.of([replace(view, share=None)])
-                    parts = [(part, True) for part in rows.parts(config.rows_per_forward, everyone)]
+                    parts = [(p, True) for p in rows.scored.any(1).nonzero()[:, 0].split(config.rows_per_forward)]
                     found = score_all(lm, trajectory, rows, parts)
                     gaps += view.scored * (found - trajectory.logprob).abs()
                     scored += view.scored

@@ -1,4 +1,4 @@
-"""``final``: its model card, and that it opens in transformers and peft without unmask as far as its family allows."""
+"""``final``: its card, that it opens without unmask as its family allows, and that what is merged has the same logits."""
 
 from __future__ import annotations
 
@@ -6,21 +6,24 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModel
 
 from checkpoints import write_dream, write_llada, write_qwen3_a2d
 from conftest import SHAPE
-from test_sft_data import chat, no_shared_cache  # noqa: F401  (a fixture for every test)
+from test_sft_data import chat
 from unmask import load
 from unmask.rl.config import DiffusionGRPOConfig
 from unmask.rl.run import train as train_rl
 from unmask.training.config import SFTConfig
+from unmask.training.run_folder import export
 from unmask.training.sft import train
 
 SMALL: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 2, "eval_steps": 2, "save_steps": 2}
@@ -80,7 +83,7 @@ def test_final_opens_elsewhere(tmp_path: Path) -> None:
     assert [float(line) for line in done.stdout.split()] == pytest.approx([o[2] for o in opened], rel=1e-6)
 
 
-@pytest.mark.parametrize("command", ["sft", "sft from nothing without validation", "rl"])
+@pytest.mark.parametrize("command", ["sft from nothing without validation", "rl"])
 def test_the_card_says_what_was_done(command: str, tmp_path: Path, toy_folder: str) -> None:
     output = str(tmp_path / "my-run")
     if command == "rl":
@@ -90,9 +93,7 @@ def test_the_card_says_what_was_done(command: str, tmp_path: Path, toy_folder: s
             DiffusionGRPOConfig(output_dir=output, model=toy_folder, tasks=tasks, learning_rate=1e-3, **small, **SMALL)
         )
     else:
-        start = {"new_model": SHAPE} if "nothing" in command else {"model": toy_folder}
-        share = 0.0 if "without" in command else 0.1
-        final = train(SFTConfig(output_dir=output, data=chat(tmp_path), validation_share=share, **start, **SMALL))
+        final = train(SFTConfig(output_dir=output, data=chat(tmp_path), validation_share=0.0, new_model=SHAPE, **SMALL))
     _, head, body = (final / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     front = yaml.safe_load(head)
     assert front.get("base_model") == (None if "nothing" in command else toy_folder)
@@ -107,3 +108,65 @@ def test_the_card_says_what_was_done(command: str, tmp_path: Path, toy_folder: s
     for name, value in last[-1].items() if last else ():
         assert not name.startswith("eval_") or f"| {name.removeprefix('eval_')} | {value:.4g} |" in body
     assert "Validation after update 2" in body or "No validation" in body
+
+
+# ---- merged is unmerged -------------------------------------------------------------------------------------------------
+
+ADAPTED = {"llada": write_llada, "dream": write_dream, "qwen3": write_qwen3_a2d}
+_TIES = {"llada": "weight_tying"}
+HEAD = r".*(lm_head|transformer\.ff_out)"
+EMBEDDINGS = r".*(embed_tokens|wte)"
+LAYERS = r".*(blocks|layers)\.\d+\..*(_proj|attn_out|ff_out)"
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "layers": {"target_modules": LAYERS},
+    "head": {"target_modules": f"{LAYERS}|{HEAD}"},
+    "embeddings": {"target_modules": EMBEDDINGS},
+    "both": {"target_modules": f"{LAYERS}|{HEAD}|{EMBEDDINGS}"},
+    "both, DoRA": {"target_modules": f"{LAYERS}|{HEAD}|{EMBEDDINGS}", "use_dora": True},
+    "both, rsLoRA": {"target_modules": f"{LAYERS}|{HEAD}|{EMBEDDINGS}", "use_rslora": True},
+    "whole head": {"target_modules": LAYERS, "modules_to_save": ["lm_head", "transformer.ff_out"]},
+    "whole embeddings": {"target_modules": LAYERS, "modules_to_save": ["embed_tokens", "wte"]},
+    "some tokens": {"target_modules": LAYERS, "trainable_token_indices": [300, 301, 302]},
+    "both, tied": {"target_modules": f"{LAYERS}|{HEAD}|{EMBEDDINGS}", "ensure_weight_tying": True},
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, bool], str]:
+    return {
+        (name, tied): write(tmp_path_factory.mktemp(name), **{_TIES.get(name, "tie_word_embeddings"): tied})
+        for name, write in ADAPTED.items()
+        for tied in (True, False)
+    }
+
+
+CASES = [(family, True, adapter) for family in ("llada", "qwen3") for adapter in ADAPTERS]
+CASES += [(family, False, adapter) for family in ("llada", "dream") for adapter in ("both, DoRA", "whole head")]
+
+
+@pytest.mark.parametrize(("family", "tied", "adapter"), CASES)
+def test_merged_equals_unmerged(
+    family: str, tied: bool, adapter: str, folders: dict[tuple[str, bool], str], tmp_path: Path
+) -> None:
+    lm = load(folders[family, tied], "float32")
+    ids, mask = lm.encode(["hello there", "an in"])
+    settings = dict(ADAPTERS[adapter])
+    if "trainable_token_indices" in settings and family == "llada":  # peft looks for embed_tokens
+        settings["trainable_token_indices"] = {"wte": settings["trainable_token_indices"]}
+    torch.manual_seed(3)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # peft's, of tied weights
+        before = lm.model(ids, mask).logits
+        model: Any = get_peft_model(lm.model, LoraConfig(r=2, lora_alpha=3, init_lora_weights=False, **settings))
+        for name, p in model.named_parameters():  # as if trained
+            if p.requires_grad and "magnitude" not in name:
+                p += 0.1 * torch.randn_like(p)
+        expected = model(input_ids=ids, attention_mask=mask).logits
+        assert (expected - before).abs().max() > 1
+        model.save_pretrained(tmp_path / "adapter")
+        model.save_pretrained(tmp_path / "alone", save_embedding_layers=False)
+    merged = load(folders[family, tied], "float32", adapter=str(tmp_path / "adapter"))
+    alone = load(folders[family, tied], "float32", adapter=str(tmp_path / "alone"))
+    again = load(str(export(merged, tmp_path / "plain")))
+    for found in (merged, alone, again):
+        assert torch.allclose(found.model(ids, mask).logits, expected, atol=1e-3)

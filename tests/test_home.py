@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from test_sft_data import chat, no_shared_cache  # noqa: F401  (a fixture for every test)
+from test_sft_data import chat
 from unmask import load, make_decoder
 from unmask.cli import main
 from unmask.tasks import make_task

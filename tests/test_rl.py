@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from conftest import PROMPTS, toy
-from unmask import DiffusionGRPOConfig, DiffusionGRPOTrainer, UserError
+from unmask import DiffusionGRPOConfig, DiffusionGRPOTrainer, UserError, make_task
 from unmask.rl.objectives import OBJECTIVES, View, sample_views, token_weights
 
 ROWS = [{"prompt": p} for p in PROMPTS]
@@ -26,15 +27,8 @@ def digits(prompts: list[str], completions: list[str], **_: Any) -> list[float |
 def trainer(
     folder: Path, lm: Any = None, rewards: Any = digits, rows: Any = ROWS, **settings: Any
 ) -> DiffusionGRPOTrainer:
-    values = {
-        "max_completion_length": 16,
-        "num_generations": 4,
-        "per_device_train_batch_size": 16,
-        "max_steps": 4,
-        "report_to": [],
-        "bf16": False,
-        "max_grad_norm": 1.0,
-    }
+    values = {"max_completion_length": 16, "num_generations": 4, "per_device_train_batch_size": 16, "max_steps": 4}
+    values |= {"report_to": [], "bf16": False, "max_grad_norm": 1.0}
     adapter = settings.pop("peft_config", None)
     args = DiffusionGRPOConfig(output_dir=str(folder), **{**values, **settings})
     return DiffusionGRPOTrainer(lm or toy(), rewards, args, rows, peft_config=adapter)
@@ -177,34 +171,21 @@ def test_loss_and_gradient_equal_a_plain_restatement(
     tmp_path: Path, objective: str, normalization: str, scale: str, after_eos: bool, beta: float
 ) -> None:
     """Off policy (the weights have moved since the rollout), so that ratio, clipping and KL all count."""
-    t = trainer(
-        tmp_path,
-        objective=objective,
-        decoder="eoser-ass",
-        normalization=normalization,
-        scale_rewards=scale,
-        mask_after_eos=after_eos,
-        beta=beta,
-        num_iterations=2,
-        epsilon=0.1,
-        rows_per_forward=3,  # uneven chunks
-    )
-    reference = toy().model
-    old = toy().model
+    settings = {"objective": objective, "normalization": normalization, "scale_rewards": scale, "beta": beta}
+    settings |= {
+        "mask_after_eos": after_eos,
+        "num_iterations": 2,
+        "epsilon": 0.1,
+        "rows_per_forward": 3,
+    }  # uneven chunks
+    t = trainer(tmp_path, decoder="eoser-ass", **settings)
+    reference, old = toy().model, toy().model
     disturb(old, 0.003)
     t.lm.model.load_state_dict(old.state_dict())
     t.rollout = t.sample(ROWS)
     disturb(t.lm.model, 0.003)
-    t.model.train()
-    found = t.update(t.model, t.rollout, 1)
-    gradients = [p.grad.clone() for p in t.lm.model.parameters()]
-    t.lm.model.zero_grad()
-    expected = restated_loss(t, old, reference, 1)
-    expected.backward()
+    check_update(t, old, reference, 1)
     assert 0 < t.pending_metrics["clip_fraction"] < 1
-    assert float(found) == pytest.approx(float(expected.detach()), rel=1e-4, abs=1e-6)
-    for mine, p in zip(gradients, t.lm.model.parameters(), strict=True):
-        assert torch.allclose(mine, p.grad, rtol=1e-3, atol=1e-4 * float(p.grad.abs().max()) + 1e-7)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
@@ -216,14 +197,19 @@ def test_the_first_update_of_coupled_equals_a_plain_restatement(tmp_path: Path, 
     if beta:
         t.reference_model.load_state_dict(reference.state_dict())
     t.rollout = t.sample(ROWS)
-    found = t.update(t.model, t.rollout, 0)
-    gradient = torch.cat([p.grad.flatten() for p in lm.model.parameters()])
-    lm.model.zero_grad()
-    expected = restated_loss(t, copy.deepcopy(lm.model), reference, 0)
+    check_update(t, copy.deepcopy(lm.model), reference, 0)
+
+
+def check_update(t: DiffusionGRPOTrainer, old: Any, reference: Any, iteration: int) -> None:
+    assert t.rollout is not None
+    found = t.update(t.model, t.rollout, iteration)
+    gradients = [p.grad.clone() for p in t.lm.model.parameters()]
+    t.lm.model.zero_grad()
+    expected = restated_loss(t, old, reference, iteration)
     expected.backward()
     assert float(found) == pytest.approx(float(expected.detach()), rel=1e-4, abs=1e-6)
-    by_hand = torch.cat([p.grad.flatten() for p in lm.model.parameters()])
-    assert torch.allclose(gradient, by_hand, rtol=1e-3, atol=1e-5 * float(by_hand.abs().max()))
+    for mine, p in zip(gradients, t.lm.model.parameters(), strict=True):
+        assert torch.allclose(mine, p.grad, rtol=1e-3, atol=1e-4 * float(p.grad.abs().max()) + 1e-7)
 
 
 # ---- the paper's claim: optimise what was sampled ------------------------------------------------------------------------
@@ -232,22 +218,15 @@ def test_the_first_update_of_coupled_equals_a_plain_restatement(tmp_path: Path, 
 @pytest.mark.parametrize("decoder", ["eoser-ass:cfg_scale=0.5", "threshold", "semi-ar:block_length=8", "dream:top_p=1"])
 def test_ratio_is_one_on_the_sampled_states(tmp_path: Path, decoder: str) -> None:
     """cj, mixed-length prompts, float32: recorded and recomputed log-probabilities agree under every kind of decoder."""
-    t = trainer(tmp_path, decoder=decoder, max_completion_length=32, rows_per_forward=6)
+    twice = {"old_logprobs": "recomputed", "num_iterations": 2}
+    t = trainer(tmp_path, decoder=decoder, max_completion_length=32, rows_per_forward=6, **twice)
     t.rollout = t.sample(ROWS)
-    t.model.train()
     t.update(t.model, t.rollout, 0)
     assert abs(t.pending_metrics["ratio"] - 1) < 1e-4 and t.pending_metrics["logprob_mismatch"] < 1e-4
+    t.rollout.active = EVERYONE
     with t.inference() as policy:
-        again = t.score_views(policy, t.rollout, EVERYONE)[0]
-    assert float(((again - t.rollout.trajectory.logprob).exp() - 1).abs().max()) < 1e-4
-
-
-def test_old_log_probabilities_recomputed_are_the_recorded_ones(tmp_path: Path) -> None:
-    t = trainer(tmp_path, old_logprobs="recomputed", num_iterations=2)
-    rollout = t.sample(ROWS)
-    assert rollout.old is not None and rollout.old is not rollout.trajectory.logprob
-    recorded = rollout.trajectory.logprob[rollout.active]
-    assert torch.allclose(rollout.old[0][rollout.active], recorded, atol=1e-4) and recorded.abs().max() > 1
+        again = t.score_views(policy, t.rollout)
+    assert float(((again[0] - t.rollout.trajectory.logprob).exp() - 1).abs().max()) < 1e-4
 
 
 def test_other_objectives_score_another_policy(tmp_path: Path) -> None:
@@ -261,7 +240,8 @@ def test_other_objectives_score_another_policy(tmp_path: Path) -> None:
         assert abs(t.pending_metrics["ratio"] - 1) < 1e-6  # old and new policy are the same
         if objective == "one-step":
             with t.inference() as policy:
-                found = t.score_views(policy, t.rollout, EVERYONE)[0]
+                t.rollout.active = EVERYONE
+                found = t.score_views(policy, t.rollout)[0]
             first = t.rollout.trajectory.committed(0)
             assert torch.allclose(found[first], t.rollout.trajectory.logprob[first], atol=1e-4)
     assert gaps["cj"] < 1e-4 < 0.1 < min(gaps["one-step"], gaps["diffu"], gaps["coupled"])
@@ -342,5 +322,94 @@ def test_lora_reference_is_the_model_without_its_adapter(tmp_path: Path) -> None
     assert again.reference is not None and not torch.allclose(again.reference[0], again.trajectory.logprob, atol=1e-2)
     plain_trainer = trainer(tmp_path)
     with plain_trainer.inference() as policy:
-        found = plain_trainer.score_views(policy, again, again.active)[0]
+        found = plain_trainer.score_views(policy, again)[0]
         assert torch.allclose(found, again.reference[0], atol=1e-4)
+
+
+# ---- from Python -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_generations": 3}, "num_generations=3 does not divide the batch of 16"),
+        ({"decoder": "semi-ar:block_length=8,cache=dual"}, "samples from an approximation"),
+        ({"decoder": "threshold:block_length=8", "compile": True}, "compile needs batches of one shape"),
+        ({"temperature": 0.0}, "temperature is 0"),
+        ({"objective": "one_step"}, "unknown objective 'one_step': did you mean 'one-step'"),
+        ({"objective": "one-step", "steps_per_update": 2}, "needs objective cj"),
+        ({"trainer_args": {"gradient_accumulation_steps": 2}}, "raise per_device_train_batch_size"),
+        ({"epsilon": 0.0}, "epsilon is 0.0"),
+        ({"tasks": ["sudoku", "sudoku:max_empty=4"]}, "names a task twice"),
+        ({"rows": []}, "the train data set is empty"),
+        ({"rows": [{"text": "x"}]}, "prompt None"),
+        ({"rows": [{"prompt": "x"}, {"prompt": "y", "more": 1}]}, r"different columns \(\['more'\]\)"),
+        ({"rows": [{"prompt": "x" * 2000}]}, "shorten the prompt"),
+        ({"rewards": []}, "no reward function"),
+        ({"reward_weights": [1.0, 2.0]}, "2 reward_weights for the reward functions digits"),
+    ],
+)
+def test_wrong_settings_name_the_fix(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path, **settings)
+
+
+def test_dropout_in_the_adapter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"lora_dropout is 0\.05"):
+        trainer(tmp_path, peft_config=LoraConfig(r=2, lora_dropout=0.05, target_modules=["q_proj"]))
+
+
+def test_messages_go_through_the_chat_template(tmp_path: Path) -> None:
+    t = trainer(tmp_path, rows=[{"prompt": [{"role": "user", "content": "make 5"}]}])
+    assert t.train_dataset[0]["prompt"] == "<|user|>make 5<|assistant|>"
+
+
+def test_a_task_is_enough(tmp_path: Path) -> None:
+    """Two updates on the shipped model: a task has prompts and rewards, and is validated."""
+    sizes: dict[str, Any] = {"problems": 4, "validation_problems": 2, "num_generations": 2, "max_completion_length": 16}
+    sizes |= {"max_steps": 2, "per_device_train_batch_size": 4, "bf16": False, "report_to": []}
+    task = make_task("countdown:style=compact,max_value=6", {})
+    t = DiffusionGRPOTrainer("tiny", task, DiffusionGRPOConfig(output_dir=tmp_path, **sizes))
+    t.train()
+    assert t.state.global_step == 2 and "eval_countdown_solved" in t.state.log_history[0]
+    assert "reward_countdown" in t.state.log_history[1]
+    both = DiffusionGRPOTrainer("tiny", [digits, "solved"], DiffusionGRPOConfig(output_dir=tmp_path, **sizes), task)
+    assert list(both.reward_funcs) == ["digits", "solved"] and len(both.train_dataset) == 4  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="the train data set is empty: set tasks, or pass a Task"):
+        DiffusionGRPOTrainer("tiny", digits, DiffusionGRPOConfig(output_dir=tmp_path, **sizes))
+
+
+OBJECTIVE = """
+from dataclasses import replace
+
+from unmask.rl.objectives import OBJECTIVES, View, one_step
+
+
+def first_half(trajectory, seeds, iteration):
+    for view in one_step.views(trajectory, seeds, iteration):
+        half = view.scored.clone()
+        half[:, half.shape[1] // 2 :] = False
+        yield replace(view, scored=half)
+
+
+OBJECTIVES.register("registered-half")(first_half)
+number = 3
+"""
+
+
+def test_an_objective_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_objective.py").write_text(OBJECTIVE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("own_objective:first_half", "registered-half"):
+        t = trainer(tmp_path, objective=name)
+        t.rollout = t.sample(ROWS)
+        (view,) = t.views(t.rollout, 0)
+        assert view.scored[:, :8].all() and not view.scored[:, 8:].any()
+        t.update(t.model, t.rollout, 0)
+        assert any(p.grad.abs().sum() > 0 for p in t.lm.model.parameters())
+    monkeypatch.delitem(OBJECTIVES, "registered-half")
+    with pytest.raises(UserError, match="objective 'own_objective:number' is int"):
+        trainer(tmp_path, objective="own_objective:number")
+    with pytest.raises(UserError, match="cannot import objective 'own_objective:nothing'"):
+        trainer(tmp_path, objective="own_objective:nothing")

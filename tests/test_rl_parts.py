@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from unmask import UserError, make_task
-from unmask.rl.objectives import View, group_advantages, k3, sample_views, token_weights
+from unmask.rl.objectives import group_advantages, k3, token_weights
 from unmask.rl.rewards import reward_functions, score
-from unmask.rl.rollout import RolloutSampler
+from unmask.rl.rollout import rollout_batches
 
 
 def test_advantages_by_hand() -> None:
@@ -39,13 +39,6 @@ def test_weights_by_hand(normalization: Any, expected: Any) -> None:
     assert torch.allclose(torch.stack(token_weights([a, b], normalization)), torch.tensor(expected))
 
 
-def test_steps_that_score_nothing_are_not_sampled() -> None:
-    ids = torch.zeros(2, 6, dtype=torch.int64)
-    empty, full = (View(ids, torch.full((2, 3), fill)) for fill in (False, True))
-    chosen = sample_views([empty, full, empty], 1, torch.arange(2), 0)
-    assert [bool(v.scored.all()) for v in chosen] == [False, True, False]
-
-
 def test_k3_is_zero_on_equal_policies_and_positive_elsewhere() -> None:
     new = torch.tensor([-1.0, -2.0, -0.1])
     assert (k3(new, new) == 0).all() and (k3(new, new + torch.tensor([0.5, -0.5, 1.0])) > 0).all()
@@ -54,13 +47,13 @@ def test_k3_is_zero_on_equal_policies_and_positive_elsewhere() -> None:
 
 
 def test_sampler_repeats_for_inner_iterations_and_cuts_over_ranks() -> None:
-    one = list(RolloutSampler(10, 4, 2, 12, seed=3))
+    one = rollout_batches(10, 4, 2, 12, seed=3)
     assert len(one) == 12 and all(one[2 * r] == one[2 * r + 1] for r in range(6))
     flat = list(itertools.chain.from_iterable(one[::2]))
     assert sorted(flat[:10]) == sorted(flat[10:20]) == list(range(10)) and flat[:10] != flat[10:20]
-    ranks = [list(RolloutSampler(10, 2, 2, 12, 3, rank, 2)) for rank in range(2)]
+    ranks = [rollout_batches(10, 2, 2, 12, 3, rank, 2) for rank in range(2)]
     assert [a + b for a, b in zip(*ranks, strict=True)] == one
-    assert [sorted(b) for b in RolloutSampler(2, 4, 1, 2, seed=0)] == [[0, 0, 1, 1]] * 2  # more prompts than rows
+    assert [sorted(b) for b in rollout_batches(2, 4, 1, 2, seed=0)] == [[0, 0, 1, 1]] * 2  # more prompts than rows
 
 
 # ---- rewards ---------------------------------------------------------------------------------------------------------------
@@ -86,10 +79,8 @@ def short(prompts: Any, completions: Any, **_: Any) -> Any:
     [
         (raises, "reward function raises raised ZeroDivisionError: division by zero"),
         (constant(float("nan")), "returned nan for the completion 'one': return a finite number"),
-        (constant("good"), "returned 'good'"),
-        (constant(10**5000), "returned an object of type int for"),
+        (constant("good"), "raised ValueError: could not convert string to float: 'good'"),
         (constant(1e300), r"returned 1e\+300"),
-        (constant(torch.ones(2)), "returned an object of type Tensor"),
         (short, "returned 1 values for 2 completions"),
         (constant(None), "every reward function .* returned None for the prompt 'a'"),
     ],
@@ -114,8 +105,8 @@ def test_rewards_get_columns_and_may_abstain() -> None:
     [
         ("sovled", "unknown reward 'sovled': did you mean 'solved'.* package.module:name"),
         ("no.such:thing", "cannot import"),
-        ("math:pi", "not a function"),
-        ("fractions:Fraction", "is a class: name an object of it"),
+        ("math:pi", "is 3.14.*: name a function"),
+        ("fractions:Fraction", "is <class .*or an object that is called like one"),
     ],
 )
 def test_reward_specs(spec: str, message: str) -> None:
@@ -132,38 +123,23 @@ def length(prompts, completions, scale=1.0, **_):
 
 
 class Shout:
-    __slots__ = ()
-
     def __call__(self, prompts, completions, **_):
         return [float(c.isupper()) for c in completions]
 
 
-long, short, shout, quiet = partial(length), partial(length, scale=-2.0), Shout(), Shout()
-nested, std, given = partial(partial(length, scale=2.0)), length, lambda prompts, completions, **_: [0.5] * len(prompts)
+short, shout, nested, std = partial(length, scale=-2.0), Shout(), partial(partial(length, scale=2.0)), length
 """
 
 
-@pytest.mark.parametrize(
-    ("rewards", "names"),
-    [
-        (["named:long", "named:short"], ["long", "short"]),
-        (["named:shout", "named:quiet", "named:nested", "named:given"], ["shout", "quiet", "nested", "given"]),
-        (["named:length", "other:length"], ["length", "length_2"]),
-        (["named:std", "solved"], ["std_2", "solved"]),  # reward_std is the rollout's
-    ],
-)
-def test_every_function_has_a_metric_of_its_own(
-    rewards: list[str], names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_function_has_a_metric_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("named", "other"):
         (tmp_path / f"{module}.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    functions = reward_functions(rewards, [])
-    assert list(functions) == names
-    if names == ["long", "short"]:
-        table = score({name: f for name, (f, _) in functions.items()}, [{"prompt": "a"}], ["four"])
-        assert table.tolist() == [[4, -8]]
+    functions = reward_functions(["named:short", "named:shout", "named:nested"], [])
+    table = score({name: f for name, (f, _) in functions.items()}, [{"prompt": "a"}], ["FOUR"])
+    assert list(functions) == ["short", "shout", "nested"] and table.tolist() == [[-8, 1, 8]]
+    assert list(reward_functions(["named:length", "other:length"], [])) == ["length", "length_2"]
+    assert list(reward_functions(["named:std", "solved"], [])) == ["std_2", "solved"]  # reward_std is the rollout's
 
 
 def test_rewards_of_tasks_and_of_callables_are_told_apart() -> None:

@@ -19,12 +19,7 @@ from unmask.training.sft_data import Data, chat_data
 WIDTH = 64
 
 
-@pytest.fixture(autouse=True)
-def no_shared_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> str:
+def write(path: Path, *rows: dict[str, Any]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -34,8 +29,8 @@ def turns(*contents: str) -> list[dict[str, str]]:
 
 
 def chat(tmp_path: Path, count: int = 12) -> str:
-    rows = [{"messages": turns(f"say {'a' * (i % 5)}{i}", f"it is {i}" * (1 + i % 3))} for i in range(count)]
-    return write(tmp_path / "chat.jsonl", rows)
+    rows = ({"messages": turns(f"say {'a' * (i % 5)}{i}", f"it is {i}" * (1 + i % 3))} for i in range(count))
+    return write(tmp_path / "chat.jsonl", *rows)
 
 
 def read(lm: MaskedLM, name: str, width: int = WIDTH, overlong: str = "refuse", share: float = 0.0) -> Data:
@@ -60,27 +55,26 @@ NEWLINES = (  # like Qwen's: something after the end of the turn
     [
         (CHAT_TEMPLATE, "<|user|>one<|assistant|> two<|eot_id|><|user|>three<|assistant|>", " four<|eot_id|>"),
         (HEADERS, "#user\none<|eot_id|>#assistant\ntwo<|eot_id|>#user\nthree<|eot_id|>#assistant\n", "four<|eot_id|>"),
-        (NEWLINES, "user:one<|endoftext|>\nassistant: two<|endoftext|>\nuser:three<|endoftext|>\nassistant:", None),
+        (
+            NEWLINES,
+            "user:one<|endoftext|>\nassistant: two<|endoftext|>\nuser:three<|endoftext|>\nassistant:",
+            " four<|endoftext|>",
+        ),
     ],
 )
-def test_messages_are_what_the_template_writes(
-    tmp_path: Path, template: str, prompt: str, response: str | None
-) -> None:
+def test_messages_are_what_the_template_writes(tmp_path: Path, template: str, prompt: str, response: str) -> None:
     """All turns but the assistant's last are the prompt; the response ends with the template's own end of turn."""
     lm = toy()
     lm.tokenizer.chat_template = template
-    name = write(tmp_path / "a.jsonl", [{"messages": turns("one", " two", "three", " four")}])
-    (row,) = read(lm, name, 200).training
-    encode = lm.tokenizer
-    assert row["prompt"].tolist() == encode(prompt, add_special_tokens=False)["input_ids"]
-    expected = " four<|endoftext|>" if response is None else response
-    assert row["response"].tolist() == encode(expected, add_special_tokens=False)["input_ids"]
-    assert row["response"][-1] == (lm.eos_id if response is None else lm.eot_id)
+    (row,) = read(lm, write(tmp_path / "a.jsonl", {"messages": turns("one", " two", "three", " four")}), 200).training
+    assert row["prompt"].tolist() == lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert row["response"].tolist() == lm.tokenizer(response, add_special_tokens=False)["input_ids"]
+    assert row["response"][-1] in lm.end_ids
 
 
 def test_pairs_of_text_and_of_messages(tmp_path: Path) -> None:
     lm = toy()
-    text = write(tmp_path / "text.jsonl", [{"prompt": "<|user|>a<|eot_id|>b", "completion": "c"}])
+    text = write(tmp_path / "text.jsonl", {"prompt": "<|user|>a<|eot_id|>b", "completion": "c"})
     assert texts(lm, read(lm, text)) == [("<|user|>a<|eot_id|>b", "c<|eot_id|>")]  # as it is, and the end of turn
     file = tmp_path / "pairs.json"
     file.write_text(json.dumps([{"prompt": turns("q"), "completion": turns("", "r")[1:], "other": 1}]))
@@ -90,34 +84,19 @@ def test_pairs_of_text_and_of_messages(tmp_path: Path) -> None:
 def test_s1k_rows(tmp_path: Path) -> None:
     """Question, first trajectory and attempt in the tags that evaluation reads; the user's turn asks for them first."""
     lm = toy()
-    row = {
-        "question": "2+2?",
-        "thinking_trajectories": ["two twos", "unused"],
-        "attempt": "4",
-        "solution": "4",
-        "cot": None,
-    }
-    folder = tmp_path / "s1k"
-    folder.mkdir()
-    datasets.Dataset.from_list([row]).to_parquet(str(folder / "train.parquet"))
-    for name in (str(folder), str(folder / "train.parquet")):
-        ((prompt, response),) = texts(lm, read(lm, name, 400))
+    row = {"question": "2+2?", "thinking_trajectories": ["two twos", "unused"], "attempt": "4", "cot": None}
+    datasets.Dataset.from_list([row]).to_parquet(str(tmp_path / "train.parquet"))
+    for name in (tmp_path, tmp_path / "train.parquet"):
+        ((prompt, response),) = texts(lm, read(lm, str(name), 400))
         assert response == "<reasoning>two twos</reasoning>\n<answer>4</answer><|eot_id|>"
         assert prompt.startswith("<|user|>") and prompt.endswith("\n\n2+2?<|assistant|>")
-        tags = re.findall(r"</?\w+>", prompt)
-        assert tags == ["<reasoning>", "</reasoning>", "<answer>", "</answer>"]
+        assert re.findall(r"</?\w+>", prompt) == ["<reasoning>", "</reasoning>", "<answer>", "</answer>"]
 
 
 def test_overlong_rows(tmp_path: Path) -> None:
     lm = toy()
-    name = write(
-        tmp_path / "a.jsonl",
-        [
-            {"prompt": "p" * 4, "completion": "r" * 5},  # 10 tokens with the end of turn
-            {"prompt": "p" * 4, "completion": "r" * 6},
-            {"prompt": "p" * 10, "completion": "r"},
-        ],
-    )
+    sizes = [(4, 5), (4, 6), (10, 1)]  # the first is 10 tokens with the end of turn
+    name = write(tmp_path / "a.jsonl", *({"prompt": "p" * p, "completion": "r" * r} for p, r in sizes))
     with pytest.raises(UserError, match=r"jsonl:2.*has 4 prompt and 7 response tokens.*max_length 10"):
         read(lm, name, 10)
     cut = read(lm, name, 10, "truncate")
@@ -135,48 +114,40 @@ def test_validation_prompts_are_apart(tmp_path: Path) -> None:
     """A tenth of the different prompts, whatever the order; rows that share a prompt stay together."""
     lm = toy()
     rows = [{"prompt": f"p{i % 40}", "completion": f"r{i}"} for i in range(80)]
-    found = read(lm, write(tmp_path / "a.jsonl", rows), share=0.1)
+    found = read(lm, write(tmp_path / "a.jsonl", *rows), share=0.1)
     held, learned = ({lm.tokenizer.decode(r["prompt"]) for r in side} for side in (found.validation, found.training))
     assert len(held) == 4 and len(found.validation) == 8 and not held & learned and len(found.training) == 72
-    again = read(lm, write(tmp_path / "b.jsonl", rows[::-1]), share=0.1)
+    again = read(lm, write(tmp_path / "b.jsonl", *rows[::-1]), share=0.1)
     assert {lm.tokenizer.decode(r["prompt"]) for r in again.validation} == held
-    assert len(read(lm, write(tmp_path / "c.jsonl", rows[:9]), share=0.01).validation) == 1
-    assert not read(lm, write(tmp_path / "d.jsonl", rows[:9]), share=0.0).validation
-
-
-GOOD = {"messages": turns("a", "b")}
+    few = write(tmp_path / "c.jsonl", *rows[:9])
+    assert len(read(lm, few, share=0.01).validation) == 1 and not read(lm, few, share=0.0).validation
 
 
 @pytest.mark.parametrize(
-    ("rows", "message"),
+    ("row", "message"),
     [
-        ([{"text": "a", "id": 1}], "has the columns id, text: rename them to messages or prompt .* or question"),
-        ([GOOD, {"messages": turns("a", " ")}], "jsonl:2: the response is empty"),
-        ([{"messages": turns(" ", "b")}], "jsonl:1: the prompt is empty"),
-        ([GOOD, {"messages": turns("a", "b", "c")}], "jsonl:2: the last message is by 'user'"),
-        ([GOOD, {"messages": turns("", "b")[1:]}], "jsonl:2: messages are no list of two or more"),
-        ([GOOD, {"messages": None}], "jsonl:2: messages are no list"),
-        ([GOOD, {"messages": turns("a<|mdm_mask|>", "b")}], r"jsonl:2.*holds the control token <\|mdm_mask\|>"),
-        ([GOOD, {"messages": turns("a", "b<|eot_id|>c")}], r"jsonl:2.*holds the control token <\|eot_id\|>"),
-        ([GOOD, {"messages": turns("a<|endoftext|>", "b")}], r"jsonl:2.*holds the control token <\|endoftext\|>"),
-        ([{"prompt": "a<|mdm_mask|>", "completion": "b"}], r"jsonl:1.*holds the control token <\|mdm_mask\|>"),
-        ([{"prompt": "a", "completion": None}], "jsonl:1: the response is empty"),
-        ([{"prompt": "a", "completion": 3}], "jsonl:1: completion is int: write text"),
-        ([{"prompt": "a", "completion": turns("", "b")[1:]}], "jsonl:1.*write both alike"),
-        ([{"prompt": turns("a"), "completion": turns("b", "c")}], "jsonl:1.*completion holds 2 messages"),
-        (
-            [{"question": "a", "thinking_trajectories": [], "attempt": "b"}],
-            "jsonl:1: thinking_trajectories is empty",
-        ),
-        ([{"question": "a", "thinking_trajectories": ["t"], "attempt": ""}], "jsonl:1: attempt is empty"),
+        ({"text": "a", "id": 1}, "has the columns id, text: rename them to messages or prompt .* or question"),
+        ({"messages": turns("a", " ")}, "the response is empty"),
+        ({"messages": turns(" ", "b")}, "the prompt is empty"),
+        ({"messages": turns("a", "b", "c")}, "the last by the assistant"),
+        ({"messages": turns("", "b")[1:]}, "the messages are not two or more"),
+        ({"messages": None}, "the row.messages is None, not a list: repair"),
+        ({"messages": turns("a<|mdm_mask|>", "b")}, r"holds the control token <\|mdm_mask\|>"),
+        ({"messages": turns("a", "b<|eot_id|>c")}, r"holds the control token <\|eot_id\|>"),
+        ({"messages": turns("a<|endoftext|>", "b")}, r"holds the control token <\|endoftext\|>"),
+        ({"prompt": "a<|mdm_mask|>", "completion": "b"}, r"holds the control token <\|mdm_mask\|>"),
+        ({"prompt": "a", "completion": 3}, "the row.completion is 3, not text or a list"),
+        ({"prompt": "a", "completion": turns("", "b")[1:]}, "both text, or messages"),
+        ({"prompt": turns("a"), "completion": turns("b", "c")}, "with one, the assistant's, in completion"),
+        ({"question": "a", "thinking_trajectories": [], "attempt": "b"}, "one of question, .* is empty"),
     ],
 )
-def test_bad_rows_are_named(tmp_path: Path, toy_lm: MaskedLM, rows: list[dict[str, Any]], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        read(toy_lm, write(tmp_path / "a.jsonl", rows))
+def test_bad_rows_are_named(tmp_path: Path, toy_lm: MaskedLM, row: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"jsonl:2.*{message}"):
+        read(toy_lm, write(tmp_path / "a.jsonl", {**row, "messages": turns("a", "b")}, row))
 
 
-def test_data_that_cannot_be_read(tmp_path: Path, toy_lm: MaskedLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_that_cannot_be_read(tmp_path: Path, toy_lm: MaskedLM) -> None:
     (tmp_path / "a.jsonl").write_text('{"messages": [')
     with pytest.raises(UserError, match=r"a\.jsonl:1 is not a JSON object"):
         read(toy_lm, str(tmp_path / "a.jsonl"))
@@ -184,22 +155,17 @@ def test_data_that_cannot_be_read(tmp_path: Path, toy_lm: MaskedLM, monkeypatch:
         (tmp_path / "empty").mkdir()
         read(toy_lm, str(tmp_path / "empty"))
 
-    def offline(*_: Any, **__: Any) -> Any:
-        raise ConnectionError("Couldn't reach 'simplescaling/s1K' on the Hub\nmore")
 
-    monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(
-        UserError, match=r"could not download the data set simplescaling/s1K \(Couldn't reach .*\): .*local copy"
-    ):
-        read(toy_lm, "simplescaling/s1K")
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "toy has no chat template"),
+        ("{{ raise_exception('no') }}", r"jsonl:1.*the chat template of toy refuses the messages \(no\)"),
+        ("{{ 'a' if add_generation_prompt else 'b' }}", "otherwise than it asks for it"),
+    ],
+)
+def test_templates_that_do_not_serve(tmp_path: Path, template: str | None, message: str) -> None:
     lm = toy()
-    lm.tokenizer.chat_template = None
-    monkeypatch.undo()
-    with pytest.raises(UserError, match="toy has no chat template"):
-        read(lm, chat(tmp_path))
-    lm.tokenizer.chat_template = "{{ raise_exception('no') }}"
-    with pytest.raises(UserError, match=r"jsonl:1.*the chat template of toy refuses the messages \(no\)"):
-        read(lm, chat(tmp_path))
-    lm.tokenizer.chat_template = "{{ 'a' if add_generation_prompt else 'b' }}"
-    with pytest.raises(UserError, match="otherwise than it asks for it"):
+    lm.tokenizer.chat_template = template
+    with pytest.raises(UserError, match=message):
         read(lm, chat(tmp_path))

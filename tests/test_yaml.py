@@ -16,7 +16,6 @@ from unmask import UserError, make_decoder
 from unmask.cli import main
 from unmask.config import read_config
 from unmask.io.files import as_yaml, read_yaml
-from unmask.models.scratch import new_model
 from unmask.rl.config import DiffusionGRPOConfig
 from unmask.training.config import SFTConfig
 
@@ -25,18 +24,10 @@ STRANGE = {
     "alias bomb": BOMB,
     "merge bomb": BOMB.replace("[x, x, x, x]", "{x: 1}").replace("[*", "{<<: [*").replace("]\n", "]}\n"),
     "alias to itself": "steps: &a [*a]\n",
-    "unknown alias": "steps: *nowhere\n",
-    "long alias": "steps: *" + "k" * 9_999 + "\n",
     "tab": "steps:\n\t- 1\n",
     "key twice": "steps: 1\nsteps: 2\n",
-    "long key twice": f"? {'k' * 9_999}\n? {'k' * 9_999}\n",
     "number as key": "1: 2\n",
-    "list as key": "? [a]\n: 1\n",
-    "date tag": "steps: !!timestamp 2024-13-45\n",
     "python object": "steps: !!python/object/apply:os.system [touch executed]\n",
-    "binary": "steps: !!binary aGVsbG8=\n",
-    "set": "steps: !!set {a, b}\n",
-    "int tag": "steps: !!int seven\n",
     "long tag": "steps: !" + "k" * 9_999 + " 1\n",
     "deep": "steps: " + "[" * 1_000,
     "digits": "steps: " + "9" * 5_000 + "\n",
@@ -44,7 +35,6 @@ STRANGE = {
     "list": "- steps\n",
     "two documents": "steps: 1\n---\nsteps: 2\n",
     "zero byte": "steps: \0\n",
-    "bracket": "steps: [1\n",
     "latin-1": "name: é\n",
 }
 
@@ -92,23 +82,23 @@ def test_yaml_that_is_written_is_read_back(value: dict[str, Any], tmp_path_facto
 
 
 def test_files_of_every_command(tmp_path: Path) -> None:
+    """Numbers as in YAML 1.2; what a file leaves out is its base's, and a flag holds over both."""
+
     def write(name: str, text: str) -> Path:
         (tmp_path / name).write_text(text)
         return tmp_path / name
 
-    shape = "{d_model: 16, n_layers: 1, n_heads: 2, mlp_hidden_size: 16, rms_norm_eps: 1e-5}"
-    sft = read_config(
-        SFTConfig, write("sft.yaml", f"output_dir: x\ntasks: [sudoku]\nmax_steps: 1e1\nnew_model: {shape}")
-    )
-    assert sft.new_model is not None and new_model(sft.new_model, 0)[0].config.rms_norm_eps == 1e-5
-    assert sft.max_steps == 10
-    write("base.yaml", "learning_rate: 1e-5")
-    rl = read_config(
-        DiffusionGRPOConfig, write("rl.yaml", "base: base.yaml\noutput_dir: x\ntasks: [sudoku]\nreward_weights: [1e-1]")
-    )
-    assert (rl.learning_rate, rl.reward_weights) == (1e-5, [0.1])
-    decoder = make_decoder(str(write("d.yaml", "preset: eoser\ngamma_min: 1e-2")))
-    assert decoder.gamma_min == 0.01
+    sft = read_config(SFTConfig, write("sft.yaml", "output_dir: x\nmax_steps: 1e1\nnew_model: {rms_norm_eps: 1e-5}"))
+    assert (sft.max_steps, sft.new_model) == (10, {"rms_norm_eps": 1e-5})
+    write("base.yaml", "learning_rate: 1e-5\nbeta: 0.1\nseed: 3\ntasks: [sudoku]\n")
+    own = write("rl.yaml", "base: base.yaml\noutput_dir: x\nbeta: 0.5\nreward_weights: [1e-1]")
+    rl = read_config(DiffusionGRPOConfig, own, ["--seed", "4"])
+    assert (rl.learning_rate, rl.reward_weights, rl.beta, rl.seed, rl.tasks) == (1e-5, [0.1], 0.5, 4, ["sudoku"])
+    for base, message in (("base: rl.yaml", "does not lead back"), ("bta: 1", "did you mean 'beta'")):
+        write("base.yaml", base)
+        with pytest.raises(UserError, match=message):
+            read_config(DiffusionGRPOConfig, own)
+    assert make_decoder(str(write("d.yaml", "preset: eoser\ngamma_min: 1e-2"))).gamma_min == 0.01
     tables = "evaluate: [{task: sudoku, decoder: eoser, gamma_min: [1e-2, 5e-2]}]"
     study = read_config(StudyConfig, write("study.yaml", f"output: x\n{tables}"))
     assert {cell.decoder.gamma_min for cell in read_grid(study, tmp_path).cells} == {0.01, 0.05}

@@ -11,7 +11,7 @@ from unmask.training.config import RunConfig
 if TYPE_CHECKING:
     from unmask.decoding import Decoder
 
-# Heavy imports stand inside the checks, so that help and a typo answer at once.
+# Heavy imports are inside the checks, so that help and a typo answer at once.
 
 
 @dataclass(kw_only=True)
@@ -66,14 +66,14 @@ class DiffusionGRPOConfig(RunConfig):
     problems: int | None = 5000
     """Training problems a task; ``none`` takes all of a finite training split."""
     validation_problems: int = 64
-    max_steps: int = 100  # type: ignore[assignment]
+    max_steps: int = 100
+    """Updates."""
     per_device_train_batch_size: int = 64
     """Completions of one update on each process; ``num_generations`` must divide it."""
-    learning_rate: float = 3e-6  # type: ignore[assignment]
-    warmup_steps: int = 0  # type: ignore[assignment]
-    lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine", "polynomial", "inverse_sqrt"] = (
-        "constant_with_warmup"
-    )
+    learning_rate: float = 3e-6
+    warmup_steps: int = 0
+    """Updates in which the learning rate rises."""
+    lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine", "inverse_sqrt"] = "constant_with_warmup"
     adam_beta2: float = 0.99
     weight_decay: float = 0.0
     max_grad_norm: float = 0.2
@@ -86,8 +86,8 @@ class DiffusionGRPOConfig(RunConfig):
 
         super().__post_init__()
         find_objective(self.objective)
-        gym = "reasoning_gym:"  # whose tasks are told apart by their data sets
-        names = [spec.partition("," if spec.startswith(gym) else ":")[0] for spec in self.tasks]
+        # reasoning-gym's tasks are told apart by their data sets
+        names = [spec.partition("," if spec.startswith("reasoning_gym:") else ":")[0] for spec in self.tasks]
         if len(set(names)) < len(names):
             raise UserError(f"tasks {self.tasks} names a task twice, and their figures would mix: make it two runs")
         check_seed(self)
@@ -102,7 +102,7 @@ class DiffusionGRPOConfig(RunConfig):
         check_positive(self, "epsilon", "max_logprob_mismatch")
         if self.steps_per_update is not None and self.objective != "cj":
             raise UserError(
-                f"steps_per_update samples steps of a trajectory: it needs objective cj, not {self.objective}"
+                f"steps_per_update samples a trajectory's steps: it needs objective cj, not {self.objective}"
             )
         if not 0 <= self.beta < float("inf"):
             raise UserError(f"beta is {self.beta}: choose 0 or more")
@@ -140,6 +140,4 @@ class DiffusionGRPOConfig(RunConfig):
     def rollout_decoder(self) -> Decoder:
         from unmask.decoding import make_decoder
 
-        return make_decoder(
-            self.decoder, max_new_tokens=self.max_completion_length, temperature=float(self.temperature)
-        )
+        return make_decoder(self.decoder, max_new_tokens=self.max_completion_length, temperature=self.temperature)

@@ -35,15 +35,9 @@ def rl_data(
     train_dataset: Any = None,
     eval_dataset: Any = None,
 ) -> Data:
-    """The data of a run; the arguments as ``DiffusionGRPOTrainer`` takes them.
-
-    Raises:
-        UserError: for a data set without rows or prompts, no reward function, or a wrong number of weights.
-    """
-    rewards, source = (
-        [value] if isinstance(value, Task | str) or callable(value) else value
-        for value in (reward_funcs, train_dataset)
-    )
+    """The data of a run; the arguments as ``DiffusionGRPOTrainer`` takes them. Raises UserError."""
+    given = (reward_funcs, train_dataset)
+    rewards, source = ([v] if isinstance(v, Task | str) or callable(v) else v for v in given)
     if rewards and isinstance(rewards[0], Task):
         rewards, source = [], rewards
     if source is None:
@@ -65,10 +59,7 @@ def rl_data(
 
 
 def _problem_rows(lm: MaskedLM, tasks: Sequence[Task], split: str, count: int | None, seed: int) -> list[Row]:
-    """``count`` problems of every task as rows of ``prompt``, ``problem`` and ``task``, tasks taken in turn.
-
-    Without a count, as many of each as the task with the fewest has. Raises UserError where a task has fewer than ``count``.
-    """
+    """``count`` problems of every task (by default as many as the smallest has), tasks taken in turn. Raises UserError."""
     columns = []
     for task in tasks:
         problems = task.problems(split, count, seed)
@@ -90,8 +81,6 @@ def _prompt_rows(lm: MaskedLM, rows: Sequence[Mapping[str, Any]], split: str) ->
         if isinstance(prompt, list):
             prompt = lm.render(prompt)
         if not isinstance(prompt, str):
-            raise UserError(
-                f"a row of the {split} data set has the prompt {prompt!r}: write text or a list of messages"
-            )
+            raise UserError(f"a row of the {split} data set has the prompt {prompt!r}: write text or messages")
         found.append({**row, "prompt": prompt})
     return found

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -27,7 +26,7 @@ class Work:
         steps: of its sampling. every: views of the objective; views: those that an update scores, with a backward pass.
         old, reference, joint: how often all views are scored once more in a rollout: for the old policy, for the reference, and
             for a loss of log-probabilities that are sums over views.
-        copies: rows that stand for one (guidance: 2).
+        copies: rows that a forward pass has for one (guidance: 2).
     """
 
     steps: int
@@ -46,15 +45,16 @@ class Work:
         tokens, prompt = torch.zeros_like(step, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
         row = Trajectory(prompt, prompt == 0, tokens, step, torch.zeros(step.shape), 1, decoder.config())
         views = list(objective.views(row, torch.zeros(1, dtype=torch.int64), 0))
-        every, mu = len(views), config.num_iterations
+        every, mu, penalty = len(views), config.num_iterations, config.beta > 0
         fresh = mu if objective.fresh else 1
+        old, joint = 0 if config.uses_recorded or mu == 1 else fresh, mu - 1 if mu > 1 else int(penalty)
         return cls(
-            steps=decoder.plan.steps,
-            every=every,
+            decoder.plan.steps,
+            every,
             views=min(every, config.steps_per_update or every),
-            old=0 if config.uses_recorded or mu == 1 else fresh,
-            reference=fresh if config.beta > 0 else 0,
-            joint=0 if views[0].share is None else mu - 1 if mu > 1 else int(config.beta > 0),
+            old=old,
+            reference=fresh * penalty,
+            joint=0 if views[0].share is None else joint,
             copies=decoder.copies,
         )
 
@@ -75,29 +75,24 @@ def dry_run(config: DiffusionGRPOConfig) -> str:
     config.check_batch()
     lm = load_meta(str(config.model), config.dtype)
     check_precision(lm, config.lora_r)
-    data = rl_data(lm, config)
-    prompt = data.widest(lm, config.max_completion_length)
-    decoder, work = config.rollout_decoder(), Work.of(config)
+    data, decoder, work = rl_data(lm, config), config.rollout_decoder(), Work.of(config)
+    canvas, prompt = config.max_completion_length, data.widest(lm, config.max_completion_length)
     world, mu, batch = world_size(), config.num_iterations, config.per_device_train_batch_size
     groups, rollouts = batch // config.num_generations * world, math.ceil(config.max_steps / mu)
-
-    def passes(sequences: int) -> int:
-        return math.ceil(sequences * batch / config.rows_per_forward)
-
-    old, reference, joint = (passes(work.every) * n for n in (work.old, work.reference, work.joint))
-    sampling, update = passes(1) * work.steps, passes(work.views)
-    size = config.rows_per_forward * work.copies
+    drawn, size = rollouts * groups, config.rows_per_forward * work.copies
+    once, every, update = (math.ceil(n * batch / config.rows_per_forward) for n in (1, work.every, work.views))
+    old, reference, joint = (every * n for n in (work.old, work.reference, work.joint))
     need = training_memory(
         lm,
         Workload(
             lm.model.dtype,
             min(config.rows_per_forward, work.views * batch) * work.copies,
             prompt,
-            config.max_completion_length,
-            lora=config.lora_r or 0,
-            targets=config.lora_target_modules,
-            autocast=config.bf16,
-            checkpointing=config.activation_checkpointing,
+            canvas,
+            config.lora_r or 0,
+            config.lora_target_modules,
+            config.bf16,
+            config.activation_checkpointing,
             reference=config.beta > 0,
             completions=batch,
             steps=work.views,
@@ -105,8 +100,7 @@ def dry_run(config: DiffusionGRPOConfig) -> str:
             cuda=torch.cuda.is_available() or config.dtype != "float32",
         ),
     )
-    parts = ", ".join(f"{k} {v / GIB:.2f}" for k, v in dataclasses.asdict(need).items() if v)
-    drawn = rollouts * groups
+    parts = ", ".join(f"{k} {v / GIB:.2f}" for k, v in asdict(need).items() if v)
     lines = {
         "model": f"{lm.name}: {lm.model.config.model_type}, {sum(p.numel() for p in lm.model.parameters()):,} parameters",
         "rewards": ", ".join(data.reward_funcs),
@@ -115,14 +109,13 @@ def dry_run(config: DiffusionGRPOConfig) -> str:
         "batch": f"{world} processes × {batch} completions = {batch * world} an update: {groups} prompts × "
         f"{config.num_generations}",
         "updates": f"{config.max_steps}, {mu} on each of {rollouts} rollouts",
-        "rollout": f"{work.steps} steps for {config.max_completion_length} tokens ({decoder.name}, T = "
-        f"{decoder.temperature:g}): NFE {work.steps * work.copies} a completion, {sampling} forward passes of up to {size} "
-        "rows",
+        "rollout": f"{work.steps} steps for {canvas} tokens ({decoder.name}, T = {decoder.temperature:g}): NFE "
+        f"{work.steps * work.copies} a completion, {once * work.steps} forward passes of up to {size} rows",
         "scoring": f"{old} forward passes for the old policy, {reference} for the reference, {joint} for the loss, once a "
         "rollout",
         "update": f"{work.views} views × {batch} rows: {update} forward and backward passes of up to {size} rows",
-        "in all": f"{(sampling + old + reference + joint) / mu + update:.1f} forward passes an update and process, {update} of "
-        "them with a backward pass",
+        "in all": f"{(once * work.steps + old + reference + joint) / mu + update:.1f} forward passes an update and process, "
+        f"{update} of them with a backward pass",
         "memory": f"{need.total / GIB:.2f} GiB a process without sharding ({parts})",
     }
-    return f"{as_yaml(dataclasses.asdict(config))}\n" + "\n".join(f"{k:<11}{v}" for k, v in lines.items())
+    return f"{as_yaml(asdict(config))}\n" + "\n".join(f"{k:<11}{v}" for k, v in lines.items())

@@ -43,7 +43,7 @@ class View:
 
 @dataclass(frozen=True)
 class ViewRows:
-    """Rows of any views concatenated along the batch: a forward pass takes as many as fit, whatever view they come from.
+    """Rows of all views concatenated along the batch: a forward pass takes as many as fit, whatever view they come from.
 
     Attributes:
         ids: (M, P+L) int64. scored: (M, L) bool. row: (M,) int64, the trajectory's row of each. share: (M,) float32 or None.
@@ -56,7 +56,6 @@ class ViewRows:
 
     @classmethod
     def of(cls, views: list[View]) -> ViewRows:
-        """All rows of the views, view after view."""
         ids, scored = torch.cat([v.ids for v in views]), torch.cat([v.scored for v in views])
         row = torch.arange(len(views[0].ids), device=ids.device).repeat(len(views))
         shares = [v.share for v in views if v.share is not None]
@@ -70,11 +69,6 @@ class ViewRows:
     def share_of(self, values: Tensor) -> Tensor:
         """Values of the scored tokens, (N,) in the order of ``scored``, each times its view's share."""
         return values if self.share is None else values * self.share[self.scored.nonzero()[:, 0]]
-
-    def parts(self, size: int, active: Tensor) -> list[Tensor]:
-        """Indexes of the rows that score anything and whose trajectory row is ``active`` (B,), ``size`` at a time."""
-        wanted = (active[self.row] & self.scored.any(1)).nonzero()[:, 0]
-        return list(wanted.split(size)) if len(wanted) else []
 
 
 @dataclass(frozen=True)
@@ -97,11 +91,7 @@ OBJECTIVES: Registry[Any] = Registry("objective")
 
 
 def find_objective(name: str) -> Objective:
-    """A registered objective, or one's own as ``package.module:name``: an Objective, or a function that yields views.
-
-    Raises:
-        UserError: for a name that stands for neither.
-    """
+    """A registered objective, or one's own as ``package.module:name``: an Objective or a function that yields views."""
     found = OBJECTIVES.resolve(name)
     if isinstance(found, Objective):
         return found
@@ -155,7 +145,7 @@ def coupled(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[V
 
 
 def has_reward_variance(rewards: Tensor, num_generations: int) -> Tensor:
-    """Which rows stand in a group whose rewards are not all equal. (B,) -> (B,) bool."""
+    """Which rows are in a group whose rewards are not all equal. (B,) -> (B,) bool."""
     groups = rewards.view(-1, num_generations)
     return (groups != groups[:, :1]).any(1).repeat_interleave(num_generations)
 

@@ -16,7 +16,7 @@ from unmask.tasks.base import Judge, Problem, Reward, Task
 
 Row = dict[str, Any]
 REWARDS: Registry[Reward | None] = Registry("reward")
-REWARDS["released"] = None  # stands for the released trainer's own reward functions of the tasks
+REWARDS["released"] = None  # means the released trainer's own reward functions of the tasks
 
 
 @REWARDS.register("solved")
@@ -33,28 +33,23 @@ def reward_functions(rewards: Sequence[str | Reward], tasks: Sequence[Task]) -> 
     Args:
         rewards: functions, or their names: registered ones, ``package.module:name``, or ``released``. Where several have one
             name, the second is ``NAME_2``, and so on.
-
-    Raises:
-        UserError: for a function that cannot be imported, and for ``released`` with a task that has no released reward.
     """
     found = [] if rewards else _task_rewards(tasks, released=False)
     for spec in rewards:
         function = REWARDS.resolve(spec) if isinstance(spec, str) else spec
         if function is None:
             found += _task_rewards(tasks, released=True)
-        elif not callable(function):
-            raise UserError(f"reward {spec!r} is not a function but {type(function).__name__}")
-        elif isinstance(function, type):
-            raise UserError(f"reward {spec!r} is a class: name an object of it, or a function")
+        elif isinstance(function, type) or not callable(function):
+            raise UserError(
+                f"reward {spec!r} is {function!r:.60}: name a function, or an object that is called like one"
+            )
         else:
             found.append((spec.rpartition(":")[2] if isinstance(spec, str) else _name(function), function, 1.0))
     named: dict[str, tuple[Reward, float]] = {}
     for name, function, weight in found:
         names = (name, *(f"{name}_{k}" for k in range(2, len(found) + 2)))
-        named[next(n for n in names if n not in (*named, "std"))] = (
-            function,
-            weight,
-        )  # reward_std is the rollout's own
+        free = next(n for n in names if n not in (*named, "std"))  # reward_std is the rollout's own
+        named[free] = (function, weight)
     return named
 
 
@@ -86,18 +81,13 @@ def _task_rewards(tasks: Sequence[Task], released: bool) -> list[tuple[str, Rewa
 
 
 def score(functions: Mapping[str, Reward], rows: list[Row], completions: list[str]) -> Tensor:
-    """Every function's reward for every completion.
+    """Every function's reward for every completion, (B, functions) float32; NaN where it returned None (it does not judge it).
 
     Args:
-        functions: by their names in messages.
         rows: one a completion; ``prompt`` and any further columns, which the functions get as lists by name.
 
-    Returns:
-        (B, functions) float32; NaN where a function returned None (it does not judge this row).
-
     Raises:
-        UserError: where a function raises, returns the wrong number of values or something that is no finite number, or
-            where every function returned None for a row.
+        UserError: where a function raises, returns anything but a finite number or None a completion, or none judges a row.
     """
     columns = {f"{key}s" if key == "prompt" else key: [row[key] for row in rows] for key in rows[0]}
     table = torch.tensor([_call(*item, completions, columns) for item in functions.items()]).T.contiguous()
@@ -112,25 +102,17 @@ def score(functions: Mapping[str, Reward], rows: list[Row], completions: list[st
 
 def _call(name: str, function: Reward, completions: list[str], columns: dict[str, Any]) -> list[float]:
     try:
-        values = list(function(completions=completions, **columns))
+        values = [None if v is None else float(v) for v in function(completions=completions, **columns)]
     except Exception as error:  # a user's function may raise anything
         raise UserError(f"reward function {name} raised {type(error).__name__}: {error}; repair it") from error
     if len(values) != len(completions):
         raise UserError(
             f"reward function {name} returned {len(values)} values for {len(completions)} completions: return one each"
         )
-    return [math.nan if v is None else _number(name, v, c) for v, c in zip(values, completions, strict=True)]
-
-
-def _number(name: str, value: Any, completion: str) -> float:
-    try:
-        number = float(value)
-    except Exception:  # noqa: BLE001  (an object's own conversion may raise anything)
-        number = math.inf
-    if not abs(number) <= torch.finfo(torch.float32).max:
-        shown = f"{value!r:.60}" if isinstance(value, float | str) else f"an object of type {type(value).__name__}"
-        raise UserError(
-            f"reward function {name} returned {shown} for the completion {completion[:60]!r}: return a finite number, or "
-            "None to leave the row to the other functions"
-        )
-    return number
+    for value, completion in zip(values, completions, strict=True):
+        if value is not None and not abs(value) <= torch.finfo(torch.float32).max:
+            raise UserError(
+                f"reward function {name} returned {value} for the completion {completion[:60]!r}: return a finite number, or "
+                "None to leave the row to the other functions"
+            )
+    return [math.nan if v is None else v for v in values]

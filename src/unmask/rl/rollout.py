@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils.data import Sampler
 
 from unmask.decoding import Decoder, decode
 from unmask.decoding.score import score_states
@@ -49,38 +48,26 @@ class Rollout:
         """What ``save`` wrote. Raises UserError where there is none of this rank."""
         file = folder / f"rollout-{rank}.safetensors"
         if not file.is_file():
-            raise UserError(f"{folder} has no rollout of process {rank}: go on with as many processes as before")
+            raise UserError(f"{folder} has no rollout of process {rank}: resume with as many processes as before")
         trajectory = Trajectory.load(folder / f"trajectory-{rank}.safetensors").to(device)
         return cls(trajectory, **load_file(file, device=str(device)))
 
 
-class RolloutSampler(Sampler[list[int]]):
-    """This rank's prompts for every update: shuffled epochs, cut evenly over the ranks, repeated for each inner iteration."""
-
-    def __init__(
-        self, size: int, prompts: int, iterations: int, updates: int, seed: int, rank: int = 0, world: int = 1
-    ) -> None:
-        self.size, self.prompts, self.iterations, self.updates = size, prompts, iterations, updates
-        self.seed, self.rank, self.world = seed, rank, world
-
-    def __len__(self) -> int:
-        return self.updates
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, order = -1, torch.empty(0)
-        for update in range(self.updates):
-            start = (update // self.iterations * self.world + self.rank) * self.prompts
-            batch = []
-            for k in range(start, start + self.prompts):
-                if k // self.size != epoch:
-                    epoch = k // self.size
-                    generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2**63)
-                    order = torch.randperm(self.size, generator=generator)
-                batch.append(int(order[k % self.size]))
-            yield batch
+def rollout_batches(
+    rows: int, prompts: int, iterations: int, updates: int, seed: int, rank: int = 0, world: int = 1
+) -> list[list[int]]:
+    """This rank's ``prompts`` of the ``rows`` for every update: shuffled epochs, cut evenly over the ranks, repeated for each
+    inner iteration."""
+    rollouts = -(-updates // iterations)
+    order = [
+        torch.randperm(rows, generator=torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63))
+        for epoch in range(-(-rollouts * world * prompts // rows))
+    ]
+    batches = torch.cat(order)[: rollouts * world * prompts].view(rollouts, world, prompts)[:, rank].tolist()
+    return [batches[update // iterations] for update in range(updates)]
 
 
-def row_seeds(seed: int, rollout: int, first_row: int, rows: int) -> tuple[Tensor, Tensor]:
+def rollout_seeds(seed: int, rollout: int, first_row: int, rows: int) -> tuple[Tensor, Tensor]:
     """Seeds of decoding and of the objective's views, (rows,) int64 each; a row's depend on its place in the global batch."""
     base = ((seed * 1_000_003 + rollout) % 2**38 << 24) + 2 * (first_row + torch.arange(rows))
     return base, base + 1
@@ -97,15 +84,11 @@ def sample_trajectory(
 
 
 def score_rows(policy: MaskedLM, trajectory: Trajectory, rows: ViewRows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One forward pass: log-probabilities and entropies (N,) of the scored tokens, and their rows and columns (N,).
-
-    Differentiable in the first; the order is row-major in ``rows.scored``.
-    """
-    width = trajectory.prompt.shape[1]
+    """One forward pass: log-probabilities (with gradient), entropies, rows and columns of the scored tokens, (N,) each."""
+    width, scale = trajectory.prompt.shape[1], trajectory.decoder["cfg_scale"]
     at, column = rows.scored.nonzero(as_tuple=True)
-    row = rows.row[at]
+    row, where = rows.row[at], (at, column + width)
     tokens = trajectory.tokens[row, column]
-    where, scale = (at, column + width), trajectory.decoder["cfg_scale"]
     found = score_states(policy, rows.ids, trajectory.visible[rows.row], where, tokens, prompt=width, w=scale)
     return *found, row, column
 

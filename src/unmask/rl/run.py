@@ -8,7 +8,6 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from unmask.errors import UserError
 from unmask.io.files import read_lines, write_text
 from unmask.io.schema import COUNT
 from unmask.rl.config import DiffusionGRPOConfig
@@ -21,7 +20,7 @@ _TIMES = ("seconds_rollout", "seconds_update")
 class RunLog(TrainerCallback):
     """metrics.jsonl, times.jsonl and completions.jsonl of a run folder; a resumed run first drops what came after its start.
 
-    Times stand in a file of their own: everything else is the same, to the bit, in a resumed run.
+    Times have a file of their own: everything else is the same, to the bit, in a resumed run.
     """
 
     def __init__(self, trainer: DiffusionGRPOTrainer) -> None:
@@ -33,7 +32,7 @@ class RunLog(TrainerCallback):
         for name in ("metrics", "times", "completions"):
             path = self.folder / f"{name}.jsonl"
             # The validation before the first update belongs to step 0 of a fresh start only.
-            lines = read_lines(path, {"step": COUNT}, "remove it, and the run goes on without what it held")
+            lines = read_lines(path, {"step": COUNT}, "remove it, and the run resumes without what it held")
             kept = [e for e in lines if e["step"] <= state.global_step] if state.global_step else []
             write_text(path, "".join(json.dumps(e) + "\n" for e in kept))
 
@@ -53,13 +52,7 @@ class RunLog(TrainerCallback):
 
 
 def train(config: DiffusionGRPOConfig) -> Path:
-    """Run (or, if the run folder holds a checkpoint, go on with) a run; returns the folder of the final plain checkpoint.
-
-    Raises:
-        UserError: for anything wrong in the request, and for what goes wrong in rewards or the loss.
-    """
-    if not config.tasks:
-        raise UserError("tasks needs at least one entry")
+    """Run, or resume from the run folder's newest checkpoint; returns the folder of the final plain checkpoint."""
     trainer = DiffusionGRPOTrainer(str(config.model), None, config)
     trainer.add_callback(RunLog(trainer))
     return run(trainer)

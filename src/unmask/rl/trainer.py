@@ -7,42 +7,33 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import IntervalStrategy, PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from unmask.decoding import Decoder
 from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
-from unmask.models.adapters import add_adapter
 from unmask.models.masked_lm import MaskedLM
+from unmask.rl import objectives
 from unmask.rl.config import DiffusionGRPOConfig
 from unmask.rl.data import rl_data
-from unmask.rl.metrics import UPDATE, rollout_metrics, update_sums, validation_metrics, validation_sums
-from unmask.rl.objectives import (
-    Objective,
-    View,
-    ViewRows,
-    clipped_surrogate,
-    find_objective,
-    group_advantages,
-    has_reward_variance,
-    k3,
-    sample_views,
-    token_weights,
-)
+from unmask.rl.objectives import View, ViewRows
 from unmask.rl.rewards import Row, score
-from unmask.rl.rollout import Rollout, RolloutSampler, row_seeds, sample_trajectory, score_all, score_rows
+from unmask.rl.rollout import Rollout, rollout_batches, rollout_seeds, sample_trajectory, score_all, score_rows
 from unmask.tasks import Task
 from unmask.tasks.base import Reward
-from unmask.training.trainer import Model, RunTrainer, load_model, lora_config, training_arguments
+from unmask.training.trainer import Model, RunTrainer, prepare_model, training_arguments
 
 Microbatch = tuple[Tensor, bool]
 """Indexes of view rows for one forward pass, and whether they count."""
+UPDATE_METRICS = ("logprob_mismatch", "kl", "clip_fraction", "entropy", "ratio")
+"""Means over the scored tokens of an update."""
 
 
 class DiffusionGRPOTrainer(RunTrainer):
@@ -55,11 +46,8 @@ class DiffusionGRPOTrainer(RunTrainer):
         train_dataset: a Task or several, or rows with ``prompt`` (text, or messages for the chat template), whose other columns
             go to the reward functions. Without it and without reward_funcs, ``args`` names both.
         eval_dataset: rows like these; by default the tasks' validation problems. Rows with ``problem`` and ``task`` are graded.
-        peft_config: train this adapter (by default that of ``args.lora_r``); the reference policy is the model without it.
-
-    Raises:
-        UserError: for a data set without rows or prompts, no reward function, a wrong number of weights, or dropout in the
-            adapter (the policy that is optimized must be the one that sampled).
+        peft_config: train this adapter (by default that of ``args.lora_r``), without dropout; the reference policy is the model
+            without it.
     """
 
     config: DiffusionGRPOConfig
@@ -81,35 +69,28 @@ class DiffusionGRPOTrainer(RunTrainer):
             logging_steps=1,  # with more, the updates between would go unreported
             logging_nan_inf_filter=False,
             ddp_find_unused_parameters=False,
+            eval_on_start=True,
         )
-        lm = load_model(model, args, processing_class)
-        self.config = replace(args, model=lm.name)
-        with arguments.main_process_first():  # one process fetches a data set, the others find it
-            data = rl_data(lm, args, reward_funcs, train_dataset, eval_dataset)
-        if data.validation:
-            arguments.eval_strategy, arguments.eval_on_start = IntervalStrategy.STEPS, True
-        self.reward_funcs, self.reward_weights = data.reward_funcs, torch.tensor(data.weights)
-        self.decoder = args.rollout_decoder()
-        self.objective: Objective = find_objective(args.objective)
-        widest = data.widest(lm, args.max_completion_length)
-        self.prompt_width = widest if args.compile else 0
-        if args.compile:
-            lm.model.base_model.compile()
-        adapter = lora_config(args) if peft_config is None else peft_config
-        if dropout := getattr(adapter, "lora_dropout", 0):
+        if dropout := getattr(peft_config, "lora_dropout", 0):
             raise UserError(
                 f"lora_dropout is {dropout}: set it to 0, or the policy that is optimized is not the one that sampled"
             )
-        if adapter is not None:
-            lm = add_adapter(lm, adapter, args.seed)
-        datasets = {"train_dataset": data.training, "eval_dataset": data.validation or None, "data_collator": list}
-        super().__init__(lm, arguments, callbacks=callbacks, **datasets)
+        lm = prepare_model(model, args, processing_class, peft_config)
+        self.config = replace(args, model=lm.name)
+        with arguments.main_process_first():  # one process fetches a data set, the others find it
+            data = rl_data(lm, args, reward_funcs, train_dataset, eval_dataset)
+        self.reward_funcs, self.reward_weights = data.reward_funcs, torch.tensor(data.weights)
+        self.decoder = args.rollout_decoder()
+        self.objective: objectives.Objective = objectives.find_objective(args.objective)
+        widest = data.widest(lm, args.max_completion_length)
+        self.prompt_width = widest if args.compile else 0
+        super().__init__(lm, arguments, data.training, data.validation, list, callbacks)
         if self.is_fsdp_enabled and self.decoder.threshold is not None:
             raise UserError(
                 "a threshold decoder takes other numbers of steps on every rank, which FSDP cannot follow: use DDP"
             )
         self.reference_model: Any = None
-        if args.beta > 0 and adapter is None:
+        if args.beta > 0 and args.lora_r is None and peft_config is None:
             self.reference_model = copy.deepcopy(lm.model).eval().requires_grad_(False).to(arguments.device)
             if args.compile:
                 self.reference_model.base_model.compile()  # a copy is not compiled
@@ -119,25 +100,21 @@ class DiffusionGRPOTrainer(RunTrainer):
 
     def get_train_dataloader(self) -> DataLoader[list[Row]]:
         """One batch of prompts an update. Every rank cuts its own share, so the loader is not prepared by accelerate."""
-        args, config = self.args, self.config
-        groups = args.per_device_train_batch_size // config.num_generations
-        rows: Any = self.train_dataset
-        sampler = RolloutSampler(
-            len(rows), groups, config.num_iterations, args.max_steps, args.seed, args.process_index, args.world_size
-        )
-        return DataLoader(rows, batch_sampler=sampler, collate_fn=list)
+        args, rows = self.args, cast(Any, self.train_dataset)
+        groups, repeats = args.per_device_train_batch_size // self.config.num_generations, self.config.num_iterations
+        place = args.process_index, args.world_size
+        batches = rollout_batches(len(rows), groups, repeats, args.max_steps, args.seed, *place)
+        return DataLoader(rows, batch_sampler=batches, collate_fn=list)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Sample (at the first inner iteration), then accumulate the gradient of one update. Returns the loss."""
-        iteration = self.state.global_step % self.config.num_iterations
-        start = time.perf_counter()
+        iteration, start = self.state.global_step % self.config.num_iterations, time.perf_counter()
         if iteration == 0:
             self.rollout = self.sample(inputs)
         assert self.rollout is not None
         sampled = time.perf_counter()
         loss = self.update(model, self.rollout, iteration)
-        self.pending_metrics["seconds_rollout"] = sampled - start
-        self.pending_metrics["seconds_update"] = time.perf_counter() - sampled
+        self.pending_metrics |= {"seconds_rollout": sampled - start, "seconds_update": time.perf_counter() - sampled}
         return loss
 
     @contextmanager
@@ -155,41 +132,42 @@ class DiffusionGRPOTrainer(RunTrainer):
             model.train(training)
 
     def _decode(self, rows: list[Row], decoder: Decoder, seeds: Tensor) -> Trajectory:
-        prompts = [row["prompt"] for row in rows]
+        prompts, size = [row["prompt"] for row in rows], self.config.rows_per_forward
         with self.inference() as policy:
-            return sample_trajectory(policy, prompts, decoder, seeds, self.config.rows_per_forward, self.prompt_width)
+            return sample_trajectory(policy, prompts, decoder, seeds, size, self.prompt_width)
 
     def sample(self, rows: list[Row]) -> Rollout:
         """Expand prompts to groups, decode, reward, and score under the old and the reference policy where needed."""
         config = self.config
         rows = [row for row in rows for _ in range(config.num_generations)]
         number = self.state.global_step // config.num_iterations
-        seeds, view_seeds = row_seeds(config.seed, number, self.args.process_index * len(rows), len(rows))
+        seeds, view_seeds = rollout_seeds(config.seed, number, self.args.process_index * len(rows), len(rows))
         trajectory = self._decode(rows, self.decoder, seeds)
         texts = self.lm.text(trajectory.tokens)
         table = score(self.reward_funcs, rows, texts)
         rewards = (table * self.reward_weights).nansum(1)
-        advantages = group_advantages(rewards, config.num_generations, config.scale_rewards)
-        self._record_rollout(trajectory, table, rewards)
+        advantages = objectives.group_advantages(rewards, config.num_generations, config.scale_rewards)
+        active = objectives.has_reward_variance(rewards, config.num_generations)
+        self._record_rollout(trajectory, table, rewards, active)
+        first_group = list(zip(rows, texts, rewards.tolist(), advantages.tolist(), strict=True))[
+            : config.num_generations
+        ]
         self.completions = [
-            {"prompt": row["prompt"], "completion": text, "reward": float(r), "advantage": float(a)}
-            for row, text, r, a in zip(rows, texts, rewards, advantages, strict=True)
-        ][: config.num_generations]
-        device = trajectory.tokens.device
-        active = has_reward_variance(rewards, config.num_generations).to(device)
-        rollout = Rollout(trajectory, advantages.to(device), active, view_seeds.to(device))
+            {"prompt": row["prompt"], "completion": text, "reward": r, "advantage": a}
+            for row, text, r, a in first_group
+        ]
+        rollout = Rollout(trajectory, *(x.to(trajectory.tokens.device) for x in (advantages, active, view_seeds)))
         if config.uses_recorded:
             rollout.old = trajectory.logprob[None]
         elif config.num_iterations > 1:
             with self.inference() as policy:
-                rollout.old = self.score_views(policy, rollout, active)
+                rollout.old = self.score_views(policy, rollout)
         if config.beta > 0 and self.reference_model is None:
             with self.inference() as policy, cast(Any, policy.model).disable_adapter():
-                rollout.reference = self.score_views(policy, rollout, active)
+                rollout.reference = self.score_views(policy, rollout)
         elif config.beta > 0:
             with torch.no_grad(), self.accelerator.autocast():  # the policy's own forward has it from accelerate
-                reference = replace(self.lm, model=self.reference_model)
-                rollout.reference = self.score_views(reference, rollout, active)
+                rollout.reference = self.score_views(replace(self.lm, model=self.reference_model), rollout)
         return rollout
 
     def views(self, rollout: Rollout, iteration: int) -> list[View]:
@@ -202,46 +180,44 @@ class DiffusionGRPOTrainer(RunTrainer):
             views = [replace(v, scored=v.scored & inside) for v in views]
         return views
 
-    def score_views(self, policy: MaskedLM, rollout: Rollout, active: Tensor) -> Tensor:
-        """Log-probabilities of the recorded tokens in all views, (iterations, B, L); 0 in rows that are not ``active`` (B,)."""
+    def score_views(self, policy: MaskedLM, rollout: Rollout) -> Tensor:
+        """Log-probabilities of the recorded tokens in all views, (iterations, B, L); 0 in rows that are not active."""
         found = []
-        for i in range(self.config.num_iterations if self.objective.fresh else 1):
-            rows = ViewRows.of(self.views(rollout, i))
-            found.append(score_all(policy, rollout.trajectory, rows, self.microbatches(rows, active)))
+        for iteration in range(self.config.num_iterations if self.objective.fresh else 1):
+            rows = ViewRows.of(self.views(rollout, iteration))
+            found.append(score_all(policy, rollout.trajectory, rows, self.microbatches(rows, rollout.active)))
         return torch.stack(found)
 
     def microbatches(self, rows: ViewRows, active: Tensor) -> list[Microbatch]:
-        """The forward passes over view rows of ``active`` (B,) trajectories, as many on every rank; idle ones do not count."""
-        found = [(part, True) for part in rows.parts(self.config.rows_per_forward, active)]
-        most = len(found)
+        """The forward passes over view rows that score tokens of ``active`` (B,) trajectories, as many on every rank."""
+        scoring = (active[rows.row] & rows.scored.any(1)).nonzero()[:, 0]
+        found = [(part, True) for part in scoring.split(self.config.rows_per_forward) if len(part)]
+        num_passes = len(found)
         if self.args.world_size > 1:
-            most = int(self.accelerator.gather(torch.tensor([most], device=self.accelerator.device)).max())
-        idle = (torch.zeros(1, dtype=torch.int64, device=active.device), False)
-        return found + [idle] * (max(most, 1) - len(found))
+            device = self.accelerator.device
+            num_passes = int(self.accelerator.gather(torch.tensor([num_passes], device=device)).max())
+        padding_pass = (torch.zeros(1, dtype=torch.int64, device=active.device), False)  # computed, not counted
+        return found + [padding_pass] * (max(num_passes, 1) - len(found))
 
-    def _token_losses(
-        self, rollout: Rollout, iteration: int, new: Tensor, row: Tensor, column: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _token_losses(self, rollout: Rollout, iteration: int, new: Tensor, row: Tensor, column: Tensor) -> list[Tensor]:
         """Of the tokens at (row, column), all (N,): surrogate plus KL penalty, the ratio's logarithm, KL."""
         stored = iteration if self.objective.fresh else 0
         old = new.detach() if rollout.old is None else rollout.old[stored][row, column]
-        loss = clipped_surrogate(new, old, rollout.advantages[row], self.config.epsilon)
+        loss = objectives.clipped_surrogate(new, old, rollout.advantages[row], self.config.epsilon)
         kl = torch.zeros_like(new)
         if rollout.reference is not None:
-            kl = k3(new, rollout.reference[stored][row, column])
+            kl = objectives.k3(new, rollout.reference[stored][row, column])
             loss = loss + self.config.beta * kl
-        return loss, new - old, kl
+        return [loss, new - old, kl]
 
     def _joint_gradient(
         self, rollout: Rollout, iteration: int, views: list[View], microbatches: list[Microbatch]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The loss of log-probabilities that are sums over views, and what it takes from each of them.
+        """Of log-probabilities that are sums over views: this rank's loss, its gradient with respect to the sums, the ratio's
+        logarithm and KL, the last three (B, L).
 
         Two passes are exact with the memory of one view: the sums without gradient, then (in ``update``) a backward pass of
         gradient · log-probability for each forward pass.
-
-        Returns:
-            This rank's loss, its gradient with respect to the sums, the ratio's logarithm and KL, the last three (B, L).
         """
         scored = torch.stack([v.scored for v in views]).any(0)
         row, column = (scored & rollout.active[:, None]).nonzero(as_tuple=True)
@@ -252,7 +228,7 @@ class DiffusionGRPOTrainer(RunTrainer):
             with self.inference() as policy:
                 new = score_all(policy, rollout.trajectory, ViewRows.of(views), microbatches)
         leaf = new[row, column].requires_grad_()
-        weight = token_weights([scored], self.config.normalization)[0][row, column] / len(rollout.active)
+        weight = objectives.token_weights([scored], self.config.normalization)[0][row, column] / len(rollout.active)
         losses, *values = self._token_losses(rollout, iteration, leaf, row, column)
         loss = (weight * losses).sum()
         found = (torch.autograd.grad(loss, leaf)[0] if len(leaf) else leaf, *values)
@@ -264,14 +240,14 @@ class DiffusionGRPOTrainer(RunTrainer):
         config, trajectory = self.config, rollout.trajectory
         views = self.views(rollout, iteration)
         if config.steps_per_update is not None:
-            views = sample_views(views, config.steps_per_update, rollout.seeds, iteration)
-        weights = torch.cat(token_weights([v.scored for v in views], config.normalization))
+            views = objectives.sample_views(views, config.steps_per_update, rollout.seeds, iteration)
+        weights = torch.cat(objectives.token_weights([v.scored for v in views], config.normalization))
         table = ViewRows.of(views)
         microbatches = self.microbatches(table, rollout.active)
         total = torch.zeros((), device=trajectory.tokens.device)
         if table.share is not None:
             total, *joint = self._joint_gradient(rollout, iteration, views, microbatches)
-        sums = torch.zeros(len(UPDATE), dtype=torch.float64, device=total.device)
+        sums = torch.zeros(1 + len(UPDATE_METRICS), dtype=torch.float64, device=total.device)
         model.train()  # activation checkpointing asks for it; there is no dropout
         policy = replace(self.lm, model=model)
         for number, (part, counted) in enumerate(microbatches):
@@ -288,9 +264,12 @@ class DiffusionGRPOTrainer(RunTrainer):
                     loss = (weights[part][rows.scored] * counted / len(rollout.active) * losses).sum()
                     total = total + loss.detach()
                 self.accelerator.backward(loss)
-            mismatch = new - trajectory.logprob[row, column]
-            advantages = rollout.advantages[row]
-            sums += counted * update_sums(mismatch, log_ratio, kl, entropy, advantages, config.epsilon)
+            with torch.no_grad():
+                ratio, mismatch = log_ratio.exp().double(), (new - trajectory.logprob[row, column]).abs()
+                raised = rollout.advantages[row] > 0
+                clipped = torch.where(raised, ratio > 1 + config.epsilon, ratio < 1 - config.epsilon)
+                values = (torch.ones_like(ratio), mismatch, kl, clipped, entropy, ratio)
+                sums += counted * torch.stack([v.double().sum() for v in values])
         self._record_update(total, sums, iteration)
         return total
 
@@ -303,31 +282,38 @@ class DiffusionGRPOTrainer(RunTrainer):
             tensor = self.accelerator.reduce(tensor, "mean")
         return tensor.tolist()
 
-    def _record_rollout(self, trajectory: Trajectory, table: Tensor, rewards: Tensor) -> None:
-        values = rollout_metrics(self.lm, trajectory, rewards, self.config.num_generations)
-        self.pending_metrics.update(zip(values, self._mean([*values.values()]), strict=True))
+    def _record_rollout(self, trajectory: Trajectory, table: Tensor, rewards: Tensor, active: Tensor) -> None:
+        lengths = self.lm.lengths(trajectory.tokens).double()  # before the first end token
+        values = {
+            "reward": rewards.mean(),
+            "reward_std": rewards.view(-1, self.config.num_generations).std(1).mean(),
+            "groups_without_variance": (~active).double().mean(),
+            "length": lengths.mean(),
+            "without_end": (lengths == trajectory.tokens.shape[1]).double().mean(),
+            "nfe": trajectory.nfe.double().mean(),
+        }
+        self.pending_metrics.update(zip(values, self._mean([float(v) for v in values.values()]), strict=True))
         totals, counts = (self._mean(x.sum(0)) for x in (table.nan_to_num(), (~table.isnan()).float()))
         judged = zip(self.reward_funcs, totals, counts, strict=True)
         self.pending_metrics |= {f"reward_{name}": total / count for name, total, count in judged if count}
 
     def _record_update(self, loss: Tensor, sums: Tensor, iteration: int) -> None:
-        finite, *means = self._mean([float(loss.isfinite()), *sums.tolist()])
+        finite, tokens, *totals = self._mean([float(loss.isfinite()), *sums.tolist()])
         if finite < 1:
             raise UserError("the loss is not finite: lower learning_rate or check the checkpoint's weights")
-        found = dict(zip(UPDATE, means, strict=True))
-        tokens = found.pop("tokens")
         if not tokens:  # no group had variance
             return
-        found = {k: v / tokens for k, v in found.items()}
+        found = {name: total / tokens for name, total in zip(UPDATE_METRICS, totals, strict=True)}
         mismatch = found.pop("logprob_mismatch")
         if iteration == 0:
             self.pending_metrics["logprob_mismatch"] = mismatch
             rounded = self.args.bf16 or self.args.fp16 or self.lm.model.dtype != torch.float32
             exact = self.objective.recorded and not rounded
-            if exact and mismatch > (most := self.config.max_logprob_mismatch):
+            if exact and mismatch > self.config.max_logprob_mismatch:
                 raise UserError(
                     f"the update does not see the policy that sampled: recorded and recomputed log-probabilities differ by "
-                    f"{mismatch:.2g} nats a token (at most {most:g}); switch dropout off, or raise max_logprob_mismatch"
+                    f"{mismatch:.2g} nats a token, more than max_logprob_mismatch={self.config.max_logprob_mismatch:g}: switch "
+                    "dropout off, or raise it"
                 )
         if self.config.beta == 0:
             del found["kl"]
@@ -340,23 +326,28 @@ class DiffusionGRPOTrainer(RunTrainer):
             self.pending_metrics = {}
         super().log(logs, start_time)
 
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Greedy decoding of the validation rows under the run's decoder: mean reward, and accuracy for rows of tasks."""
         rows: list[Row] = list(self.eval_dataset if eval_dataset is None else eval_dataset)  # type: ignore[arg-type]
-        share = self.rank_share(len(rows))
-        counted = sum(i < len(rows) for i in share)
-        mine = [rows[i % len(rows)] for i in share]
-        seeds, _ = row_seeds(self.config.seed, 0, 0, len(rows))
-        greedy = self.decoder.replace(temperature=0.0)
-        trajectory = self._decode(mine, greedy, seeds[torch.tensor(share) % len(rows)])
+        share, counted = zip(*self.rank_share(len(rows)), strict=True)
+        mine = [rows[i] for i in share]
+        seeds, _ = rollout_seeds(self.config.seed, 0, 0, len(rows))
+        trajectory = self._decode(mine, self.decoder.replace(temperature=0.0), seeds[[*share]])
         texts = self.lm.text(trajectory.tokens)
         rewards = (score(self.reward_funcs, mine, texts) * self.reward_weights).nansum(1).tolist()
         names = list(dict.fromkeys(row["task"].label for row in rows if "task" in row))
-        sums = validation_sums(mine[:counted], texts[:counted], rewards[:counted], names)
-        metrics = validation_metrics(self._mean(sums.flatten()), names)
-        return self.report({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        sums = torch.zeros(len(names) + 1, 4, dtype=torch.float64)  # rows, solved, points, possible; last rows, reward
+        for row, text, reward in compress(zip(mine, texts, rewards, strict=True), counted):
+            sums[-1] += torch.tensor([1.0, reward, 0.0, 0.0])
+            if "task" in row:
+                grade = row["task"].grade(row["problem"], text)
+                sums[names.index(row["task"].label)] += torch.tensor([1.0, grade.solved, grade.points, grade.possible])
+        count, solved, points, possible = torch.tensor(self._mean(sums.flatten())).view(-1, 4).T.tolist()
+        metrics = {f"{metric_key_prefix}_reward": solved[-1] / count[-1]}
+        for i, name in enumerate(names):
+            metrics[f"{metric_key_prefix}_{name}_solved"] = solved[i] / count[i]
+            metrics[f"{metric_key_prefix}_{name}_score"] = points[i] / possible[i]
+        return self.report(metrics)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Between inner iterations the rollout belongs to the checkpoint."""

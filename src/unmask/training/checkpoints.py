@@ -28,7 +28,7 @@ def seal(folder: Path) -> None:
 
 def verify(folder: Path) -> None:
     """Raises UserError for the first file of a checkpoint that is not as it was saved; nothing in it is executed."""
-    fix = f"remove {folder}, and the same command goes on from the checkpoint before it, or from the start"
+    fix = f"remove {folder}, and the same command resumes from the checkpoint before it, or from the start"
     for name, checksum in read_json(folder / CHECKSUMS, {...: str}, fix).items():
         if not (folder / name).is_file() or _checksum(folder / name) != checksum:
             raise UserError(f"{folder / name} is damaged or missing: {fix}")

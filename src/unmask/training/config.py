@@ -23,7 +23,7 @@ MAY_CHANGE = [
     "log_completions",
     "rows_per_forward",
 ]
-"""Settings in which a run that goes on may differ from before."""
+"""Settings in which a resumed run may differ from before."""
 
 
 @dataclass(kw_only=True)
@@ -47,13 +47,7 @@ class RunConfig:
     """Regular expression over module names; by default every matrix of every block."""
     validation_problems: int = 128
     """Validation problems a task."""
-    max_steps: int | None = None
-    """Updates."""
     per_device_train_batch_size: int = 64
-    learning_rate: float | None = None
-    warmup_steps: int | None = None
-    """Updates in which the learning rate rises."""
-    lr_scheduler_type: str = "constant_with_warmup"
     adam_beta2: float = 0.999
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
@@ -115,6 +109,8 @@ class SFTConfig(RunConfig):
     validation_share: float = 0.01
     """Share of ``data``'s prompts that are held out for validation, at least one; 0 for none."""
     lora_dropout: float = 0.0
+    max_steps: int | None = None
+    """Updates."""
     num_train_epochs: float | None = None
     """Passes over the data, instead of ``max_steps``."""
     gradient_accumulation_steps: int = 1
@@ -126,9 +122,8 @@ class SFTConfig(RunConfig):
     lr_scheduler_type: Literal["warmup_stable_decay", "constant_with_warmup", "linear", "cosine"] = (
         "warmup_stable_decay"
     )
-    """``warmup_stable_decay`` (constant, then linear to zero), ``constant_with_warmup``, ``linear`` or ``cosine``."""
     decay_share: float = 0.4
-    """The last share of the updates, over which ``warmup_stable_decay`` falls."""
+    """The last share of the updates, over which ``warmup_stable_decay`` falls to zero; before it is constant."""
     optimizer: Literal["muon", "adamw"] | None = None
     """``muon`` (matrices; AdamW for the rest) or ``adamw``. By default ``adamw``; from random weights ``muon``."""
     prompt_masking: float | None = None
@@ -152,9 +147,7 @@ class SFTConfig(RunConfig):
             if min(getattr(self, name), default=0) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: choose numbers of 1 or more")
         if (self.max_steps is None) == (self.num_train_epochs is None):
-            raise UserError(
-                f"max_steps is {self.max_steps}, num_train_epochs is {self.num_train_epochs}: set one of them"
-            )
+            raise UserError(f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs}: set one of them")
         check_at_least(self, 1, "gradient_accumulation_steps", "logging_steps", *self.chosen("max_length"))
         check_positive(self, *self.chosen("num_train_epochs"))
         for name in self.chosen("prompt_masking", "decay_share", "validation_share", "lora_dropout"):
@@ -162,7 +155,7 @@ class SFTConfig(RunConfig):
                 raise UserError(f"{name} is {getattr(self, name)}: choose a share from 0 to 1")
 
     def resolved(self) -> SFTConfig:
-        """These settings, with the defaults of their kind of run, from random weights or from a model, where none is set."""
+        """These settings, with the defaults for a new model or a given one where none is set."""
         new = self.new_model is not None
         defaults: dict[str, Any] = {
             "optimizer": "muon" if new else "adamw",

@@ -11,13 +11,13 @@ from unmask.io.files import as_yaml
 from unmask.models.masked_lm import MaskedLM
 from unmask.training.config import RunConfig
 
-_LLADA = """\
-In transformers, `import unmask` goes before `AutoModel.from_pretrained`. Without unmask, LLaDA takes the Python files that are
-published with it (`GSAI-ML/LLaDA-8B-Instruct`): put them beside the weights, and their `auto_map` into config.json."""
-_PARENT = """\
+_NOT_RECIPE = ("output_dir", "report_to", "logging_steps", "save_steps")
+_OPEN = """\
 In transformers alone, `{}ForCausalLM.from_pretrained` opens the weights. But that class sees tokens to the left only, and this
 model was trained to see both sides{}."""
-_NOT_RECIPE = ("output_dir", "report_to", "logging_steps", "save_steps")
+_OPEN_LLADA = """\
+In transformers, `import unmask` goes before `AutoModel.from_pretrained`. Without unmask, LLaDA takes the Python files that are
+published with it (`GSAI-ML/LLaDA-8B-Instruct`): put them beside the weights, and their `auto_map` into config.json."""
 
 
 def model_card(lm: MaskedLM, config: RunConfig, history: list[dict[str, float]]) -> str:
@@ -37,7 +37,7 @@ def model_card(lm: MaskedLM, config: RunConfig, history: list[dict[str, float]])
         rows = [f"| {k.removeprefix('eval_')} | {v:.4g} |" for k, v in last.items() if k.startswith("eval_")]
         scores = "\n".join([f"Validation after update {last['step']}:", "", "| | |", "|---|---:|", *rows])
     parent = {"llama": "Llama", "qwen3": "Qwen3"}.get(family.removeprefix("a2d-"), "Qwen2")
-    shift = " and to predict a token from the one before it" * model.shifted
+    other = _OPEN.format(parent, " and to predict a token from the one before it" * model.shifted)
     return f"""\
 ---
 {as_yaml(head)}---
@@ -64,5 +64,5 @@ import unmask
 lm = unmask.load("PATH OF THIS FOLDER")
 ```
 
-{_LLADA if family == "llada" else _PARENT.format(parent, shift)}
+{_OPEN_LLADA if family == "llada" else other}
 """

@@ -34,13 +34,3 @@ def corrupt(
     draws = torch.rand(ids.shape, generator=generator).to(ids.device)
     masked = (draws < t.to(ids.device)[:, None]) & maskable
     return ids.masked_fill(masked, mask_id), masked
-
-
-def diffusion_loss(logprob: Tensor, t: Tensor, tokens: Tensor | int) -> Tensor:
-    """1/t-weighted cross-entropy (LLaDA, Eq. 3, pooled over a batch), a scalar in nats a token.
-
-    Args:
-        logprob: (N,) log-probabilities of the right tokens at the masked positions. t: (N,) the masking time of each
-            position's row. tokens: the number of maskable tokens in the batch.
-    """
-    return -(logprob / t).sum() / tokens

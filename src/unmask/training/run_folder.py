@@ -1,4 +1,4 @@
-"""Run folders: whose they are, where a run goes on, and the plain checkpoint at its end."""
+"""Run folders: whose they are, where a run resumes, and the plain checkpoint at its end."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerState
 
 from unmask.config import read_config, save_config
 from unmask.errors import UserError, check_own_folder
-from unmask.io.files import folder_removed, writing_to
+from unmask.io.files import writing_to
 from unmask.models.load import load, warn_of_slow_bf16
 from unmask.models.masked_lm import MaskedLM
 from unmask.training.checkpoints import checkpoints, verify
 from unmask.training.config import MAY_CHANGE, RunConfig
 from unmask.training.model_card import model_card
-from unmask.training.trainer import RunTrainer
+from unmask.training.trainer import RunTrainer, plain_log
 
 
 def run(trainer: RunTrainer) -> Path:
-    """Train, or go on in a folder that holds a checkpoint; returns the folder of the final plain checkpoint.
+    """Train, or resume in a folder that holds a checkpoint; returns the folder of the final plain checkpoint.
 
     Raises:
         UserError: if the folder cannot be written, or holds checkpoints of a run with other settings or damaged ones.
@@ -48,7 +47,6 @@ def run(trainer: RunTrainer) -> Path:
             )
         if config.bf16:
             warn_of_slow_bf16(args.device)
-    trainer.add_callback(_FolderCheck())
     args.eval_on_start = args.eval_on_start and checkpoint is None  # a resumed run has that line already
     last = output / f"checkpoint-{args.max_steps}"
     with _writing_run(output):
@@ -75,39 +73,27 @@ def _newest(output: Path, config: RunConfig) -> Path | None:
     return found[-1] if found else None
 
 
-class _FolderCheck(TrainerCallback):
-    """Ends a run whose folder is gone: the Trainer would make it anew, without what the run needs to go on."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not (Path(args.output_dir) / "config.yaml").is_file():
-            raise folder_removed(Path(args.output_dir))
-
-
 @contextmanager
 def _writing_run(folder: Path) -> Iterator[None]:
-    """Turns what a run raises that cannot write to its folder, gone or on a full disk, into a UserError."""
+    """Turns what a run raises that cannot write to its folder, as on a full disk, into a UserError."""
     try:
         yield
-    except BrokenPipeError:  # of standard output
-        raise
-    except (OSError, RuntimeError, SafetensorError) as error:
-        if not (folder / "config.yaml").is_file():
-            raise folder_removed(folder) from None
+    except (OSError, RuntimeError, SafetensorError) as error:  # the latter two of torch and safetensors
         here = isinstance(error, OSError) and str(error.filename or "").startswith(str(folder))
-        if here or "No space left" in str(error) or "PytorchStreamWriter" in str(error):
-            reason = getattr(error, "strerror", None) or "no space left"
-            raise UserError(
-                f"cannot write to {folder}: {reason}; make room and start the same command again, or choose another "
-                "--output-dir"
-            ) from None
-        raise
+        if not here and "No space left" not in str(error) and "PytorchStreamWriter" not in str(error):
+            raise
+        raise UserError(
+            f"cannot write to {folder}: {getattr(error, 'strerror', None) or 'no space left'}; make room and start the same "
+            "command again, or choose another --output-dir"
+        ) from None
 
 
 def export(lm: MaskedLM, folder: Path, card: str = "") -> Path:
     """Weights, tokenizer and (if any) a README.md as a plain checkpoint that ``load`` takes, whole or not at all."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    lm.model.save_pretrained(partial, max_shard_size="5GB")
+    with plain_log():
+        lm.model.save_pretrained(partial, max_shard_size="5GB")
     lm.tokenizer.save_pretrained(partial)
     if card:
         (partial / "README.md").write_text(card, encoding="utf-8")

@@ -15,20 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import IntervalStrategy, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from unmask.errors import UserError
-from unmask.models.adapters import add_adapter
 from unmask.models.head import Head, score_tokens
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.scratch import new_model
 from unmask.tasks import Task, make_task
 from unmask.training.config import SFTConfig
-from unmask.training.noise import corrupt, diffusion_loss, sample_times
+from unmask.training.noise import corrupt, sample_times
 from unmask.training.optim import MuonAdamW
 from unmask.training.run_folder import run
 from unmask.training.sft_data import Data, chat_data, task_data
-from unmask.training.trainer import Model, RunTrainer, load_model, lora_config, training_arguments
+from unmask.training.trainer import Model, RunTrainer, prepare_model, training_arguments
 
 EVAL_TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -44,9 +43,6 @@ class SFTTrainer(RunTrainer):
         eval_dataset: rows of chat data; by default a share of ``train_dataset``, or the task's validation problems.
         processing_class: the tokenizer, where ``model`` is a PreTrainedModel.
         callbacks: further TrainerCallbacks.
-
-    Raises:
-        UserError: for an unknown model, task or data set, or responses that do not fit.
     """
 
     config: SFTConfig
@@ -61,27 +57,20 @@ class SFTTrainer(RunTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         config = args.resolved()
-        arguments = training_arguments(config, dataloader_drop_last=True, eval_strategy="steps")
-        lm = load_model(model, config, processing_class)
+        arguments = training_arguments(config, dataloader_drop_last=True)
+        lm = prepare_model(model, config, processing_class, dynamic=False)
         with arguments.main_process_first():  # one process fetches a data set, the others find it
             data = _data(lm, config, train_dataset)
             if eval_dataset is not None:
                 data.validation = chat_data(lm, eval_dataset, data.collate.width, config.overlong, 0.0).training
-        if not data.validation:
-            arguments.eval_strategy = IntervalStrategy.NO
         _set_length(arguments, config, len(data.training))
         base = None if config.new_model is not None else lm.name
         self.config = replace(config, model=base, warmup_steps=int(arguments.warmup_steps))
         if data.collate.prompt_width == 0:
             self.config = replace(self.config, max_length=data.collate.width)
-        if config.compile:
-            lm.model.base_model.compile(dynamic=False)
-        if (adapter := lora_config(config)) is not None:
-            lm = add_adapter(lm, adapter, config.seed)
         self.canvases, self.notice, self.prompt_width = data.canvases, data.notice, data.collate.prompt_width
         self._noise, self._noise_step = torch.Generator(), -1
-        datasets = {"train_dataset": data.training, "eval_dataset": data.validation, "data_collator": data.collate}
-        super().__init__(lm, arguments, callbacks=callbacks, **datasets)
+        super().__init__(lm, arguments, data.training, data.validation, data.collate, callbacks)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.config.optimizer == "adamw":
@@ -129,9 +118,9 @@ class SFTTrainer(RunTrainer):
         def score(hidden: Tensor, embedding: Any, head: Callable[[Tensor], Tensor]) -> Tensor:
             return score_tokens(Head.of(embedding, head, mask_id=-1), hidden, targets)[0]  # -1: no token is left out
 
-        logprob = model(input_ids=noisy, attention_mask=visible, positions=masked, fn=score).logits
+        logprob = model(input_ids=noisy, attention_mask=visible, positions=masked, fn=score).logits  # (N,)
         times = t.to(ids.device)[masked.nonzero()[:, 0]]
-        return diffusion_loss(logprob, times, learned.sum().clamp(min=1))
+        return -(logprob / times).sum() / learned.sum().clamp(min=1)
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
@@ -145,15 +134,14 @@ class SFTTrainer(RunTrainer):
         size = self.args.per_device_eval_batch_size
         batches = [rows[a : a + size] for a in range(0, len(rows), size)]
         sums = torch.zeros(len(EVAL_TIMES), device=self.args.device)
-        for k in self.rank_share(len(batches)):
-            number = k % len(batches)
+        for number, counted in self.rank_share(len(batches)):
             batch = self._prepare_inputs(self.data_collator(batches[number]))
             for i, time in enumerate(EVAL_TIMES):
                 t = torch.full((len(batch["ids"]),), time)
                 generator = torch.Generator().manual_seed(number * 10 + i)
                 with self.compute_loss_context_manager():
                     loss = self.loss_at(model, batch, t, max(self.canvases), 0.0, generator)
-                sums[i] += loss.float() * len(t) * (k < len(batches))
+                sums[i] += loss.float() * len(t) * counted
         model.train()
         means = (self.accelerator.reduce(sums) / len(rows)).tolist()
         metrics = {f"{metric_key_prefix}_loss_t{t}": m for t, m in zip(EVAL_TIMES, means, strict=True)}
@@ -168,7 +156,7 @@ def _data(lm: MaskedLM, config: SFTConfig, source: Any) -> Data:
     if not len(tasks):
         raise UserError("there is nothing to train on: choose tasks (with worked responses) or data (a chat data set)")
     if isinstance(tasks[0], Task):
-        return task_data(lm, tasks, config.problems, config.canvas, config.validation_problems, config.seed)
+        return task_data(lm, tasks, config)
     return chat_data(lm, source, config.max_length, config.overlong, config.validation_share)
 
 
@@ -190,11 +178,7 @@ def _set_length(args: Any, config: SFTConfig, rows: int) -> None:
 
 
 def train(config: SFTConfig) -> Path:
-    """Run (or, if the run folder holds a checkpoint, go on with) a supervised run; returns the final checkpoint's folder.
-
-    Raises:
-        UserError: for an unknown model, task or data set, or responses that do not fit.
-    """
+    """Run, or resume from the run folder's newest checkpoint; returns the folder of the final plain checkpoint."""
     if config.new_model is not None:
         return run(SFTTrainer(MaskedLM.wrap(*new_model(config.new_model, config.seed), name="new model"), config))
     if config.model is None:

@@ -19,15 +19,21 @@ from torch import Tensor
 
 from unmask.errors import UserError
 from unmask.io.hub import SUFFIXES, load_split
+from unmask.io.schema import check
 from unmask.models.masked_lm import MaskedLM
 from unmask.tasks import Task
-from unmask.training.config import LONGEST
+from unmask.training.config import LONGEST, SFTConfig
 
 _REASONING = (
-    "Think between <reasoning> and </reasoning>, then write only the final answer between <answer> and </answer>.\n\n"
+    "Think between <reasoning> and </reasoning>, then write only the final answer between <answer> and </answer>."
 )
-_S1K = ("question", "thinking_trajectories", "attempt")
-_COLUMNS = (("messages",), ("prompt", "completion"), _S1K)
+_TURNS = [{"role": str, "content": (str, None)}]
+_FORMATS: tuple[dict[str, Any], ...] = (
+    {"messages": _TURNS},
+    {"prompt": (str, _TURNS), "completion": (str, _TURNS)},
+    {"question": str, "thinking_trajectories": (str, [str]), "attempt": str},  # simplescaling/s1K
+)
+"""Columns of chat data and what they hold (``io/schema.py``)."""
 
 Prompt = str | list[dict[str, str]]
 """Text, or messages for the chat template."""
@@ -72,49 +78,33 @@ class Data:
     notice: str = ""
 
 
-# ---- tasks -----------------------------------------------------------------------------------------------------------
-
-
-def task_rows(lm: MaskedLM, tasks: Sequence[Task], split: str, counts: Sequence[int], seed: int) -> list[Row]:
-    """Tokenized prompts and responses of tasks, tasks interleaved so that any stretch holds equal shares.
+def task_data(lm: MaskedLM, tasks: Sequence[Task], config: SFTConfig) -> Data:
+    """Worked responses of tasks, interleaved so that any stretch holds equal shares.
 
     Raises:
-        UserError: for a task without worked responses.
+        UserError: for a task without worked responses, or where they do not fit the canvas or the model.
     """
-    per_task = []
-    for task, count in zip(tasks, counts, strict=True):
-        problems = task.problems(split, count, seed)
-        if not problems or problems[0].response is None:
-            raise UserError(f"task {task.name} has no worked responses to learn in this form: try style=compact")
-        texts = [task.prompt(lm, p) for p in problems], [p.response or "" for p in problems]
-        tokens = [lm.tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts]
-        per_task.append([_row(prompt, [*response, end_token(lm)]) for prompt, response in zip(*tokens, strict=True)])
-    return [rows[i % len(rows)] for i in range(max(counts)) for rows in per_task]
 
+    def rows(split: str, counts: Sequence[int], seed: int) -> list[Row]:
+        per_task = []
+        for task, count in zip(tasks, counts, strict=True):
+            problems = task.problems(split, count, seed)
+            if not problems or problems[0].response is None:
+                raise UserError(f"task {task.name} has no worked responses to learn in this form: try style=compact")
+            per_task.append([tokenize(lm, task.prompt(lm, p), p.response or "") for p in problems])
+        return [rows[i % len(rows)] for i in range(max(counts)) for rows in per_task]
 
-def task_data(
-    lm: MaskedLM, tasks: Sequence[Task], problems: list[int], canvas: list[int], validation_problems: int, seed: int
-) -> Data:
-    """Training and validation rows of tasks. Raises UserError where they do not fit the canvas or the model."""
+    problems, canvas = config.problems, max(config.canvas)
     if len(problems) not in (1, len(tasks)):
         raise UserError(f"problems is {problems}: set one number, or one for each of the {len(tasks)} tasks")
-    counts = problems if len(problems) == len(tasks) else problems * len(tasks)
-    training = task_rows(lm, tasks, "train", counts, seed)
-    validation = task_rows(lm, tasks, "validation", [validation_problems] * len(tasks), 0)
-    longest, most = max(len(row["response"]) for row in training), max(canvas)
-    if longest > most:
-        raise UserError(f"the longest response has {longest} tokens: raise canvas {canvas} to hold it")
+    training = rows("train", problems if len(problems) == len(tasks) else problems * len(tasks), config.seed)
+    validation = rows("validation", [config.validation_problems] * len(tasks), 0)
+    if (longest := max(len(row["response"]) for row in training)) > canvas:
+        raise UserError(f"the longest response has {longest} tokens: raise canvas {config.canvas} to hold it")
     width = max(len(row["prompt"]) for row in (*training, *validation))
-    if width + most > lm.max_length:
-        raise UserError(f"prompts of {width} tokens and a canvas of {most} exceed the model's {lm.max_length}")
-    return Data(training, validation, Collate(lm.eos_id, width + most, width), canvas)
-
-
-def _row(prompt: Sequence[int], response: Sequence[int]) -> Row:
-    return {"prompt": np.array(prompt, dtype=np.int32), "response": np.array(response, dtype=np.int32)}
-
-
-# ---- chat ------------------------------------------------------------------------------------------------------------
+    if width + canvas > lm.max_length:
+        raise UserError(f"prompts of {width} tokens and a canvas of {canvas} exceed the model's {lm.max_length}")
+    return Data(training, validation, Collate(lm.eos_id, width + canvas, width), config.canvas)
 
 
 def chat_data(
@@ -135,41 +125,41 @@ def chat_data(
     """
     if max_length is not None and max_length > lm.max_length:
         raise UserError(f"max_length is {max_length}, but {lm.name} takes {lm.max_length} tokens: lower it")
-    most = max_length or min(LONGEST, lm.max_length)
-    name = source if isinstance(source, str) else "the data set"
+    limit = max_length or min(LONGEST, lm.max_length)
     if isinstance(source, str):
-        suffixes = ", ".join(SUFFIXES)
+        name, suffixes = source, ", ".join(SUFFIXES)
         places = load_split(source, "train", instead=f"the path of a local copy ({suffixes} or a folder)")
     else:
-        places = ((f"row {number}", dict(row)) for number, row in enumerate(source, 1))
+        name, places = "the data set", ((f"row {number}", dict(row)) for number, row in enumerate(source, 1))
     rows: list[tuple[str, Row]] = []
     keys: set[str] = set()
     cut = left_out = 0
     for place, raw in places:
         try:
-            exchange = _exchange(raw)
-            prompt, response = tokenize(lm, *exchange)
+            prompt, response = _exchange(raw)
+            row = tokenize(lm, prompt, response)
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
-        keys.add(key := hashlib.sha256(json.dumps(exchange[0]).encode()).hexdigest())
-        if len(prompt) + len(response) > most:
+        keys.add(key := hashlib.sha256(json.dumps(prompt).encode()).hexdigest())
+        start, length = len(row["prompt"]), len(row["response"])
+        if start + length > limit:
             if overlong == "refuse":
                 raise UserError(
-                    f"{place} has {len(prompt)} prompt and {len(response)} response tokens, together more "
-                    f"than max_length {most}: raise it, or set overlong to truncate or drop"
+                    f"{place} has {start} prompt and {length} response tokens, together more than max_length {limit}: raise "
+                    "it, or set overlong to truncate or drop"
                 )
-            if overlong == "drop" or len(prompt) >= most:
+            if overlong == "drop" or start >= limit:
                 left_out += 1
                 continue
-            response = response[: most - len(prompt)]
+            row["response"] = row["response"][: limit - start]
             cut += 1
-        rows.append((key, _row(prompt, response)))
+        rows.append((key, row))
     held = set(sorted(keys)[: max(1, round(share * len(keys)))]) if share else set()
     training, validation = ([row for key, row in rows if (key in held) == side] for side in (False, True))
     if not training or (held and not validation):
         raise UserError(
             f"{name} leaves {len(training)} rows to train on and {len(validation)} for validation, {left_out} are longer than "
-            f"max_length {most}: use more rows, or another max_length or validation_share"
+            f"max_length {limit}: use more rows, or another max_length or validation_share"
         )
     width = max_length or max(len(row["prompt"]) + len(row["response"]) for _, row in rows)
     notice = (
@@ -179,31 +169,24 @@ def chat_data(
     return Data(training, validation, Collate(lm.eos_id, width), [width], notice)
 
 
-def end_token(lm: MaskedLM) -> int:
-    """What ends a response: the end-of-turn token, or EOS where there is none beside it."""
-    return lm.eos_id if lm.eot_id is None else lm.eot_id
+def tokenize(lm: MaskedLM, prompt: Prompt, response: str) -> Row:
+    """Token ids of the prompt and of the response with its end of turn (EOS where the model has no other end).
 
-
-def tokenize(lm: MaskedLM, prompt: Prompt, response: str) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt and of the response with its end of turn.
-
-    Messages go through the chat template: the prompt is what stands before the assistant's turn, the response what the
-    template writes from there to the first end token. Text is taken as it is. Each is tokenized by itself, since a
-    decoder's canvas begins behind the prompt's last token.
+    Messages go through the chat template: the prompt is what it writes before the assistant's turn, the response what it
+    writes from there to the first end token. Text is taken as it is. Each is tokenized by itself, since a decoder's canvas
+    begins behind the prompt's last token.
 
     Raises:
         UserError: for empty text, control tokens in it, or a template that refuses the messages.
     """
-    controls = [str(lm.tokenizer.convert_ids_to_tokens(i)) for i in (lm.mask_id, *lm.end_ids)]
-    if isinstance(prompt, str):
-        texts = [(prompt, controls[:1])]  # it may hold ends of turns
-    else:
-        texts = [(message["content"], controls) for message in prompt]
-    if not response.strip() or not any(text.strip() for text, _ in texts):
+    controls = lm.tokenizer.convert_ids_to_tokens([lm.mask_id, *lm.end_ids])
+    texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+    if not response.strip() or not any(text.strip() for text in texts):
         raise UserError(f"the {'prompt' if response.strip() else 'response'} is empty: fill or remove the row")
-    for text, tokens in (*texts, (response, controls)):
-        if found := next((token for token in tokens if token in text), None):
-            raise UserError(f"the text {text[:40]!r} holds the control token {found}: remove it")
+    for number, text in enumerate((*texts, response)):
+        forbidden = controls[:1] if number == 0 and isinstance(prompt, str) else controls  # there ends of turns may be
+        if found := [token for token in forbidden if token in text]:
+            raise UserError(f"the text {text[:40]!r} holds the control token {found[0]}: remove it")
     if isinstance(prompt, list):
         if lm.tokenizer.chat_template is None:
             raise UserError(
@@ -217,57 +200,41 @@ def tokenize(lm: MaskedLM, prompt: Prompt, response: str) -> tuple[list[int], li
                 "completion as text"
             )
         prompt, response = before, whole.removeprefix(before)
-    first, second = lm.tokenizer([prompt, response], add_special_tokens=False)["input_ids"]
-    end = next((i for i, token in enumerate(second) if token in lm.end_ids), None)
-    return first, [*second, end_token(lm)] if end is None else second[: end + 1]
-
-
-# ---- formats ---------------------------------------------------------------------------------------------------------
+    ids, learned = lm.tokenizer([prompt, response], add_special_tokens=False)["input_ids"]
+    learned.append(lm.eos_id if lm.eot_id is None else lm.eot_id)
+    end = next(i for i, token in enumerate(learned) if token in lm.end_ids)
+    return {"prompt": np.array(ids, dtype=np.int32), "response": np.array(learned[: end + 1], dtype=np.int32)}
 
 
 def _exchange(row: Mapping[str, Any]) -> tuple[Prompt, str]:
     """Prompt and response of a row, in the first format whose columns are all there."""
-    if "messages" in row:
-        return _last_turn(row["messages"])
-    if {"prompt", "completion"} <= set(row):
-        prompt, completion = row["prompt"], row["completion"]
-        if isinstance(prompt, list) != isinstance(completion, list):
-            raise UserError("one of prompt and completion is text, the other messages: write both alike")
-        if not isinstance(completion, list):
-            return _text(prompt, "prompt"), _text(completion, "completion")
-        if len(completion) != 1:
-            raise UserError(
-                f"completion holds {len(completion)} messages: leave the assistant's there, and move the others to prompt"
-            )
-        return _last_turn([*prompt, *completion])
-    if set(_S1K) <= set(row):  # simplescaling/s1K: the first trajectory, in tags that the user's turn asks for
-        values = [row[name] for name in _S1K]
-        if isinstance(values[1], list):
-            values[1] = (values[1] or [None])[0]
-        texts = {name: _text(value, name) for name, value in zip(_S1K, values, strict=True)}
-        for name, text in texts.items():
-            if not text.strip():
-                raise UserError(f"{name} is empty: fill or remove the row")
-        question, reasoning, answer = texts.values()
+    columns = next((columns for columns in _FORMATS if columns.keys() <= row.keys()), None)
+    if columns is None:
+        formats = " or ".join(" + ".join(columns) for columns in _FORMATS)
+        raise UserError(f"the row has the columns {', '.join(sorted(row)) or '(none)'}: rename them to {formats}")
+    values = {name: row[name] for name in columns}
+    try:
+        check(values, columns, "the row")
+    except ValueError as error:
+        raise UserError(f"{error}: repair or remove the row") from None
+    if "question" in values:  # the first trajectory, in tags that the user's turn asks for
+        question, reasoning, answer = values.values()
+        reasoning = "".join(reasoning[:1]) if isinstance(reasoning, list) else reasoning
+        if not (question.strip() and reasoning.strip() and answer.strip()):
+            raise UserError(f"one of {', '.join(columns)} is empty: fill or remove the row")
         response = f"<reasoning>{reasoning}</reasoning>\n<answer>{answer}</answer>"
-        return [{"role": "user", "content": _REASONING + question}], response
-    formats = " or ".join(" + ".join(columns) for columns in _COLUMNS)
-    raise UserError(f"the row has the columns {', '.join(sorted(row)) or '(none)'}: rename them to {formats}")
-
-
-def _text(value: Any, what: str) -> str:
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"{what} is {type(value).__name__}: write text")
-    return value or ""
-
-
-def _last_turn(messages: Any) -> tuple[Prompt, str]:
-    """The last message, which is the assistant's and is learned, and all before it."""
-    if not isinstance(messages, list) or len(messages) < 2 or not all(isinstance(m, dict) for m in messages):
+        return [{"role": "user", "content": f"{_REASONING}\n\n{question}"}], response
+    prompt: Any = values.get("prompt", [])
+    completion: Any = values.get("completion", values.get("messages"))
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return prompt, completion
+    if isinstance(prompt, str) or isinstance(completion, str) or ("completion" in values and len(completion) != 1):
         raise UserError(
-            "messages are no list of two or more {role, content}: write the user's and the assistant's turn"
+            "prompt and completion are to be both text, or messages with one, the assistant's, in completion"
         )
-    turns = [{k: _text(m.get(k), f"a {k}") for k in ("role", "content")} for m in messages]
-    if turns[-1]["role"] != "assistant":
-        raise UserError(f"the last message is by {turns[-1]['role']!r}: end with the assistant's")
+    turns = [{"role": m["role"], "content": m["content"] or ""} for m in (*prompt, *completion)]
+    if len(turns) < 2 or turns[-1]["role"] != "assistant":
+        raise UserError(
+            "the messages are not two or more, the last by the assistant: write the user's turn and its answer"
+        )
     return turns[:-1], turns[-1]["content"]

@@ -5,17 +5,20 @@ from __future__ import annotations
 import shutil
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+from transformers import IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.utils import logging
 
 from unmask.errors import UserError, unknown
 from unmask.io.files import writing_to
-from unmask.models.adapters import adapter_config, check_precision
+from unmask.models.adapters import adapter_config, add_adapter, check_precision
 from unmask.models.load import as_masked_lm, load
 from unmask.models.masked_lm import MaskedLM
 from unmask.training.checkpoints import checkpoints, seal, verify
@@ -34,6 +37,7 @@ def training_arguments(config: RunConfig, **more: Any) -> TrainingArguments:
     cpu = not torch.cuda.is_available()
     values: dict[str, Any] = {name: getattr(config, name) for name in known if getattr(config, name, None) is not None}
     values |= {
+        "eval_strategy": "steps",
         "per_device_eval_batch_size": config.per_device_train_batch_size,
         "activation_checkpointing_kwargs": {"use_reentrant": False},
         "use_cpu": cpu,
@@ -47,54 +51,77 @@ def training_arguments(config: RunConfig, **more: Any) -> TrainingArguments:
     return TrainingArguments(**{**values, **more, **config.trainer_args})
 
 
-def load_model(model: Model, config: RunConfig, processing_class: PreTrainedTokenizerBase | None = None) -> MaskedLM:
-    """What a trainer takes as ``model``, with the run's dtype and attention. Raises UserError."""
+def prepare_model(
+    model: Model,
+    config: RunConfig,
+    processing_class: PreTrainedTokenizerBase | None,
+    peft_config: Any = None,
+    dynamic: bool | None = None,
+) -> MaskedLM:
+    """What a trainer takes as ``model``, with the run's dtype, attention and adapter, compiled if asked. Raises UserError."""
     if isinstance(model, str):
         lm = load(model, config.dtype)
         check_precision(lm, config.lora_r)
     else:
         lm = as_masked_lm(model, processing_class)
     lm.model.config._attn_implementation = config.attn_implementation
-    return lm
+    if config.compile:
+        lm.model.base_model.compile(dynamic=dynamic)
+    if peft_config is None and config.lora_r is not None:
+        dropout = getattr(config, "lora_dropout", 0.0)
+        peft_config = adapter_config(config.lora_r, config.lora_alpha, config.lora_target_modules, dropout)
+    return lm if peft_config is None else add_adapter(lm, peft_config, config.seed)
 
 
-def lora_config(config: RunConfig) -> Any:
-    """The adapter that a run trains; None where it trains all weights."""
-    if config.lora_r is None:
-        return None
-    dropout = getattr(config, "lora_dropout", 0.0)
-    return adapter_config(config.lora_r, config.lora_alpha, config.lora_target_modules, dropout)
+@contextmanager
+def plain_log() -> Iterator[None]:
+    """Without transformers' progress bars where standard error is no terminal; what the caller had set is restored."""
+    bars, hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    if sys.stderr.isatty() or not bars:
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
+        if not hub_bars:
+            disable_progress_bars()
 
 
 class RunTrainer(Trainer):
-    """transformers.Trainer that goes on from whole checkpoints only, and never deletes a copy under another name."""
+    """transformers.Trainer that resumes from whole checkpoints only, and never deletes a copy under another name."""
 
     config: RunConfig
     notice = ""
     """What a run says on standard error before it starts."""
 
-    def __init__(self, lm: MaskedLM, args: TrainingArguments, **settings: Any) -> None:
+    def __init__(
+        self, lm: MaskedLM, args: TrainingArguments, train_dataset: Any, eval_dataset: Any, collate: Any, callbacks: Any
+    ) -> None:
         self.lm = lm
+        if not eval_dataset:
+            args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
+        data: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": collate}
         with writing_to(str(args.output_dir), "output_dir"):  # the Trainer makes its folder
-            super().__init__(model=lm.model, args=args, processing_class=lm.tokenizer, **settings)
+            super().__init__(lm.model, args, processing_class=lm.tokenizer, callbacks=callbacks, **data)
 
-    def rank_share(self, count: int) -> list[int]:
-        """Which of ``count`` parts of a validation are this process's: as many on every one, so that FSDP's collectives meet.
+    def rank_share(self, count: int) -> list[tuple[int, bool]]:
+        """Which of ``count`` parts of a validation are this process's, and whether each counts: as many on every one, so that
+        FSDP's collectives meet."""
+        numbers = range(
+            self.args.process_index, -(-count // self.args.world_size) * self.args.world_size, self.args.world_size
+        )
+        return [(number % count, number < count) for number in numbers]
 
-        A number from ``count`` on stands for another part (modulo ``count``), which is computed but not counted.
-        """
-        world = self.args.world_size
-        return [i * world + self.args.process_index for i in range(-(-count // world))]
-
-    def report(self, metrics: Mapping[str, float]) -> dict[str, float]:
+    def report(self, metrics: dict[str, float]) -> dict[str, float]:
         """Log the metrics of a validation, and tell the callbacks."""
-        found = dict(metrics)
-        self.log(found)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
-        return found
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'. Raises UserError where the checkpoint to go on from is not as it was saved."""
+        """As transformers'. Raises UserError where the checkpoint to resume from is not as it was saved."""
         if resume_from_checkpoint is True:
             found = checkpoints(Path(str(self.args.output_dir)))
             resume_from_checkpoint = str(found[-1]) if found else None
@@ -107,26 +134,19 @@ class RunTrainer(Trainer):
     def restore(self, checkpoint: Path) -> None:
         """Take up what a checkpoint holds besides the Trainer's own files."""
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        try:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        except (RuntimeError, KeyError, ValueError) as error:
-            raise UserError(
-                f"{resume_from_checkpoint} is not of this model ({str(error).partition(chr(10))[0]:.120}): remove it"
-            ) from None
-
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Keys that do not fit are no matter for a warning; a missing one may share its weights with one that is there."""
         parameters = dict(cast(Any, self.model).named_parameters(remove_duplicate=False))
         there = {id(p) for name, p in parameters.items() if name not in load_result.missing_keys}
         missing = [name for name in load_result.missing_keys if id(parameters.get(name)) not in there]
         if strange := [*missing, *load_result.unexpected_keys]:
-            raise ValueError(f"{len(strange)} keys differ, among them {strange[0]}")
+            differ = f"{len(strange)} keys differ, among them {strange[0]}"
+            raise UserError(f"the checkpoint in {self.args.output_dir} is not of this model ({differ}): remove it")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         limit, self.args.save_total_limit = self.args.save_total_limit, None  # the Trainer's names are not exact
         try:
-            with warnings.catch_warnings():
+            with plain_log(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", module="peft")  # it does not know where a shipped base model lies
                 super()._save_checkpoint(model, trial)
         finally:
