@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.config import BenchDecode, BenchGap, BenchMemory, BenchRL
-from benchmarks.study.command import report_command, study_command
+from benchmarks.report.command import command as report
+from benchmarks.study.command import command as study
 from unmask.config import overview, read_flags
 from unmask.errors import UserError, unknown
 
@@ -18,22 +19,22 @@ BENCHMARKS: dict[str, tuple[type[Any], str]] = {
     "gap": (BenchGap, "how far each objective scores from what was sampled"),
     "memory": (BenchMemory, "the memory formula beside measured peaks"),
 }
-STUDIES = {
-    "study": (study_command, "a grid of trainings and evaluations with equal budgets, resumable"),
-    "report": (report_command, "figures and one HTML file of a study"),
+EXPERIMENTS = {
+    "study": (study, "a grid of trainings and evaluations with equal budgets, resumable"),
+    "report": (report, "figures and one HTML file of evaluations, trainings and studies"),
 }
 
 
 def command(arguments: list[str]) -> None:
-    """Run one benchmark, or a command of studies."""
-    known = {name: what for name, (_, what) in {**BENCHMARKS, **STUDIES}.items()}
+    """Run one benchmark, or a command of experiments."""
+    known = {name: what for name, (_, what) in {**BENCHMARKS, **EXPERIMENTS}.items()}
     if not arguments:
         raise UserError(f"python -m benchmarks lacks an argument: choose from {', '.join(known)}")
     name, *rest = arguments
     if name in ("-h", "--help"):
         print(overview("python -m benchmarks", "NAME", known), end="")
-    elif name in STUDIES:
-        STUDIES[name][0](rest)
+    elif name in EXPERIMENTS:
+        EXPERIMENTS[name][0](rest)
     elif name in BENCHMARKS:
         benchmark(name, rest)
     else:

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 
 import report_folders
+from benchmarks.report.collect import collect
 from unmask.cli import grade
 from unmask.errors import UserError
 from unmask.evaluation.config import TuneConfig
 from unmask.evaluation.evaluate import EvalConfig, evaluate, prepare
 from unmask.evaluation.tune import Trials
 from unmask.io.schema import MEASURED
-from unmask.results.collect import collect
 from unmask.view.config import ViewArguments
 from unmask.view.jobs import from_records
 

@@ -1,4 +1,4 @@
-"""``unmask report``: what the page shows is what the folders say; one file, valid, small, the same every time."""
+"""``python -m benchmarks report``: what the page shows is what the folders say; one file, valid, small, the same every time."""
 
 from __future__ import annotations
 
@@ -12,33 +12,28 @@ import numpy as np
 import pytest
 import yaml
 
-from benchmarks.study.command import report_command
-from benchmarks.study.report import collect_study, in_words, telling
-from benchmarks.study.report import report as report_study
+from benchmarks.report.collect import collect
+from benchmarks.report.command import command
+from benchmarks.report.page import report
+from benchmarks.report.source import varying
+from benchmarks.report.study import in_words, read_study, telling
+from benchmarks.study.lines import read_cells
+from benchmarks.study.summary import summarize
 from browser import open_page
 from report_folders import CELLS, cell, curves, evaluation, lines, records, run, study
 from unmask.errors import UserError
 from unmask.evaluation.records import summarize as summarize_records
 from unmask.io.files import write_json
 from unmask.io.schema import STEPS
-from unmask.results.collect import collect, varying
-from unmask.results.command import command
-from unmask.results.report import report
 from unmask.results.tables import percent
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of an evaluation and a training."""
+    """The report of a folder of each kind."""
     at = tmp_path_factory.mktemp("mixed")
-    report([evaluation(at / "eval", CELLS, curves=curves()), run(at / "run", 0)], at / "report")
-    return at / "report" / "report.html"
-
-
-@pytest.fixture(scope="module")
-def study_page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    at = tmp_path_factory.mktemp("study")
-    report_study(study(at / "study"), at / "report")
+    folders = [evaluation(at / "eval", CELLS, curves=curves()), study(at / "study"), run(at / "run", 0)]
+    report(folders, at / "report")
     return at / "report" / "report.html"
 
 
@@ -67,7 +62,8 @@ def tables(root: Element) -> dict[str, list[dict[str, str]]]:
 
 
 def test_the_page_shows_the_numbers_of_the_folders(page: Path) -> None:
-    shown = tables(tree(page))
+    root = tree(page)
+    shown = tables(root)
     rows = {row["decoder"]: row for row in shown["eval: toy, test split, 10 problems a task"]}
     for decoder, own in CELLS.items():
         numbers, row = summarize_records(own), rows[decoder]  # hostile names survive, and as text
@@ -75,14 +71,7 @@ def test_the_page_shows_the_numbers_of_the_folders(page: Path) -> None:
         assert row["score % [95 %]"] == percent(numbers["score"], numbers["score_interval"])
         assert row["NFE"] == f"{numbers['nfe']:.0f}"
         assert row["tokens/forward"] == f"{32 / numbers['nfe']:.1f}" and row["length"] == "24.5"
-    (training,) = shown["Validation accuracy and cost"]
-    assert training["seconds in rollouts"] == "4" and training["completions sampled"] == str(4 * 8)
-
-
-def test_a_studys_page_shows_its_cells_and_differences(study_page: Path) -> None:
-    root = tree(study_page)
-    shown = tables(root)
-    pooled = {(row["decoder"], row["train.objective"]): row for row in shown["All cells"]}["full", "cj"]
+    pooled = {(row["decoder"], row["train.objective"]): row for row in shown["study: All cells"]}["full", "cj"]
     assert pooled["seeds"] == "2" and pooled["solved % [95 %]"].startswith("95.0 [")  # 9 and 10 of 10 under two seeds
     assert pooled["passes in training, at most (thousands)"] == "12"
     found = [
@@ -90,36 +79,37 @@ def test_a_studys_page_shows_its_cells_and_differences(study_page: Path) -> None
     ]
     assert found == [("cj", "+95.0"), ("diffu", "+20.0")]
     assert any("Holm's p holds for all comparisons" in text(p) for p in root.iter("p"))
-    training = {row["run"]: row for row in shown["Validation accuracy and cost"]}["cj--seed1"]
-    assert training["seconds in rollouts"] == "60" and training["passes, at most"] == "12,345"
+    training = {row["run"]: row for row in shown["Validation accuracy and cost"]}
+    assert training["run"]["seconds in rollouts"] == "4" and training["cj--seed1"]["seconds in rollouts"] == "60"
+    assert training["run"]["completions sampled"] == str(4 * 8) and training["run"]["passes, at most"] == ""
+    assert training["cj--seed1"]["passes, at most"] == "12,345"
 
 
-def test_the_page_is_one_valid_file_that_asks_for_nothing(page: Path, study_page: Path) -> None:
+def test_the_page_is_one_valid_file_that_asks_for_nothing(page: Path) -> None:
+    root = tree(page)
+    sections = [s.get("id") for s in root.iter("section")]
+    assert sections == ["results", "front", "differences", "steps", "order", "training", "lengths", "folders"]
+    assert [a.get("href") for a in root.iter("a")] == [f"#{s}" for s in sections]
+    ids = [e.get("id") for e in root.iter() if e.get("id")]
+    assert len(ids) == len(set(ids))
+    for element in root.iter():
+        for name in ("src", "href", "action", "data", "poster"):
+            assert element.get(name, "#").startswith(("data:", "#")), element.attrib
+    styles = "".join(text(s) for s in root.iter("style"))
+    assert "url(" not in styles and "@import" not in styles
+    images = list(root.iter("img"))
+    assert all(len(i.get("alt", "")) > 40 and i.get("src", "").startswith("data:image/png;base64,") for i in images)
     stems = {"front", "steps-sudoku", "order-sudoku", "curves", "lengths-sudoku"}
     # The objectives are compared under the one seed that both have.
-    of_study = {f"differences-{axis}" for axis in ("training", "decoder", "train.objective")}
-    for path, pictures, more in ((page, stems, []), (study_page, stems | of_study, ["differences"])):
-        root = tree(path)
-        sections = [s.get("id") for s in root.iter("section")]
-        assert sections == ["results", "front", *more, "steps", "order", "training", "lengths", "folders"]
-        assert [a.get("href") for a in root.iter("a")] == [f"#{s}" for s in sections]
-        ids = [e.get("id") for e in root.iter() if e.get("id")]
-        assert len(ids) == len(set(ids))
-        for element in root.iter():
-            for name in ("src", "href", "action", "data", "poster"):
-                assert element.get(name, "#").startswith(("data:", "#")), element.attrib
-        styles = "".join(text(s) for s in root.iter("style"))
-        assert "url(" not in styles and "@import" not in styles
-        images = list(root.iter("img"))
-        assert all(len(i.get("alt", "")) > 40 and i.get("src", "").startswith("data:image/png;base64,") for i in images)
-        written = {f"{stem}.{kind}" for stem in pictures for kind in ("png", "svg")} | {"report.html"}
-        assert {p.name for p in path.parent.iterdir()} == written and len(images) == len(pictures)
-    facts = [json.loads("".join(pre.itertext())) for pre in tree(page).iter("pre")]
+    stems |= {f"differences-{axis}" for axis in ("training", "decoder", "train.objective")}
+    written = {f"{stem}.{kind}" for stem in stems for kind in ("png", "svg")} | {"report.html"}
+    assert {p.name for p in page.parent.iterdir()} == written and len(images) == len(stems)
+    facts = [json.loads("".join(pre.itertext())) for pre in root.iter("pre")]
     assert {"model": {"name": "toy"}, "split": "test"} in facts and {"unmask": "1"} in facts
 
 
-def test_a_browser_shows_it(page: Path, study_page: Path) -> None:
-    with open_page(study_page, width=360, touch=True) as (shown, problems):
+def test_a_browser_shows_it(page: Path) -> None:
+    with open_page(page, width=360, touch=True) as (shown, problems):
         assert shown.evaluate("document.documentElement.scrollWidth") == 360
         assert shown.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 100)")
         assert problems == []
@@ -140,19 +130,20 @@ def test_a_browser_shows_it(page: Path, study_page: Path) -> None:
 
 def test_a_study_reads_as_its_summary_says(tmp_path: Path) -> None:
     folder = study(tmp_path / "study")
-    material, (section,) = collect_study(folder)
+    source = read_study(folder, "study")
     others = ["the first decoder", "the first train.objective", "the untrained model"]
-    assert [t.title for t in section.tables] == [f"Against {other}" for other in others]
+    assert [t.title for t in source.compared] == [f"Against {other}" for other in others]
+    assert [row for row, _ in source.differences] == summarize(read_cells(folder))["differences"]
     (folder / "study.yaml").write_text(yaml.safe_dump({"compare": ["train.objective"]}))
-    assert len(collect_study(folder)[1][0].tables) == 2  # and against the untrained model
-    by_label = {cell["label"]: cell for cell in material.cells}
+    assert len(read_study(folder, "study").compared) == 2  # and against the untrained model
+    by_label = {cell["label"]: cell for cell in source.cells}
     assert list(by_label) == ["full · untrained", "ass · untrained", "full · cj", "full · diffu"]
     assert by_label["full · cj"]["lengths"] == [*range(30, 40)] * 2
-    assert [run["label"] for run in material.runs] == ["cj, ass"] * 2 and material.runs[1]["seconds_update"] == 30
+    assert [run["label"] for run in source.runs] == ["cj, ass"] * 2 and source.runs[1]["seconds_update"] == 30
     table = {"title": "Which <objective>", "rows": ["train.objective"], "columns": ["decoder"], "against": ["training"]}
     later = {**table, "title": "Later", "where": {"decoder": "none"}}  # it has no cell yet
     (folder / "study.yaml").write_text(yaml.safe_dump({"tables": [table, later]}))
-    said, (*_, page) = report_study(folder, tmp_path / "out")
+    said, (*_, page) = report([folder], tmp_path / "out")
     assert said.startswith("**Which <objective>**\n\n| train.objective | full NFE |") and said.count("**\n") == 3
     assert "Which &lt;objective&gt;" in page.read_text()
 
@@ -162,7 +153,7 @@ def test_curves_are_means_over_the_seeds_that_have_a_value(tmp_path: Path) -> No
     short = {**curves(), **{key: curves()[key][:2] for key in STEPS}, "eos_share": [0.5, None]}
     cells = [cell("full", "10", "cj", 0, curves=curves()), cell("full", "10", "cj", 1, curves=short)]
     (folder / "cells.jsonl").write_text(lines(cells))
-    (found,) = collect_study(folder)[0].cells
+    (found,) = read_study(folder, "study").cells
     assert np.array_equal(found["curves"]["eos_share"], [0.25, 0.25, math.nan, 1.0], equal_nan=True)
     assert found["curves"]["order"].shape == (16, 32) and np.isnan(found["curves"]["order"][:, 31]).all()
     assert np.array_equal(found["curves"]["order"][:, 5], np.eye(16)[4])
@@ -170,10 +161,10 @@ def test_curves_are_means_over_the_seeds_that_have_a_value(tmp_path: Path) -> No
 
 def test_lengths_come_from_the_records(tmp_path: Path) -> None:
     folder = evaluation(tmp_path / "eval", CELLS)
-    assert [c["lengths"] for c in collect([folder]).cells] == [[*range(20, 30)]] * 3
+    assert [c["lengths"] for c in collect([folder])[0].cells] == [[*range(20, 30)]] * 3
     for path in (folder / "records").iterdir():
         path.unlink()
-    assert [c["lengths"] for c in collect([folder]).cells] == [[]] * 3  # a committed summary is enough for the rest
+    assert [c["lengths"] for c in collect([folder])[0].cells] == [[]] * 3  # a committed summary is enough for the rest
 
 
 def test_labels_name_what_differs(tmp_path: Path) -> None:
@@ -185,11 +176,11 @@ def test_labels_name_what_differs(tmp_path: Path) -> None:
     assert in_words({**cj, "train.n": None}, ["train.n"]) == "n=–"  # trained, without that setting
     names = ["a/test", "b/test"]
     folders = [evaluation(tmp_path / name, {"full": records(4, 2, 8)}) for name in names]
-    assert [c["label"] for c in collect(folders).cells] == ["full · a/test", "full · b/test"]
-    assert [c["label"] for c in collect(folders[:1]).cells] == ["full"]
+    assert [c["label"] for source in collect(folders) for c in source.cells] == ["full · a/test", "full · b/test"]
+    assert [c["label"] for c in collect(folders[:1])[0].cells] == ["full"]
     runs = [run(tmp_path / str(i), i, lora_r=r) for i, r in enumerate((None, None, 4))]
-    assert [r["label"] for r in collect(runs).runs] == ["lora_r=–", "lora_r=–", "lora_r=4"]
-    assert [r["label"] for r in collect(runs[:2]).runs] == ["cj, ass"] * 2
+    assert [r["label"] for source in collect(runs) for r in source.runs] == ["lora_r=–", "lora_r=–", "lora_r=4"]
+    assert [r["label"] for source in collect(runs[:2]) for r in source.runs] == ["cj, ass"] * 2
 
 
 def test_each_section_only_where_there_is_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,17 +242,12 @@ def test_a_mistake_is_one_sentence(tmp_path: Path) -> None:
         ([broken], r"broken/records/sudoku--full\.jsonl:5 is damaged"),
         ([waiting], "metrics.jsonl is empty: let the run make its first update"),
         ([sft], "no rewards among the metrics"),
+        ([no_cells], "holds no finished cell of a study"),
+        ([twice], "cells.jsonl holds a cell twice: choose a complete folder"),
+        ([axis], "unknown axis in compare 'decodr': did you mean 'decoder'"),
         ([good, "--output", "/proc/nothing"], "cannot write to /proc/nothing.*; choose another --output"),
     ):
         with pytest.raises(UserError, match=message) as caught:
             command([*map(str, arguments)])
         assert "\n" not in str(caught.value)
-    for folder, message in (
-        (no_cells, "holds no finished cell of a study"),
-        (twice, "cells.jsonl holds a cell twice: choose a complete folder"),
-        (axis, "unknown axis in compare 'decodr': did you mean 'decoder'"),
-        (good, "holds no finished cell of a study"),
-    ):
-        with pytest.raises(UserError, match=message):
-            report_command([str(folder)])
     assert not list(tmp_path.rglob("report.html")) and not list(tmp_path.rglob("*.partial"))

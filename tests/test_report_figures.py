@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from benchmarks.study.report import difference_pictures
+from benchmarks.report.figures import differences, forward_fill, over_seeds, training
 from report_folders import result
 from unmask.results import figures
 from unmask.results.statistics import pareto_front
@@ -78,7 +78,7 @@ def test_axes_of_an_evaluation_have_numbers(passes: list[float], solved: float) 
 def test_axes_of_a_training_have_numbers(level: float, gap: float) -> None:
     values = {"eval_sudoku_solved": level, "groups_without_variance": level, "logprob_mismatch": gap}
     metrics = pd.DataFrame({k: pd.Series({1: v / 2, 2: v, 3: v}) for k, v in values.items()})
-    figure = figures.training([{"label": "_$cj", "metrics": metrics}]).figure
+    figure = training([{"label": "_$cj", "metrics": metrics}]).figure
     figure.draw_without_rendering()
     for axis in figure.axes:
         ticks = shown_ticks(axis, "y")
@@ -89,7 +89,7 @@ def test_axes_of_a_training_have_numbers(level: float, gap: float) -> None:
 def test_a_difference_is_clear_after_holm() -> None:
     row = {"axis": "decoder", "cell": {"task": "t", "decoder": "a"}, "against": {"task": "t", "decoder": "b"}}
     row |= {"solved": 0.1, "solved_interval": [0, 0.2]}
-    (drawn,) = difference_pictures([{**row, "solved_holm": h} for h in (0.04, 0.06)])
+    (drawn,) = differences([({**row, "solved_holm": h}, "a − b") for h in (0.04, 0.06)])
     assert "1 of 2 are clear after Holm" in drawn.caption
 
 
@@ -98,16 +98,16 @@ def test_a_short_decode_fills_its_time() -> None:
     order = np.zeros((16, 2))
     order[[0, 4, 8, 12], 0] = [0.1, 0.2, 0.3, 0.4]
     order[:, 1] = math.nan
-    filled = figures.forward_fill(order)
+    filled = forward_fill(order)
     assert filled[:, 0].tolist() == [v for v in (0.1, 0.2, 0.3, 0.4) for _ in range(4)] and np.isnan(filled[:, 1]).all()
     order[12, 0] = 0  # every row was finished before the last step
-    assert figures.forward_fill(order)[:, 0].tolist() == [v for v in (0.1, 0.2, 0.3, 0.0) for _ in range(4)]
+    assert forward_fill(order)[:, 0].tolist() == [v for v in (0.1, 0.2, 0.3, 0.0) for _ in range(4)]
 
 
 def test_bands_by_hand() -> None:
-    one = figures.over_seeds([pd.Series({1: 1.0, 2: 3.0, 3: 8.0})], 2)
+    one = over_seeds([pd.Series({1: 1.0, 2: 3.0, 3: 8.0})], 2)
     assert one["mean"].tolist() == one["min"].tolist() == [1.0, 2.0, 5.5]
-    found = figures.over_seeds([pd.Series({0: 1.0, 2: 2.0, 4: 9.0}), pd.Series({0: 3.0, 2: math.nan, 4: 1.0})], 1)
+    found = over_seeds([pd.Series({0: 1.0, 2: 2.0, 4: 9.0}), pd.Series({0: 3.0, 2: math.nan, 4: 1.0})], 1)
     assert found.to_dict("index") == {0: {"mean": 2, "min": 1, "max": 3}, 4: {"mean": 5, "min": 1, "max": 9}}
 
 

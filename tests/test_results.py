@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+from benchmarks.report.study import read_study
 from benchmarks.study import publish
-from benchmarks.study.report import collect_study
 from unmask.results.statistics import pareto_front
 
 STUDIES = sorted(p.parent for p in publish.RESULTS.glob("*/cells.jsonl"))
@@ -21,7 +21,7 @@ def documents() -> str:
 @pytest.mark.parametrize("folder", STUDIES, ids=lambda p: p.name)
 def test_tables_and_figures_follow_from_the_cells(folder: publish.Path) -> None:
     assert (folder / "table.md").read_text() == publish.tables(folder)[0]
-    cells = collect_study(folder)[0].cells
+    cells = read_study(folder, folder.name).cells
     drawn = re.findall(r"<!-- (.*?) -->", (folder / "front.svg").read_text())  # its texts
     for task in {cell["task"] for cell in cells}:
         front = pareto_front([c for c in cells if c["task"] == task], lambda c: (c["nfe"], c["solved"]))

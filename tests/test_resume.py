@@ -1,4 +1,4 @@
-"""Resuming from a checkpoint: damaged files, another model, copies under other names."""
+"""Resuming from a checkpoint: damaged files, another model, copies under other names, a folder that is gone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback
 
 from test_sft_data import chat
 from unmask import DiffusionGRPOConfig, DiffusionGRPOTrainer, SFTConfig, SFTTrainer, UserError
@@ -20,15 +21,15 @@ SMALL: dict[str, Any] = {"per_device_train_batch_size": 2, "eval_steps": 9, "sav
 RL: dict[str, Any] = {"num_generations": 2, "num_iterations": 2, "max_completion_length": 4, "problems": 2}
 
 
-def start(kind: str, output: Path, model: str, data: str) -> Path:
+def start(kind: str, output: Path, model: str, data: str, callbacks: Any = None) -> Path:
     settings = {**SMALL, "output_dir": output, "max_steps": 4, "report_to": []}
     if "lora" in kind:
         settings["lora_r"] = 2
     if kind == "sft":
         config = SFTConfig(data=data, validation_share=0.1, **settings)
-        return run(SFTTrainer(model, config))
+        return run(SFTTrainer(model, config, callbacks=callbacks))
     rl = DiffusionGRPOConfig(tasks=["sudoku:style=compact"], validation_problems=1, **RL, **settings)
-    return run(DiffusionGRPOTrainer(model, None, rl))
+    return run(DiffusionGRPOTrainer(model, None, rl, callbacks=callbacks))
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +113,20 @@ def test_copies_under_other_names_neither_count_nor_vanish(
     assert (start("sft", output, toy_folder, str(stopped("sft").parent / "chat.jsonl")) / "config.json").is_file()
     there = {p.name for p in output.glob("checkpoint-*")}
     assert there == {*names, "checkpoint-3", "checkpoint-4", "checkpoint-9"}
+
+
+class Remover(TrainerCallback):
+    """Removes the run's folder after the second update, at one moment or another."""
+
+    def __init__(self, moment: str) -> None:
+        setattr(self, moment, self.remove)
+
+    def remove(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == 2:
+            shutil.rmtree(args.output_dir)
+
+
+@pytest.mark.parametrize(("kind", "moment"), [("sft", "on_step_begin"), ("rl", "on_log")])
+def test_a_folder_that_is_gone_ends_the_run(kind: str, moment: str, tmp_path: Path, toy_folder: str) -> None:
+    with pytest.raises(UserError, match="was removed while the run wrote to it"):
+        start(kind, tmp_path / "run", toy_folder, chat(tmp_path), [Remover(moment)])

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from benchmarks.report.study import read_study
 from benchmarks.study.config import StudyConfig
 from benchmarks.study.grid import Grid, read_grid
 from benchmarks.study.lines import Lines, cell_lines, read_cells, run_lines
-from benchmarks.study.report import collect_study
 from benchmarks.study.tables import markdown, read_out
 from unmask.config import read_config
 from unmask.errors import UserError
@@ -53,7 +53,7 @@ def tables(folder: Path) -> tuple[str, dict[str, str]]:
 
 def figure(folder: Path) -> Figure:
     """Accuracy against passes of a study's committed cells."""
-    return figures.accuracy(collect_study(folder)[0].cells)
+    return figures.accuracy(read_study(folder, folder.name).cells)
 
 
 def searches() -> str:

@@ -18,6 +18,8 @@ from unmask.results.statistics import wilson
 from unmask.results.tables import METRICS
 
 Groups = dict[str, "Group"]
+ALPHA = 0.05
+"""A difference with Holm's p below this is clear."""
 
 
 class Group:

@@ -7,13 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from benchmarks.study import PLAN, SEEDS, Values, distinct
-from benchmarks.study.summary import summarize
+from benchmarks.study.summary import ALPHA, summarize
 from unmask.config import build
 from unmask.errors import UserError, unknown
 from unmask.results.tables import METRICS, QUANTITIES, Table, plain, points, quantity
 
-ALPHA = 0.05
-"""A difference with Holm's p below this gets a star."""
 AGAINST = {"training": "the untrained model", "equal passes": "the baseline of as many passes"}
 """What a cell is compared with, where that is not the first value of an axis."""
 

@@ -128,7 +128,6 @@ COMMANDS = {
     "eval": ("evaluation.command:command", "score a model on tasks under decoders: records, table, figure"),
     "sft": ("cli:sft", "train on worked responses with the masked diffusion loss"),
     "rl": ("cli:rl", "train on rewards with GRPO along the decoder's trajectories"),
-    "report": ("results.command:command", "figures and one HTML file of evaluations and trainings"),
     "tune": ("evaluation.command:tune_command", "the best decoder for a task within a budget of forward passes"),
     "export": ("cli:export_checkpoint", "merge a checkpoint's adapter into a plain checkpoint"),
     "lm-eval": ("cli:lm_eval", "lm-evaluation-harness's own command line, with --model unmask"),

@@ -43,8 +43,7 @@ def run_evaluation(config: EvalConfig) -> None:
         raise
     if processes.rank:
         return
-    from unmask.results.collect import evaluation_cells
-    from unmask.results.figures import accuracy
+    from unmask.results.figures import accuracy, evaluation_cells
     from unmask.results.style import save_figure
     from unmask.results.tables import evaluation_for_terminal, evaluation_table
 

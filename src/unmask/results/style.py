@@ -17,7 +17,6 @@ from unmask.io.files import atomic_write
 COLORS = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#1d2127", "#999999"]
 MARKERS = "osD^vPX*"
 INK, SOFT, OTHER = "#1d2127", "#5c6672", "#aab2bd"
-_LINES = ("-", "--", "-.", ":")
 _LOOK: Any = {
     "svg.hashsalt": "unmask",
     "text.parse_math": False,  # a name may have dollar signs
@@ -53,10 +52,6 @@ def marker(number: int) -> str:
     return MARKERS[(number + number // len(COLORS)) % len(MARKERS)]
 
 
-def line(number: int) -> str:
-    return _LINES[(number + number // len(COLORS)) % len(_LINES)]
-
-
 def save_figure(figure: Figure, stem: Path) -> list[Path]:
     """``stem``.png and .svg, each whole or not at all; the same bytes for the same figure."""
     written = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "svg")]
@@ -79,11 +74,6 @@ def panels(count: int, columns: int, width: float, height: float, **shared: Any)
     for axis in axes[max(0, count - columns) : count]:
         axis.tick_params(labelbottom=True)  # where shared axes are labelled in the last row alone
     return figure, axes[:count]
-
-
-def legible(label: str) -> str:
-    """A label that matplotlib shows: what starts with an underscore it takes for hidden."""
-    return f" {label}" if label.startswith("_") else label
 
 
 def legend(figure: Figure, axes: Sequence[Axes]) -> None:

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
-from transformers import TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from unmask.config import read_config, save_config
 from unmask.errors import UserError, check_own_folder
-from unmask.io.files import writing_to
+from unmask.io.files import folder_removed, writing_to
 from unmask.models.load import load, warn_of_slow_bf16
 from unmask.models.masked_lm import MaskedLM
 from unmask.training.checkpoints import checkpoints, verify
@@ -47,6 +48,7 @@ def run(trainer: RunTrainer) -> Path:
             )
         if config.bf16:
             warn_of_slow_bf16(args.device)
+    trainer.add_callback(_FolderCheck())
     args.eval_on_start = args.eval_on_start and checkpoint is None  # a resumed run has that line already
     last = output / f"checkpoint-{args.max_steps}"
     with _writing_run(output):
@@ -73,12 +75,22 @@ def _newest(output: Path, config: RunConfig) -> Path | None:
     return found[-1] if found else None
 
 
+class _FolderCheck(TrainerCallback):
+    """Ends a run whose folder is gone: the Trainer would make it anew, without what the run needs to resume."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not (Path(args.output_dir) / "config.yaml").is_file():
+            raise folder_removed(Path(args.output_dir))
+
+
 @contextmanager
 def _writing_run(folder: Path) -> Iterator[None]:
     """Turns what a run raises that cannot write to its folder, as on a full disk, into a UserError."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # the latter two of torch and safetensors
+        if not (folder / "config.yaml").is_file():
+            raise folder_removed(folder) from None
         here = isinstance(error, OSError) and str(error.filename or "").startswith(str(folder))
         if not here and "No space left" not in str(error) and "PytorchStreamWriter" not in str(error):
             raise

@@ -134,6 +134,13 @@ class RunTrainer(Trainer):
     def restore(self, checkpoint: Path) -> None:
         """Take up what a checkpoint holds besides the Trainer's own files."""
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except RuntimeError as error:  # other shapes
+            reason = str(error).partition("\n")[0][:120]
+            raise UserError(f"{resume_from_checkpoint} is not of this model ({reason}): remove it") from None
+
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Keys that do not fit are no matter for a warning; a missing one may share its weights with one that is there."""
         parameters = dict(cast(Any, self.model).named_parameters(remove_duplicate=False))

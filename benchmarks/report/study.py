@@ -1,4 +1,4 @@
-"""Figures and one HTML file of a study, from its cells alone."""
+"""A study as a source of a report, from its lines alone."""
 
 from __future__ import annotations
 
@@ -6,30 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
+from benchmarks.report.source import Source, by_update, label_runs, setting, varying
 from benchmarks.study import PLAN, SEEDS, Values, distinct
 from benchmarks.study.lines import read_cells, run_lines
 from benchmarks.study.summary import groups_of
-from benchmarks.study.tables import ALPHA, cells_table, describe, difference_tables, pivots, read_out
-from unmask.io.files import read_yaml, slug
-from unmask.results.collect import Folder, Material, by_update, label_runs, setting, varying
-from unmask.results.figures import ROWS, Picture, pieces
-from unmask.results.report import Section, write_report
-from unmask.results.style import INK, SOFT, look
+from benchmarks.study.tables import cells_table, describe, difference_tables, pivots, read_out
+from unmask.io.files import read_yaml
 
 
-def report(folder: Path, output: Path) -> tuple[str, list[Path]]:
-    """Write a study's figures and report.html into ``output``; returns its tables as Markdown, and the files.
-
-    Raises:
-        UserError: for a folder that holds no cells, or whose study.yaml names what they do not have.
-    """
-    return write_report(*collect_study(folder), output)
-
-
-def collect_study(folder: Path) -> tuple[Material, list[Section]]:
-    """A study as ``write_report`` takes it: its cells and trainings, and a section of its paired differences."""
+def read_study(folder: Path, name: str) -> Source:
+    """A study's folder. Raises UserError where it holds no cells, or its study.yaml names what they do not have."""
     lines = read_cells(folder)
     config: Values = {}
     if (folder / "study.yaml").is_file():
@@ -39,22 +26,25 @@ def collect_study(folder: Path) -> tuple[Material, list[Section]]:
     compared = config.get("compare", []), config.get("baselines", [])
     chosen = pivots(config.get("tables", []), settings, *compared, finished=False)
     found, tables = read_out(lines, *compared, chosen)
-    material = Material()
+    facts = {"configuration": config} if config else {}
+    facts |= {f"environment {i}": e for i, e in enumerate(distinct(line["environment"] for line in lines), 1)}
+    source = Source(
+        name, f"study, {len(lines)} cells along {', '.join(found['axes'])}", facts, [*tables, cells_table(found)]
+    )
     for cell, label, group in zip(found["cells"], cell_labels(found["cells"]), groups_of(lines).values(), strict=True):
         own = {"lengths": [n for line in group.lines for n in line["length"]], "curves": mean_curves(group.lines)}
-        material.cells.append({**cell, "task": cell["cell"]["task"], "label": label, **own})
+        source.cells.append({**cell, "task": cell["cell"]["task"], "label": label, **own})
     for line in run_lines(folder / "runs.jsonl"):
         axes = {k.removeprefix("train."): v for k, v in line["train"].items() if k not in SEEDS}
         metrics = by_update(line["metrics"], folder / "runs.jsonl")
         costs = {**line["budget"], **{f"seconds_{k}": v for k, v in line["seconds"].items()}}
-        material.runs.append({"name": line["key"], "settings": axes, "metrics": metrics, **costs})
-    label_runs(material.runs)
-    facts = {"configuration": config} if config else {}
-    facts |= {f"environment {i}": e for i, e in enumerate(distinct(line["environment"] for line in lines), 1)}
-    what = f"study, {len(lines)} cells along {', '.join(found['axes'])}"
-    material.folders.append(Folder(folder.resolve().name, what, facts, [*tables, cells_table(found)]))
-    pictures = difference_pictures(found["differences"])
-    return material, [Section("differences", "Paired differences", describe(found), difference_tables(found), pictures)]
+        source.runs.append({"name": line["key"], "settings": axes, "metrics": metrics, **costs})
+    label_runs(source.runs)
+    for axis in dict.fromkeys(d["axis"] for d in found["differences"]):
+        rows = [d for d in found["differences"] if d["axis"] == axis]
+        source.differences += zip(rows, difference_names(rows), strict=True)
+    source.compared, source.note = difference_tables(found), describe(found)
+    return source
 
 
 def mean_curves(lines: Sequence[Values]) -> dict[str, np.ndarray]:
@@ -109,38 +99,3 @@ def difference_names(rows: Sequence[Values]) -> list[str]:
         ours, theirs = (in_words(row[side], apart) for side in ("cell", "against"))
         names.append(f"{row['cell']['task']}: {ours} − {theirs}" + (f" ({rest})" if rest else ""))
     return names
-
-
-# ---- differences -----------------------------------------------------------------------------------------------------------
-
-
-def difference_pictures(differences: Sequence[Values]) -> list[Picture]:
-    """Paired differences in problems solved, a figure (of up to 30 rows) for each axis."""
-    pictures = []
-    titles = {"training": "untrained", "equal passes": "the baseline of as many passes"}
-    for axis in dict.fromkeys(row["axis"] for row in differences):
-        own = [row for row in differences if row["axis"] == axis]
-        title = f"{axis}: each against {titles.get(axis, 'its first value')}"
-        for part, rows in pieces(list(zip(own, difference_names(own), strict=True)), ROWS):
-            pictures.append(Picture(f"differences-{slug(axis)}{part}", *_draw(rows, title)))
-    return pictures
-
-
-@look()
-def _draw(rows: Sequence[tuple[Values, str]], title: str) -> tuple[str, Figure]:
-    width = max(8.5, 5 + 0.08 * max(len(name) for _, name in rows))
-    figure = Figure(figsize=(width, 0.3 * len(rows) + 1.3), layout="constrained")
-    axis = figure.subplots()
-    clear = [row["solved_holm"] < ALPHA for row, _ in rows]
-    for y, ((row, _), filled) in enumerate(zip(rows, clear, strict=True)):
-        axis.plot([100 * v for v in row["solved_interval"]], [y, y], color=INK, linewidth=1.3)
-        axis.plot(100 * row["solved"], y, "o", color=INK, markersize=6, markerfacecolor=INK if filled else "white")
-    axis.axvline(0, color=SOFT, linewidth=1)
-    axis.set_yticks(range(len(rows)), [name for _, name in rows])
-    axis.set(ylim=(len(rows) - 0.4, -0.6), xlabel="difference in problems solved (percentage points), 95 % interval")
-    axis.grid(axis="y", visible=False)
-    axis.set_title(title)
-    return (
-        f"{title}. Paired differences on the same problems; {sum(clear)} of {len(rows)} are clear after Holm's adjustment "
-        f"(filled, p < {ALPHA}), the others are hollow."
-    ), figure

@@ -1,0 +1,1 @@
+"""Reports: figures and one HTML file of evaluations, trainings and studies."""
