@@ -37,7 +37,7 @@ class EvalConfig(ModelSource):
     output: str = "runs/eval"
     """Run folder. A second call with the same settings resumes it or just prints the result."""
     trajectories: bool = False
-    """Records also keep every token, the step that committed it and its log-probability; ``unmask report`` draws them."""
+    """Records also keep every token, the step that committed it and its log-probability; a report draws them."""
 
     def __post_init__(self) -> None:
         expand_paths(self)

@@ -1,1 +1,1 @@
-"""``unmask report``: what evaluations, studies and training runs left, as figures and one HTML file."""
+"""How results read: intervals, tables, the figure of accuracy against passes."""
