@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ def command(arguments: list[str]) -> None:
     if name in ("-h", "--help"):
         print(overview("python -m benchmarks", "NAME", known), end="")
     elif name in EXPERIMENTS:
+        if find_spec("scipy") is None:
+            raise UserError(f"python -m benchmarks {name} needs scipy: pip install -e '.[benchmarks]'")
         EXPERIMENTS[name][0](rest)
     elif name in BENCHMARKS:
         benchmark(name, rest)
