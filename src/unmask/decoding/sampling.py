@@ -40,12 +40,18 @@ def uniform_noise(seeds: Tensor, step: Tensor | int, positions: Tensor, stream: 
 class Candidates:
     """One candidate token a position, with what confidences read, (N,) each."""
 
-    tokens: Tensor  # int64
-    logprob: Tensor  # of ``tokens`` at temperature 1; float32 (float64 where the model is)
-    top: Tensor  # float64, the largest probability
-    second: Tensor  # float64, the second largest
-    entropy: Tensor | None = None  # float64, in units of log V, where asked for
-    end: Tensor | None = None  # float64, probability of the end tokens together at temperature 1, where asked for
+    tokens: Tensor
+    """int64."""
+    logprob: Tensor
+    """Of ``tokens`` at temperature 1; float32, float64 where the model is."""
+    top: Tensor
+    """The largest probability, float64."""
+    second: Tensor
+    """The second largest, float64."""
+    entropy: Tensor | None = None
+    """In units of log V, float64, where asked for."""
+    end: Tensor | None = None
+    """Probability of the end tokens together at temperature 1, float64, where asked for."""
 
 
 def candidates(
