@@ -75,7 +75,7 @@ def study(config: StudyConfig, config_dir: Path, progress: Progress | None = Non
             save_config(config, output / "study.yaml")
             cells.write()  # what is finished may have got another axis
             runs.write()
-            if waiting:  # what is there speaks of fewer cells
+            if waiting:  # those there are of fewer cells
                 for name in ("summary.json", "table.md"):
                     (output / name).unlink(missing_ok=True)
         _run(waiting, len(grid.jobs), config.jobs, cells, runs, progress)
@@ -103,7 +103,7 @@ def _exclusive_lock(output: Path) -> Iterator[None]:
 
 
 def _check_problems(jobs: Sequence[Job]) -> None:
-    """Raises UserError where a model or its problems cannot be had: now, and not when a job's turn comes."""
+    """Raises UserError where a model or its problems cannot be loaded: now, not when a job's turn comes."""
     from unmask.models.load import load_meta
     from unmask.tasks import make_task
 

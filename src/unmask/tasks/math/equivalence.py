@@ -96,7 +96,7 @@ def prepare() -> Callable[[str, str], bool]:
 
 
 def _same_value(a: Any, b: Any) -> bool | None:
-    """Whether two values of sympy are equal, whatever numbers their variables stand for; None where that cannot be told so."""
+    """Whether two values of sympy are equal, whatever numbers their variables stand for; None where that is not known."""
     from sympy import MatrixBase, MatrixExpr, Rational
     from sympy.core.evalf import PrecisionExhausted
 
