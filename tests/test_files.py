@@ -86,22 +86,19 @@ def stores(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, St
             patch.setattr("unmask.evaluation.evaluate.prepare", lambda _: prepared)
             evaluate(config)
 
-    def report_of(folder: Path) -> Callable[[], Any]:
-        return lambda: collect([folder])
-
     records = cell.store.path
     view = partial(from_records, ViewArguments(prompt=[str(records)]))
     counts = ("index", "points", "possible", "nfe", "committed", "length", "seconds")
     return {
         "records": Store(records, cell.store.merge, counts),
         "config.json": Store(at / "eval" / "config.json", resume, ("limit", "max_new_tokens")),
-        "summary.json": Store(at / "eval" / "summary.json", report_of(at / "eval")),
+        "summary.json": Store(at / "eval" / "summary.json", partial(collect, [at / "eval"])),
         "page_records": Store(records, view, counts),
         "page_config": Store(at / "eval" / "config.json", view, ("seed",)),
         "measurements": Store(trials.store.path, trials.store.merge, counts),
-        "metrics": Store(run / "metrics.jsonl", report_of(run), ("step",)),
-        "times": Store(run / "times.jsonl", report_of(run), ("step",)),
-        "completions": Store(completions, lambda: grade([str(completions), "--task", "countdown"])),
+        "metrics": Store(run / "metrics.jsonl", partial(collect, [run]), ("step",)),
+        "times": Store(run / "times.jsonl", partial(collect, [run]), ("step",)),
+        "completions": Store(completions, partial(grade, [str(completions), "--task", "countdown"])),
     }
 
 

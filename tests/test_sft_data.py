@@ -53,12 +53,12 @@ NEWLINES = (  # like Qwen's: something after the end of the turn
 @pytest.mark.parametrize(
     ("template", "prompt", "response"),
     [
-        (CHAT_TEMPLATE, "<|user|>one<|assistant|> two<|eot_id|><|user|>three<|assistant|>", " four<|eot_id|>"),
-        (HEADERS, "#user\none<|eot_id|>#assistant\ntwo<|eot_id|>#user\nthree<|eot_id|>#assistant\n", "four<|eot_id|>"),
+        (CHAT_TEMPLATE, "<|user|>1<|assistant|> 2<|eot_id|><|user|>3<|assistant|>", " 4<|eot_id|>"),
+        (HEADERS, "#user\n1<|eot_id|>#assistant\n2<|eot_id|>#user\n3<|eot_id|>#assistant\n", "4<|eot_id|>"),
         (
             NEWLINES,
-            "user:one<|endoftext|>\nassistant: two<|endoftext|>\nuser:three<|endoftext|>\nassistant:",
-            " four<|endoftext|>",
+            "user:1<|endoftext|>\nassistant: 2<|endoftext|>\nuser:3<|endoftext|>\nassistant:",
+            " 4<|endoftext|>",
         ),
     ],
 )
@@ -66,28 +66,28 @@ def test_messages_are_what_the_template_writes(tmp_path: Path, template: str, pr
     """All turns but the assistant's last are the prompt; the response ends with the template's own end of turn."""
     lm = toy()
     lm.tokenizer.chat_template = template
-    (row,) = read(lm, write(tmp_path / "a.jsonl", {"messages": turns("one", " two", "three", " four")}), 200).training
+    (row,) = read(lm, write(tmp_path / "a.jsonl", {"messages": turns("1", " 2", "3", " 4")}), 200).training
     assert row["prompt"].tolist() == lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     assert row["response"].tolist() == lm.tokenizer(response, add_special_tokens=False)["input_ids"]
     assert row["response"][-1] in lm.end_ids
 
 
-def test_pairs_of_text_and_of_messages(tmp_path: Path) -> None:
-    lm = toy()
+def test_pairs_of_text_and_of_messages(tmp_path: Path, toy_lm: MaskedLM) -> None:
     text = write(tmp_path / "text.jsonl", {"prompt": "<|user|>a<|eot_id|>b", "completion": "c"})
-    assert texts(lm, read(lm, text)) == [("<|user|>a<|eot_id|>b", "c<|eot_id|>")]  # as it is, and the end of turn
+    assert texts(toy_lm, read(toy_lm, text)) == [
+        ("<|user|>a<|eot_id|>b", "c<|eot_id|>")
+    ]  # as it is, and the end of turn
     file = tmp_path / "pairs.json"
     file.write_text(json.dumps([{"prompt": turns("q"), "completion": turns("", "r")[1:], "other": 1}]))
-    assert texts(lm, read(lm, str(file))) == [("<|user|>q<|assistant|>", "r<|eot_id|>")]
+    assert texts(toy_lm, read(toy_lm, str(file))) == [("<|user|>q<|assistant|>", "r<|eot_id|>")]
 
 
-def test_s1k_rows(tmp_path: Path) -> None:
+def test_s1k_rows(tmp_path: Path, toy_lm: MaskedLM) -> None:
     """Question, first trajectory and attempt in the tags that evaluation reads; the user's turn asks for them first."""
-    lm = toy()
     row = {"question": "2+2?", "thinking_trajectories": ["two twos", "unused"], "attempt": "4", "cot": None}
     datasets.Dataset.from_list([row]).to_parquet(str(tmp_path / "train.parquet"))
     for name in (tmp_path, tmp_path / "train.parquet"):
-        ((prompt, response),) = texts(lm, read(lm, str(name), 400))
+        ((prompt, response),) = texts(toy_lm, read(toy_lm, str(name), 400))
         assert response == "<reasoning>two twos</reasoning>\n<answer>4</answer><|eot_id|>"
         assert prompt.startswith("<|user|>") and prompt.endswith("\n\n2+2?<|assistant|>")
         assert re.findall(r"</?\w+>", prompt) == ["<reasoning>", "</reasoning>", "<answer>", "</answer>"]

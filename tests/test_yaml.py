@@ -40,9 +40,7 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("text", STRANGE.values(), ids=STRANGE)
-def test_strange_yaml_is_one_sentence(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_strange_yaml_is_one_sentence(text: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     Path("strange.yaml").write_bytes(text.encode("latin-1"))
     assert main(["generate", "x", "--decoder", "strange.yaml"]) == 2
@@ -66,9 +64,8 @@ def test_yaml_values(text: str, value: Any, tmp_path: Path) -> None:
     assert found == {"a": value, "b": {"c": [value]}, "d": [{"e": value}]} and type(found["a"]) is type(value)
 
 
-PLAIN = (
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.from_regex(r"[-0-9.e:_]+")
-)
+NUMERIC = st.integers() | st.floats(allow_nan=False) | st.from_regex(r"[-0-9.e:_]+")
+PLAIN = st.none() | st.booleans() | st.text() | NUMERIC
 NESTED = st.recursive(PLAIN, lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=5)
 
 
