@@ -16,7 +16,7 @@ import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModel
 
-from checkpoints import write_dream, write_llada, write_qwen3_a2d
+from checkpoints import WRITERS, write_dream, write_llada, write_qwen3_a2d
 from conftest import SHAPE
 from test_sft_data import chat
 from unmask import load
@@ -34,9 +34,8 @@ def write_qwen3(folder: Path) -> str:
     """A converted checkpoint that kept its parent's name, and names Python files that are not there."""
     write_qwen3_a2d(folder)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
-    config["auto_map"] = {"AutoModel": "modeling.Nothing"}
-    (folder / "config.json").write_text(json.dumps(config))
+    names = {"architectures": ["Qwen3ForCausalLM"], "auto_map": {"AutoModel": "modeling.Nothing"}}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "qwen3", **names}))
     return str(folder)
 
 
@@ -108,7 +107,6 @@ def test_the_card_says_what_was_done(command: str, tmp_path: Path, toy_folder: s
     assert "Validation after update 2" in body or "No validation" in body
 
 
-ADAPTED = {"llada": write_llada, "dream": write_dream, "qwen3": write_qwen3_a2d}
 HEAD = r".*(lm_head|transformer\.ff_out)"
 EMBEDDINGS = r".*(embed_tokens|wte)"
 LAYERS = r".*(blocks|layers)\.\d+\..*(_proj|attn_out|ff_out)"
@@ -126,14 +124,14 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 
 
-CASES = [(family, True, adapter) for family in ("llada", "qwen3") for adapter in ADAPTERS]
+CASES = [(family, True, adapter) for family in ("llada", "qwen3-a2d") for adapter in ADAPTERS]
 CASES += [(family, False, adapter) for family in ("llada", "dream") for adapter in ("both, DoRA", "whole head")]
 
 
 @pytest.mark.parametrize(("family", "tied", "adapter"), CASES)
 def test_merged_equals_unmerged(family: str, tied: bool, adapter: str, tmp_path: Path) -> None:
     tie = {"weight_tying" if family == "llada" else "tie_word_embeddings": tied}
-    base = ADAPTED[family](tmp_path / "base", **tie)
+    base = WRITERS[family](tmp_path / "base", **tie)
     lm = load(base, "float32")
     ids, mask = lm.encode(["hello there", "an in"])
     settings = dict(ADAPTERS[adapter])

@@ -103,7 +103,6 @@ def stores(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, St
 
 
 STORES = "records config.json summary.json page_records page_config measurements metrics times completions"
-each_store = pytest.mark.parametrize("store", STORES.split())
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -123,9 +122,9 @@ def changed(value: Any, at: tuple[Any, ...], new: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-@each_store
-def test_a_wrong_value_anywhere_is_one_sentence(stores: dict[str, Store], store: str) -> None:
-    """Any value at any place is a result or a sentence; for numbers it is a sentence."""
+@pytest.mark.parametrize("store", STORES.split())
+def test_wrong_values_and_bad_lines_are_one_sentence(stores: dict[str, Store], store: str) -> None:
+    """Any value at any place is a result or a sentence; for numbers it is a sentence. A bad line is named."""
     found = stores[store]
     value, rest = found.lines()
     assert found.says(found.path.read_bytes()) == ""
@@ -133,11 +132,6 @@ def test_a_wrong_value_anywhere_is_one_sentence(stores: dict[str, Store], store:
         said = found.says(changed(value, at, wrong) + b"\n" + rest)
         assert said or at not in [(key,) for key in found.numbers], f"{wrong!r} was taken for {at[0]}"
 
-
-@each_store
-def test_a_bad_line_is_named(stores: dict[str, Store], store: str) -> None:
-    found = stores[store]
-    _, rest = found.lines()
     for raw in BAD:
         if found.path.suffix == ".json":
             assert f"{found.path.name} is damaged (" in found.says(raw + b"\n")

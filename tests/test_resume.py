@@ -15,10 +15,9 @@ from test_sft_data import chat
 from unmask import DiffusionGRPOConfig, DiffusionGRPOTrainer, SFTConfig, SFTTrainer, UserError
 from unmask.training.run_folder import run
 
-SMALL: dict[str, Any] = {"per_device_train_batch_size": 2, "eval_steps": 9, "save_steps": 1, "report_to": []}
+SMALL: dict[str, Any] = {"per_device_train_batch_size": 2, "eval_steps": 9, "save_steps": 1, "max_steps": 4}
+SMALL |= {"bf16": False, "report_to": []}
 RL: dict[str, Any] = {"num_generations": 2, "num_iterations": 2, "max_completion_length": 4, "problems": 2}
-
-
 Start = Callable[..., Path]
 
 
@@ -28,13 +27,7 @@ def start(tmp_path_factory: pytest.TempPathFactory, toy_folder: str) -> Start:
     data = chat(tmp_path_factory.mktemp("data"))
 
     def started(kind: str, output: Path, model: str = toy_folder, callbacks: Any = None) -> Path:
-        settings = {
-            **SMALL,
-            "output_dir": output,
-            "max_steps": 4,
-            "bf16": False,
-            "lora_r": 2 if "lora" in kind else None,
-        }
+        settings = {**SMALL, "output_dir": output, "lora_r": 2 if "lora" in kind else None}
         if kind == "sft":
             return run(SFTTrainer(model, SFTConfig(data=data, validation_share=0.1, **settings), callbacks=callbacks))
         rl = DiffusionGRPOConfig(tasks=["sudoku:style=compact"], validation_problems=1, **RL, **settings)

@@ -44,7 +44,7 @@ def texts(lm: MaskedLM, rows: Data) -> list[tuple[str, str]]:
 HEADERS = (  # like LLaDA's: contents trimmed, a header for the answer in any case
     "{% for m in messages %}{{ '#' + m['role'] + '\\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}{{ '#assistant\\n' }}"
 )
-NEWLINES = (  # like Qwen's: something after the end of the turn
+ENDED = (  # like Qwen's: something after the end of the turn
     "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<|endoftext|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
@@ -55,11 +55,7 @@ NEWLINES = (  # like Qwen's: something after the end of the turn
     [
         (CHAT_TEMPLATE, "<|user|>1<|assistant|> 2<|eot_id|><|user|>3<|assistant|>", " 4<|eot_id|>"),
         (HEADERS, "#user\n1<|eot_id|>#assistant\n2<|eot_id|>#user\n3<|eot_id|>#assistant\n", "4<|eot_id|>"),
-        (
-            NEWLINES,
-            "user:1<|endoftext|>\nassistant: 2<|endoftext|>\nuser:3<|endoftext|>\nassistant:",
-            " 4<|endoftext|>",
-        ),
+        (ENDED, "user:1<|endoftext|>\nassistant: 2<|endoftext|>\nuser:3<|endoftext|>\nassistant:", " 4<|endoftext|>"),
     ],
 )
 def test_messages_are_what_the_template_writes(tmp_path: Path, template: str, prompt: str, response: str) -> None:
@@ -110,17 +106,18 @@ def test_overlong_rows(tmp_path: Path) -> None:
         read(lm, name, 4, "truncate")
 
 
-def test_validation_prompts_are_apart(tmp_path: Path) -> None:
+def test_validation_prompts_are_apart(tmp_path: Path, toy_lm: MaskedLM) -> None:
     """A tenth of the different prompts, whatever the order; rows that share a prompt stay together."""
-    lm = toy()
     rows = [{"prompt": f"p{i % 40}", "completion": f"r{i}"} for i in range(80)]
-    found = read(lm, write(tmp_path / "a.jsonl", *rows), share=0.1)
-    held, learned = ({lm.tokenizer.decode(r["prompt"]) for r in side} for side in (found.validation, found.training))
+    found = read(toy_lm, write(tmp_path / "a.jsonl", *rows), share=0.1)
+    held, learned = (
+        {toy_lm.tokenizer.decode(r["prompt"]) for r in side} for side in (found.validation, found.training)
+    )
     assert len(held) == 4 and len(found.validation) == 8 and not held & learned and len(found.training) == 72
-    again = read(lm, write(tmp_path / "b.jsonl", *rows[::-1]), share=0.1)
-    assert {lm.tokenizer.decode(r["prompt"]) for r in again.validation} == held
+    again = read(toy_lm, write(tmp_path / "b.jsonl", *rows[::-1]), share=0.1)
+    assert {toy_lm.tokenizer.decode(r["prompt"]) for r in again.validation} == held
     few = write(tmp_path / "c.jsonl", *rows[:9])
-    assert len(read(lm, few, share=0.01).validation) == 1 and not read(lm, few, share=0.0).validation
+    assert len(read(toy_lm, few, share=0.01).validation) == 1 and not read(toy_lm, few, share=0.0).validation
 
 
 @pytest.mark.parametrize(
