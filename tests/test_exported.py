@@ -19,10 +19,8 @@ from transformers import AutoConfig, AutoModel
 from checkpoints import WRITERS, write_dream, write_llada, write_qwen3_a2d
 from conftest import SHAPE
 from test_sft_data import chat
-from unmask import load
-from unmask.rl.config import DiffusionGRPOConfig
+from unmask import DiffusionGRPOConfig, SFTConfig, load
 from unmask.rl.run import train as train_rl
-from unmask.training.config import SFTConfig
 from unmask.training.run_folder import export
 from unmask.training.sft import train
 

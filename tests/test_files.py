@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import json
 import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +114,7 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 def changed(value: Any, at: tuple[Any, ...], new: Any) -> bytes:
     """A copy with another value at a place, as JSON."""
     value = copy.deepcopy(value)
-    box = functools.reduce(lambda inner, key: inner[key], at[:-1], value)
+    box = reduce(lambda inner, key: inner[key], at[:-1], value)
     box[at[-1]] = new
     if new is DELETED:
         del box[at[-1]]

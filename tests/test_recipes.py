@@ -14,15 +14,13 @@ import torch
 
 from checkpoints import write_llada
 from test_sft_data import write
-from unmask import SFTConfig, load
+from unmask import DiffusionGRPOConfig, DiffusionGRPOTrainer, SFTConfig, load
 from unmask.cli import main
 from unmask.config import read_config, save_config
 from unmask.io.files import read_lines
-from unmask.rl.config import DiffusionGRPOConfig
 from unmask.rl.dry_run import dry_run
 from unmask.rl.objectives import ViewRows
 from unmask.rl.run import train as train_rl
-from unmask.rl.trainer import DiffusionGRPOTrainer
 from unmask.training.sft import train as train_sft
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "llada"

@@ -129,9 +129,8 @@ def test_every_function_has_a_metric_of_its_own(tmp_path: Path, monkeypatch: pyt
     assert list(functions) == ["short", "shout", "nested"] and table.tolist() == [[-8, 1, 8]]
     assert list(reward_functions(["named:length", "other:length"], [])) == ["length", "length_2"]
     assert list(reward_functions(["named:std", "solved"], [])) == ["std_2", "solved"]  # reward_std is the rollout's
-
-
-def test_rewards_of_tasks_and_of_callables_are_told_apart() -> None:
+    parts = [partial(constant(1), by=1), partial(constant(1), by=2), constant(1)]
+    assert list(reward_functions(parts, [])) == ["reward", "reward_2", "reward_3"]
     tasks = [make_task("gsm8k", {}), make_task("math500", {})]
     assert "correct" in reward_functions([], tasks[:1])
     names = reward_functions([], tasks)
@@ -139,5 +138,3 @@ def test_rewards_of_tasks_and_of_callables_are_told_apart() -> None:
     assert all(name.startswith(("gsm8k_", "math500_")) for name in names)
     small = [make_task(f"countdown:max_value={n}", {}) for n in (6, 7)]
     assert list(reward_functions([], small)) == ["countdown_countdown", "countdown_countdown_2"]
-    parts = [partial(constant(1), by=1), partial(constant(1), by=2), constant(1)]
-    assert list(reward_functions(parts, [])) == ["reward", "reward_2", "reward_3"]

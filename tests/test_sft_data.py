@@ -89,21 +89,21 @@ def test_s1k_rows(tmp_path: Path, toy_lm: MaskedLM) -> None:
         assert re.findall(r"</?\w+>", prompt) == ["<reasoning>", "</reasoning>", "<answer>", "</answer>"]
 
 
-def test_overlong_rows(tmp_path: Path) -> None:
-    lm = toy()
+def test_overlong_rows(tmp_path: Path, toy_lm: MaskedLM) -> None:
     sizes = [(4, 5), (4, 6), (10, 1)]  # the first is 10 tokens with the end of turn
     name = write(tmp_path / "a.jsonl", *({"prompt": "p" * p, "completion": "r" * r} for p, r in sizes))
     with pytest.raises(UserError, match=r"jsonl:2.*has 4 prompt and 7 response tokens.*max_length 10"):
-        read(lm, name, 10)
-    cut = read(lm, name, 10, "truncate")
-    assert texts(lm, cut) == [("pppp", "rrrrr<|eot_id|>"), ("pppp", "rrrrrr")]
+        read(toy_lm, name, 10)
+    cut = read(toy_lm, name, 10, "truncate")
+    assert texts(toy_lm, cut) == [("pppp", "rrrrr<|eot_id|>"), ("pppp", "rrrrrr")]
     assert "1 of them cut to 10 tokens, 1 too long" in cut.notice  # of the third only the prompt would be left
-    dropped = read(lm, name, 10, "drop")
-    assert texts(lm, dropped) == [("pppp", "rrrrr<|eot_id|>")] and "0 of them cut to 10 tokens, 2 too" in dropped.notice
-    whole = read(lm, name, 12)
+    dropped = read(toy_lm, name, 10, "drop")
+    assert texts(toy_lm, dropped) == [("pppp", "rrrrr<|eot_id|>")]
+    assert "0 of them cut to 10 tokens, 2 too long" in dropped.notice
+    whole = read(toy_lm, name, 12)
     assert len(whole.training) == 3 and "0 of them cut to 12 tokens, 0 too long" in whole.notice
     with pytest.raises(UserError, match=r"leaves 0 rows to train on .*3 are longer than max_length 4"):
-        read(lm, name, 4, "truncate")
+        read(toy_lm, name, 4, "truncate")
 
 
 def test_validation_prompts_are_apart(tmp_path: Path, toy_lm: MaskedLM) -> None:

@@ -12,12 +12,10 @@ from hypothesis import strategies as st
 
 from benchmarks.study.config import StudyConfig
 from benchmarks.study.grid import read_grid
-from unmask import UserError, make_decoder
+from unmask import DiffusionGRPOConfig, SFTConfig, UserError, make_decoder
 from unmask.cli import main
 from unmask.config import read_config
 from unmask.io.files import as_yaml, read_yaml
-from unmask.rl.config import DiffusionGRPOConfig
-from unmask.training.config import SFTConfig
 
 BOMB = "a0: &a0 [x, x, x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
 STRANGE = {
@@ -91,10 +89,13 @@ def test_files_of_every_command(tmp_path: Path) -> None:
     own = write("rl.yaml", "base: base.yaml\noutput_dir: x\nbeta: 0.5\nreward_weights: [1e-1]")
     rl = read_config(DiffusionGRPOConfig, own, ["--seed", "4"])
     assert (rl.learning_rate, rl.reward_weights, rl.beta, rl.seed, rl.tasks) == (1e-5, [0.1], 0.5, 4, ["sudoku"])
-    for base, message in (("base: rl.yaml", "does not lead back"), ("bta: 1", "did you mean 'beta'")):
+    wrong = {"base: rl.yaml": "does not lead back", "max_steps: many": "max_steps in .* is 'many'"}
+    for base, message in {**wrong, "bta: 1": "unknown key in .* did you mean 'beta'"}.items():
         write("base.yaml", base)
         with pytest.raises(UserError, match=message):
             read_config(DiffusionGRPOConfig, own)
+    with pytest.raises(UserError, match="lacks output_dir"):
+        read_config(SFTConfig, write("sft.yaml", "tasks: [sudoku]"))
     assert make_decoder(str(write("d.yaml", "preset: eoser\ngamma_min: 1e-2"))).gamma_min == 0.01
     tables = "evaluate: [{task: sudoku, decoder: eoser, gamma_min: [1e-2, 5e-2]}]"
     study = read_config(StudyConfig, write("study.yaml", f"output: x\n{tables}"))
