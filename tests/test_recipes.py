@@ -58,9 +58,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     counts = [(n, f"Ann has {n} pens and buys {n + 1} more. How many has she now?") for n in range(80)]
     rows = [{"question": q, "answer": f"{n} + {n + 1}\n#### {2 * n + 1}"} for n, q in counts]
     write(folder / "gsm8k" / "train.jsonl", *rows)
-    write(
-        folder / "math500" / "train.jsonl", *({"problem": q, "solution": f"\\boxed{{{2 * n + 1}}}"} for n, q in counts)
-    )
+    rows = [{"problem": q, "solution": f"\\boxed{{{2 * n + 1}}}"} for n, q in counts]
+    write(folder / "math500" / "train.jsonl", *rows)
     rows = [{"question": q, "thinking_trajectories": ["count"], "attempt": str(n)} for n, q in counts[:24]]
     write(folder / "s1k.jsonl", *rows)
     return folder
