@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import functools
 import itertools
 import json
 import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -86,27 +85,23 @@ def stores(model: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, St
             patch.setattr("unmask.evaluation.evaluate.prepare", lambda _: prepared)
             evaluate(config)
 
-    def report_of(folder: Path) -> Callable[[], Any]:
-        return lambda: collect([folder])
-
     records = cell.store.path
     view = partial(from_records, ViewArguments(prompt=[str(records)]))
     counts = ("index", "points", "possible", "nfe", "committed", "length", "seconds")
     return {
         "records": Store(records, cell.store.merge, counts),
         "config.json": Store(at / "eval" / "config.json", resume, ("limit", "max_new_tokens")),
-        "summary.json": Store(at / "eval" / "summary.json", report_of(at / "eval")),
+        "summary.json": Store(at / "eval" / "summary.json", partial(collect, [at / "eval"])),
         "page_records": Store(records, view, counts),
         "page_config": Store(at / "eval" / "config.json", view, ("seed",)),
         "measurements": Store(trials.store.path, trials.store.merge, counts),
-        "metrics": Store(run / "metrics.jsonl", report_of(run), ("step",)),
-        "times": Store(run / "times.jsonl", report_of(run), ("step",)),
-        "completions": Store(completions, lambda: grade([str(completions), "--task", "countdown"])),
+        "metrics": Store(run / "metrics.jsonl", partial(collect, [run]), ("step",)),
+        "times": Store(run / "times.jsonl", partial(collect, [run]), ("step",)),
+        "completions": Store(completions, partial(grade, [str(completions), "--task", "countdown"])),
     }
 
 
 STORES = "records config.json summary.json page_records page_config measurements metrics times completions"
-each_store = pytest.mark.parametrize("store", STORES.split())
 
 
 def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -119,16 +114,16 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 def changed(value: Any, at: tuple[Any, ...], new: Any) -> bytes:
     """A copy with another value at a place, as JSON."""
     value = copy.deepcopy(value)
-    box = functools.reduce(lambda inner, key: inner[key], at[:-1], value)
+    box = reduce(lambda inner, key: inner[key], at[:-1], value)
     box[at[-1]] = new
     if new is DELETED:
         del box[at[-1]]
     return json.dumps(value).encode()
 
 
-@each_store
-def test_a_wrong_value_anywhere_is_one_sentence(stores: dict[str, Store], store: str) -> None:
-    """Any value at any place is a result or a sentence; for numbers it is a sentence."""
+@pytest.mark.parametrize("store", STORES.split())
+def test_wrong_values_and_bad_lines_are_one_sentence(stores: dict[str, Store], store: str) -> None:
+    """Any value at any place is a result or a sentence; for numbers it is a sentence. A bad line is named."""
     found = stores[store]
     value, rest = found.lines()
     assert found.says(found.path.read_bytes()) == ""
@@ -136,11 +131,6 @@ def test_a_wrong_value_anywhere_is_one_sentence(stores: dict[str, Store], store:
         said = found.says(changed(value, at, wrong) + b"\n" + rest)
         assert said or at not in [(key,) for key in found.numbers], f"{wrong!r} was taken for {at[0]}"
 
-
-@each_store
-def test_a_bad_line_is_named(stores: dict[str, Store], store: str) -> None:
-    found = stores[store]
-    _, rest = found.lines()
     for raw in BAD:
         if found.path.suffix == ".json":
             assert f"{found.path.name} is damaged (" in found.says(raw + b"\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -14,21 +13,20 @@ import pytest
 import torch
 
 from checkpoints import write_llada
-from unmask import SFTConfig, load
+from test_sft_data import write
+from unmask import DiffusionGRPOConfig, DiffusionGRPOTrainer, SFTConfig, load
 from unmask.cli import main
 from unmask.config import read_config, save_config
-from unmask.rl.config import DiffusionGRPOConfig
+from unmask.io.files import read_lines
 from unmask.rl.dry_run import dry_run
 from unmask.rl.objectives import ViewRows
 from unmask.rl.run import train as train_rl
-from unmask.rl.trainer import DiffusionGRPOTrainer
 from unmask.training.sft import train as train_sft
 
-ROOT = Path(__file__).parent.parent
-RECIPES = sorted(f for f in (ROOT / "configs" / "llada").glob("*.yaml") if not f.name.startswith("_"))
+CONFIGS = Path(__file__).parent.parent / "configs" / "llada"
+RECIPES = sorted(f for f in CONFIGS.glob("*.yaml") if not f.name.startswith("_"))
 RL = [f for f in RECIPES if not f.name.startswith("sft")]
-
-
+RUN = [CONFIGS / f"{name}.yaml" for name in ("cj_gsm8k", "coupled_math", "sft_s1k")]
 SMALL: dict[str, Any] = {"report_to": [], "lora_r": 2, "eval_steps": 2, "save_steps": 2, "max_steps": 2}
 
 
@@ -57,13 +55,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     for name in ("gsm8k", "math500"):
         (folder / name).mkdir()
-    counts = [f"Ann has {n} pens and buys {n + 1} more. How many has she now?" for n in range(80)]
-    rows = [{"question": q, "answer": f"{n} + {n + 1}\n#### {2 * n + 1}"} for n, q in enumerate(counts)]
-    (folder / "gsm8k" / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    rows = [{"problem": q, "solution": f"\\boxed{{{2 * n + 1}}}"} for n, q in enumerate(counts)]
-    (folder / "math500" / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    rows = [{"question": q, "thinking_trajectories": ["count"], "attempt": str(n)} for n, q in enumerate(counts[:24])]
-    (folder / "s1k.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    counts = [(n, f"Ann has {n} pens and buys {n + 1} more. How many has she now?") for n in range(80)]
+    rows = [{"question": q, "answer": f"{n} + {n + 1}\n#### {2 * n + 1}"} for n, q in counts]
+    write(folder / "gsm8k" / "train.jsonl", *rows)
+    rows = [{"problem": q, "solution": f"\\boxed{{{2 * n + 1}}}"} for n, q in counts]
+    write(folder / "math500" / "train.jsonl", *rows)
+    rows = [{"question": q, "thinking_trajectories": ["count"], "attempt": str(n)} for n, q in counts[:24]]
+    write(folder / "s1k.jsonl", *rows)
     return folder
 
 
@@ -73,9 +71,8 @@ def llada(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_the_grid_is_whole_and_has_the_published_numbers() -> None:
-    names = {
-        f"{o}_{t}" for o in ("cj", "diffu", "one_step", "coupled") for t in ("countdown", "sudoku", "gsm8k", "math")
-    }
+    tasks = ("countdown", "sudoku", "gsm8k", "math")
+    names = {f"{objective}_{task}" for objective in ("cj", "diffu", "one_step", "coupled") for task in tasks}
     assert {f.stem for f in RL} == names and {f.stem for f in RECIPES} == {*names, "sft_s1k"}
     for file in RL:
         c = read_config(DiffusionGRPOConfig, file)
@@ -91,14 +88,6 @@ def test_the_grid_is_whole_and_has_the_published_numbers() -> None:
         assert c.model == "GSAI-ML/LLaDA-8B-Instruct" and c.max_completion_length == 128 and c.bf16
 
 
-def recipe(name: str) -> Path:
-    return ROOT / "configs" / "llada" / f"{name}.yaml"
-
-
-RUN = [recipe(n) for n in ("cj_gsm8k", "coupled_math", "sft_s1k")]
-DRY = [("cj_math", ""), ("diffu_gsm8k", ""), ("coupled_sudoku", "cfg_scale=0.5")]
-
-
 def test_two_updates_on_two_processes(llada: str, data: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [__file__, llada, str(data), str(tmp_path), *map(str, RUN)]
@@ -108,15 +97,14 @@ def test_two_updates_on_two_processes(llada: str, data: Path, tmp_path: Path) ->
     for file in RUN:
         assert load(str(tmp_path / file.stem / "final"), "float32").self_test()
         if file in RL:
-            lines = [json.loads(x) for x in (tmp_path / file.stem / "metrics.jsonl").read_text().splitlines()]
+            lines = read_lines(tmp_path / file.stem / "metrics.jsonl")
             assert [x["step"] for x in lines if "loss" in x] == [1, 2]
 
 
-@pytest.mark.parametrize(("name", "cfg"), DRY)
+@pytest.mark.parametrize(("name", "cfg"), [("cj_math", ""), ("diffu_gsm8k", ""), ("coupled_sudoku", ",cfg_scale=0.5")])
 def test_dry_runs_say_what_the_trainer_does(name: str, cfg: str, llada: str, data: Path, tmp_path: Path) -> None:
-    c = dataclasses.replace(small_rl(recipe(name), llada, data, tmp_path / "run"), rows_per_forward=4)
-    if cfg:
-        c = dataclasses.replace(c, decoder=c.decoder + ("," if ":" in c.decoder else ":") + cfg)
+    c = small_rl(CONFIGS / f"{name}.yaml", llada, data, tmp_path / "run")
+    c = dataclasses.replace(c, rows_per_forward=4, decoder=c.decoder + cfg)
     said = dry_run(c)
     assert not (tmp_path / "run").exists()
     trainer = DiffusionGRPOTrainer(llada, None, c)
@@ -133,11 +121,9 @@ def test_dry_runs_say_what_the_trainer_does(name: str, cfg: str, llada: str, dat
     assert "GiB a process" in said
 
 
-def test_dry_run_on_the_command_line(
-    llada: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dry_run_on_the_command_line(llada: str, data: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
-    save_config(small_rl(recipe("cj_gsm8k"), llada, data, tmp_path / "run"), tmp_path / "c.yaml")
+    save_config(small_rl(RUN[0], llada, data, tmp_path / "run"), tmp_path / "c.yaml")
     assert main(["rl", str(tmp_path / "c.yaml"), "--dry-run", "--beta", "0"]) == 0
     out = capsys.readouterr().out
     assert "8 processes × 6 completions = 48 an update: 8 prompts × 6" in out and "beta: 0.0" in out
@@ -151,9 +137,6 @@ def test_dry_run_on_the_command_line(
     ):
         assert main(["rl", str(tmp_path / "c.yaml"), "--dry-run", *flags]) == 2
         assert message in capsys.readouterr().err
-    monkeypatch.delenv("WORLD_SIZE")
-    assert main(["rl", str(tmp_path / "c.yaml"), "--lora-r", "None"]) == 2  # and without the dry run
-    assert "would be trained in bfloat16" in capsys.readouterr().err
 
 
 if __name__ == "__main__":  # MODEL DATA OUTPUT FILE…: two updates of each recipe, one after the other, in one launch

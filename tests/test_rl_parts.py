@@ -25,18 +25,15 @@ def test_advantages_by_hand() -> None:
     assert torch.allclose(scaled[:4], centered[:4] / (std + 1e-4)) and (scaled[4:] == 0).all()
 
 
-@pytest.mark.parametrize(
-    ("normalization", "expected"),
-    [
-        ("step", [[[1 / 2, 0, 0, 0], [1 / 2, 1 / 2, 0, 0]], [[0, 1 / 6, 1 / 6, 1 / 6], [0, 0, 0, 0]]]),
-        ("token", [[[1 / 4, 0, 0, 0], [1 / 2, 1 / 2, 0, 0]], [[0, 1 / 4, 1 / 4, 1 / 4], [0, 0, 0, 0]]]),
-        ("batch", [[[1 / 3, 0, 0, 0], [1 / 3, 1 / 3, 0, 0]], [[0, 1 / 3, 1 / 3, 1 / 3], [0, 0, 0, 0]]]),
-    ],
-)
-def test_weights_by_hand(normalization: Any, expected: Any) -> None:
-    a = torch.tensor([[True, False, False, False], [True, True, False, False]])
-    b = torch.tensor([[False, True, True, True], [False, False, False, False]])
-    assert torch.allclose(torch.stack(token_weights([a, b], normalization)), torch.tensor(expected))
+WEIGHTS = {"step": (1 / 2, 1 / 2, 1 / 6), "token": (1 / 4, 1 / 2, 1 / 4), "batch": (1 / 3, 1 / 3, 1 / 3)}
+
+
+@pytest.mark.parametrize("normalization", WEIGHTS)
+def test_weights_by_hand(normalization: Any) -> None:
+    """Two views of two rows: the first scores tokens of both, the second only of the first row."""
+    a, b, c = WEIGHTS[normalization]
+    expected = torch.tensor([[[a, 0, 0, 0], [b, b, 0, 0]], [[0, c, c, c], [0, 0, 0, 0]]])
+    assert torch.allclose(torch.stack(token_weights(list(expected > 0), normalization)), expected)
 
 
 def test_k3_is_zero_on_equal_policies_and_positive_elsewhere() -> None:
@@ -56,22 +53,15 @@ def test_sampler_repeats_for_inner_iterations_and_cuts_over_ranks() -> None:
     assert [sorted(b) for b in rollout_batches(2, 4, 1, 2, seed=0)] == [[0, 0, 1, 1]] * 2  # more prompts than rows
 
 
-# ---- rewards ---------------------------------------------------------------------------------------------------------------
-
-
 def raises(prompts: Any, completions: Any, **_: Any) -> Any:
     raise ZeroDivisionError("division by zero")
 
 
-def constant(value: Any) -> Any:
+def constant(value: Any, count: int = 2) -> Any:
     def reward(prompts: Any, completions: Any, **_: Any) -> Any:
-        return [value] * len(completions)
+        return [value] * count
 
     return reward
-
-
-def short(prompts: Any, completions: Any, **_: Any) -> Any:
-    return [1.0]
 
 
 @pytest.mark.parametrize(
@@ -81,7 +71,7 @@ def short(prompts: Any, completions: Any, **_: Any) -> Any:
         (constant(float("nan")), "returned nan for the completion 'one': return a finite number"),
         (constant("good"), "raised ValueError: could not convert string to float: 'good'"),
         (constant(1e300), r"returned 1e\+300"),
-        (short, "returned 1 values for 2 completions"),
+        (constant(1.0, 1), "returned 1 values for 2 completions"),
         (constant(None), "every reward function .* returned None for the prompt 'a'"),
     ],
 )
@@ -94,9 +84,8 @@ def test_rewards_get_columns_and_may_abstain() -> None:
     def half(prompts: list[str], completions: list[str], kind: list[str], **_: Any) -> list[float | None]:
         return [1.0 if k == "x" else None for k in kind]
 
-    table = score(
-        {"half": half, "two": constant(2)}, [{"prompt": "a", "kind": "x"}, {"prompt": "b", "kind": "y"}], ["1", "2"]
-    )
+    rows = [{"prompt": "a", "kind": "x"}, {"prompt": "b", "kind": "y"}]
+    table = score({"half": half, "two": constant(2)}, rows, ["1", "2"])
     assert table[0].tolist() == [1, 2] and table[1, 0].isnan() and table[1, 1] == 2
 
 
@@ -140,15 +129,12 @@ def test_every_function_has_a_metric_of_its_own(tmp_path: Path, monkeypatch: pyt
     assert list(functions) == ["short", "shout", "nested"] and table.tolist() == [[-8, 1, 8]]
     assert list(reward_functions(["named:length", "other:length"], [])) == ["length", "length_2"]
     assert list(reward_functions(["named:std", "solved"], [])) == ["std_2", "solved"]  # reward_std is the rollout's
-
-
-def test_rewards_of_tasks_and_of_callables_are_told_apart() -> None:
-    one, two = make_task("gsm8k", {}), make_task("math500", {})
-    assert "correct" in reward_functions([], [one])
-    names = reward_functions([], [one, two])
+    parts = [partial(constant(1), by=1), partial(constant(1), by=2), constant(1)]
+    assert list(reward_functions(parts, [])) == ["reward", "reward_2", "reward_3"]
+    tasks = [make_task("gsm8k", {}), make_task("math500", {})]
+    assert "correct" in reward_functions([], tasks[:1])
+    names = reward_functions([], tasks)
     assert {"gsm8k_correct", "math500_correct"} <= set(names)
     assert all(name.startswith(("gsm8k_", "math500_")) for name in names)
     small = [make_task(f"countdown:max_value={n}", {}) for n in (6, 7)]
     assert list(reward_functions([], small)) == ["countdown_countdown", "countdown_countdown_2"]
-    parts = [partial(constant(1), by=1), partial(constant(1), by=2), constant(1)]
-    assert list(reward_functions(parts, [])) == ["reward", "reward_2", "reward_3"]

@@ -44,7 +44,7 @@ def texts(lm: MaskedLM, rows: Data) -> list[tuple[str, str]]:
 HEADERS = (  # like LLaDA's: contents trimmed, a header for the answer in any case
     "{% for m in messages %}{{ '#' + m['role'] + '\\n' + m['content'] | trim + '<|eot_id|>' }}{% endfor %}{{ '#assistant\\n' }}"
 )
-NEWLINES = (  # like Qwen's: something after the end of the turn
+ENDED = (  # like Qwen's: something after the end of the turn
     "{% for m in messages %}{{ m['role'] + ':' + m['content'] + '<|endoftext|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
 )
@@ -53,74 +53,71 @@ NEWLINES = (  # like Qwen's: something after the end of the turn
 @pytest.mark.parametrize(
     ("template", "prompt", "response"),
     [
-        (CHAT_TEMPLATE, "<|user|>one<|assistant|> two<|eot_id|><|user|>three<|assistant|>", " four<|eot_id|>"),
-        (HEADERS, "#user\none<|eot_id|>#assistant\ntwo<|eot_id|>#user\nthree<|eot_id|>#assistant\n", "four<|eot_id|>"),
-        (
-            NEWLINES,
-            "user:one<|endoftext|>\nassistant: two<|endoftext|>\nuser:three<|endoftext|>\nassistant:",
-            " four<|endoftext|>",
-        ),
+        (CHAT_TEMPLATE, "<|user|>1<|assistant|> 2<|eot_id|><|user|>3<|assistant|>", " 4<|eot_id|>"),
+        (HEADERS, "#user\n1<|eot_id|>#assistant\n2<|eot_id|>#user\n3<|eot_id|>#assistant\n", "4<|eot_id|>"),
+        (ENDED, "user:1<|endoftext|>\nassistant: 2<|endoftext|>\nuser:3<|endoftext|>\nassistant:", " 4<|endoftext|>"),
     ],
 )
 def test_messages_are_what_the_template_writes(tmp_path: Path, template: str, prompt: str, response: str) -> None:
     """All turns but the assistant's last are the prompt; the response ends with the template's own end of turn."""
     lm = toy()
     lm.tokenizer.chat_template = template
-    (row,) = read(lm, write(tmp_path / "a.jsonl", {"messages": turns("one", " two", "three", " four")}), 200).training
+    (row,) = read(lm, write(tmp_path / "a.jsonl", {"messages": turns("1", " 2", "3", " 4")}), 200).training
     assert row["prompt"].tolist() == lm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     assert row["response"].tolist() == lm.tokenizer(response, add_special_tokens=False)["input_ids"]
     assert row["response"][-1] in lm.end_ids
 
 
-def test_pairs_of_text_and_of_messages(tmp_path: Path) -> None:
-    lm = toy()
+def test_pairs_of_text_and_of_messages(tmp_path: Path, toy_lm: MaskedLM) -> None:
     text = write(tmp_path / "text.jsonl", {"prompt": "<|user|>a<|eot_id|>b", "completion": "c"})
-    assert texts(lm, read(lm, text)) == [("<|user|>a<|eot_id|>b", "c<|eot_id|>")]  # as it is, and the end of turn
+    assert texts(toy_lm, read(toy_lm, text)) == [
+        ("<|user|>a<|eot_id|>b", "c<|eot_id|>")
+    ]  # as it is, and the end of turn
     file = tmp_path / "pairs.json"
     file.write_text(json.dumps([{"prompt": turns("q"), "completion": turns("", "r")[1:], "other": 1}]))
-    assert texts(lm, read(lm, str(file))) == [("<|user|>q<|assistant|>", "r<|eot_id|>")]
+    assert texts(toy_lm, read(toy_lm, str(file))) == [("<|user|>q<|assistant|>", "r<|eot_id|>")]
 
 
-def test_s1k_rows(tmp_path: Path) -> None:
+def test_s1k_rows(tmp_path: Path, toy_lm: MaskedLM) -> None:
     """Question, first trajectory and attempt in the tags that evaluation reads; the user's turn asks for them first."""
-    lm = toy()
     row = {"question": "2+2?", "thinking_trajectories": ["two twos", "unused"], "attempt": "4", "cot": None}
     datasets.Dataset.from_list([row]).to_parquet(str(tmp_path / "train.parquet"))
     for name in (tmp_path, tmp_path / "train.parquet"):
-        ((prompt, response),) = texts(lm, read(lm, str(name), 400))
+        ((prompt, response),) = texts(toy_lm, read(toy_lm, str(name), 400))
         assert response == "<reasoning>two twos</reasoning>\n<answer>4</answer><|eot_id|>"
         assert prompt.startswith("<|user|>") and prompt.endswith("\n\n2+2?<|assistant|>")
         assert re.findall(r"</?\w+>", prompt) == ["<reasoning>", "</reasoning>", "<answer>", "</answer>"]
 
 
-def test_overlong_rows(tmp_path: Path) -> None:
-    lm = toy()
+def test_overlong_rows(tmp_path: Path, toy_lm: MaskedLM) -> None:
     sizes = [(4, 5), (4, 6), (10, 1)]  # the first is 10 tokens with the end of turn
     name = write(tmp_path / "a.jsonl", *({"prompt": "p" * p, "completion": "r" * r} for p, r in sizes))
     with pytest.raises(UserError, match=r"jsonl:2.*has 4 prompt and 7 response tokens.*max_length 10"):
-        read(lm, name, 10)
-    cut = read(lm, name, 10, "truncate")
-    assert texts(lm, cut) == [("pppp", "rrrrr<|eot_id|>"), ("pppp", "rrrrrr")]
+        read(toy_lm, name, 10)
+    cut = read(toy_lm, name, 10, "truncate")
+    assert texts(toy_lm, cut) == [("pppp", "rrrrr<|eot_id|>"), ("pppp", "rrrrrr")]
     assert "1 of them cut to 10 tokens, 1 too long" in cut.notice  # of the third only the prompt would be left
-    dropped = read(lm, name, 10, "drop")
-    assert texts(lm, dropped) == [("pppp", "rrrrr<|eot_id|>")] and "0 of them cut to 10 tokens, 2 too" in dropped.notice
-    whole = read(lm, name, 12)
+    dropped = read(toy_lm, name, 10, "drop")
+    assert texts(toy_lm, dropped) == [("pppp", "rrrrr<|eot_id|>")]
+    assert "0 of them cut to 10 tokens, 2 too long" in dropped.notice
+    whole = read(toy_lm, name, 12)
     assert len(whole.training) == 3 and "0 of them cut to 12 tokens, 0 too long" in whole.notice
     with pytest.raises(UserError, match=r"leaves 0 rows to train on .*3 are longer than max_length 4"):
-        read(lm, name, 4, "truncate")
+        read(toy_lm, name, 4, "truncate")
 
 
-def test_validation_prompts_are_apart(tmp_path: Path) -> None:
+def test_validation_prompts_are_apart(tmp_path: Path, toy_lm: MaskedLM) -> None:
     """A tenth of the different prompts, whatever the order; rows that share a prompt stay together."""
-    lm = toy()
     rows = [{"prompt": f"p{i % 40}", "completion": f"r{i}"} for i in range(80)]
-    found = read(lm, write(tmp_path / "a.jsonl", *rows), share=0.1)
-    held, learned = ({lm.tokenizer.decode(r["prompt"]) for r in side} for side in (found.validation, found.training))
+    found = read(toy_lm, write(tmp_path / "a.jsonl", *rows), share=0.1)
+    held, learned = (
+        {toy_lm.tokenizer.decode(r["prompt"]) for r in side} for side in (found.validation, found.training)
+    )
     assert len(held) == 4 and len(found.validation) == 8 and not held & learned and len(found.training) == 72
-    again = read(lm, write(tmp_path / "b.jsonl", *rows[::-1]), share=0.1)
-    assert {lm.tokenizer.decode(r["prompt"]) for r in again.validation} == held
+    again = read(toy_lm, write(tmp_path / "b.jsonl", *rows[::-1]), share=0.1)
+    assert {toy_lm.tokenizer.decode(r["prompt"]) for r in again.validation} == held
     few = write(tmp_path / "c.jsonl", *rows[:9])
-    assert len(read(lm, few, share=0.01).validation) == 1 and not read(lm, few, share=0.0).validation
+    assert len(read(toy_lm, few, share=0.01).validation) == 1 and not read(toy_lm, few, share=0.0).validation
 
 
 @pytest.mark.parametrize(

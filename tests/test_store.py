@@ -6,6 +6,7 @@ import json
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -112,12 +113,8 @@ def test_a_wrong_record_leaves_everything_as_it_is(line: str, tmp_path: Path) ->
 def test_a_merge_that_cannot_write_keeps_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = a_store(tmp_path)
     store.append(rows(1), 0)
-
-    def full(*_: object) -> None:
-        raise OSError("disk full")
-
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
-        patch.setattr("unmask.io.files.os.replace", full)
+        patch.setattr("unmask.io.files.os.replace", Mock(side_effect=OSError("disk full")))
         store.merge()
     assert [p.name for p in tmp_path.iterdir()] == ["cell.jsonl.rank-0"]
     assert store.merge() == {1: {"index": 1}} and [p.name for p in tmp_path.iterdir()] == ["cell.jsonl"]

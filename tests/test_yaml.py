@@ -12,12 +12,10 @@ from hypothesis import strategies as st
 
 from benchmarks.study.config import StudyConfig
 from benchmarks.study.grid import read_grid
-from unmask import UserError, make_decoder
+from unmask import DiffusionGRPOConfig, SFTConfig, UserError, make_decoder
 from unmask.cli import main
 from unmask.config import read_config
 from unmask.io.files import as_yaml, read_yaml
-from unmask.rl.config import DiffusionGRPOConfig
-from unmask.training.config import SFTConfig
 
 BOMB = "a0: &a0 [x, x, x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
 STRANGE = {
@@ -40,9 +38,7 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("text", STRANGE.values(), ids=STRANGE)
-def test_strange_yaml_is_one_sentence(
-    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_strange_yaml_is_one_sentence(text: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.chdir(tmp_path)
     Path("strange.yaml").write_bytes(text.encode("latin-1"))
     assert main(["generate", "x", "--decoder", "strange.yaml"]) == 2
@@ -66,9 +62,8 @@ def test_yaml_values(text: str, value: Any, tmp_path: Path) -> None:
     assert found == {"a": value, "b": {"c": [value]}, "d": [{"e": value}]} and type(found["a"]) is type(value)
 
 
-PLAIN = (
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.from_regex(r"[-0-9.e:_]+")
-)
+NUMERIC = st.integers() | st.floats(allow_nan=False) | st.from_regex(r"[-0-9.e:_]+")
+PLAIN = st.none() | st.booleans() | st.text() | NUMERIC
 NESTED = st.recursive(PLAIN, lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=5)
 
 
@@ -94,10 +89,13 @@ def test_files_of_every_command(tmp_path: Path) -> None:
     own = write("rl.yaml", "base: base.yaml\noutput_dir: x\nbeta: 0.5\nreward_weights: [1e-1]")
     rl = read_config(DiffusionGRPOConfig, own, ["--seed", "4"])
     assert (rl.learning_rate, rl.reward_weights, rl.beta, rl.seed, rl.tasks) == (1e-5, [0.1], 0.5, 4, ["sudoku"])
-    for base, message in (("base: rl.yaml", "does not lead back"), ("bta: 1", "did you mean 'beta'")):
+    wrong = {"base: rl.yaml": "does not lead back", "max_steps: many": "max_steps in .* is 'many'"}
+    for base, message in {**wrong, "bta: 1": "unknown key in .* did you mean 'beta'"}.items():
         write("base.yaml", base)
         with pytest.raises(UserError, match=message):
             read_config(DiffusionGRPOConfig, own)
+    with pytest.raises(UserError, match="lacks output_dir"):
+        read_config(SFTConfig, write("sft.yaml", "tasks: [sudoku]"))
     assert make_decoder(str(write("d.yaml", "preset: eoser\ngamma_min: 1e-2"))).gamma_min == 0.01
     tables = "evaluate: [{task: sudoku, decoder: eoser, gamma_min: [1e-2, 5e-2]}]"
     study = read_config(StudyConfig, write("study.yaml", f"output: x\n{tables}"))
