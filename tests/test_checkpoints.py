@@ -78,10 +78,9 @@ def test_the_whole_way(name: str, folders: dict[str, str], tmp_path: Path, capsy
     assert main(["generate", "hello", "--model", model, "--decoder", "eoser-ass", "--max-new-tokens", "16"]) == 0
 
     def evaluated(model: str, output: str, *flags: str) -> list[dict[str, object]]:
-        request = (
-            f"eval --task sudoku --decoder eoser-ass --limit 3 --max-new-tokens 16 --dtype float32 --model {model}"
-        )
-        assert main([*request.split(), "--output", str(tmp_path / output), *flags]) == 0
+        request = ["eval", "--model", model, "--task", "sudoku", "--decoder", "eoser-ass", "--limit", "3"]
+        request += ["--max-new-tokens", "16", "--dtype", "float32", "--output", str(tmp_path / output), *flags]
+        assert main(request) == 0
         lines = (tmp_path / output / "records" / "sudoku--eoser-ass.jsonl").read_text().splitlines()
         return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
