@@ -22,48 +22,48 @@ CHAT = (
     "{{% for message in messages %}}{{{{ {start} + message['role'] + {after} + message['content'] + {end} }}}}{{% endfor %}}"
     "{{% if add_generation_prompt %}}{{{{ {start} + 'assistant' + {after} }}}}{{% endif %}}"
 )
-LLADA_CHAT = "{{ bos_token }}" + CHAT.format(
-    start="'<|start_header_id|>'", after="'<|end_header_id|>\\n\\n'", end="'<|eot_id|>'"
-)
+HEADER = {"start": "'<|start_header_id|>'", "after": "'<|end_header_id|>\\n\\n'", "end": "'<|eot_id|>'"}
+LLADA_CHAT = "{{ bos_token }}" + CHAT.format(**HEADER)
 QWEN_CHAT = CHAT.format(start="'<|im_start|>'", after="'\\n'", end="'<|im_end|>\\n'")
 MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "t"), ("i", "n"), ("a", "n"), ("Ġ", "a")]
 
 LLADA = json.loads("""{
     "activation_type": "silu", "alibi": false, "alibi_bias_max": 8.0, "architectures": ["LLaDAModelLM"],
-    "attention_dropout": 0.0, "attention_layer_norm": false, "attention_layer_norm_with_affine": true, "auto_map": {
-        "AutoConfig": "configuration_llada.LLaDAConfig", "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
-        "AutoModel": "modeling_llada.LLaDAModelLM"},
-    "bias_for_layer_norm": false, "block_group_size": 1, "block_type": "llama", "d_model": 32, "embedding_dropout": 0.0,
-    "embedding_size": 384, "eos_token_id": 301, "flash_attention": false, "include_bias": false, "include_qkv_bias": false,
-    "init_cutoff_factor": null, "init_device": "meta", "init_fn": "mitchell", "init_std": 0.5, "input_emb_norm": false,
-    "layer_norm_type": "rms", "layer_norm_with_affine": true, "mask_token_id": 320, "max_sequence_length": 1024,
-    "mlp_hidden_size": 64, "mlp_ratio": 4, "model_type": "llada", "multi_query_attention": null, "n_heads": 4, "n_kv_heads": 4,
-    "n_layers": 2, "pad_token_id": 301, "precision": "amp_bf16", "residual_dropout": 0.0, "rms_norm_eps": 1e-05, "rope": true,
+    "attention_dropout": 0.0, "attention_layer_norm": false, "attention_layer_norm_with_affine": true,
+    "auto_map": {"AutoConfig": "configuration_llada.LLaDAConfig", "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+    "AutoModel": "modeling_llada.LLaDAModelLM"}, "bias_for_layer_norm": false, "block_group_size": 1, "block_type": "llama",
+    "d_model": 32, "embedding_dropout": 0.0, "embedding_size": 384, "eos_token_id": 301, "flash_attention": false,
+    "include_bias": false, "include_qkv_bias": false, "init_cutoff_factor": null, "init_device": "meta",
+    "init_fn": "mitchell", "init_std": 0.5, "input_emb_norm": false, "layer_norm_type": "rms",
+    "layer_norm_with_affine": true, "mask_token_id": 320, "max_sequence_length": 1024, "mlp_hidden_size": 64,
+    "mlp_ratio": 4, "model_type": "llada", "multi_query_attention": null, "n_heads": 4, "n_kv_heads": 4, "n_layers": 2,
+    "pad_token_id": 301, "precision": "amp_bf16", "residual_dropout": 0.0, "rms_norm_eps": 1e-05, "rope": true,
     "rope_full_precision": true, "rope_theta": 500000.0, "scale_logits": false, "transformers_version": "4.46.3",
     "use_cache": false, "vocab_size": 384, "weight_tying": false}""")
 DREAM = json.loads("""{
-    "architectures": ["DreamModel"], "attention_dropout": 0.0, "auto_map": {
-        "AutoConfig": "configuration_dream.DreamConfig", "AutoModel": "modeling_dream.DreamModel"},
-    "bos_token_id": 300, "eos_token_id": 300, "hidden_act": "silu", "hidden_size": 32, "initializer_range": 0.5,
-    "intermediate_size": 64, "mask_token_id": 323, "max_position_embeddings": 1024, "max_window_layers": 28,
-    "model_type": "Dream", "num_attention_heads": 4, "num_hidden_layers": 2, "num_key_value_heads": 2, "pad_token_id": 300,
-    "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000.0, "sliding_window": null, "tie_word_embeddings": false,
-    "torch_dtype": "bfloat16", "transformers_version": "4.46.2", "use_cache": true, "use_mrope": false,
-    "use_sliding_window": false, "vocab_size": 384}""")
+    "architectures": ["DreamModel"], "attention_dropout": 0.0, "auto_map": {"AutoConfig": "configuration_dream.DreamConfig",
+    "AutoModel": "modeling_dream.DreamModel"}, "bos_token_id": 300, "eos_token_id": 300, "hidden_act": "silu",
+    "hidden_size": 32, "initializer_range": 0.5, "intermediate_size": 64, "mask_token_id": 323,
+    "max_position_embeddings": 1024, "max_window_layers": 28, "model_type": "Dream", "num_attention_heads": 4,
+    "num_hidden_layers": 2, "num_key_value_heads": 2, "pad_token_id": 300, "rms_norm_eps": 1e-06, "rope_scaling": null,
+    "rope_theta": 1000000.0, "sliding_window": null, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+    "transformers_version": "4.46.2", "use_cache": true, "use_mrope": false, "use_sliding_window": false, "vocab_size": 384}""")
 QWEN3_A2D = json.loads("""{
     "architectures": ["A2DQwen3LMHeadModel"], "attention_bias": false, "attention_dropout": 0.0, "bos_token_id": 300,
-    "dtype": "float32", "eos_token_id": 302, "head_dim": 16, "hidden_act": "silu", "hidden_size": 32, "initializer_range": 0.5,
-    "intermediate_size": 64, "layer_types": ["full_attention", "full_attention"], "max_position_embeddings": 1024,
-    "max_window_layers": 28, "model_type": "a2d-qwen3", "num_attention_heads": 4, "num_hidden_layers": 2,
-    "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000, "sliding_window": null,
-    "tie_word_embeddings": true, "use_cache": true, "use_sliding_window": false, "vocab_size": 384}""")
+    "dtype": "float32", "eos_token_id": 302, "head_dim": 16, "hidden_act": "silu", "hidden_size": 32,
+    "initializer_range": 0.5, "intermediate_size": 64, "layer_types": ["full_attention", "full_attention"],
+    "max_position_embeddings": 1024, "max_window_layers": 28, "model_type": "a2d-qwen3", "num_attention_heads": 4,
+    "num_hidden_layers": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000,
+    "sliding_window": null, "tie_word_embeddings": true, "use_cache": true, "use_sliding_window": false, "vocab_size": 384}""")
 
 
-def _bytes() -> tuple[dict[str, int], list[tuple[str, str]]]:
-    vocabulary = {c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}
-    for a, b in MERGES:
-        vocabulary[a + b] = len(vocabulary)
-    return vocabulary, MERGES
+def _json(folder: Path, name: str, content: dict[str, Any]) -> None:
+    (folder / name).write_text(json.dumps(content), encoding="utf-8")
+
+
+def _vocabulary() -> dict[str, int]:
+    """The 256 bytes, then the merged pairs."""
+    return {token: i for i, token in enumerate([*sorted(ByteLevel.alphabet()), *(a + b for a, b in MERGES)])}
 
 
 def _added(tokens: dict[int, str]) -> dict[str, Any]:
@@ -73,15 +73,15 @@ def _added(tokens: dict[int, str]) -> dict[str, Any]:
 
 def _fast_tokenizer(folder: Path, tokens: dict[int, str], settings: dict[str, Any]) -> None:
     """tokenizer.json and tokenizer_config.json; the gaps of the ids are filled with reserved tokens, as on the hub."""
-    vocabulary, merges = _bytes()
-    core = Tokenizer(models.BPE(vocabulary, merges))
+    vocabulary = _vocabulary()
+    core = Tokenizer(models.BPE(vocabulary, MERGES))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     every = {i: tokens.get(i, f"<|reserved_token_{i}|>") for i in range(len(vocabulary), max(tokens) + 1)}
     core.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in every.values()])
     core.save(str(folder / "tokenizer.json"))
     settings = {"added_tokens_decoder": _added(every), "tokenizer_class": "PreTrainedTokenizerFast", **settings}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    _json(folder, "tokenizer_config.json", settings)
 
 
 def _write(folder: Path, config: dict[str, Any], seed: int, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -90,7 +90,7 @@ def _write(folder: Path, config: dict[str, Any], seed: int, dtype: torch.dtype =
     torch.manual_seed(seed)
     kind(kind.config_class(**config)).to(dtype).save_pretrained(folder, max_shard_size="60KB")
     assert len(list(folder.glob("model-0000?-of-0000?.safetensors"))) >= 2
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    _json(folder, "config.json", config)
 
 
 def write_llada(folder: Path, seed: int = 1, **changes: Any) -> str:
@@ -113,8 +113,7 @@ def write_llada_8b(folder: Path) -> str:
     config = {**LLADA, **shape, "vocab_size": 126464, "embedding_size": 126464, "max_sequence_length": 4096}
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2**24, generator=generator)  # turned, in every matrix: drawing 8 billion takes long
-    index: dict[str, str] = {}
-    shard: dict[str, torch.Tensor] = {}
+    index, shard = {}, {}
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         keys = LLaDAModelLM(LLaDAConfig(**config)).state_dict()
@@ -129,9 +128,8 @@ def write_llada_8b(folder: Path) -> str:
             save_file(shard, folder / name, metadata={"format": "pt"})
             index |= dict.fromkeys(shard, name)
             shard = {}
-    whole = {"metadata": {}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(whole), encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    _json(folder, "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
+    _json(folder, "config.json", config)
     _llada_tokenizer(folder)
     return str(folder)
 
@@ -139,24 +137,16 @@ def write_llada_8b(folder: Path) -> str:
 def write_dream(folder: Path, seed: int = 1, **changes: Any) -> str:
     """As Dream-org/Dream-v0-Instruct-7B: a tokenizer of its own class, as vocab.json and merges.txt."""
     _write(folder, {**DREAM, **changes}, seed)
-    vocabulary, merges = _bytes()
-    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
-    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in merges)]
+    _json(folder, "vocab.json", _vocabulary())
+    lines = ["#version: 0.2", *(f"{a} {b}" for a, b in MERGES)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     special = {300: "<|endoftext|>", 301: "<|im_start|>", 302: "<|im_end|>", 322: "<|beginoftext|>", 323: "<|mask|>"}
-    every = {i: special.get(i, f"<|fill_{i}|>") for i in range(len(vocabulary), 324)}
-    settings = {
-        "added_tokens_decoder": _added(every),
-        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
-        "bos_token": "<|beginoftext|>",
-        "chat_template": QWEN_CHAT,
-        "eos_token": "<|endoftext|>",
-        "mask_token": "<|mask|>",
-        "pad_token": "<|endoftext|>",
-        "tokenizer_class": "DreamTokenizer",
-        "unk_token": None,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    every = {i: special.get(i, f"<|fill_{i}|>") for i in range(len(_vocabulary()), 324)}
+    named = {"bos": "<|beginoftext|>", "eos": "<|endoftext|>", "mask": "<|mask|>", "pad": "<|endoftext|>", "unk": None}
+    settings = {"added_tokens_decoder": _added(every), **{f"{name}_token": token for name, token in named.items()}}
+    settings |= {"auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]}}
+    settings |= {"chat_template": QWEN_CHAT, "tokenizer_class": "DreamTokenizer"}
+    _json(folder, "tokenizer_config.json", settings)
     return str(folder)
 
 

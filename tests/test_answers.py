@@ -31,26 +31,16 @@ PUZZLE, GRID = "Solve the following Sudoku puzzle: 0102200002100320", "314224314
 
 # fmt: off
 NUMBERS = {
-    "2220": [
-        "2\\,220", "2\\;220", "2\\:220", "2\\!220", "2\u202f220", "2\u2009220", "2\u00a0220",
-    ],
-    "73": [
-        "**73**", "*73*", "__73__", "`73`", "```\n73\n```", "<b>73</b>", "<strong>73</strong>", "# 73", "### 73",
-        "#### 73", "***73***", "**Answer:** 73", "**Answer: 73**", "Answer: 73", "Final answer: 73.",
-        "The answer is 73", "The final answer is: $73$.", "73 students", "73 red apples", "73 \\text{ students}",
-        "73\\text{ cm}^2", "73 cm", "73cm", "73 square units", "73 km/h", "73 miles per hour", "73 percent", "73%",
-        "73\\%", "73°", "73^\\circ", "73^{\\circ}", "73 degrees", "７３", "𝟕𝟑", "\\mathbf{73}", "\\textbf{73}",
-        "\\text{73}", "\\boldsymbol{73}", "\\mathrm{73}", "{73}", "\\left(73\\right)", "(73)", "\\displaystyle 73",
-        "\\color{red}{73}", "73.", "73,", "73;", "73.0", "x = 73", '"73"', "73\n", " 73 ✅", "\\( 73 \\)",
-        "\\[ 73 \\]", "$$73$$", "+73",
-    ],
-    "36": [
-        "\\$36", "$36", "$\\$36$", "$36$", "€36", "36 €", "£36", "US$36", "\\text{\\$}36", "USD 36", "36 dollars",
-        "36 USD",
-    ],
-    "-3": [
-        "\u20133", "\u22123", "\u20143", "\u20103", "\uff0d3", "- 3", "-\\$3", "$-3$", "minus 3", "negative 3",
-    ],
+    "2220": ["2\\,220", "2\\;220", "2\\:220", "2\\!220", "2\u202f220", "2\u2009220", "2\u00a0220"],
+    "73": ["**73**", "*73*", "__73__", "`73`", "```\n73\n```", "<b>73</b>", "<strong>73</strong>", "# 73", "### 73", "#### 73",
+        "***73***", "**Answer:** 73", "**Answer: 73**", "Answer: 73", "Final answer: 73.", "The answer is 73",
+        "The final answer is: $73$.", "73 students", "73 red apples", "73 \\text{ students}", "73\\text{ cm}^2", "73 cm",
+        "73cm", "73 square units", "73 km/h", "73 miles per hour", "73 percent", "73%", "73\\%", "73°", "73^\\circ",
+        "73^{\\circ}", "73 degrees", "７３", "𝟕𝟑", "\\mathbf{73}", "\\textbf{73}", "\\text{73}", "\\boldsymbol{73}",
+        "\\mathrm{73}", "{73}", "\\left(73\\right)", "(73)", "\\displaystyle 73", "\\color{red}{73}", "73.", "73,", "73;",
+        "73.0", "x = 73", '"73"', "73\n", " 73 ✅", "\\( 73 \\)", "\\[ 73 \\]", "$$73$$", "+73"],
+    "36": ["\\$36", "$36", "$\\$36$", "$36$", "€36", "36 €", "£36", "US$36", "\\text{\\$}36", "USD 36", "36 dollars", "36 USD"],
+    "-3": ["\u20133", "\u22123", "\u20143", "\u20103", "\uff0d3", "- 3", "-\\$3", "$-3$", "minus 3", "negative 3"],
     "70000": ["70 000"], "10000": ["10{,}000", "10\\,000"], "26000": ["26~000"],
     "1000": ["1_000", "1\\_000", "1'000", "1\u2019000"], "1234567": ["1,234,567", "1 234 567"], "1234.5": ["1 234.5"],
     "2000000": ["2 million", "$2 million"], "1500000000": ["1.5 billion"], "3000": ["3 thousand"],
@@ -58,10 +48,9 @@ NUMBERS = {
     "2.5": ["2½", "2 1/2", "2\\frac{1}{2}", "2 \\frac12"], "-2.5": ["-2 1/2"],
     "1500": ["1.5e3", "1.5 \\times 10^3", "1.5\\times10^{3}", "1.5 × 10³"], "300000": ["3 x 10^5"],
     "18": ["9 \\times 2 = 18", "18", "18.00", "$18.", "9 \\times 2 = 18 \\text{ dollars}"], "-7": ["-7", "\u22127"],
-    "43500": ["\\$43,500"], "-10": ["-$10"], "385000": ["385\\,000"], "11111100": ["11,\\! 111,\\!100"],
-    "1200": ["1{,}200 m"], "60": ["60\\%"], "120": ["120\\text{ minutes}"], "12": ["\\text{12 kg}"], "30": ["30 m^2"],
-    "49": ["49^\\circ"], "72": ["**72**"], "0.75": ["\\frac{3}{4}", "3/4"], "-0.75": ["-\\dfrac34 cup"],
-    "5": ["x = 5"],
+    "43500": ["\\$43,500"], "-10": ["-$10"], "385000": ["385\\,000"], "11111100": ["11,\\! 111,\\!100"], "1200": ["1{,}200 m"],
+    "120": ["120\\text{ minutes}"], "12": ["\\text{12 kg}"], "30": ["30 m^2"],
+    "0.75": ["\\frac{3}{4}", "3/4"], "-0.75": ["-\\dfrac34 cup"],
 }
 NO_NUMBERS = {  # as written: what it might be taken for, beside the numbers in it
     "5 6": "56 30 11", "5\\ 6": "56 30 11", "5\\,6": "56 30", "5-6": "-1", "5\u20136": "", "5 to 6": "", "5 or 6": "",
@@ -75,15 +64,14 @@ NO_NUMBERS = {  # as written: what it might be taken for, beside the numbers in 
 FORMULAS = [  # as written, a truth that it equals
     ("pi/2", "\\frac{\\pi}{2}"), ("π/2", "\\frac{\\pi}{2}"), ("\\pi/2", "\\frac{\\pi}{2}"), ("sqrt(2)", "\\sqrt{2}"),
     ("√2", "\\sqrt{2}"), ("3√13", "3\\sqrt{13}"), ("3*sqrt(13)", "3\\sqrt{13}"), ("x**2", "x^2"), ("x²", "x^2"),
-    ("**x+1**", "x+1"), ("$x$ = 5", "5"), ("\\(x=2\\) or \\(x=3\\)", "2,3"), ("$2$ and $3$", "2,3"),
-    ("12π cm^2", "12\\pi"), ("12\\pi \\text{ square inches}", "12\\pi"), ("\\mathbf{(C)}", "\\text{(C)}"),
-    ("**C**", "\\text{(C)}"), ("Evelyn.", "\\text{Evelyn}"), ("\\textbf{Evelyn}", "\\text{Evelyn}"),
-    ("(\u2013∞, 0]", "(-\\infty, 0]"), ("½", "\\frac12"), ("1 4/5", "1\\frac{4}{5}"), ("9/5", "1\\frac{4}{5}"),
-    ("137.5", "137 \\frac{1}{2}"), ("270/7", "\\frac{270}7\\text{ degrees}"),
-    ("270/7 degrees", "\\frac{270}7\\text{ degrees}"), ("864 square inches", "864 \\mbox{ inches}^2"),
-    ("5.4 cents", "5.4 \\text{ cents}"), ("$18.90", "\\$18.90"), ("18.9", "\\$18.90"), ("2x*3", "6x"),
-    ("11 111 111 100", "11,\\! 111,\\! 111,\\! 100"), ("-1/3", "-\\frac{1}{3}"), ("y = -2x", "y=-2x"),
-    ("6 \u2212 5i", "6 - 5i"), ("2k + 2", "2k+2"), ("x∈[-2,7]", "x \\in [-2,7]"), ("2, 1", "1,2"),
+    ("**x+1**", "x+1"), ("$x$ = 5", "5"), ("\\(x=2\\) or \\(x=3\\)", "2,3"), ("$2$ and $3$", "2,3"), ("12π cm^2", "12\\pi"),
+    ("12\\pi \\text{ square inches}", "12\\pi"), ("\\mathbf{(C)}", "\\text{(C)}"), ("**C**", "\\text{(C)}"),
+    ("Evelyn.", "\\text{Evelyn}"), ("\\textbf{Evelyn}", "\\text{Evelyn}"), ("(\u2013∞, 0]", "(-\\infty, 0]"), ("½", "\\frac12"),
+    ("1 4/5", "1\\frac{4}{5}"), ("9/5", "1\\frac{4}{5}"), ("137.5", "137 \\frac{1}{2}"),
+    ("270/7", "\\frac{270}7\\text{ degrees}"), ("270/7 degrees", "\\frac{270}7\\text{ degrees}"),
+    ("864 square inches", "864 \\mbox{ inches}^2"), ("5.4 cents", "5.4 \\text{ cents}"), ("$18.90", "\\$18.90"),
+    ("18.9", "\\$18.90"), ("2x*3", "6x"), ("11 111 111 100", "11,\\! 111,\\! 111,\\! 100"), ("-1/3", "-\\frac{1}{3}"),
+    ("y = -2x", "y=-2x"), ("6 \u2212 5i", "6 - 5i"), ("2k + 2", "2k+2"), ("x∈[-2,7]", "x \\in [-2,7]"), ("2, 1", "1,2"),
     ("(x^{999}-1)/(x-1)", "\\frac{x^{999}-1}{x-1}"), ("(x-1)(x+1)", "x^2-1"), ("3*2^{98}", "3 \\cdot 2^{98}"),
     ("\\frac{8}{49}\\begin{pmatrix} 2 \\\\ 3 \\end{pmatrix}", "\\begin{pmatrix} 16/49 \\\\ 24/49 \\end{pmatrix}"),
     ("\\operatorname{adj} A \\text{ m}", "\\operatorname{adj} A \\text{ m}"), ("1.5", "\\frac{3}{2}"),
@@ -123,25 +111,20 @@ FINALS = [
 ]
 MARKS = [
     ("so\n#### 18", True), ("so\n#### $18\n</reasoning>", True), ("so #### 18 and", False), ("#### Step 18", False),
-    ("so\n#### 18. Compute", False), ("so\n#### 18\n<answer>19</answer>", False),
-    ("<answer>\n## Answer\n18\n</answer>", True), ("so\n**Final Answer:** 18", True), ("the answer is 18", False),
-    ("<answer>18</answer>\nI put it in \\boxed as asked.", True),
-    ("\\boxed{18}. The answer is given in \\boxed form.", True), ("\\boxed{18}\n\\boxed{\\text{answer}}", True),
-    ("\\boxed{18} in \\boxed{your answer here}", True), ("\\boxed{18} \\boxed{?} \\boxed{}", True), ("\\boxed 18", True),
-    ("it goes in \\boxed{}, so 18", False), ("\\boxed{18} no: \\boxed{19}", False),
-    ("<answer>18</answer>" + "so it is " * 20_000, True), ("so it is " * 20_000 + "\\boxed{18}", True),
-    ("<answer>\\boxed{18}" + "so it is " * 5_000 + "</answer>", True),
+    ("so\n#### 18. Compute", False), ("so\n#### 18\n<answer>19</answer>", False), ("<answer>\n## Answer\n18\n</answer>", True),
+    ("so\n**Final Answer:** 18", True), ("the answer is 18", False),
+    ("<answer>18</answer>\nI put it in \\boxed as asked.", True), ("\\boxed{18}. The answer is given in \\boxed form.", True),
+    ("\\boxed{18}\n\\boxed{\\text{answer}}", True), ("\\boxed{18} in \\boxed{your answer here}", True),
+    ("\\boxed{18} \\boxed{?} \\boxed{}", True), ("\\boxed 18", True), ("it goes in \\boxed{}, so 18", False),
+    ("\\boxed{18} no: \\boxed{19}", False), ("<answer>18</answer>" + "so it is " * 20_000, True),
+    ("so it is " * 20_000 + "\\boxed{18}", True), ("<answer>\\boxed{18}" + "so it is " * 5_000 + "</answer>", True),
 ]
 EXPRESSIONS = [  # numbers, target, how a solution is written
-    ([4, 6, 10], 34, [
-        "$4 \\times 6 + 10$", "**4*6+10**", "4⋅6+10", "4 x 6 + 10", "4×6+10 = 34", "34 = 4*6+10", "`4*6+10`",
-        "\\[4*6+10\\]", "\\(4*6+10\\)", "[4*6]+10", "Answer: 4*6+10", "４*６+１０", "(**4*6**)+10",
-    ]),
-    ([8, 2, 7], 11, [
-        "\\boxed{\\frac{8}{2}+7}", "\\dfrac{8}{2}+7.", "\\frac82+7", "8/2+7\\,", "8 ÷ 2 + 7", "8 \\div 2 + 7",
-    ]),
-    ([10, 3], 7, ["10 \u2013 3"]), ([8, 2, 7], 42, ["\\left(8-2\\right) \\cdot 7"]),
-    ([8, 6, 2], 7, ["\\frac{8+6}{2}"]), ([8, 2, 2], 2, ["\\frac{\\frac{8}{2}}{2}"]),
+    ([4, 6, 10], 34, ["$4 \\times 6 + 10$", "**4*6+10**", "4⋅6+10", "4 x 6 + 10", "4×6+10 = 34", "34 = 4*6+10", "`4*6+10`",
+        "\\[4*6+10\\]", "\\(4*6+10\\)", "[4*6]+10", "Answer: 4*6+10", "４*６+１０", "(**4*6**)+10"]),
+    ([8, 2, 7], 11, ["\\boxed{\\frac{8}{2}+7}", "\\dfrac{8}{2}+7.", "\\frac82+7", "8/2+7\\,", "8 ÷ 2 + 7", "8 \\div 2 + 7"]),
+    ([10, 3], 7, ["10 \u2013 3"]), ([8, 2, 7], 42, ["\\left(8-2\\right) \\cdot 7"]), ([8, 6, 2], 7, ["\\frac{8+6}{2}"]),
+    ([8, 2, 2], 2, ["\\frac{\\frac{8}{2}}{2}"]),
 ]
 NO_EXPRESSIONS = [  # and what is none
     ([4, 6, 10], 34, ["\\text{Answer: }4*6+10", "(4)(6)+10", "4*6+10+0", "4*6-10"]), ([56], 56, ["5 6"]),
@@ -154,10 +137,9 @@ GRIDS = [
     "3 1 4 2\n2 4 3 1\n4 2 1 3\n1 3 2 4",
     "| 3 | 1 | 4 | 2 |\n|---|---|---|---|\n| 2 | 4 | 3 | 1 |\n| 4 | 2 | 1 | 3 |\n| 1 | 3 | 2 | 4 |",
     "[[3,1,4,2],[2,4,3,1],[4,2,1,3],[1,3,2,4]]", "Row 1: 3142\nRow 2: 2431\nRow 3: 4213\nRow 4: 1324",
-    "1. 3142\n2. 2431\n3. 4213\n4. 1324", "The 4 × 4 grid: 3142243142131324",
+    "1. 3142\n2. 2431\n3. 4213\n4. 1324", "The 4 × 4 grid: 3142243142131324", "```\n3142\n2431\n4213\n1324\n```",
     "Puzzle 0102200002100320 becomes 3142243142131324", "16 digits: 3142 2431 4213 1324", "a3142 b2431 c4213 d1324",
-    "３１４２２４３１４２１３１３２４", "```\n3142\n2431\n4213\n1324\n```",
-    "R1: 3 1 4 2\nR2: 2 4 3 1\nR3: 4 2 1 3\nR4: 1 3 2 4",
+    "３１４２２４３１４２１３１３２４", "R1: 3 1 4 2\nR2: 2 4 3 1\nR3: 4 2 1 3\nR4: 1 3 2 4",
     "Every row, column and 2x2 box holds the digits 1-4: 3142243142131324.", "1: 3142\n2: 2431\n3: 4213\n4: 1324",
     "\\begin{bmatrix}3 & 1 & 4 & 2\\\\2 & 4 & 3 & 1\\\\4 & 2 & 1 & 3\\\\1 & 3 & 2 & 4\\end{bmatrix}",
 ]
@@ -167,13 +149,10 @@ PUBLISHED = [  # task, completion, truth, whether it is right
     ("countdown", "So 48 + 29 + 16 = 93 works.", [[48, 29, 16], 93], True),
     ("countdown", "<answer>48 + 29 + 16</answer>", [[48, 29, 16], 93], False),  # the tags are read where a box is open
     ("countdown", "<answer>48 + 29 + 16</answer>\\boxed{", [[48, 29, 16], 93], True),
-    ("countdown", "1/72/70/43", [[1, 72, 70, 43], 0], True),  # within 1e-5
-    ("countdown", "\\boxed{4**2}", [[4, 2], 16], True),
-    ("gsm8k", "\\boxed{360\\text{ hours} hours.", "360", True),
+    ("countdown", "\\boxed{4**2}", [[4, 2], 16], True), ("countdown", "1/72/70/43", [[1, 72, 70, 43], 0], True),  # within 1e-5
+    ("gsm8k", "\\boxed{360\\text{ hours} hours.", "360", True), ("gsm8k", "\\boxed{70 000}", "70", True),
     ("gsm8k", "<answer>2:00 pm</answer>\\boxed{2:00 pm}", "2", True),
-    ("gsm8k", "\\boxed{70 000}", "70", True),
-    ("math500", "5", "5", True),  # the whole text where there is no box
-    ("math500", "\\boxed <answer>7</answer>", "7", False),
+    ("math500", "\\boxed <answer>7</answer>", "7", False), ("math500", "5", "5", True),  # the whole text where there is no box
     ("math500", "\\boxed{\\frac{6}{3}}", "\\frac63", True),
 ]
 RELEASED: Any = {released.number: [
@@ -184,13 +163,10 @@ RELEASED: Any = {released.number: [
     ("\\boxed{3} \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("<answer>7</answer>", "<answer>7</answer>"),
     ("<answer>7</answer> \\boxed{8", "7"), ("so $\\boxed 5$", "5"),
 ], released.grid: [
-    ("<answer>\n3142 2431\n4213 1324\n</answer>", "3142243142131324"),
-    ("<answer>grid: ```3142243142131324```</answer>", "3142243142131324"),
-    ("<answer>31422431<|eot_id|>", "3142243100000000"),  # cut off: padded with 0
-    ("<answer></answer> 3142243142131324<|eot_id|>", "3142243142131324"),  # what follows an empty answer
-    ("so 3142243142131324 is the grid", "3142243142131324"),
+    ("<answer>\n3142 2431\n4213 1324\n</answer>", GRID), ("<answer>grid: ```3142243142131324```</answer>", GRID),
+    ("nothing", "0" * 16), ("<answer>31422431<|eot_id|>", "3142243100000000"),  # cut off: padded with 0
+    ("so 3142243142131324 is the grid", GRID), ("<answer></answer> 3142243142131324<|eot_id|>", GRID),
     ("<answer>a3142 b2431 c4213 d1324</answer>", "a3142b2431c4213d"),  # labels are kept, unlike by default
-    ("nothing", "0" * 16),
 ]}
 RELEASED_EQUAL = [
     ("\\dfrac12", "\\frac{1}{2}"), ("1/2", "\\frac{1}{2}"), ("0.5", "\\frac12"), (".5", "\\frac12"), ("x = 5", "5"),
@@ -263,6 +239,8 @@ def test_what_is_read_as_a_number_and_as_the_final_answer() -> None:
         assert [text for text in texts if number(text) != Fraction(value) or plain(plain(text)) != plain(text)] == []
     assert [text for text in NO_NUMBERS if number(text) is not None] == []
     assert [(text, final(text)) for text, _ in FINALS] == FINALS
+    for text, right in MARKS:
+        assert solved("gsm8k", text, "18") == solved("math500", text, "18") == right, text[:60]
     assert number("Of 20 eggs 18 are left.", last=True) == 18 and number("Of 20 eggs 18 are left.") == 20  # in prose
     assert number("16 hours (two days)") == 16 and number("3 + 15", last=True) is number("9" * 80) is None
     assert solved("gsm8k", "\\boxed{4}<|eot_id|>\\boxed{5}", "4")  # nothing behind the end token
@@ -283,18 +261,11 @@ def test_a_formula_is_finished_and_compared_in_time() -> None:
         assert time.perf_counter() - start < 4  # half a second of work, on a machine that has more to do
 
 
-def test_what_marks_an_answer_wherever_it_is() -> None:
-    for text, right in MARKS:
-        assert solved("gsm8k", text, "18") == solved("math500", text, "18") == right, text[:60]
-
-
 @pytest.mark.parametrize("form", [TAGS, "{}", "\\boxed{{{}}}", "so\nAnswer: {}"])
 def test_expressions_in_other_notations(form: str) -> None:
     for rows, right in ((EXPRESSIONS, True), (NO_EXPRESSIONS, False)):
-        found = [
-            (t, solved("countdown", form.format(t), [numbers, target])) for numbers, target, ts in rows for t in ts
-        ]
-        assert [text for text, is_solved in found if is_solved != right] == []
+        for numbers, target, texts in rows:
+            assert [t for t in texts if solved("countdown", form.format(t), [numbers, target]) != right] == []
 
 
 def test_the_cells_of_a_grid_however_it_is_set() -> None:
@@ -329,13 +300,15 @@ def test_reading_never_raises(text: str) -> None:
             solved(spec, completion, "3")
 
 
-def test_the_published_readings_stay_as_released() -> None:
+def test_published_readings_as_released_and_a_task_without_a_released_reward() -> None:
     for task, completion, truth, right in PUBLISHED:
         assert solved(f"{task}:extraction=published", completion, truth) == right, completion
     for reader, rows in RELEASED.items():
         assert [(text, reader(text)) for text, _ in rows] == rows
     assert [(a, b) for a, b in RELEASED_EQUAL if not (released.same_latex(a, b) and released.same_latex(b, a))] == []
     assert not released.same_latex("1.5", "\\frac32") and not released.same_latex("x/2", "\\frac{x}{2}")
+    with pytest.raises(UserError, match="task reasoning_gym has no released reward: set reward_funcs to"):
+        reward_functions(["released"], [make_task("reasoning_gym:leg_counting", {})])
 
 
 @pytest.mark.parametrize("task", PAID)
@@ -347,11 +320,6 @@ def test_rewards_by_hand(task: str) -> None:
             table = reward_functions(names, [grader]).values()
             found = [weight * (reward(completions=[completion], **columns)[0] or 0) for reward, weight in table]
             assert found == pytest.approx(values), (completion, names)
-
-
-def test_a_task_without_a_released_reward_says_so() -> None:
-    with pytest.raises(UserError, match="task reasoning_gym has no released reward: set reward_funcs to"):
-        reward_functions(["released"], [make_task("reasoning_gym:leg_counting", {})])
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda t: t[:14].encode("unicode_escape", "replace").decode())
@@ -366,8 +334,10 @@ def test_hostile_answers_are_wrong_and_fast(text: str) -> None:
     assert same("x+4", "4+x")  # and it still does
 
 
-def test_what_math_verify_gets() -> None:
+def test_what_math_verify_gets_and_in_any_thread() -> None:
     assert all(map(equivalence.readable, READABLE)) and not any(map(equivalence.readable, [*NOT_READABLE, "(" * 13]))
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(lambda i: same(f"x+{i}", f"{i} + x"), range(5, 9)))
 
 
 def test_what_comes_late_is_different(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,9 +354,8 @@ def test_what_comes_late_is_different(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.perf_counter() - start < 20
 
 
-def test_formulas_are_compared_in_any_thread() -> None:
-    with ThreadPoolExecutor(4) as threads:
-        assert all(threads.map(lambda i: same(f"x+{i}", f"{i} + x"), range(5, 9)))
+def printed(code: str) -> list[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
 
 def test_no_text_reaches_python() -> None:
@@ -399,14 +368,12 @@ def test_no_text_reaches_python() -> None:
         "    try:\n        read('(1).__class__.__base__.__subclasses__()')\n"
         "    except ValueError:\n        print('refused')\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "refused", "refused", "refused"]
+    assert printed(code) == ["True", "refused", "refused", "refused"]
 
 
 def test_the_worker_ends_with_its_program() -> None:
     code = "from unmask.tasks.math import equivalence as e; print(e.equivalent('2', '1+1'), e.WORKER.process.pid)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    found, pid = done.stdout.split()
+    found, pid = printed(code)
     assert found == "True"
     for _ in range(100):
         try:
@@ -414,5 +381,4 @@ def test_the_worker_ends_with_its_program() -> None:
         except ProcessLookupError:
             return
         time.sleep(0.05)
-    stat = Path(f"/proc/{pid}/stat")
-    assert stat.exists() and stat.read_text().split()[2] == "Z"
+    assert Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"

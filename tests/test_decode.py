@@ -6,6 +6,7 @@ import bisect
 import itertools
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,11 +24,27 @@ pytestmark = pytest.mark.usefixtures("no_global_randomness")
 
 SPECS = [*PRESETS, "full:confidence=margin", "full:confidence=entropy", "eoser:eos_tokens=eos+eot", "ass:blocks=3"]
 EXTRAS = ["temperature=1", "cfg_scale=0.7", "temperature=0.7,cfg_scale=0.5"]
+BATCHED = "full-random semi-ar:block_length=8 eoser-ass llada-eval threshold:block_length=8 dream"
+GREEDY = """
+full semi-ar:block_length=16 eoser eoser:eos_tokens=eos+eot,gamma_min=0 ass:blocks=3 eoser-ass llada-eval hard-eos
+threshold:threshold=0.3,block_length=16 full:eos=exclude,steps=7 hybrid:block_length=16 eoser:confidence=margin
+full:confidence=entropy,steps=7
+"""
+WRONG_SPECS = [
+    ("eosr", "did you mean 'eoser'"), ("full:step=3", "did you mean 'steps'"),
+    ("full:steps=2.5", "choose a whole number or none"), ("full:steps=200", "choose 1 to 128"),
+    ("semi-ar:block_length=30", "does not divide"), ("ass:steps=5", "drop it"),
+    ("full:max_commit=8", "belongs to the ascending schedule"), ("full:temperature=nan", "choose 0 or more"),
+    ("eoser:gamma_min=1.5", "choose 0 to 1"), ("full:top_p=0", "top_p of decoder 'full:top_p=0' is 0"),
+    ("threshold:threshold=0", "above 0 up to 1"), ("full:confidence=low-confidnce", "did you mean 'low-confidence'"),
+    ("full:eos=no", "choose from exclude, keep, reject, suppress"), ("full:steps=2,steps=3", "given twice"),
+    ("full:eos=exclude,confidence=margin", "needs confidence=low-confidence, not margin"),
+    ("full:cache=dual", "several blocks"), ("semi-ar:cache=dual,steps=4", "several blocks"),
+    ("no/such.yaml", "cannot read the decoder file"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "spec", ["full-random", "semi-ar:block_length=8", "eoser-ass", "llada-eval", "threshold:block_length=8", "dream"]
-)
+@pytest.mark.parametrize("spec", BATCHED.split())
 def test_batch_equals_single(tiny_lm: MaskedLM, spec: str) -> None:
     """Prompts of different lengths: token for token and step for step what each gives alone."""
     tasks = [make_task(name, tiny_lm.task_defaults) for name in ("sudoku", "countdown")]
@@ -81,11 +98,9 @@ def restated(lm: MaskedLM, prompt: Tensor, spec: str, length: int) -> tuple[list
                 continue
             top = p[i].sort(descending=True).values
             token = int(p[i].argmax())
-            score = {
-                "low-confidence": float(top[0]),
-                "margin": float(top[0] - top[1]),
-                "entropy": 1 - float(-(top * top.clamp(min=1e-300).log()).sum()) / math.log(len(top)),
-            }[decoder.confidence]
+            scores = {"low-confidence": float(top[0]), "margin": float(top[0] - top[1])}
+            scores["entropy"] = 1 - float(-(top * top.clamp(min=1e-300).log()).sum()) / math.log(len(top))
+            score = scores[decoder.confidence]
             last = False
             if token in ends and decoder.eos == "reject":
                 score *= decoder.gamma_min + (1 - decoder.gamma_min) * plan.progress[s]
@@ -101,49 +116,35 @@ def restated(lm: MaskedLM, prompt: Tensor, spec: str, length: int) -> tuple[list
     return canvas, steps
 
 
-GREEDY = """
-full semi-ar:block_length=16 eoser eoser:eos_tokens=eos+eot,gamma_min=0 ass:blocks=3 eoser-ass llada-eval hard-eos
-threshold:threshold=0.3,block_length=16 full:eos=exclude,steps=7 hybrid:block_length=16 eoser:confidence=margin
-full:confidence=entropy,steps=7
-"""
-
-
 @pytest.mark.parametrize("spec", GREEDY.split())
 def test_greedy_decoding_equals_restatement(ending_lm: MaskedLM, spec: str) -> None:
     ids, mask = ending_lm.encode(PROMPTS)
     found = decode(ending_lm, ids, mask, make_decoder(spec, max_new_tokens=32))
     for i, prompt in enumerate(PROMPTS):
-        canvas, steps = restated(ending_lm, ending_lm.encode([prompt])[0], spec, 32)
-        assert found.tokens[i].tolist() == canvas
-        assert found.step[i].tolist() == steps
+        expected = restated(ending_lm, ending_lm.encode([prompt])[0], spec, 32)
+        assert (found.tokens[i].tolist(), found.step[i].tolist()) == expected
     assert torch.isin(found.tokens, torch.tensor(ending_lm.end_ids)).any()
     assert "threshold" not in spec or found.steps < 32  # it does save passes
 
 
 def from_logits(
-    logits: Tensor,
-    temperature: float = 0.0,
-    noise: Tensor | None = None,
-    top_p: float = 1.0,
-    rows: Tensor | None = None,
+    logits: Tensor, temperature: float = 0.0, noise: Any = None, top_p: float = 1.0, rows: Any = None
 ) -> Candidates:
     """Candidates of given logits (R, V), or of some of their rows (N,): hidden states are unit vectors."""
     head = nn.utils.skip_init(nn.Linear, *logits.shape, bias=False, dtype=logits.dtype)
     with torch.no_grad():
         head.weight.copy_(logits.T.clamp(min=-1e30))
-        hidden = torch.eye(len(logits), dtype=logits.dtype)
-        hidden = hidden if rows is None else hidden[rows]
+        hidden = torch.eye(len(logits), dtype=logits.dtype)[slice(None) if rows is None else rows]
         return candidates(Head.of(head, head, -1), hidden, temperature, noise, entropy=True, top_p=top_p)
 
 
 def chi_square(draws: Tensor, p: Tensor) -> float:
     """p-value of the draws' counts under probabilities p, cells of expected count below 5 pooled."""
-    observed, expected = torch.bincount(draws, minlength=len(p)).double(), p.double() * len(draws)
-    small = expected < 5
-    o = torch.cat([observed[~small], observed[small].sum()[None]])
-    e = torch.cat([expected[~small], expected[small].sum()[None]])
-    keep = e > 0
-    return float(chi2.sf(((o - e)[keep] ** 2 / e[keep]).sum(), int(keep.sum()) - 1))
+    counts = torch.stack([torch.bincount(draws, minlength=len(p)).double(), p.double() * len(draws)])
+    small = counts[1] < 5
+    observed, expected = torch.cat([counts[:, ~small], counts[:, small].sum(1, keepdim=True)], 1)
+    keep = expected > 0
+    return float(chi2.sf(((observed - expected)[keep] ** 2 / expected[keep]).sum(), int(keep.sum()) - 1))
 
 
 def test_sampling_matches_softmax_and_bfloat16_would_not() -> None:
@@ -179,9 +180,8 @@ def test_nucleus_by_hand() -> None:
         found = from_logits(p.log()[None], temperature, noise, top_p, rows)
         expected = torch.zeros_like(p)
         expected[kept] = p[kept] ** (1 / temperature)
-        assert torch.allclose(
-            torch.bincount(found.tokens, minlength=5).double() / count, expected / expected.sum(), atol=1e-3
-        )
+        frequencies = torch.bincount(found.tokens, minlength=5).double() / count
+        assert torch.allclose(frequencies, expected / expected.sum(), atol=1e-3)
         assert torch.allclose(found.logprob, p[found.tokens].log(), atol=1e-9)  # of the whole distribution
 
 
@@ -197,23 +197,16 @@ def test_noise_depends_on_the_row_alone() -> None:
     assert abs(float(torch.corrcoef(torch.stack([many[:-1], many[1:]]))[0, 1])) < 0.01
 
 
-def test_confidences_by_hand() -> None:
+def test_confidences_and_eos_rules_by_hand() -> None:
     p = torch.tensor([[0.5, 0.3, 0.2], [1.0, 0.0, 0.0], [1 / 3, 1 / 3, 1 / 3]])
     noise = torch.tensor([0.1, 0.2, 0.3], dtype=torch.float64)
-    h = -(0.5 * torch.tensor(0.5).log() + 0.3 * torch.tensor(0.3).log() + 0.2 * torch.tensor(0.2).log())
-    expected = {
-        "low-confidence": [0.5, 1.0, 1 / 3],
-        "random": [0.1, 0.2, 0.3],
-        "margin": [0.2, 1.0, 0.0],
-        "entropy": [1 - float(h) / float(torch.tensor(3.0).log()), 1.0, 0.0],
-    }
+    h = -sum(share * math.log(share) for share in (0.5, 0.3, 0.2))
+    expected = {"low-confidence": [0.5, 1.0, 1 / 3], "random": [0.1, 0.2, 0.3], "margin": [0.2, 1.0, 0.0]}
+    expected["entropy"] = [1 - h / math.log(3), 1.0, 0.0]
     assert expected.keys() == CONFIDENCES.keys()
     for name in expected:
         score = Confidence.of(name).score(from_logits(p.log()), noise)
         assert torch.allclose(score, torch.tensor(expected[name], dtype=torch.float64), atol=1e-6)
-
-
-def test_eos_rules_by_hand() -> None:
     scores = torch.tensor([[0.9, 0.5, 0.0, 0.7]], dtype=torch.float64)
     tokens, ends = torch.tensor([[3, 1, 2, 3]]), torch.tensor([3])
     assert torch.allclose(reject_eos(scores, tokens, ends, 0.4), torch.tensor([[0.36, 0.5, 0.0, 0.28]]).double())
@@ -276,9 +269,14 @@ def test_randomness_is_asked_for(toy_lm: MaskedLM) -> None:
         decode(toy_lm, ids, mask, decoder, seeds=SEEDS[:3])
 
 
-def test_a_model_without_finite_logits_is_refused() -> None:
+def test_double_precision_replays_and_logits_that_are_not_finite_are_refused() -> None:
     """NaN everywhere: no endless loop, no canvas of masks, one sentence."""
-    lm = toy()
+    lm, decoder = toy(), make_decoder("semi-ar:block_length=8,temperature=1", max_new_tokens=16)
+    lm.model.double()
+    trajectory = decode(lm, *lm.encode(PROMPTS), decoder, SEEDS)
+    assert trajectory.logprob.dtype == torch.float32
+    assert torch.allclose(replay(lm, trajectory), trajectory.logprob, atol=1e-6)
+    lm.model.float()
     lm.model.get_output_embeddings().weight.data.fill_(torch.nan)
     specs = ("full", "threshold:block_length=8", "semi-ar:block_length=8,temperature=1", "ass:confidence=entropy")
     for spec, early_stop in zip(specs, (False, True, False, True), strict=True):
@@ -286,21 +284,11 @@ def test_a_model_without_finite_logits_is_refused() -> None:
             decode(lm, *lm.encode(PROMPTS), make_decoder(spec, max_new_tokens=16), SEEDS, early_stop=early_stop)
 
 
-def test_double_precision_decodes_and_replays() -> None:
-    lm = toy()
-    lm.model.double()
-    decoder = make_decoder("semi-ar:block_length=8,temperature=1", max_new_tokens=16)
-    trajectory = decode(lm, *lm.encode(PROMPTS), decoder, SEEDS)
-    assert trajectory.logprob.dtype == torch.float32
-    assert torch.allclose(replay(lm, trajectory), trajectory.logprob, atol=1e-6)
-
-
 def test_decoder_files_and_specs(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("preset: eoser-ass\nblocks: 4\ngamma_min: 0.1\n")
     from_file, from_spec = make_decoder(str(file)), make_decoder("eoser-ass:blocks=4,gamma_min=0.1")
-    assert from_file.name == "mine"
-    assert from_file.replace(name="") == from_spec.replace(name="")
+    assert from_file.name == "mine" and from_file.replace(name="") == from_spec.replace(name="")
     assert make_decoder(f"{file}:blocks=2").blocks == 2
     assert Decoder.from_preset("eoser-ass", blocks=4, gamma_min=0.1) == from_spec
     assert Decoder.from_preset("dream", max_new_tokens=16, threshold=None).plan.commits == (1,) * 16
@@ -309,29 +297,7 @@ def test_decoder_files_and_specs(tmp_path: Path) -> None:
     assert make_decoder("semi-ar:block_length=8", max_new_tokens=40).plan.steps == 20
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("eosr", "did you mean 'eoser'"),
-        ("full:step=3", "did you mean 'steps'"),
-        ("full:steps=2.5", "choose a whole number or none"),
-        ("full:steps=200", "choose 1 to 128"),
-        ("semi-ar:block_length=30", "does not divide"),
-        ("ass:steps=5", "drop it"),
-        ("full:max_commit=8", "belongs to the ascending schedule"),
-        ("full:temperature=nan", "choose 0 or more"),
-        ("eoser:gamma_min=1.5", "choose 0 to 1"),
-        ("full:top_p=0", "top_p of decoder 'full:top_p=0' is 0"),
-        ("threshold:threshold=0", "above 0 up to 1"),
-        ("full:confidence=low-confidnce", "did you mean 'low-confidence'"),
-        ("full:eos=no", "choose from exclude, keep, reject, suppress"),
-        ("full:eos=exclude,confidence=margin", "needs confidence=low-confidence, not margin"),
-        ("full:cache=dual", "several blocks"),
-        ("semi-ar:cache=dual,steps=4", "several blocks"),
-        ("full:steps=2,steps=3", "given twice"),
-        ("no/such.yaml", "cannot read the decoder file"),
-    ],
-)
+@pytest.mark.parametrize(("spec", "message"), WRONG_SPECS)
 def test_wrong_decoder_specs_name_the_fix(spec: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make_decoder(spec)

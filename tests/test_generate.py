@@ -12,6 +12,15 @@ from conftest import PROMPTS
 from unmask import Decoder, Generation, MaskedLM, UserError, decode, make_decoder, replay
 
 SPEC = "eoser-ass:temperature=1"
+MISTAKES: Any = [  # prompts, options, what the message says
+    ([], {}, "0 prompts with num_return_sequences=1"), ("", {}, "the prompt is empty"),
+    ("x", {"num_return_sequences": 2}, "all would be equal: set a temperature"), ("x", {"batch_size": 0}, "batch_size is 0"),
+    ("x", {"stop": "abc"}, "stop is 'abc': pass a list"), ([{"content": "x"}], {}, "refuses the messages"),
+    ("a <|mask:0|> b", {}, "gaps of 0 tokens"), ([5, 10**6], {}, "token id 1000000 lies outside the vocabulary"),
+    ("a <|mask:7|> b", {"decoder": "semi-ar"}, "does not divide the canvas length 7"),
+    ("a <|mask:64|> b", {"decoder": "threshold:cache=dual"}, "cache=dual needs a canvas without fixed tokens"),
+    (["x", "y"], {"decoder": Decoder(max_new_tokens=8), "streamer": object()}, "a streamer shows one row"),
+]  # fmt: skip
 
 
 def same(a: Generation, b: Generation) -> bool:
@@ -28,8 +37,7 @@ def test_generation_is_decoding_row_by_row(toy_lm: MaskedLM, batch_size: int) ->
         alone = decode(toy_lm, ids, mask, decoder, seeds=torch.tensor([5 + i]), early_stop=True)
         assert out.texts[i] == toy_lm.text(alone.tokens)[0] and out.nfe[i] == int(alone.nfe)
         assert torch.equal(out.trajectory.tokens[i], alone.tokens[0])
-        row = out.trajectory.prompt[i][out.trajectory.prompt_mask[i]]
-        assert torch.equal(row, ids[0])
+        assert torch.equal(out.trajectory.prompt[i][out.trajectory.prompt_mask[i]], ids[0])
 
 
 def test_all_forms_of_a_prompt_are_one(toy_lm: MaskedLM) -> None:
@@ -44,21 +52,16 @@ def test_all_forms_of_a_prompt_are_one(toy_lm: MaskedLM) -> None:
     assert "again" in shown and mixed.texts[1] == toy_lm.generate(text, "ass", **options).texts[0]
 
 
-def test_several_completions_stand_next_to_each_other(toy_lm: MaskedLM) -> None:
+def test_several_completions_stop_strings_prefill_and_streamer(toy_lm: MaskedLM) -> None:
+    """Completions of one prompt are adjacent; a stop string cuts the text and leaves the tokens."""
     out = toy_lm.generate(PROMPTS[:2], SPEC, max_new_tokens=16, num_return_sequences=3, seed=7)
     one = toy_lm.generate([p for p in PROMPTS[:2] for _ in range(3)], SPEC, max_new_tokens=16, seed=7, batch_size=2)
     assert same(out, one) and len(set(out.texts[:3])) > 1
-
-
-def test_stop_strings_cut_the_text_alone(toy_lm: MaskedLM) -> None:
     whole = toy_lm.generate(PROMPTS[0], SPEC, max_new_tokens=32)
     text = whole.texts[0]
     assert len(text) > 4
     cut = toy_lm.generate(PROMPTS[0], SPEC, max_new_tokens=32, stop=[text[3:5], "nowhere in it"])
     assert cut.texts[0] == text[: text.index(text[3:5])] and torch.equal(cut.trajectory.tokens, whole.trajectory.tokens)
-
-
-def test_a_prefill_and_a_streamer(toy_lm: MaskedLM) -> None:
     streamer = Mock()
     out = toy_lm.generate("x", "ass", max_new_tokens=16, prefill="<reasoning>", streamer=streamer)
     assert toy_lm.tokenizer.decode(out.trajectory.prompt[0]).endswith("<reasoning>")
@@ -76,8 +79,8 @@ def test_templates_keep_their_tokens_under_every_decoder(toy_lm: MaskedLM, spec:
     for i, template in enumerate(templates):
         one = toy_lm.generate(template, decoder, seed=3 + i)
         tokens, step = one.trajectory.tokens[0], one.trajectory.step[0]
-        pieces = [toy_lm.tokens(t) for t in ([" two ", " three"] if "two" in str(template) else [" z"])]
-        fixed = [t for piece in pieces for t in piece]
+        pieces = [" two ", " three"] if "two" in str(template) else [" z"]
+        fixed = [token for piece in pieces for token in toy_lm.tokens(piece)]
         assert tokens[step < 0].tolist() == fixed and mask not in tokens
         assert (one.trajectory.state(0)[0] == mask).sum() == 64 == (step >= 0).sum()
         assert one.texts[0] == out.texts[i] and one.texts[0].startswith(("one ", "a "))
@@ -101,22 +104,7 @@ def test_a_template_of_one_gap_is_a_completion(toy_lm: MaskedLM) -> None:
     assert toy_lm.generate("<|mask:4|> begins").trajectory.prompt.shape == (1, 0)
 
 
-@pytest.mark.parametrize(
-    ("prompts", "options", "says"),
-    [
-        ([], {}, "0 prompts with num_return_sequences=1"),
-        ("x", {"num_return_sequences": 2}, "all would be equal: set a temperature"),
-        ("x", {"stop": "abc"}, "stop is 'abc': pass a list"),
-        ("", {}, "the prompt is empty"),
-        ([{"content": "x"}], {}, "refuses the messages"),
-        ("x", {"batch_size": 0}, "batch_size is 0"),
-        ("a <|mask:0|> b", {}, "gaps of 0 tokens"),
-        ("a <|mask:7|> b", {"decoder": "semi-ar"}, "does not divide the canvas length 7"),
-        ("a <|mask:64|> b", {"decoder": "threshold:cache=dual"}, "cache=dual needs a canvas without fixed tokens"),
-        ([5, 10**6], {}, "token id 1000000 lies outside the vocabulary"),
-        (["x", "y"], {"decoder": Decoder(max_new_tokens=8), "streamer": object()}, "a streamer shows one row"),
-    ],
-)
+@pytest.mark.parametrize(("prompts", "options", "says"), MISTAKES)
 def test_mistakes_are_one_sentence(toy_lm: MaskedLM, prompts: Any, options: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says) as error:
         toy_lm.generate(prompts, **{"decoder": "ass", "max_new_tokens": 16, **options})

@@ -17,20 +17,11 @@ from unmask.models import bidirectional
 from unmask.models.backbone import KVCache
 from unmask.models.llada import LLaDAConfig, LLaDAModelLM
 
-PARTS = {  # LLaDA's names as those of transformers
-    "transformer.blocks.": "layers.",
-    "transformer.wte": "embed_tokens",
-    "transformer.ln_f": "norm",
-    "model.transformer.ff_out": "lm_head",
-    "attn_norm": "input_layernorm",
-    "ff_norm": "post_attention_layernorm",
-    **{f".{n}_proj": f".self_attn.{n}_proj" for n in "qkv"},
-    "attn_out": "self_attn.o_proj",
-    "ff_proj": "mlp.gate_proj",
-    "up_proj": "mlp.up_proj",
-    "ff_out": "mlp.down_proj",
-}
-FAMILIES = (LLaDAModelLM, *bidirectional.MODELS)
+# LLaDA's names as those of transformers, in this order
+PARTS = {"transformer.blocks.": "layers.", "transformer.wte": "embed_tokens", "transformer.ln_f": "norm"}
+PARTS |= {"model.transformer.ff_out": "lm_head", "attn_norm": "input_layernorm", "ff_norm": "post_attention_layernorm"}
+PARTS |= {f".{n}_proj": f".self_attn.{n}_proj" for n in "qkv"} | {"attn_out": "self_attn.o_proj"}
+PARTS |= {"ff_proj": "mlp.gate_proj", "up_proj": "mlp.up_proj", "ff_out": "mlp.down_proj"}
 
 
 def restated(weights: dict[str, Tensor], config: Any, ids: list[int], shifted: bool) -> Tensor:
@@ -62,10 +53,9 @@ def restated(weights: dict[str, Tensor], config: Any, ids: list[int], shifted: b
     xs = [w["model.embed_tokens.weight"][i] for i in ids]
     for n in range(config.num_hidden_layers):
         layer = f"model.layers.{n}."
-        hs = [norm(x, layer + "input_layernorm") for x in xs]
+        hs, at = [norm(x, layer + "input_layernorm") for x in xs], layer + "self_attn."
         outs: list[list[Tensor]] = [[] for _ in ids]
         for head in range(config.num_attention_heads):
-            at = layer + "self_attn."
             q = [turn(project(h, at + "q_proj", head, at + "q_norm"), p) for p, h in enumerate(hs)]
             k = [turn(project(h, at + "k_proj", head // group, at + "k_norm"), p) for p, h in enumerate(hs)]
             v = [project(h, at + "v_proj", head // group) for h in hs]
@@ -83,7 +73,7 @@ def restated(weights: dict[str, Tensor], config: Any, ids: list[int], shifted: b
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", FAMILIES, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", (LLaDAModelLM, *bidirectional.MODELS), ids=lambda kind: kind.__name__)
 def test_forward_equals_restatement(kind: Any, attention: str, tmp_path: Path) -> None:
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "vocab_size": 64, "initializer_range": 0.3, "rope_theta": 5000.0}
@@ -95,9 +85,8 @@ def test_forward_equals_restatement(kind: Any, attention: str, tmp_path: Path) -
     model = kind.from_pretrained(tmp_path, attn_implementation=attention).eval().double()  # rotary tables too
     ids = [5, 9, 33, 60, 2, 2, 17]
     expected = restated(model.state_dict(), model.config, ids, kind is bidirectional.DreamModel)
-    plain = model(torch.tensor([ids])).logits[0]
     padded = model(torch.tensor([[3, 3, *ids]]), torch.tensor([[0, 0, *[1] * 7]])).logits[0, 2:]
-    for found in (plain, padded):
+    for found in (model(torch.tensor([ids])).logits[0], padded):
         assert (found - expected).abs().max() < 1e-5  # LLaDA's norms run in float32 by design
 
 
@@ -136,15 +125,12 @@ def test_positions_and_windows(name: str, tmp_path: Path) -> None:
 
 
 def test_gradient_checkpointing_gives_the_same_gradient() -> None:
-    grads = []
-    for checkpointing in (False, True):
-        lm = toy()
-        lm.model.train()
-        if checkpointing:
-            lm.model.gradient_checkpointing_enable()
-        lm.model(*lm.encode(PROMPTS)).logits.square().mean().backward()
-        grads.append([p.grad for p in lm.model.parameters()])
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads, strict=True))
+    plain, checkpointed = toy(), toy()
+    checkpointed.model.gradient_checkpointing_enable()
+    for lm in (plain, checkpointed):
+        lm.model.train()(*lm.encode(PROMPTS)).logits.square().mean().backward()
+    for a, b in zip(plain.model.parameters(), checkpointed.model.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, atol=1e-6)
 
 
 def test_save_load_and_auto_classes(toy_lm: MaskedLM, toy_folder: str) -> None:
@@ -158,7 +144,7 @@ def test_save_load_and_auto_classes(toy_lm: MaskedLM, toy_folder: str) -> None:
     assert again.tokenizer.get_vocab() == toy_lm.tokenizer.get_vocab()
 
 
-def test_tokenizer_and_texts(toy_lm: MaskedLM) -> None:
+def test_tokenizer_texts_and_bad_prompts(toy_lm: MaskedLM) -> None:
     text = "<reasoning>a1=2 3*4=12</reasoning><answer>(1+2)*3\n~</answer>"
     ids = toy_lm.tokens(text)
     assert toy_lm.tokenizer.decode(ids) == text
@@ -167,9 +153,6 @@ def test_tokenizer_and_texts(toy_lm: MaskedLM) -> None:
     tokens = torch.tensor([[*a, toy_lm.eos_id, *a], [*a, *a, toy_lm.eot_id], [*a, *a, a[0]]])
     assert toy_lm.lengths(tokens).tolist() == [3, 6, 7]
     assert toy_lm.text(tokens) == ["abc", "abcabc", "abcabca"]
-
-
-def test_bad_prompts(toy_lm: MaskedLM) -> None:
     wrong = {"  \n": "empty", "see <|mdm_mask|>": "mask token", "x" * 2000: "at most 1024 together"}
     for prompt, message in wrong.items():
         with pytest.raises(UserError, match=message):
@@ -180,12 +163,10 @@ class Causal(LLaDAModelLM):
     """What a padding mask turns some published model files into: each token sees only its left."""
 
     def forward(self, input_ids: Tensor, attention_mask: Any = None, positions: Any = None, **_: Any) -> Any:
-        out = []
-        for end in range(1, input_ids.shape[1] + 1):
-            part = None if attention_mask is None else attention_mask[:, :end]
-            out.append(super().forward(input_ids[:, :end], part).logits[:, -1:])
-        found = super().forward(input_ids, attention_mask)
-        found.logits = torch.cat(out, 1).flatten(0, 1)[positions]
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        found, ends = super().forward(input_ids, mask), range(1, input_ids.shape[1] + 1)
+        last = [super(Causal, self).forward(input_ids[:, :end], mask[:, :end]).logits[:, -1:] for end in ends]
+        found.logits = torch.cat(last, 1).flatten(0, 1)[positions]
         return found
 
 

@@ -6,12 +6,22 @@ import time
 from collections.abc import Callable
 from itertools import accumulate
 from math import floor, log2
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from unmask import Plan, UserError, make_decoder
+
+IMPOSSIBLE = [
+    (Plan.uniform, (0, 1), "length is 0"), (Plan.uniform, (8, 9), "choose 1 to 8"),
+    (Plan.uniform, (12, 6, 5), "choose one of 1, 2, 3, 4, 6, 12"), (Plan.uniform, (8, 3, 4), "choose one of 2, 4, 6, 8"),
+    (Plan.ascending, (31, 5), "in 4 ascending steps: choose 1 to 4"), (Plan.ascending, (16, 2, 8), "exclude each other"),
+    (Plan.ascending, (16, 1, None, 0), "max_commit is 0: choose 1 or more"), (Plan, ((), (), ()), "is no plan"),
+    (Plan, ((2, 0), (2, 2), (0.0, 1.0)), "is no plan"), (Plan, ((1, 1), (1, 3), (0.0, 1.0)), "is no plan"),
+    (Plan, ((1, 1), (1, 2), (0.0, 1.5)), "is no plan"),
+]  # fmt: skip
 
 
 def check(plan: Plan, length: int) -> None:
@@ -24,19 +34,16 @@ def check(plan: Plan, length: int) -> None:
 
 
 def test_ascending_as_published() -> None:
-    whole = Plan.ascending(128)
-    assert whole.commits == (1, 2, 4, 8, 16, 32, 65) and whole.horizon == (128,) * 7
+    whole, four, hybrid = Plan.ascending(128), Plan.ascending(128, blocks=4), Plan.ascending(128, block_length=32)
+    assert whole.commits == four.commits == (1, 2, 4, 8, 16, 32, 65) and whole.horizon == (128,) * 7
     assert whole.progress == tuple((2 ** (s + 1) - 1) / 128 for s in range(7))
     assert Plan.ascending(256).commits == (1, 2, 4, 8, 16, 32, 64, 129)
-    four = Plan.ascending(128, blocks=4)
-    assert four.commits == whole.commits
     assert four.horizon == (15, 15, 15, 15, 31, 63, 128)  # blocks of 15, 16, 32, 65 with 4, 1, 1, 1 steps
-    hybrid = Plan.ascending(128, block_length=32)
     assert hybrid.steps == 20 and hybrid.commits == (1, 2, 4, 8, 17) * 4
     assert hybrid.horizon == (32,) * 5 + (64,) * 5 + (96,) * 5 + (128,) * 5
 
 
-def test_bounded_commits_by_hand() -> None:
+def test_bounded_and_uniform_commits_by_hand() -> None:
     assert Plan.ascending(128, max_commit=64).commits == (1, 2, 4, 8, 16, 32, 32, 33)
     assert Plan.ascending(128, max_commit=32).commits == (1, 2, 4, 8, 16, 24, 24, 24, 25)
     assert Plan.ascending(128, max_commit=16).commits == (1, 2, 4, 8) + (14,) * 7 + (15,)
@@ -45,9 +52,6 @@ def test_bounded_commits_by_hand() -> None:
     assert Plan.ascending(128, max_commit=64).progress[2] == 7 / 128
     assert Plan.ascending(64, block_length=32, max_commit=8).commits == (1, 2, 4, 6, 6, 6, 7) * 2
     assert Plan.ascending(128, 2, max_commit=64).horizon == (95,) * 7 + (128,)
-
-
-def test_uniform_by_hand() -> None:
     assert Plan.uniform(10, 4).commits == (3, 3, 2, 2)  # the remainder goes to the first steps
     assert Plan.uniform(128, 64).commits == (2,) * 64 and Plan.uniform(128, 64).progress[1] == 1 / 63
     plan = Plan.uniform(128, 64, 32)
@@ -79,25 +83,10 @@ def test_invariants(length: int, most: int, data: st.DataObject) -> None:
     assert bounded.steps <= len([s for s in range(10) if 2**s < most]) + -(-length // most) + 1
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Plan.uniform(0, 1), "length is 0"),
-        (lambda: Plan.uniform(8, 9), "choose 1 to 8"),
-        (lambda: Plan.uniform(12, 6, 5), "choose one of 1, 2, 3, 4, 6, 12"),
-        (lambda: Plan.uniform(8, 3, 4), "choose one of 2, 4, 6, 8"),
-        (lambda: Plan.ascending(31, blocks=5), "in 4 ascending steps: choose 1 to 4"),
-        (lambda: Plan.ascending(16, blocks=2, block_length=8), "exclude each other"),
-        (lambda: Plan.ascending(16, max_commit=0), "max_commit is 0: choose 1 or more"),
-        (lambda: Plan((), (), ()), "is no plan"),
-        (lambda: Plan((2, 0), (2, 2), (0.0, 1.0)), "is no plan"),
-        (lambda: Plan((1, 1), (1, 3), (0.0, 1.0)), "is no plan"),
-        (lambda: Plan((1, 1), (1, 2), (0.0, 1.5)), "is no plan"),
-    ],
-)
-def test_impossible_plans_name_the_choices(make: Callable[[], object], message: str) -> None:
+@pytest.mark.parametrize(("make", "values", "message"), IMPOSSIBLE)
+def test_impossible_plans_name_the_choices(make: Callable[..., object], values: tuple[Any, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        make()
+        make(*values)
 
 
 @pytest.mark.parametrize("spec", ["full", "semi-ar:block_length=4", "hybrid:block_length=4", "ass:max_commit=2"])

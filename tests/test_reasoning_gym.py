@@ -17,16 +17,15 @@ from unmask.tasks.base import stream_seed
 from unmask.tasks.reasoning_gym import SIZES, WORKER
 
 EXECUTE = ("intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration")
-REFUSED = {
-    "complex_arithmetic": "pays 1 for the answer 'nan'",
-    "game_of_life_halting": "pays 1 for the answer 'nonsense'",
-    "composite": "refuses its parameters: Must specify at least one dataset",
-    "countdown": "would execute model text: use task 'countdown' instead",
-    **dict.fromkeys(EXECUTE, "would execute model text"),
-}
+REFUSED = dict.fromkeys(EXECUTE, "would execute model text")
+REFUSED |= {"complex_arithmetic": "pays 1 for the answer 'nan'"}
+REFUSED |= {"game_of_life_halting": "pays 1 for the answer 'nonsense'"}
+REFUSED |= {"composite": "refuses its parameters: Must specify at least one dataset"}
+REFUSED |= {"countdown": "would execute model text: use task 'countdown' instead"}
 # Half a second or more each; and those that pass an answer that is no match to eval.
 SLOW = {"arc_agi", "codeio", "figlet_font", "group_anagrams", "knight_swap", "quantum_lock"}
 EVALUATES = {"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"}
+FOREVER = {"coin_flip": "1e999999999", "rubiks_cube": "R99999999", "rush_hour": "A+999999999"}
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -36,8 +35,7 @@ def test_data_sets_that_cannot_be_graded_are_refused_by_name(name: str) -> None:
 
 
 def test_every_other_data_set_is_accepted_and_executes_nothing(tmp_path: Path) -> None:
-    made = tmp_path / "made"
-    names = set(DATASETS) - set(REFUSED) - set(SIZES) - SLOW
+    made, names = tmp_path / "made", set(DATASETS) - set(REFUSED) - set(SIZES) - SLOW
     assert names > EVALUATES
     for name in sorted(names):
         task = make_task(f"reasoning_gym:{name}", {})
@@ -65,9 +63,7 @@ def test_problems_are_those_of_the_data_set_and_its_verifier_grades_them() -> No
     assert not task.grade(problems[0], "<answer>-1</answer>").solved
 
 
-@pytest.mark.parametrize(
-    ("name", "answer"), [("coin_flip", "1e999999999"), ("rubiks_cube", "R99999999"), ("rush_hour", "A+999999999")]
-)
+@pytest.mark.parametrize(("name", "answer"), FOREVER.items())
 def test_an_answer_that_takes_forever_is_wrong_and_the_next_one_is_graded(name: str, answer: str) -> None:
     task = make_task(f"reasoning_gym:{name}", {})
     problem = task.problems("test", 1)[0]
@@ -95,37 +91,26 @@ from dataclasses import dataclass
 from reasoning_gym.dataset import ProceduralDataset
 from reasoning_gym.factory import register_dataset
 from unmask.tasks import reasoning_gym as task
-
 made = sys.argv[1]
 ACTS = {
-    "eval": lambda: eval("1"),
-    "exec": lambda: exec("1"),
-    "open": lambda: open(made, "w"),
-    "os.open": lambda: os.open(made, os.O_CREAT | os.O_WRONLY),
-    "mkdir": lambda: os.mkdir(made),
-    "system": lambda: os.system(f"touch {made}"),
+    "eval": lambda: eval("1"), "exec": lambda: exec("1"), "exit": lambda: sys.exit(0), "fork": lambda: os.fork(),
+    "open": lambda: open(made, "w"), "os.open": lambda: os.open(made, os.O_CREAT | os.O_WRONLY),
+    "mkdir": lambda: os.mkdir(made), "system": lambda: os.system(f"touch {made}"),
     "subprocess": lambda: subprocess.run(["touch", made]),
-    "fork": lambda: os.fork(),
-    "socket": lambda: socket.create_connection(("127.0.0.1", 9)),
-    "exit": lambda: sys.exit(0),
-    "nothing": lambda: float("nan"),
-    "own": lambda: eval("6 * 7") / 42,
-    "import": lambda: bool(__import__("colorsys")),
+    "socket": lambda: socket.create_connection(("127.0.0.1", 9)), "nothing": lambda: float("nan"),
+    "own": lambda: eval("6 * 7") / 42, "import": lambda: bool(__import__("colorsys")),
     "read": lambda: bool(open(os.devnull).close() is None),
 }
-
 @dataclass
 class Config:
     seed: int = 0
     size: int = 1
-
 class Toy(ProceduralDataset):
     def __getitem__(self, index):
         return {"question": "?", "answer": "own", "metadata": {"formula": "6 * 7"}}
     def score_answer(self, answer, entry):
         entry["answer"] = "spoiled"
         return ACTS[answer]() or 1.0
-
 register_dataset("toy", Toy, Config)
 answer = task.prepare()
 task.bounded.limit_time = lambda seconds: None
@@ -135,7 +120,6 @@ print([name for name in ACTS if answer("score", "toy", [], 0, 0, name)], os.path
 
 
 def test_what_a_verifier_may_do(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", TOY, str(tmp_path / "made")], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", TOY, str(tmp_path / "made")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "['own', 'import', 'read'] False 4"

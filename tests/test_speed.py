@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+from unittest.mock import create_autospec
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
@@ -23,14 +25,14 @@ pytestmark = pytest.mark.usefixtures("no_global_randomness")
 CACHED = ["semi-ar:cache=dual", "threshold:cache=prefix,threshold=0.3", "hybrid:cache=dual,cfg_scale=0.5"]
 STATIC = ["full-random:temperature=1", "ass:confidence=entropy,cfg_scale=1", "semi-ar:cache=dual,block_length=16"]
 NINE = [PROMPTS[i % 4] + "abc"[i // 4] for i in range(9)]
+STOPPED = "semi-ar hybrid threshold dream semi-ar:temperature=1,cfg_scale=0.5 eoser:eos_tokens=eos+eot"
+BATCHED = ["full-random", "semi-ar", "threshold", "full:temperature=1", *CACHED]
+WINDOWS = ["ass:blocks=3,cache=prefix", "threshold:threshold=0.2,cache=dual", "semi-ar:cfg_scale=0.5,cache=dual"]
 
 
 def once(lm: MaskedLM, spec: str, **how: object) -> Trajectory:
     ids, mask = lm.encode(PROMPTS)
     return decode(lm, ids, mask, make_decoder(spec, max_new_tokens=64), seeds=SEEDS, **how)  # type: ignore[arg-type]
-
-
-STOPPED = "semi-ar hybrid threshold dream semi-ar:temperature=1,cfg_scale=0.5 eoser:eos_tokens=eos+eot"
 
 
 @pytest.mark.parametrize("spec", STOPPED.split())
@@ -50,9 +52,6 @@ def test_early_stop_keeps_the_text_and_the_history(ending_lm: MaskedLM, spec: st
         assert int(short.nfe[row]) == (min(last, default=max(step)) + 1) * (2 if "cfg" in spec else 1)
 
 
-BATCHED = ["full-random", "semi-ar", "threshold", "full:temperature=1", *CACHED]
-
-
 @pytest.mark.parametrize(("spec", "static"), zip(BATCHED, itertools.cycle([True, False])))
 def test_a_full_batch_gives_what_each_prompt_gives_alone(ending_lm: MaskedLM, spec: str, static: bool) -> None:
     decoder = make_decoder(spec, max_new_tokens=64 if "cache" in spec else 32)
@@ -65,8 +64,7 @@ def test_a_full_batch_gives_what_each_prompt_gives_alone(ending_lm: MaskedLM, sp
         for i, number in enumerate(numbers):
             ids, mask = ending_lm.encode([NINE[number]])
             alone = decode(ending_lm, ids, mask, decoder, seeds=seeds[number : number + 1], early_stop=True)
-            assert texts[i] == ending_lm.text(alone.tokens)[0]
-            assert torch.equal(trajectory.step[i], alone.step[0])
+            assert texts[i] == ending_lm.text(alone.tokens)[0] and torch.equal(trajectory.step[i], alone.step[0])
             assert torch.allclose(trajectory.logprob[i], alone.logprob[0], atol=1e-4)
             assert torch.equal(trajectory.prompt[i][trajectory.prompt_mask[i]], ids[0])
 
@@ -100,20 +98,13 @@ def test_a_cache_with_new_tokens_in_its_window_is_refreshed_there(toy_lm: Masked
     assert torch.allclose(entire, full, atol=1e-4)
 
 
-WINDOWS = ["ass:blocks=3,cache=prefix", "threshold:threshold=0.2,cache=dual", "semi-ar:cfg_scale=0.5,cache=dual"]
-
-
 @pytest.mark.parametrize("spec", WINDOWS)
 def test_cached_decoding_computes_only_its_window(toy_lm: MaskedLM, monkeypatch: pytest.MonkeyPatch, spec: str) -> None:
-    windows = []
     forward = type(toy_lm.model.model).forward
-
-    def watched(self: nn.Module, ids: Tensor, *rest: object) -> object:
-        windows.append(rest[-1])
-        return forward(self, ids, *rest)
-
+    watched = create_autospec(forward, side_effect=forward)
     monkeypatch.setattr(type(toy_lm.model.model), "forward", watched)
     cached = once(toy_lm, spec)
+    windows = [call.args[-1] for call in watched.call_args_list]
     assert (cached.tokens != toy_lm.mask_id).all()
     plan, width = make_decoder(spec, max_new_tokens=64).plan, cached.prompt.shape[1]
     stops = plan.horizon if "dual" in spec else [64] * plan.steps
@@ -122,9 +113,14 @@ def test_cached_decoding_computes_only_its_window(toy_lm: MaskedLM, monkeypatch:
     assert {w for w in windows if w is not None} <= blocks and len(windows) > len(blocks)
     if "threshold" not in spec:
         assert len(windows) == plan.steps
-        # The first pass of the first block is exact.
-        exact = once(toy_lm, spec.rsplit(",", 1)[0])
+        exact = once(toy_lm, spec.rsplit(",", 1)[0])  # the first pass of the first block is
         assert torch.equal(cached.tokens[cached.step == 0], exact.tokens[exact.step == 0])
+
+
+def linear_of(weight: Tensor) -> nn.Linear:
+    linear = nn.utils.skip_init(nn.Linear, *weight.T.shape, bias=False)
+    linear.weight.data.copy_(weight)
+    return linear
 
 
 @pytest.mark.parametrize(("vocabulary", "pieces"), [(3, (5, 64 * 5)), (64, (7, 64 * 20)), (1000, (7, 64 * 20))])
@@ -132,9 +128,7 @@ def test_pieces_equal_the_whole(vocabulary: int, pieces: tuple[int, int], monkey
     """Candidates, statistics, samples, scores and gradients against plain formulas, for any cut of rows and vocabulary."""
     monkeypatch.setattr(head_module, "CPU_CHUNK", pieces)
     g = torch.Generator().manual_seed(vocabulary)
-    linear = nn.utils.skip_init(nn.Linear, 6, vocabulary, bias=False)
-    with torch.no_grad():
-        linear.weight.copy_(torch.randn(vocabulary, 6, generator=g))
+    linear = linear_of(torch.randn(vocabulary, 6, generator=g))
     hidden = (3 * torch.randn(23, 6, generator=g)).requires_grad_()
     tokens = torch.randint(1, vocabulary, (23,), generator=g)
     noise = torch.rand(23, generator=g, dtype=torch.float64)
@@ -142,8 +136,7 @@ def test_pieces_equal_the_whole(vocabulary: int, pieces: tuple[int, int], monkey
 
     logits = linear(hidden).masked_fill(torch.arange(vocabulary) == 0, -torch.inf)  # token 0 is the mask
     p = logits.detach().double().softmax(-1)
-    black_box = Head(linear.forward, 0, None)
-    for head in (Head.of(linear, linear, 0), black_box):
+    for head in (Head.of(linear, linear, 0), Head(linear.forward, 0, None)):
         with torch.no_grad():
             found = candidates(head, hidden, 0.0, None, entropy=True)
         best = p.topk(2).values
@@ -169,15 +162,14 @@ def test_pieces_equal_the_whole(vocabulary: int, pieces: tuple[int, int], monkey
         (plain * upstream).sum().backward()
         assert torch.allclose(logprob, plain, atol=1e-5)
         assert torch.allclose(entropy.double(), torch.special.entr(p).sum(-1), atol=1e-5)
-        assert torch.allclose(ours[0], hidden.grad, atol=1e-5)  # type: ignore[arg-type]
-        assert torch.allclose(ours[1], linear.weight.grad, atol=1e-5)
+        for found, expected in zip(ours, (hidden.grad, linear.weight.grad), strict=True):
+            assert torch.allclose(found, expected, atol=1e-5)
 
 
 def test_scores_keep_their_order_near_certainty() -> None:
     """Probabilities that round to 1: the log-probability still tells them apart."""
-    linear = nn.utils.skip_init(nn.Linear, 1, 3, bias=False)
+    linear = linear_of(torch.tensor([[0.0], [1.0], [0.05]]))
     with torch.no_grad():
-        linear.weight.copy_(torch.tensor([[0.0], [1.0], [0.05]]))
         hidden = torch.tensor([[25.0], [26.0], [60.0]])
         head = Head.of(linear, linear, -1)
         odds = (hidden.double() @ linear.weight.T.double()).diff(dim=1).abs().neg().exp()  # 0 and 0.05 against 1
@@ -191,14 +183,10 @@ def test_scores_keep_their_order_near_certainty() -> None:
 @pytest.mark.parametrize("tied", [False, True])
 def test_adapted_heads_are_called_whole(tied: bool) -> None:
     """A LoRA on the head, or a trained copy of a tied embedding: replay equals record, and the head gets its gradient."""
-    from peft import LoraConfig, get_peft_model
-
     lm = toy(weight_tying=tied)
     ids, mask = lm.encode(PROMPTS)
-    if tied:
-        adapter = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["wte"])
-    else:
-        adapter = LoraConfig(r=2, target_modules=r"model\.transformer\.ff_out")
+    untied = {"target_modules": r"model\.transformer\.ff_out"}
+    adapter = LoraConfig(r=2, **({"target_modules": ["q_proj"], "modules_to_save": ["wte"]} if tied else untied))
     with torch.random.fork_rng():
         lm.model = get_peft_model(lm.model, adapter)
     trajectory = decode(lm, ids, mask, make_decoder("ass:temperature=1", max_new_tokens=16), seeds=SEEDS)
@@ -207,17 +195,14 @@ def test_adapted_heads_are_called_whole(tied: bool) -> None:
     last = torch.arange(row.numel())[-16:]
     found, _ = lm.forward_head(row, None, last, lambda head, hidden: score_tokens(head, hidden, trajectory.tokens[-1]))
     found.sum().backward()
-    name = "modules_to_save" if tied else "lora_B"
-    grads = [p.grad for n, p in lm.model.named_parameters() if name in n]
+    grads = [p.grad for n, p in lm.model.named_parameters() if ("modules_to_save" if tied else "lora_B") in n]
     assert grads and all(g is not None and g.abs().sum() > 0 for g in grads)
 
 
 def test_autocast_scores_in_its_precision() -> None:
     """Under autocast the products are bfloat16, as the model's own; gradients come back in the weights' precision."""
     g = torch.Generator().manual_seed(0)
-    linear = nn.utils.skip_init(nn.Linear, 16, 300, bias=False)
-    with torch.no_grad():
-        linear.weight.copy_(torch.randn(300, 16, generator=g))
+    linear = linear_of(torch.randn(300, 16, generator=g))
     hidden, tokens = torch.randn(9, 16, generator=g), torch.randint(1, 300, (9,), generator=g)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found, _ = score_tokens(Head.of(linear, linear, 0), hidden, tokens)

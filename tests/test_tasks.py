@@ -8,10 +8,14 @@ from fractions import Fraction
 from itertools import permutations
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import datasets
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from test_answers import FORM, solved
 from unmask import Grade, Problem, Task, UserError, make_task
@@ -24,14 +28,31 @@ from unmask.tasks.math.gsm8k import GSM8K
 from unmask.tasks.math.math500 import MATH500
 from unmask.tasks.sudoku import heldout_grids, solved_grids
 
-COMPACT = {
-    "countdown": {"style": "compact", "max_value": 15, "max_target": 99, "operators": "+-*"},
-    "sudoku": {"style": "compact", "min_empty": 4},
-}
+COMPACT = {"countdown": {"style": "compact", "max_value": 15, "max_target": 99, "operators": "+-*"}}
+COMPACT["sudoku"] = {"style": "compact", "min_empty": 4}
+SPECS = ["countdown", "countdown:numbers=4", "countdown:numbers=4,operators=+-*/", "sudoku"]
+NAMES = ("gsm8k", "math500")
+WRONG_SPECS = [
+    ("sudko", "did you mean 'sudoku'"), ("countdown:number=3", "did you mean 'numbers'"),
+    ("countdown:numbers=x", "numbers of task 'countdown' is 'x'"), ("countdown:numbers=9", "choose 2 to 6"),
+    ("countdown:numbers", "name:key=value"), ("countdown:style=short", "choose from compact, paper"),
+    ("nowhere:Task", "cannot import task 'nowhere:Task': ModuleNotFoundError"),
+    ("docs.examples.reversal:Problem,x=3", "is no subclass of unmask.Task"),
+    ("docs.examples.reversal:Reversal,lenth=3", "did you mean 'length'"), ("reasoning_gym:countdown", "use task 'countdown'"),
+    ("reasoning_gym:leg_countin", "did you mean 'leg_counting'"), ("sudoku:min_empty=9,max_empty=3", "1 <= min <= max"),
+    ("reasoning_gym:leg_counting,max_animal=3", "did you mean 'max_animals'"),
+]  # fmt: skip
+FAULTY = [
+    ("a.jsonl", '{"question": "Q?", "answer": "7"}\n', r"a\.jsonl:1 is no problem of task gsm8k"),
+    ("a.jsonl", '{"question": "Q?", "answer": "#### 7"}\n[1]\n', r"a\.jsonl:2 is not a JSON object"),
+    ("a.jsonl", '{"question": "\\ud800", "answer": "#### 7"}\n', r"a\.jsonl:1 is not a JSON object"),
+    ("a.parquet", "x", "cannot read the data file"), ("a.jsonl", None, r"cannot read .*a\.jsonl"),
+    (".", None, r"no \.json, \.jsonl, \.parquet file of the test split .*: use a folder with train"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("spec", ["countdown", "countdown:numbers=4", "sudoku", "reasoning_gym:leg_counting"])
-def test_problems_are_seeded_and_splits_disjoint(spec: str) -> None:
+@pytest.mark.parametrize("spec", [*SPECS, "reasoning_gym:leg_counting"])
+def test_problems_are_seeded_and_splits_disjoint_and_worked_responses_right(spec: str) -> None:
     task = make_task(spec, COMPACT)
     splits = {s: task.problems(s, 40, seed=3) for s in task.splits}
     assert splits["train"] == task.problems("train", 40, seed=3)
@@ -39,13 +60,9 @@ def test_problems_are_seeded_and_splits_disjoint(spec: str) -> None:
     assert splits["test"][:10] == task.problems("test", 10, seed=3)
     train = {task.identity(p) for p in splits["train"] + task.problems("train", 200, seed=99)}
     assert not any(task.identity(p) in train for p in splits["validation"] + splits["test"])
-
-
-@pytest.mark.parametrize("spec", ["countdown", "countdown:numbers=4,operators=+-*/", "sudoku"])
-def test_worked_responses_are_right(spec: str) -> None:
-    task = make_task(spec, COMPACT)
-    grades = [task.grade(problem, problem.response or "") for problem in task.problems("train", 100)]
-    assert all(grade.solved and grade.points == grade.possible for grade in grades)
+    for problem in task.problems("train", 100) if spec in SPECS else ():
+        grade = task.grade(problem, problem.response or "")
+        assert grade.solved and grade.points == grade.possible
 
 
 class Letters(Task):
@@ -79,8 +96,7 @@ def test_different_problems_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sudoku_grids() -> None:
     grids = solved_grids()
-    assert len(grids) == len(set(grids)) == 288
-    assert len(heldout_grids()) == 29
+    assert len(grids) == len(set(grids)) == 288 and len(heldout_grids()) == 29
     task = make_task("sudoku", COMPACT)
     for split in ("train", "validation", "test"):
         assert not {p.truth["solution"] for p in task.problems(split, 60)} & heldout_grids()
@@ -92,9 +108,8 @@ def test_sudoku_grids() -> None:
 
 
 def test_sudoku_grade_by_hand() -> None:
-    task = make_task("sudoku", {})
+    task, half = make_task("sudoku", {}), "<answer>3142 2431 4444 4444</answer>"
     problem = task.parse({"Puzzle": "0102200002100320", "Solution": "3142243142131324"})
-    half = "<answer>3142 2431 4444 4444</answer>"
     grade = task.grade(problem, half)
     # Empty cells: 0, 2, 5, 6, 7, 8, 11, 12, 15 = 9. Right of them: 0, 2, 5, 6, 7, 8 (4), 15 (4) = 7.
     assert (grade.points, grade.possible, grade.solved) == (7.0, 9.0, False)
@@ -106,8 +121,7 @@ def test_sudoku_grade_by_hand() -> None:
 def test_worked_solution_by_hand() -> None:
     # Pairs in order: 3+8=11 (11, 5 reach 55, 16, 6: not 29), 8-3=5 (10, 25), 3*8=24 (24+5=29).
     expected = "<reasoning>3+8=11 8-3=5 3*8=24 5+24=29</reasoning><answer>5+3*8</answer>"
-    assert worked_solution((3, 8, 5), 29, "+-*") == expected
-    assert worked_solution((1, 1, 1), 50, "+-*") is None
+    assert worked_solution((3, 8, 5), 29, "+-*") == expected and worked_solution((1, 1, 1), 50, "+-*") is None
 
 
 def brute_force(numbers: tuple[int, ...], target: int) -> bool:
@@ -127,42 +141,21 @@ def test_search_finds_an_answer_exactly_when_there_is_one(numbers: tuple[int, ..
         assert task.grade(task.problem(numbers, target), response).solved
         for step in response.split("<reasoning>")[1].split("</reasoning>")[0].split():
             left, right = step.split("=")
-            value = arithmetic(left)
-            assert value is not None and value[0] == int(right)
+            assert (arithmetic(left) or (None,))[0] == int(right)
 
 
-def test_arithmetic_and_boxes_by_hand() -> None:
+def test_arithmetic_boxes_and_countdown_grades_by_hand() -> None:
     assert arithmetic("1/3*3") == (Fraction(1), [1, 3, 3]) and arithmetic("1/0") is None
     assert arithmetic("(07 - 2) * -3") == (Fraction(-15), [7, 2, 3])
     text = "\\boxed{a{b}c} x \\boxed {2}"
     assert [text[slice(*span)] for span in box_spans(text)] == ["a{b}c", "2"]
-
-
-def test_countdown_grade_by_hand() -> None:
     task = make_task("countdown", {})
     problem = task.parse({"input": "8,3,5", "output": "29"})
     assert task.grade(problem, "<answer>29 = 8*3+5</answer>").solved
     assert not make_task("countdown:operators=+-", {}).grade(problem, "8*3+5").solved  # an operator not allowed
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("sudko", "did you mean 'sudoku'"),
-        ("countdown:number=3", "did you mean 'numbers'"),
-        ("countdown:numbers=x", "numbers of task 'countdown' is 'x'"),
-        ("countdown:numbers=9", "choose 2 to 6"),
-        ("countdown:numbers", "name:key=value"),
-        ("countdown:style=short", "choose from compact, paper"),
-        ("nowhere:Task", "cannot import task 'nowhere:Task': ModuleNotFoundError"),
-        ("docs.examples.reversal:Problem,x=3", "is no subclass of unmask.Task"),
-        ("docs.examples.reversal:Reversal,lenth=3", "did you mean 'length'"),
-        ("sudoku:min_empty=9,max_empty=3", "1 <= min <= max"),
-        ("reasoning_gym:leg_countin", "did you mean 'leg_counting'"),
-        ("reasoning_gym:countdown", "use task 'countdown'"),
-        ("reasoning_gym:leg_counting,max_animal=3", "did you mean 'max_animals'"),
-    ],
-)
+@pytest.mark.parametrize(("spec", "message"), WRONG_SPECS)
 def test_wrong_task_specs_name_the_fix(spec: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parent.parent)
     with pytest.raises(UserError, match=message):
@@ -172,9 +165,10 @@ def test_wrong_task_specs_name_the_fix(spec: str, message: str, monkeypatch: pyt
 def test_data_files(tmp_path: Path) -> None:
     countdown, sudoku = tmp_path / "c.jsonl", tmp_path / "s.csv"
     countdown.write_text('{"input": "30,100,93", "output": "23"}\n')
-    assert make_task(f"countdown:data={countdown}", {}).problems("test", None)[0].truth["numbers"] == [30, 100, 93]
     sudoku.write_text("Puzzle,Solution\n3102200002100320,3142243142131324\n")
-    assert make_task(f"sudoku:data={sudoku}", {}).problems("test", None)[0].truth["solution"] == "3142243142131324"
+    specs = (f"countdown:data={countdown}", f"sudoku:data={sudoku}")
+    numbers, grid = (make_task(spec, {}).problems("test", None)[0].truth for spec in specs)
+    assert numbers["numbers"] == [30, 100, 93] and grid["solution"] == "3142243142131324"
 
 
 def test_a_task_of_ones_own(tmp_path: Path, toy_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,8 +190,6 @@ def test_a_task_of_ones_own(tmp_path: Path, toy_folder: str, monkeypatch: pytest
 
 
 # ---- GSM8K and MATH500 ----------------------------------------------------------------------------------------------
-
-NAMES = ("gsm8k", "math500")
 
 
 def row(name: str, i: int) -> dict[str, Any]:
@@ -226,7 +218,7 @@ def test_splits_of_a_folder(tmp_path: Path, name: str) -> None:
     assert all(p.response and task.grade(p, p.response).solved for p in train[:20] + validation[:20])
 
 
-def test_problems_of_the_published_forms(tmp_path: Path) -> None:
+def test_problems_of_the_published_forms_and_completions() -> None:
     problem = GSM8K().parse({"question": "Q?", "answer": "Half is 4/2=<<4/2=2>>2.\nSo 1,002.\n#### 1,002"})
     assert problem.truth == {"answer": "1002", "stated": "1,002"}
     assert problem.response == "\nHalf is 4/2=2.\nSo 1,002.\n</reasoning>\n<answer>\n\\boxed{1002}\n</answer>"
@@ -238,18 +230,18 @@ def test_problems_of_the_published_forms(tmp_path: Path) -> None:
     assert (local.id, local.response) == (MATH500().parse(hub).id, None)  # one identity, wherever it comes from
     for braceless in ("so $\\boxed 8$.", "so $\\fbox{8}$."):
         assert MATH500().parse({"problem": "Q?", "solution": braceless}).truth == {"answer": "8"}
+    # Completions made elsewhere:
+    assert MATH500().completion_truth({"question": "Q?", "ground_truth": "\\frac14"}).truth == {"answer": "\\frac14"}
+    assert solved("gsm8k", FORM.format("\\boxed{1,200}"), 1200.0)
+    for spec in ("gsm8k", "gsm8k:extraction=published"):  # no truth, no right answer
+        assert not solved(spec, "\\boxed{3}", None)
 
 
 def test_a_copy_of_a_hub_data_set_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-    import pyarrow
-    from pyarrow import parquet
-
     (tmp_path / "main").mkdir()
     files = [{"split": split, "path": f"main/{split}-*"} for split in ("train", "test")]
-    (tmp_path / "README.md").write_text(
-        f"---\nconfigs: {json.dumps([{'config_name': 'main', 'data_files': files}])}\n---\n"
-    )
+    configs = json.dumps([{"config_name": "main", "data_files": files}])
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {configs}\n---\n")
     for split, rows in (("train", range(1, 60)), ("test", range(60, 63))):
         table = pyarrow.Table.from_pylist([row("gsm8k", i) for i in rows])
         parquet.write_table(table, tmp_path / "main" / f"{split}-00000-of-00001.parquet")
@@ -261,9 +253,7 @@ def test_a_copy_of_a_hub_data_set_is_read(tmp_path: Path, monkeypatch: pytest.Mo
     assert make_task(f"gsm8k:data={file}", {}).problems("test", None) == task.problems("test", None)
 
 
-def test_the_hub_is_the_default_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
+def test_the_hub_is_the_default_source_and_no_network_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     sources = {"openai/gsm8k": "gsm8k", "HuggingFaceH4/MATH-500": "math500", "ankner/math-500": "math500"}
     asked = []
 
@@ -280,15 +270,7 @@ def test_the_hub_is_the_default_source(monkeypatch: pytest.MonkeyPatch) -> None:
             task.problems("train", 5000)
     ours = {("openai/gsm8k", "main", "test"), ("openai/gsm8k", "main", "train")}
     assert set(asked) == ours | {("HuggingFaceH4/MATH-500", None, "test"), ("ankner/math-500", None, "train")}
-
-
-def test_no_network_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-
-    def unreachable(*_: Any, **__: Any) -> None:
-        raise OSError("no route")
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=OSError("no route")))
     for name, source in (("gsm8k", "openai/gsm8k"), ("math500", "HuggingFaceH4/MATH-500")):
         with pytest.raises(UserError) as raised:
             make_task(name, {}).problems("test", 3)
@@ -296,17 +278,7 @@ def test_no_network_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
         assert str(raised.value) == said
 
 
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        ("a.jsonl", '{"question": "Q?", "answer": "7"}\n', r"a\.jsonl:1 is no problem of task gsm8k"),
-        ("a.jsonl", '{"question": "Q?", "answer": "#### 7"}\n[1]\n', r"a\.jsonl:2 is not a JSON object"),
-        ("a.jsonl", '{"question": "\\ud800", "answer": "#### 7"}\n', r"a\.jsonl:1 is not a JSON object"),
-        ("a.parquet", "x", "cannot read the data file"),
-        ("a.jsonl", None, r"cannot read .*a\.jsonl"),
-        (".", None, r"no \.json, \.jsonl, \.parquet file of the test split .*: use a folder with train"),
-    ],
-)
+@pytest.mark.parametrize(("file", "content", "message"), FAULTY)
 def test_faulty_sources_are_named(tmp_path: Path, file: str, content: str | None, message: str) -> None:
     if content is not None:
         (tmp_path / file).write_text(content)
@@ -330,18 +302,8 @@ def test_prompts(tmp_path: Path) -> None:
     own = make_task(f"gsm8k:template={file}", {})
     assert own.instruction(problem) == "Q: How many? {x}\nA:" and own.config()["template_text"] == file.read_text()
     file.write_text("Q:")
-    for spec, message in (
-        (f"template={file}", r"lacks \{question\}"),
-        ("template=box", "cannot read the template .boxed, tags or a file. box"),
-        ("style=compact", "has no style 'compact'"),
-    ):
+    wrong = {f"template={file}": r"lacks \{question\}", "style=compact": "has no style 'compact'"}
+    wrong["template=box"] = "cannot read the template .boxed, tags or a file. box"
+    for spec, message in wrong.items():
         with pytest.raises(UserError, match=message):
             make_task(f"math500:{spec}", {})
-
-
-def test_completions_made_elsewhere() -> None:
-    assert solved("gsm8k", FORM.format("\\boxed{1,200}"), 1200.0)
-    for spec in ("gsm8k", "gsm8k:extraction=published"):  # no truth, no right answer
-        assert not solved(spec, "\\boxed{3}", None)
-    task = make_task("math500", {})
-    assert task.completion_truth({"question": "Q?", "ground_truth": "\\frac14"}).truth == {"answer": "\\frac14"}
