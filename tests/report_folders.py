@@ -18,11 +18,7 @@ STEPS = 4
 
 
 def curves(shift: float = 0.0) -> dict[str, Any]:
-    order: list[list[float | None]] = [[0.0] * 32 for _ in range(16)]
-    for position in range(32):
-        order[position % STEPS * 4][position] = 1.0
-    for row in order:
-        row[31] = None
+    order = [[None if at == 31 else float(at % STEPS * 4 == row) for at in range(32)] for row in range(16)]
     confidences = {"end_confidence": [None, 0.5, None, 0.75], "other_confidence": [1.0, 0.9, 0.8 - shift, None]}
     return {"commits": [8.0] * STEPS, "eos_share": [0.0, 0.25 + shift, None, 1.0], **confidences, "order": order}
 

@@ -155,16 +155,15 @@ def test_records_keep_the_trajectory_that_decode_gives(model: str, tmp_path: Pat
         assert cell["curves"]["eos_share"][s] == pytest.approx(float((ends & now).sum() / now.sum()), abs=1e-6)
         for key, kind in (("end_confidence", ends), ("other_confidence", ~ends)):
             chosen = trajectory.logprob[now & kind].exp()
-            expected = None if not len(chosen) else pytest.approx(float(chosen.mean()), abs=1e-4)
-            assert cell["curves"][key][s] == expected
+            mean = pytest.approx(float(chosen.mean()), abs=1e-4) if len(chosen) else None
+            assert cell["curves"][key][s] == mean
 
 
 def test_order_by_hand() -> None:
     left_to_right = {"tokens": [5] * 32, "steps": [i // 2 for i in range(32)], "logprobs": [0.0] * 32}
-    stopped = {"tokens": [5] * 32, "steps": [i // 2 if i < 16 else -1 for i in range(32)], "logprobs": [0.0] * 32}
+    stopped = {**left_to_right, "steps": [i // 2 if i < 16 else -1 for i in range(32)]}
     order = np.array(curves([left_to_right, stopped], [1], steps=16)["order"], dtype=float)
-    assert order.shape == (16, 32)
-    assert all(order[i // 2, i] == 1 for i in range(32)) and order.sum() == 32
+    assert order.shape == (16, 32) and all(order[i // 2, i] == 1 for i in range(32)) and order.sum() == 32
     half = curves([stopped], [1], steps=16)
     assert half["order"][0][31] is None and half["commits"] == [2] * 8 and half["eos_share"] == [0] * 8
     ended = {"tokens": [5, 1, 1, 1], "steps": [0, 0, 1, 1], "logprobs": [0.0, math.log(0.5), math.log(0.25), 0.0]}

@@ -22,23 +22,17 @@ from benchmarks.study.config import StudyConfig
 from benchmarks.study.grid import Grid, read_grid
 from benchmarks.study.lines import read_cells
 from benchmarks.study.run import training_budget
+from unmask import Decoder, DiffusionGRPOConfig
 from unmask.config import read_config
-from unmask.decoding import Decoder
 from unmask.evaluation.config import EvalConfig
 from unmask.evaluation.records import read_records
 from unmask.io.files import read_lines
-from unmask.rl.config import DiffusionGRPOConfig
 from unmask.tasks.countdown import Countdown
 
 ROOT = Path(__file__).parent.parent
-RL = {
-    "tasks": ["countdown"],
-    "problems": 8,
-    "validation_problems": 2,
-    "max_completion_length": 16,
-    "num_generations": 2,
-}
-RL |= {"per_device_train_batch_size": 4, "max_steps": 1, "learning_rate": 0.01, "bf16": False, "report_to": []}
+RL = {"tasks": ["countdown"], "problems": 8, "validation_problems": 2, "max_steps": 1, "learning_rate": 0.01}
+RL |= {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 16}
+RL |= {"bf16": False, "report_to": []}
 
 
 def write(folder: Path, **values: Any) -> Path:

@@ -34,25 +34,22 @@ def test_summary_by_hand() -> None:
     a, b = (np.array([[c == "1" for c in t] for t in pair], dtype=float) for pair in (texts[:2], texts[2:]))
     assert first["solved"] == a.mean() and second["score"] == b.mean() and first["seeds"] == 2
     assert first["nfe"] == 7 and first["tokens_per_forward"] == 2 and first["length"] == 19.5
-    # A crossed bootstrap in plain loops: seeds and problems drawn, the same for both cells.
-    draws = []
-    for _ in range(4000):
-        s, p = rng.integers(0, 2, 2), rng.integers(0, 40, 40)
-        draws.append(b[s][:, p].mean() - a[s][:, p].mean())
-    (difference,) = summary["differences"]
+
+    def drawn(values: np.ndarray) -> tuple[np.ndarray, float, float]:
+        """A crossed bootstrap over seeds and problems in a plain loop, and its interval, at least Student's over the seeds."""
+        draws = [values[rng.integers(0, 2, 2)][:, rng.integers(0, 40, 40)].mean() for _ in range(4000)]
+        half, mean = stats.t.ppf(0.975, 1) * np.std(values.mean(1), ddof=1) / math.sqrt(2), values.mean()
+        low, high = np.quantile(draws, [0.025, 0.975])
+        return np.array(draws), min(low, mean - half), max(high, mean + half)
+
+    (difference,), (draws, low, high) = summary["differences"], drawn(b - a)  # the same draws for both cells
     assert difference["axis"] == "decoder" and difference["solved"] == pytest.approx(b.mean() - a.mean())
-    half = stats.t.ppf(0.975, 1) * np.std(b.mean(1) - a.mean(1), ddof=1) / math.sqrt(2)  # over the seeds
-    (low, high), mean = np.quantile(draws, [0.025, 0.975]), b.mean() - a.mean()
-    assert difference["solved_interval"] == pytest.approx([min(low, mean - half), max(high, mean + half)], abs=0.02)
+    assert difference["solved_interval"] == pytest.approx([low, high], abs=0.02)
     p_of_seeds = stats.ttest_rel(b.mean(1), a.mean(1)).pvalue
-    tail = min(np.mean(np.array(draws) <= 0), np.mean(np.array(draws) >= 0))
+    tail = min(np.mean(draws <= 0), np.mean(draws >= 0))
     assert difference["solved_p"] == pytest.approx(max(2 * tail, p_of_seeds), abs=0.03)
-    draws = [a[rng.integers(0, 2, 2)][:, rng.integers(0, 40, 40)].mean() for _ in range(4000)]
-    half = stats.t.ppf(0.975, 1) * np.std(a.mean(1), ddof=1) / math.sqrt(2)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    assert first["solved_interval"] == pytest.approx(
-        [max(0, min(low, a.mean() - half)), min(1, max(high, a.mean() + half))], abs=0.02
-    )
+    _, low, high = drawn(a)
+    assert first["solved_interval"] == pytest.approx([max(0, low), min(1, high)], abs=0.02)
     assert difference["score_interval"] == difference["solved_interval"]
 
 
