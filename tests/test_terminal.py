@@ -60,11 +60,11 @@ def test_a_full_disk_is_one_sentence(folder: Path) -> None:
 
 
 def test_what_a_terminal_cannot_show_is_escaped(folder: Path) -> None:
-    code, said, _ = run(USAGE, folder, "ascii")
-    assert code == 0 and "\\u2026" in said
-    for encoding in ("ascii", "gbk"):  # which has the arrow
-        code, _, said = run(MISTAKE, folder, encoding)
-        assert code == 2 and "Traceback" not in said and ("\\u2192" in said) == (encoding == "ascii")
+    code, out, err = run(USAGE, folder, "ascii")
+    assert code == 0 and "\\u2026" in out and "Traceback" not in err
+    for encoding in ("ascii", "gbk"):  # the second has the arrow
+        code, _, err = run(MISTAKE, folder, encoding)
+        assert code == 2 and "Traceback" not in err and ("\\u2192" in err) == (encoding == "ascii")
 
 
 def test_a_console_shows_text_as_it_is() -> None:

@@ -264,7 +264,7 @@ def test_a_prompt_gives_what_generate_prints_and_names_are_no_markup(
     data = data_of((tmp_path / "page.html").read_text())
     assert data["panels"][0]["text"] == capsys.readouterr().out.removesuffix("\n")
     assert data["prompt"] == "<|user|>make 29 from 3 8 5<|assistant|><reasoning>3"
-    assert data["panels"][0]["decoder"].startswith("[/bold] x")
+    assert data["panels"][0]["decoder"] == "[/bold] x"
 
 
 @pytest.mark.parametrize(
@@ -286,8 +286,8 @@ def test_a_prompt_gives_what_generate_prints_and_names_are_no_markup(
         (["RECORDS", "SUDOKU"], "hold different prompts at index 0"),
         (["RECORDS", "--model", "TOY"], "but toy has"),
         (["UNTOLD"], "is in no run's records: use RUN/records/"),
-        (["LACKING"], "it lacks 'seed'"),
-        (["CUT"], "holds no record of problem 0 (it has 0)"),
+        (["LACKING"], "(it lacks 'seed'): evaluate again"),
+        (["CUT"], "holds no record of problem 0 (it has 0): choose another"),
     ],
 )
 def test_mistakes_are_one_sentence(
