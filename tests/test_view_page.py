@@ -92,9 +92,9 @@ def test_play_runs_to_the_end_and_stops(page: Any) -> None:
     spoken = page.locator("#now, .inspector")
     page.locator("#play").click()
     assert "Pause" in page.locator("#play").inner_text()
-    assert spoken.evaluate_all("all => all.map(e => e.ariaLive)") == ["off"] * 3  # what plays is not spoken
     page.clock.run_for(1300)
     assert now(page) == "step 5 of 16"  # 9 s over 16 steps
+    assert spoken.evaluate_all("all => all.map(e => e.ariaLive)") == ["off"] * 3  # what plays is not spoken
     page.keyboard.press("Home")  # a hand on the clock stops it
     assert "Play" in page.locator("#play").inner_text()
     assert spoken.evaluate_all("all => all.map(e => e.ariaLive)") == ["polite"] * 3
