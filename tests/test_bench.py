@@ -69,7 +69,7 @@ def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
         BenchDecode(reference="/nowhere")
     assert benchmark(["gap", "--output", "/proc/nothing/x.json"]) == 2
     assert "cannot write to" in capsys.readouterr().err
-    assert benchmark(["decoding"]) == 2 and "choose from decode, gap, memory, rl" in capsys.readouterr().err
+    assert benchmark(["decoding"]) == 2 and "choose from decode, gap, memory, report, rl" in capsys.readouterr().err
 
 
 def test_the_gap_is_rounding_for_cj_alone(toy_folder: str, tmp_path: Path) -> None:

@@ -275,7 +275,7 @@ def test_interrupting_the_launcher_leaves_a_folder_to_resume(alone: Path, model:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGINT)
     code, said = end(process)
-    assert code != 0 and said.count("what is written stays") == 1, said
+    assert code != 0 and said.count("interrupted; the same command resumes") == 1, said
     assert any(len(lines) < 11 for lines in records(tmp_path / "run").values())
     evaluate(config(model, tmp_path / "run", **SETTINGS))
     assert records(tmp_path / "run") == records(alone)
