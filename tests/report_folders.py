@@ -18,30 +18,15 @@ STEPS = 4
 
 
 def curves(shift: float = 0.0) -> dict[str, Any]:
-    order: list[list[float | None]] = [[0.0] * 32 for _ in range(16)]
-    for position in range(32):
-        order[position % STEPS * 4][position] = 1.0
-    for row in order:
-        row[31] = None
-    return {
-        "commits": [8.0] * STEPS,
-        "eos_share": [0.0, 0.25 + shift, None, 1.0],
-        "end_confidence": [None, 0.5, None, 0.75],
-        "other_confidence": [1.0, 0.9, 0.8 - shift, None],
-        "order": order,
-    }
+    order = [[None if at == 31 else float(at % STEPS * 4 == row) for at in range(32)] for row in range(16)]
+    confidences = {"end_confidence": [None, 0.5, None, 0.75], "other_confidence": [1.0, 0.9, 0.8 - shift, None]}
+    return {"commits": [8.0] * STEPS, "eos_share": [0.0, 0.25 + shift, None, 1.0], **confidences, "order": order}
 
 
 def records(count: int, solved: int, nfe: int, length: int = 20) -> list[dict[str, Any]]:
     """The first ``solved`` of them solved; lengths count up from ``length``."""
-    fixed = {
-        "prompt": "q",
-        "completion": '"length": 9999',
-        "possible": 2.0,
-        "nfe": nfe,
-        "committed": 32,
-        "seconds": 0.5,
-    }
+    fixed = {"prompt": "q", "completion": '"length": 9999', "possible": 2.0, "nfe": nfe}
+    fixed |= {"committed": 32, "seconds": 0.5}
     return [
         {"index": i, "id": f"p{i}", "solved": i < solved, "points": float(i < solved), "length": length + i, **fixed}
         for i in range(count)
@@ -62,9 +47,8 @@ def evaluation(folder: Path, cells: dict[str, list[dict[str, Any]]], task: str =
 
 
 def metrics(start: float) -> list[dict[str, float]]:
-    lines = [
-        {"step": s, "reward": start + s / 10, "length": 20.0, "logprob_mismatch": 1e-3, "nfe": 7.0} for s in range(1, 5)
-    ]
+    fixed = {"length": 20.0, "logprob_mismatch": 1e-3, "nfe": 7.0}
+    lines = [{"step": s, "reward": start + s / 10, **fixed} for s in range(1, 5)]
     solved = [{"step": s, "eval_sudoku_solved": v} for s, v in ((0, 0.25), (2, start), (4, start))]
     return [{"step": 0, "eval_reward": 0.1}, *lines, *solved]
 
@@ -84,23 +68,19 @@ def run(folder: Path, seed: int, **config: Any) -> Path:
     return folder
 
 
-def cell(
-    decoder: str, solved: str, objective: str | None = None, seed: int | None = None, **more: Any
-) -> dict[str, Any]:
+BUDGET = {"updates": 30, "completions": 1920, "training_passes": 12345}
+
+
+def cell(decoder: str, solved: str, objective: str = "", seed: int | None = None, **more: Any) -> dict[str, Any]:
+    """A cell of a study, of an untrained model without an ``objective``."""
     count = len(solved)
-    axes = {"task": "sudoku", "decoder": decoder, "train.objective": objective, "train.decoder": objective and "ass"}
-    budget = {"updates": 30, "completions": 1920, "training_passes": 12345} if objective else {}
+    axes = {"task": "sudoku", "decoder": decoder, "train.seed": seed}
+    axes |= {"train.objective": objective or None, "train.decoder": "ass" if objective else None}
     lists = {"points": [float(c) for c in solved], "possible": [1.0] * count, "nfe": [7] * count}
     lists |= {"length": [30 + i for i in range(count)], "committed": [32] * count}
-    return {
-        "key": f"{decoder}-{objective}-{seed}",
-        "cell": {**axes, "train.seed": seed},
-        "score_name": "cell accuracy",
-        "budget": {"nfe": 7, **budget},
-        "model": {"name": "toy", "weights": "w"},
-        **{"problems": "hash", "solved": solved, **lists, "seconds": 1.5, "environment": {"unmask": "1"}},
-        **more,
-    }
+    facts = {"key": f"{decoder}-{objective}-{seed}", "score_name": "cell accuracy", "problems": "hash", "seconds": 1.5}
+    facts |= {"budget": {"nfe": 7, **(BUDGET if objective else {})}, "model": {"name": "toy", "weights": "w"}}
+    return {**facts, "cell": axes, "solved": solved, **lists, "environment": {"unmask": "1"}, **more}
 
 
 def study(folder: Path) -> Path:
@@ -115,15 +95,10 @@ def study(folder: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "cells.jsonl").write_text(lines(cells), encoding="utf-8")
     train = {"train.objective": "cj", "train.decoder": "ass"}
+    fixed = {"budget": BUDGET, "seconds": {"rollout": 60.0, "update": 30.0}}
     runs = [
-        {
-            "key": f"cj--seed{seed}",
-            "train": {**train, "train.seed": seed},
-            "budget": {"updates": 30, "completions": 1920, "training_passes": 12345},
-            "metrics": metrics(0.1 * seed),
-            "seconds": {"rollout": 60.0, "update": 30.0},
-        }
-        for seed in (0, 1)
+        {"key": f"cj--seed{s}", "train": {**train, "train.seed": s}, "metrics": metrics(0.1 * s), **fixed}
+        for s in (0, 1)
     ]
     (folder / "runs.jsonl").write_text(lines(runs), encoding="utf-8")
     return folder
@@ -134,12 +109,5 @@ CELLS = {"full": records(10, 9, 64), "ass": records(10, 4, 7), HOSTILE: records(
 
 def result(nfe: float, solved: float, label: str = "d", **more: Any) -> dict[str, Any]:
     """A row as ``figures.accuracy`` takes it."""
-    return {
-        "task": "t",
-        "label": label,
-        "nfe": nfe,
-        "solved": solved,
-        "solved_interval": [solved] * 2,
-        "problems": 9,
-        **more,
-    }
+    shares = {"solved": solved, "solved_interval": [solved] * 2, "problems": 9}
+    return {"task": "t", "label": label, "nfe": nfe, **shares, **more}

@@ -28,11 +28,9 @@ SMALL = {**SHAPE, "steps": (2, 4), "length": 16, "prompt": 8, "vocabulary": 200}
 @pytest.fixture(autouse=True)
 def cells_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cells are measured in this process, and the machine's best rate, which takes seconds, is not."""
-    modules = {"decode": bench_decode, "rl": bench_rl}
+    measure = {"decode": bench_decode.measure, "rl": bench_rl.measure}
     monkeypatch.setattr(common, "gemm_peak", lambda *_: 1e13)
-    monkeypatch.setattr(
-        common, "in_subprocess", lambda name, *cell: json.loads(json.dumps(modules[name].measure(*cell)))
-    )
+    monkeypatch.setattr(common, "in_subprocess", lambda name, *cell: json.loads(json.dumps(measure[name](*cell))))
 
 
 def test_the_plain_way_has_the_same_gradient() -> None:
@@ -71,7 +69,7 @@ def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
         BenchDecode(reference="/nowhere")
     assert benchmark(["gap", "--output", "/proc/nothing/x.json"]) == 2
     assert "cannot write to" in capsys.readouterr().err
-    assert benchmark(["decoding"]) == 2 and "choose from decode, gap, memory, rl" in capsys.readouterr().err
+    assert benchmark(["decoding"]) == 2 and "choose from decode, gap, memory, report, rl" in capsys.readouterr().err
 
 
 def test_the_gap_is_rounding_for_cj_alone(toy_folder: str, tmp_path: Path) -> None:

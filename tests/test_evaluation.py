@@ -26,15 +26,9 @@ from unmask.results.statistics import pooled_bootstrap, wilson
 
 
 def config(model: str, output: Path, **changes: object) -> EvalConfig:
-    values = {
-        "model": model,
-        "decoder": ["ass", "eoser-ass:temperature=1", "full-random:steps=4"],
-        "limit": 10,
-        "max_new_tokens": 32,
-        "batch_size": 4,
-        "output": str(output),
-    }
-    return EvalConfig(**{**values, **changes})  # type: ignore[arg-type]
+    values = {"decoder": ["ass", "eoser-ass:temperature=1", "full-random:steps=4"]}
+    values |= {"limit": 10, "max_new_tokens": 32, "batch_size": 4}
+    return EvalConfig(model=model, output=str(output), **{**values, **changes})  # type: ignore[arg-type]
 
 
 def records(output: Path) -> dict[str, list[dict[str, object]]]:
@@ -96,16 +90,9 @@ def test_summary_holds_what_a_number_needs(model: str, tmp_path: Path) -> None:
 
 
 def test_cells_are_compared_with_the_best_on_the_same_problems() -> None:
-    def cell(task: str, decoder: str, solved: float, nfe: float) -> dict[str, Any]:
-        return {"task": task, "decoder": decoder, "solved": solved, "nfe": nfe}
-
     # fast is as good as slow in fewer passes: the best
-    cells = [
-        cell("a", "slow", 0.75, 64),
-        cell("a", "fast", 0.75, 7),
-        cell("a", "worse", 0.25, 7),
-        cell("b", "alone", 0, 7),
-    ]
+    rows = [("a", "slow", 0.75, 64), ("a", "fast", 0.75, 7), ("a", "worse", 0.25, 7), ("b", "alone", 0, 7)]
+    cells: list[dict[str, Any]] = [dict(zip(("task", "decoder", "solved", "nfe"), r, strict=True)) for r in rows]
     solved = [[1, 1, 1, 0], [1, 1, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0]]
     compare_to_best(cells, [[{"solved": s} for s in own] for own in solved])
     assert [c.get("to_best", {}).get("decoder") for c in cells] == ["fast", None, "fast", None]
@@ -124,23 +111,17 @@ def test_intervals_by_hand() -> None:
     assert pooled_bootstrap([3.0, 3.0], [4.0, 4.0]) == (0.75, 0.75)
 
 
-def test_early_stop_changes_passes_alone(model: str, tmp_path: Path) -> None:
+def test_early_stop_changes_passes_alone_and_compilation_nothing(model: str, tmp_path: Path) -> None:
     settings = {"decoder": ["full", "semi-ar:block_length=8,temperature=1"], "task": ["countdown"]}
-    for name in ("stops", "whole"):
-        evaluate(config(model, tmp_path / name, early_stop=name == "stops", **settings))
+    torch._dynamo.reset()
+    for name in ("stops", "whole", "compiled"):
+        evaluate(config(model, tmp_path / name, early_stop=name != "whole", compile=name == "compiled", **settings))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # one shape
+    assert records(tmp_path / "stops") == records(tmp_path / "compiled")
     for a, b in zip(*(records(tmp_path / name).values() for name in ("stops", "whole")), strict=True):
         cost = {"nfe": 0, "committed": 0}
         assert [{**r, **cost} for r in a] == [{**r, **cost} for r in b]
         assert all(x["nfe"] <= y["nfe"] == 16 for x, y in zip(a, b, strict=True))  # type: ignore[operator]
-
-
-def test_compiled_evaluation_has_one_shape_and_the_same_records(model: str, tmp_path: Path) -> None:
-    settings = {"decoder": ["semi-ar:block_length=8"], "task": ["countdown"]}
-    evaluate(config(model, tmp_path / "eager", **settings))
-    torch._dynamo.reset()
-    evaluate(config(model, tmp_path / "compiled", compile=True, **settings))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    assert records(tmp_path / "eager") == records(tmp_path / "compiled")
 
 
 def test_worked_examples_stand_in_front(tiny_lm: MaskedLM, tmp_path: Path) -> None:
@@ -153,9 +134,6 @@ def test_worked_examples_stand_in_front(tiny_lm: MaskedLM, tmp_path: Path) -> No
         assert all(str(e.response) in longer and task.instruction(e) in longer for e in shown)
     with pytest.raises(UserError, match="no worked responses"):
         task_prompts(tiny_lm, make_task("countdown:style=paper", {}), problems, shots=1)
-
-
-# ---- trajectories ----------------------------------------------------------------------------------------------------
 
 
 def test_records_keep_the_trajectory_that_decode_gives(model: str, tmp_path: Path) -> None:
@@ -177,16 +155,15 @@ def test_records_keep_the_trajectory_that_decode_gives(model: str, tmp_path: Pat
         assert cell["curves"]["eos_share"][s] == pytest.approx(float((ends & now).sum() / now.sum()), abs=1e-6)
         for key, kind in (("end_confidence", ends), ("other_confidence", ~ends)):
             chosen = trajectory.logprob[now & kind].exp()
-            expected = None if not len(chosen) else pytest.approx(float(chosen.mean()), abs=1e-4)
-            assert cell["curves"][key][s] == expected
+            mean = pytest.approx(float(chosen.mean()), abs=1e-4) if len(chosen) else None
+            assert cell["curves"][key][s] == mean
 
 
 def test_order_by_hand() -> None:
     left_to_right = {"tokens": [5] * 32, "steps": [i // 2 for i in range(32)], "logprobs": [0.0] * 32}
-    stopped = {"tokens": [5] * 32, "steps": [i // 2 if i < 16 else -1 for i in range(32)], "logprobs": [0.0] * 32}
+    stopped = {**left_to_right, "steps": [i // 2 if i < 16 else -1 for i in range(32)]}
     order = np.array(curves([left_to_right, stopped], [1], steps=16)["order"], dtype=float)
-    assert order.shape == (16, 32)
-    assert all(order[i // 2, i] == 1 for i in range(32)) and order.sum() == 32
+    assert order.shape == (16, 32) and all(order[i // 2, i] == 1 for i in range(32)) and order.sum() == 32
     half = curves([stopped], [1], steps=16)
     assert half["order"][0][31] is None and half["commits"] == [2] * 8 and half["eos_share"] == [0] * 8
     ended = {"tokens": [5, 1, 1, 1], "steps": [0, 0, 1, 1], "logprobs": [0.0, math.log(0.5), math.log(0.25), 0.0]}
@@ -196,9 +173,6 @@ def test_order_by_hand() -> None:
     # A threshold's rows have their own clock: eight steps are the whole decode.
     own = np.array(curves([stopped], [1], steps=None)["order"], dtype=float)
     assert own[14, 15] == 1
-
-
-# ---- several processes ----------------------------------------------------------------------------------------------
 
 
 SETTINGS = {"decoder": ["ass", "eoser-ass:temperature=1"], "limit": 11, "max_new_tokens": 32, "batch_size": 2}
@@ -239,10 +213,8 @@ def start(model: str, output: Path, folder: Path, mode: str = "", launcher: str 
     (folder / "worker.py").write_text(WORKER)
     script = [str(folder / "worker.py"), mode] if mode else ["-m", "unmask"]
     command = [sys.executable, *launch, *script, "eval", "--model", model, "--output", str(output), *FLAGS]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
+    streams: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, **streams)
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -303,18 +275,17 @@ def test_interrupting_the_launcher_leaves_a_folder_to_resume(alone: Path, model:
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGINT)
     code, said = end(process)
-    assert code != 0 and said.count("what is written stays") == 1, said
+    assert code != 0 and said.count("interrupted; the same command resumes") == 1, said
     assert any(len(lines) < 11 for lines in records(tmp_path / "run").values())
     evaluate(config(model, tmp_path / "run", **SETTINGS))
     assert records(tmp_path / "run") == records(alone)
 
 
 def test_a_mistake_ends_all_with_one_sentence(model: str, tmp_path: Path) -> None:
-    said = "choose an --output that they all share"
     begun = time.time()
-    code, text = end(start(model, tmp_path / "run-RANK", tmp_path, mode="plain"))
-    assert code != 0 and text.count("unmask: ") == text.count(said) == 1, text
-    assert time.time() - begun < 200 and "terminate called" not in text
+    code, said = end(start(model, tmp_path / "run-RANK", tmp_path, mode="plain"))
+    assert code != 0 and said.count("unmask: ") == said.count("choose an --output that they all share") == 1, said
+    assert time.time() - begun < 200 and "terminate called" not in said
     assert not list(tmp_path.glob("run*/records/*"))
 
 

@@ -25,9 +25,8 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from unmask import UserError, decode, make_decoder, make_task
+from unmask import MaskedLM, UserError, decode, make_decoder, make_task
 from unmask.evaluation.lm_eval import Pair, UnmaskLM, bounds, is_greedy, mask_sets, until
-from unmask.models.masked_lm import MaskedLM
 
 TEXT = "make 5 from"
 
@@ -77,10 +76,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return rows
 
 
-@pytest.mark.parametrize("w", [0.0, 1.5])
-def test_few_tokens_are_exact(toy_lm: MaskedLM, w: float) -> None:
+def test_few_tokens_are_exact(toy_lm: MaskedLM) -> None:
     context, *texts = tokens(toy_lm, TEXT, "1+4", "12")
-    for text in texts:
+    for text, w in itertools.product(texts, (0.0, 1.5)):
         hand = expectation(toy_lm, context, text, w)
         assert bounds(toy_lm, [(context, text)], 7, 0, 32, w) == pytest.approx([hand], abs=1e-4)
 
@@ -140,10 +138,8 @@ def test_greedy_is_what_decoding_writes(toy_lm: MaskedLM, passes: list[int]) -> 
 
 def test_long_contexts_lose_their_beginning(toy_lm: MaskedLM, caplog: pytest.LogCaptureFixture) -> None:
     short = dataclasses.replace(toy_lm, max_length=12)
-    (bound,), (same,) = (
-        UnmaskLM(lm).loglikelihood(instances("loglikelihood", (c, "12")))
-        for lm, c in ((short, "a long way to " + TEXT[-10:]), (toy_lm, TEXT[-10:]))
-    )
+    contexts = ((short, "a long way to " + TEXT[-10:]), (toy_lm, TEXT[-10:]))
+    bound, same = (UnmaskLM(lm).loglikelihood(instances("loglikelihood", (c, "12"))) for lm, c in contexts)
     assert bound == same and "1 of 1 contexts" in caplog.text
     tight = dataclasses.replace(toy_lm, max_length=8 + len(TEXT))
     texts = UnmaskLM(tight, decoder="full", max_new_tokens=8).generate_until(requests_for(["123" + TEXT, TEXT]))
@@ -181,8 +177,7 @@ def test_generation_is_decode(tiny_lm: MaskedLM, spec: str) -> None:
 def test_a_request_sets_canvas_and_temperature(toy_lm: MaskedLM) -> None:
     """Canvases of different lengths in one call; a temperature counts where sampling is asked for."""
     model = UnmaskLM(toy_lm, decoder="full", max_new_tokens=8, batch_size=2)
-    hot = {"temperature": 2.0}
-    asked = ({}, {"max_gen_toks": 12}, {**hot, "do_sample": False}, {**hot, "do_sample": True})
+    asked = [{}, {"max_gen_toks": 12}, *({"temperature": 2.0, "do_sample": sampled} for sampled in (False, True))]
     requests = [requests_for(PROMPTS[:1], **kwargs)[0] for kwargs in asked]
     plain, longer, unasked, sampled = model.generate_until(requests)
     for text, length in ((plain, 8), (longer, 12), (unasked, 8)):
@@ -253,12 +248,8 @@ def tasks(tmp_path_factory: pytest.TempPathFactory, tiny_lm: MaskedLM) -> Path:
     shared = {"dataset_path": "json", "test_split": "test", "doc_to_text": "{{question}}"}
     generation = {"until": ["\n"], "max_gen_toks": 128, "do_sample": False}
     countdown = {"output_type": "generate_until", "doc_to_target": "{{answer}}", "generation_kwargs": generation}
-    sums = {
-        "output_type": "multiple_choice",
-        "doc_to_target": 0,
-        "doc_to_choice": "{{choices}}",
-        "target_delimiter": "",
-    }
+    sums = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": 0}
+    sums |= {"target_delimiter": ""}
     for name, own, rows in (("made_up_countdown", countdown, data), ("made_up_sums", sums, choices)):
         file = folder / f"{name}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -278,8 +269,7 @@ def results(tasks: Path) -> dict[str, Any]:
 
 
 def test_lm_eval_scores_what_decoding_and_bounds_give(results: dict[str, Any], tiny_lm: MaskedLM) -> None:
-    samples = results["samples"]
-    decoder = make_decoder("hybrid", max_new_tokens=128)
+    samples, decoder = results["samples"], make_decoder("hybrid", max_new_tokens=128)
     for sample in samples["made_up_countdown"]:
         ids, mask = tiny_lm.encode([tiny_lm.chat(sample["doc"]["question"])], 128)
         assert sample["resps"] == [tiny_lm.text(decode(tiny_lm, ids, mask, decoder).tokens)]
@@ -300,10 +290,8 @@ def test_the_command_line_on_two_processes_gives_the_same(tasks: Path, results: 
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     flags = ["--model", "unmask", "--model_args", MODEL_ARGS, "--tasks", "made_up_countdown,made_up_sums"]
     flags += ["--include_path", str(tasks), "--apply_chat_template", "--output_path", str(tmp_path / "out")]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, *launch, *flags], capture_output=True, text=True, env=environment, timeout=400
-    )
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *launch, *flags], capture_output=True, text=True, env=env, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = (tmp_path / "out").rglob("results_*.json")
     found = json.loads(file.read_text())

@@ -37,9 +37,6 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return at / "report" / "report.html"
 
 
-# ---- the page --------------------------------------------------------------------------------------------------------------
-
-
 def tree(path: Path) -> Element:
     """The page under the strict rules of HTML5, without namespaces."""
     return html5lib.HTMLParser(strict=True, namespaceHTMLElements=False).parse(path.read_text(encoding="utf-8"))
@@ -74,10 +71,9 @@ def test_the_page_shows_the_numbers_of_the_folders(page: Path) -> None:
     pooled = {(row["decoder"], row["train.objective"]): row for row in shown["study: All cells"]}["full", "cj"]
     assert pooled["seeds"] == "2" and pooled["solved % [95 %]"].startswith("95.0 [")  # 9 and 10 of 10 under two seeds
     assert pooled["passes in training, at most (thousands)"] == "12"
-    found = [
-        (r["train.objective"], r["solved, points [95 %]"].split()[0]) for r in shown["Against the untrained model"]
-    ]
-    assert found == [("cj", "+95.0"), ("diffu", "+20.0")]
+    untrained = shown["Against the untrained model"]
+    found = [f"{row['train.objective']} {row['solved, points [95 %]'].split()[0]}" for row in untrained]
+    assert found == ["cj +95.0", "diffu +20.0"]
     assert any("Holm's p holds for all comparisons" in text(p) for p in root.iter("p"))
     training = {row["run"]: row for row in shown["Validation accuracy and cost"]}
     assert training["run"]["seconds in rollouts"] == "4" and training["cj--seed1"]["seconds in rollouts"] == "60"
@@ -123,9 +119,6 @@ def test_a_browser_shows_it(page: Path) -> None:
         assert results.locator("th[aria-sort=descending]").count() == 1
         assert shown.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(21, 24, 28)"
         assert problems == []
-
-
-# ---- what goes in ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_study_reads_as_its_summary_says(tmp_path: Path) -> None:
@@ -193,38 +186,24 @@ def test_each_section_only_where_there_is_data(tmp_path: Path, capsys: pytest.Ca
     assert "| run1 | cj | ass | sudoku | 25.0 % | 60.0 % (2) | 60.0 % | 4 | 32 |" in said
     assert (tmp_path / "run0" / "curves.png").stat().st_size > 10_000 and (tmp_path / "run0" / "curves.svg").is_file()
     assert f"page    {tmp_path / 'run0' / 'report.html'}" in said
-    bare = evaluation(tmp_path / "bare", {"full": records(4, 2, 8)})
-    report([bare], tmp_path / "out")
+    # Names and an interval that matplotlib would refuse.
+    cells = {"_hidden.yaml": records(4, 2, 8), "$\\nothing{$": records(4, 2, 8)}
+    report([evaluation(tmp_path / "bare", cells, solved_interval=[0.6, 0.4999])], tmp_path / "out")
     sections = [s.get("id") for s in tree(tmp_path / "out" / "report.html").iter("section")]
     assert sections == ["results", "front", "lengths", "folders"]
 
 
-# ---- arithmetic ------------------------------------------------------------------------------------------------------------
-
-
-def test_names_and_intervals_that_matplotlib_would_refuse(tmp_path: Path) -> None:
-    cells = {"_hidden.yaml": records(4, 2, 8), "$\\nothing{$": records(4, 2, 8)}
-    report([evaluation(tmp_path / "eval", cells, solved_interval=[0.6, 0.4999])], tmp_path)
-
-
-# ---- mistakes --------------------------------------------------------------------------------------------------------------
-
-
 def test_a_mistake_is_one_sentence(tmp_path: Path) -> None:
-    good = evaluation(tmp_path / "good", {"full": records(4, 2, 8)})
+    names = ("good", "cut", "strange", "unfinished", "broken")
+    good, cut, strange, unfinished, broken = (evaluation(tmp_path / n, {"full": records(4, 2, 8)}) for n in names)
     (tmp_path / "empty").mkdir()
-    cut = evaluation(tmp_path / "cut", {"full": records(4, 2, 8)})
     (cut / "summary.json").write_text('{"config": ')
-    strange = evaluation(tmp_path / "strange", {"full": records(4, 2, 8)})
     write_json(strange / "summary.json", {"config": {}})
-    unfinished = evaluation(tmp_path / "unfinished", {"full": records(4, 2, 8)})
     (unfinished / "summary.json").unlink()
-    broken = evaluation(tmp_path / "broken", {"full": records(4, 2, 8)})
     with (broken / "records" / "sudoku--full.jsonl").open("a") as file:
         file.write("{\n")
-    waiting = run(tmp_path / "waiting", 0)
+    waiting, sft = (run(tmp_path / name, 0) for name in ("waiting", "other"))
     (waiting / "metrics.jsonl").write_text("")
-    sft = run(tmp_path / "other", 0)
     (sft / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     no_cells, twice, axis = (study(tmp_path / name) for name in ("no_cells", "twice", "axis"))
     (no_cells / "cells.jsonl").write_text("")

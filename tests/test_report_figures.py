@@ -29,16 +29,13 @@ def test_the_front_by_hand() -> None:
 def test_equal_passes_are_set_apart_and_others_stay() -> None:
     placed = figures.spread_markers(pd.Series([7.0, 64, 7, 20, 7.1]))
     assert placed[1] == pytest.approx(64) and placed[3] == pytest.approx(20)
-    assert (
-        placed[0] < placed[2] < placed[4]
-        and placed[2] == pytest.approx(7)
-        and all(abs(placed[i] / 7 - 1) < 0.06 for i in (0, 2, 4))
-    )
+    assert placed[0] < placed[2] < placed[4] and placed[2] == pytest.approx(7)
+    assert all(abs(placed[i] / 7 - 1) < 0.06 for i in (0, 2, 4))
     assert len(set(many := figures.spread_markers(pd.Series([7.0] * 40)))) == 40 and max(many) < 10
 
 
 def test_no_marker_and_no_label_is_cut() -> None:
-    """Results set apart stay inside the panel, and a figure is as wide as its longest label; numbers stand for the points."""
+    """Results set apart stay inside the panel, and a figure is as wide as its longest label; the points have numbers."""
     figure = figures.accuracy([result(5.5, 0.5, f"{i}" * 90) for i in range(7)])
     figure.draw_without_rendering()
     (low, high), whole = figure.axes[0].get_xlim(), figure.bbox
@@ -56,7 +53,7 @@ def test_of_many_only_the_front_has_names() -> None:
 
 
 def shown_ticks(axis: Any, which: str) -> list[float]:
-    """The numbers that stand at an axis's ticks; a label that no reader takes in at a glance fails."""
+    """The numbers at an axis's ticks; a label that no reader takes in at a glance fails."""
     low, high = getattr(axis, f"get_{which}lim")()
     ticks = getattr(axis, f"{which}axis").get_major_ticks()
     labels = [(t.get_loc(), t.label1.get_text()) for t in ticks if low <= t.get_loc() <= high]
@@ -80,10 +77,8 @@ def test_axes_of_a_training_have_numbers(level: float, gap: float) -> None:
     metrics = pd.DataFrame({k: pd.Series({1: v / 2, 2: v, 3: v}) for k, v in values.items()})
     figure = training([{"label": "_$cj", "metrics": metrics}]).figure
     figure.draw_without_rendering()
-    for axis in figure.axes:
-        ticks = shown_ticks(axis, "y")
-        if "replay" not in axis.get_title():
-            assert min(ticks) == 0 and max(ticks) <= 1
+    ticks = [(axis.get_title(), shown_ticks(axis, "y")) for axis in figure.axes]
+    assert all(min(at) == 0 and max(at) <= 1 for title, at in ticks if "replay" not in title)
 
 
 def test_a_difference_is_clear_after_holm() -> None:
@@ -94,7 +89,7 @@ def test_a_difference_is_clear_after_holm() -> None:
 
 
 def test_a_short_decode_fills_its_time() -> None:
-    """Four steps stand in rows 0, 4, 8 and 12 of 16; each lasts until the next, and the last as long as the others."""
+    """Four steps are rows 0, 4, 8 and 12 of 16; each lasts until the next, and the last as long as the others."""
     order = np.zeros((16, 2))
     order[[0, 4, 8, 12], 0] = [0.1, 0.2, 0.3, 0.4]
     order[:, 1] = math.nan

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from functools import partialmethod
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +22,17 @@ from benchmarks.study.config import StudyConfig
 from benchmarks.study.grid import Grid, read_grid
 from benchmarks.study.lines import read_cells
 from benchmarks.study.run import training_budget
+from unmask import Decoder, DiffusionGRPOConfig
 from unmask.config import read_config
-from unmask.decoding import Decoder
 from unmask.evaluation.config import EvalConfig
 from unmask.evaluation.records import read_records
 from unmask.io.files import read_lines
-from unmask.rl.config import DiffusionGRPOConfig
 from unmask.tasks.countdown import Countdown
 
 ROOT = Path(__file__).parent.parent
-RL = {
-    "tasks": ["countdown"],
-    "max_steps": 1,
-    "per_device_train_batch_size": 4,
-    "num_generations": 2,
-    "max_completion_length": 16,
-    "problems": 8,
-    "validation_problems": 2,
-    "bf16": False,
-    "report_to": [],
-    "learning_rate": 0.01,
-}
+RL = {"tasks": ["countdown"], "problems": 8, "validation_problems": 2, "max_steps": 1, "learning_rate": 0.01}
+RL |= {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 16}
+RL |= {"bf16": False, "report_to": []}
 
 
 def write(folder: Path, **values: Any) -> Path:
@@ -55,21 +45,16 @@ def grid_of(path: Path) -> Grid:
     return read_grid(read_config(StudyConfig, path), path.parent)
 
 
-# ---- the grid --------------------------------------------------------------------------------------------------------------
-
-
 def test_axes_are_multiplied_and_equal_cells_are_one(tmp_path: Path) -> None:
     tables = [
         {"task": ["sudoku", "countdown"], "decoder": ["full", "eoser"]},
         {"task": "countdown", "decoder": ["eoser", "full"], "gamma_min": [0.4, 0.1], "batch_size": 8},
     ]
     grid = grid_of(write(tmp_path, evaluate=tables))
-    names = [(c["task"], c["decoder"], c["gamma_min"]) for c in grid.labels.values()]
-    # Countdown with gamma_min = 0.4, the default, stands in both tables.
-    assert names == [
-        *[("sudoku", "full", 0.4), ("sudoku", "eoser", 0.4), ("countdown", "full", 0.4), ("countdown", "eoser", 0.4)],
-        *[("countdown", "eoser", 0.1), ("countdown", "full", 0.1)],
-    ]
+    names = [" ".join(map(str, (c["task"], c["decoder"], c["gamma_min"]))) for c in grid.labels.values()]
+    # Countdown with gamma_min = 0.4, the default, is in both tables.
+    assert names[:4] == ["sudoku full 0.4", "sudoku eoser 0.4", "countdown full 0.4", "countdown eoser 0.4"]
+    assert names[4:] == ["countdown eoser 0.1", "countdown full 0.1"]
     assert grid.axes == {"task": ["sudoku", "countdown"], "decoder": ["full", "eoser"], "gamma_min": [0.4, 0.1]}
     assert [len(job.cells) for job in grid.jobs] == [2, 4]  # all decoders of a task in one
 
@@ -101,24 +86,17 @@ def test_settings_and_not_their_names_make_a_cell(tmp_path: Path) -> None:
     assert plain == said != other
 
 
-@pytest.mark.parametrize(
-    ("kind", "name", "value", "only_trained"),
-    [
-        (EvalConfig, "early_stop", False, False),
-        (Decoder, "eos_tokens", "eos+eot", False),
-        (Countdown, "numbers", 4, False),
-        (DiffusionGRPOConfig, "beta", 0.1, True),
-    ],
-)
-def test_a_default_that_changes_accepts_no_old_cell(
-    kind: type, name: str, value: Any, only_trained: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_default_that_changes_accepts_no_old_cell(tmp_path: Path) -> None:
     path = write(tmp_path, train=[RL], evaluate=[{"task": "countdown", "decoder": "full"}])
     before = grid_of(path).cells
-    monkeypatch.setattr(kind, "__init__", partialmethod(kind.__init__, **{name: value}))
-    after = grid_of(path).cells
-    assert [old.key == new.key for old, new in zip(before, after, strict=True)] == [only_trained, False]
-    assert before[1].job != after[1].job or not only_trained  # and a training is not taken for the old one
+    evaluated = [(EvalConfig, "early_stop", False), (Decoder, "eos_tokens", "eos+eot"), (Countdown, "numbers", 4)]
+    for kind, name, value in (*evaluated, (DiffusionGRPOConfig, "beta", 0.1)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kind, "__init__", partialmethod(kind.__init__, **{name: value}))
+            after = grid_of(path).cells
+        only_trained = kind is DiffusionGRPOConfig
+        assert [old.key == new.key for old, new in zip(before, after, strict=True)] == [only_trained, False]
+        assert before[1].job != after[1].job or not only_trained  # and a training is not taken for the old one
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "study").glob("*.yaml")), ids=lambda p: p.stem)
@@ -158,9 +136,6 @@ def test_mistakes_are_one_sentence(
     said = capsys.readouterr()
     assert message in said.err and said.err.count("\n") == 1 and not said.out
     assert not (tmp_path / "out").exists()
-
-
-# ---- running ---------------------------------------------------------------------------------------------------------------
 
 
 def without_times(folder: Path) -> dict[str, Any]:
@@ -218,11 +193,8 @@ def test_killed_and_resumed_equals_uninterrupted_and_grows(
     after = read_cells(tmp_path / "out")
     assert next((tmp_path / "out").glob("jobs/*/training/final/model.safetensors")).stat().st_mtime_ns == made
     assert {c["key"]: c["seconds"] for c in after if c["key"] in before} == before
-    assert [(c["cell"]["decoder"], c["cell"]["gamma_min"]) for c in after[3:]] == [
-        ("ass", 0.1),
-        ("ass", 0.4),
-        ("full:steps=4", 0.4),
-    ]
+    joined = [(c["cell"]["decoder"], c["cell"]["gamma_min"]) for c in after[3:]]
+    assert joined == [("ass", 0.1), ("ass", 0.4), ("full:steps=4", 0.4)]
     # Other weights under the same name are noticed.
     changed = [{**c, "model": {**c["model"], "weights": "other"}} if i == 4 else c for i, c in enumerate(after)]
     (tmp_path / "out" / "cells.jsonl").write_text("".join(json.dumps(c) + "\n" for c in changed))
@@ -258,14 +230,10 @@ def test_nothing_outlives_a_study(number: signal.Signals, model: str, tmp_path: 
     """Neither a job, busy for ever, nor what it started."""
     (tmp_path / "stays.py").write_text(STAYS)
     path = write(tmp_path, evaluate=[{"task": "stays:Stays", "decoder": "ass", "limit": 1, "model": model}])
-    process = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks", "study", str(path)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))},
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
-    )
+    command = [sys.executable, "-m", "benchmarks", "study", str(path)]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))}
+    usual = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background shell ignores it
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True, preexec_fn=usual)
     while not (tmp_path / "busy").exists():
         assert process.poll() is None
         time.sleep(0.05)
@@ -279,39 +247,26 @@ def test_nothing_outlives_a_study(number: signal.Signals, model: str, tmp_path: 
         time.sleep(0.05)
 
 
-def test_a_failing_job_is_named_and_the_rest_stays(
+def test_what_cannot_be_had_is_said_first_and_a_failing_job_is_named(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     table = {"task": "countdown", "decoder": "ass", "limit": 2, "max_new_tokens": 16, "model": model}
+    for values in ({"model": "no-such-folder"}, {"split": "tset"}):
+        assert main(["study", str(write(tmp_path, evaluate=[{**table, **values}]))]) == 2
+        assert next(iter(values.values())) in capsys.readouterr().err and not (tmp_path / "out" / "jobs").exists()
     path = write(tmp_path, evaluate=[table, {**table, "shots": 60}])  # examples that the model has no room for
     assert main(["study", str(path)]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert "job countdown--" in said and "shorten the prompt" in said
-    assert len(read_cells(tmp_path / "out")) == 1
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"model": "no-such-folder"}, "no-such-folder"),
-        ({"split": "tset"}, "tset"),
-    ],
-)
-def test_what_cannot_be_had_is_said_before_anything_starts(
-    values: dict[str, Any], message: str, model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    table = {"task": "countdown", "decoder": "ass", "limit": 20, "model": model, **values}
-    assert main(["study", str(write(tmp_path, evaluate=[table]))]) == 2
-    assert message in capsys.readouterr().err and not (tmp_path / "out" / "jobs").exists()
+    assert len(read_cells(tmp_path / "out")) == 1  # that of the other job
 
 
 def test_training_budget_by_hand() -> None:
     values = {**RL, "output_dir": "x", "max_steps": 6, "num_iterations": 2, "decoder": "full:steps=5", "beta": 0.1}
-    cj = training_budget(DiffusionGRPOConfig(**values, objective="cj"))  # type: ignore[arg-type]
+    changes = ({"objective": "cj"}, {"objective": "one-step"}, {"objective": "cj", "old_logprobs": "recomputed"})
+    cj, one, anew = (training_budget(DiffusionGRPOConfig(**values, **change)) for change in changes)  # type: ignore[arg-type]
     # 3 rollouts of 4 completions: 5 passes to sample, 5 for the reference; 6 updates of 5 views.
     assert cj == {"updates": 6, "completions": 12, "training_passes": 4 * (3 * (5 + 5) + 6 * 5)}
-    one = training_budget(DiffusionGRPOConfig(**values, objective="one-step"))  # type: ignore[arg-type]
     # One view; the old policy's probabilities are computed too, as the sampled ones belong to other views.
     assert one["training_passes"] == 4 * (3 * (5 + 1 + 1) + 6 * 1)
-    anew = training_budget(DiffusionGRPOConfig(**values, objective="cj", old_logprobs="recomputed"))  # type: ignore[arg-type]
     assert anew["training_passes"] == 4 * (3 * (5 + 5 + 5) + 6 * 5)

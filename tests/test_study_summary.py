@@ -16,24 +16,13 @@ from benchmarks.study.tables import markdown, pivots, read_out
 from unmask import UserError
 from unmask.results.statistics import paired_difference, wilson
 
-# ---- the summary -----------------------------------------------------------------------------------------------------------
-
 
 def line(solved: str, seed: int = 0, problems: str = "p", **cell: Any) -> dict[str, Any]:
     n = len(solved)
-    return {
-        "key": f"{solved}{seed}{cell}",
-        "cell": {"task": "t", "decoder": "a", **cell, "train.seed": seed},
-        "problems": problems,
-        "solved": solved,
-        "points": [2.0 * (c == "1") for c in solved],
-        "possible": [2] * n,
-        "nfe": [7] * n,
-        "committed": [14] * n,
-        "length": list(range(n)),
-        "budget": {"nfe": 7},
-        "score_name": "s",
-    }
+    settings = {"task": "t", "decoder": "a", **cell, "train.seed": seed}
+    facts = {"key": f"{solved}{seed}{cell}", "cell": settings, "problems": problems, "score_name": "s"}
+    lists = {"points": [2.0 * (c == "1") for c in solved], "possible": [2] * n, "nfe": [7] * n}
+    return {**facts, "solved": solved, **lists, "committed": [14] * n, "length": list(range(n)), "budget": {"nfe": 7}}
 
 
 def test_summary_by_hand() -> None:
@@ -45,25 +34,22 @@ def test_summary_by_hand() -> None:
     a, b = (np.array([[c == "1" for c in t] for t in pair], dtype=float) for pair in (texts[:2], texts[2:]))
     assert first["solved"] == a.mean() and second["score"] == b.mean() and first["seeds"] == 2
     assert first["nfe"] == 7 and first["tokens_per_forward"] == 2 and first["length"] == 19.5
-    # A crossed bootstrap in plain loops: seeds and problems drawn, the same for both cells.
-    draws = []
-    for _ in range(4000):
-        s, p = rng.integers(0, 2, 2), rng.integers(0, 40, 40)
-        draws.append(b[s][:, p].mean() - a[s][:, p].mean())
-    (difference,) = summary["differences"]
+
+    def drawn(values: np.ndarray) -> tuple[np.ndarray, float, float]:
+        """A crossed bootstrap over seeds and problems in a plain loop, and its interval, at least Student's over the seeds."""
+        draws = [values[rng.integers(0, 2, 2)][:, rng.integers(0, 40, 40)].mean() for _ in range(4000)]
+        half, mean = stats.t.ppf(0.975, 1) * np.std(values.mean(1), ddof=1) / math.sqrt(2), values.mean()
+        low, high = np.quantile(draws, [0.025, 0.975])
+        return np.array(draws), min(low, mean - half), max(high, mean + half)
+
+    (difference,), (draws, low, high) = summary["differences"], drawn(b - a)  # the same draws for both cells
     assert difference["axis"] == "decoder" and difference["solved"] == pytest.approx(b.mean() - a.mean())
-    half = stats.t.ppf(0.975, 1) * np.std(b.mean(1) - a.mean(1), ddof=1) / math.sqrt(2)  # over the seeds
-    (low, high), mean = np.quantile(draws, [0.025, 0.975]), b.mean() - a.mean()
-    assert difference["solved_interval"] == pytest.approx([min(low, mean - half), max(high, mean + half)], abs=0.02)
+    assert difference["solved_interval"] == pytest.approx([low, high], abs=0.02)
     p_of_seeds = stats.ttest_rel(b.mean(1), a.mean(1)).pvalue
-    tail = min(np.mean(np.array(draws) <= 0), np.mean(np.array(draws) >= 0))
+    tail = min(np.mean(draws <= 0), np.mean(draws >= 0))
     assert difference["solved_p"] == pytest.approx(max(2 * tail, p_of_seeds), abs=0.03)
-    draws = [a[rng.integers(0, 2, 2)][:, rng.integers(0, 40, 40)].mean() for _ in range(4000)]
-    half = stats.t.ppf(0.975, 1) * np.std(a.mean(1), ddof=1) / math.sqrt(2)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    assert first["solved_interval"] == pytest.approx(
-        [max(0, min(low, a.mean() - half)), min(1, max(high, a.mean() + half))], abs=0.02
-    )
+    _, low, high = drawn(a)
+    assert first["solved_interval"] == pytest.approx([max(0, low), min(1, high)], abs=0.02)
     assert difference["score_interval"] == difference["solved_interval"]
 
 
@@ -83,23 +69,18 @@ def test_seeds_with_other_problems_are_drawn_apart() -> None:
 
 
 def test_cells_are_compared_with_equal_ones_alone() -> None:
-    cells = [
-        *[line("0011", decoder=d, gamma=g) for d in "ab" for g in (1, 2)],
-        line("0011", problems="q", decoder="c", gamma=1),
-    ]
+    cells = [line("0011", decoder=d, gamma=g) for d in "ab" for g in (1, 2)]
+    cells += [line("0011", problems="q", decoder="c", gamma=1)]
     pairs = [(d["axis"], d["cell"]["decoder"], d["cell"]["gamma"]) for d in summarize(cells)["differences"]]
     assert pairs == [("decoder", "b", 1), ("decoder", "b", 2), ("gamma", "a", 2), ("gamma", "b", 2)]
     only = summarize(cells, ["gamma"])["differences"]
     assert {d["axis"] for d in only} == {"gamma"} and all(d["solved_p"] == 1 for d in only)
 
 
-def test_one_seed_has_the_interval_of_an_evaluation() -> None:
+def test_one_seed_has_the_interval_of_an_evaluation_and_seeds_are_paired_by_name() -> None:
     (cell,) = summarize([line("1111")])["cells"]
     assert cell["solved_interval"] == list(wilson(4, 4)) and cell["solved_interval"][0] < 0.6
-
-
-def test_seeds_are_paired_by_name() -> None:
-    """A study cut short: a has seeds 0 and 1, b has 1 and 2."""
+    # A study cut short: a has seeds 0 and 1, b has 1 and 2.
     runs = (("0000", 0, "a"), ("0011", 1, "a"), ("0111", 1, "b"), ("1111", 2, "b"))
     cells = [line(solved, seed, decoder=decoder) for solved, seed, decoder in runs]
     (difference,) = summarize(cells)["differences"]
@@ -155,9 +136,6 @@ def test_paired_difference_is_narrower_than_two_intervals() -> None:
     assert mean == pytest.approx(5 / 200) and 0 <= low < mean < high < 0.06
 
 
-# ---- tables for reading ------------------------------------------------------------------------------------------------
-
-
 def pivot_line(solved: str, passes: int, **cell: Any) -> dict[str, Any]:
     """A cell of a study with as many points as problems solved, out of twice as many."""
     n = len(solved)
@@ -167,12 +145,9 @@ def pivot_line(solved: str, passes: int, **cell: Any) -> dict[str, Any]:
 
 
 CELLS = [
-    pivot_line("1100", 7, decoder="a", x=None),
-    pivot_line("1111", 7, decoder="b", x=None),
-    pivot_line("1000", 7, decoder="a", x=0.5),
-    pivot_line("0000" * 10, 9, decoder="b", x=0.5),
-    pivot_line("1111" * 10, 9, decoder="a", x=0.5, task="u"),
-    pivot_line("0000" * 10, 9, decoder="b", x=0.5, task="u"),
+    *(pivot_line("1100", 7, x=None), pivot_line("1111", 7, x=None, decoder="b")),
+    *(pivot_line("1000", 7, x=0.5), pivot_line("0000" * 10, 9, x=0.5, decoder="b")),
+    *(pivot_line(s * 40, 9, x=0.5, decoder=d, task="u") for s, d in (("1", "a"), ("0", "b"))),
 ]
 
 
@@ -252,43 +227,29 @@ def test_a_mean_over_an_axis_takes_its_values_for_further_seeds() -> None:
     assert pooled.splitlines()[:7] == plain.splitlines()[:7] and note in pooled and note not in plain
 
 
-TRAINED = [trained("0011", decoder, "cj", 0) for decoder in ("full", "ass")]
+TRAINED = {"cells": [trained("0011", decoder, "cj", 0) for decoder in ("full", "ass")], "mean_over": ["train.decoder"]}
+EVERY, ONE = {"rows": ["task", "decoder", "x"]}, {"rows": ["decoder"]}
 
 
 @pytest.mark.parametrize(
     ("table", "says"),
     [
-        (
-            {"cells": TRAINED, "rows": ["train.objective"], "mean_over": ["decoder"]},
-            "axis of the training .* 'decoder'",
-        ),
-        (
-            {"cells": TRAINED, "rows": ["train.decoder"], "mean_over": ["train.decoder"]},
-            "unknown axis .* 'train.decoder'",
-        ),
-        (
-            {"cells": TRAINED, "rows": ["decoder"], "mean_over": ["train.decoder"], "against": ["train.decoder"]},
-            "unknown comparison",
-        ),
+        ({**TRAINED, "rows": ["train.objective"], "mean_over": ["decoder"]}, "axis of the training .* 'decoder'"),
+        ({**TRAINED, "rows": ["train.decoder"]}, "unknown axis .* 'train.decoder'"),
+        ({**TRAINED, "rows": ["decoder"], "against": ["train.decoder"]}, "unknown comparison"),
         ({"columns": ["x"]}, "table 1 of tables lacks rows: add it"),
-        ({"rows": ["task", "decoder", "x"], "show": []}, "the table 'T' shows nothing: set show or against"),
+        ({**EVERY, "show": []}, "the table 'T' shows nothing: set show or against"),
         ({"rows": {"decoder": 1}}, "rows of table 1 of tables is {'decoder': 1}"),
         ({"rows": ["decoder", "taks"]}, r"unknown axis in the table 'T' 'taks': did you mean 'task'"),
-        ({"rows": ["decoder"], "columns": ["y"]}, "unknown axis in the table 'T' 'y'"),
-        ({"rows": ["decoder"], "where": {"y": 1}}, "unknown axis in the table 'T' 'y'"),
-        (
-            {"rows": ["decoder"], "where": {"x": [0.5, 3]}},
-            "unknown x in where of the table 'T' '3': choose from 0.5, –",
-        ),
-        ({"rows": ["decoder"], "where": {"x": ["0.5"]}}, "unknown x in where of the table 'T' '0.5'"),  # a text
-        ({"rows": ["decoder"], "where": {"x": None, "task": "u"}}, "no cell is in the table 'T': change its where"),
-        (
-            {"rows": ["decoder"], "columns": ["x"]},
-            "two cells share a place in the table 'T': add task or plan to its rows",
-        ),
-        ({"rows": ["task", "decoder", "x"], "against": ["equal passes"]}, "unknown comparison in the table 'T'"),
-        ({"rows": ["task", "decoder", "x"], "show": ["accuracy"]}, "unknown show of table 1 of tables 'accuracy'"),
-        ({"rows": ["task", "decoder", "x"], "colour": "red"}, "unknown parameter of table 1 of tables 'colour'"),
+        ({**ONE, "columns": ["y"]}, "unknown axis in the table 'T' 'y'"),
+        ({**ONE, "where": {"y": 1}}, "unknown axis in the table 'T' 'y'"),
+        ({**ONE, "where": {"x": [0.5, 3]}}, "unknown x in where of the table 'T' '3': choose from 0.5, –"),
+        ({**ONE, "where": {"x": ["0.5"]}}, "unknown x in where of the table 'T' '0.5'"),  # a text
+        ({**ONE, "where": {"x": None, "task": "u"}}, "no cell is in the table 'T': change its where"),
+        ({**ONE, "columns": ["x"]}, "two cells share a place in the table 'T': add task or plan to its rows"),
+        ({**EVERY, "against": ["equal passes"]}, "unknown comparison in the table 'T'"),
+        ({**EVERY, "show": ["accuracy"]}, "unknown show of table 1 of tables 'accuracy'"),
+        ({**EVERY, "colour": "red"}, "unknown parameter of table 1 of tables 'colour'"),
     ],
 )
 def test_mistakes_in_tables_are_one_sentence(table: dict[str, Any], says: str) -> None:
@@ -297,12 +258,9 @@ def test_mistakes_in_tables_are_one_sentence(table: dict[str, Any], says: str) -
     assert "\n" not in str(error.value)
 
 
-def test_each_table_has_its_title() -> None:
-    table = {"title": "T", "rows": ["decoder"]}
-    with pytest.raises(UserError, match="two of tables have the title 'T'"):
-        pivots([table, table], [{"decoder": "a", PLAN: 7}])
-
-
-def test_a_table_without_any_text_is_none() -> None:
+def test_each_table_has_its_title_and_some_text() -> None:
     table = {"title": "T", "rows": ["x"], "show": [], "against": ["decoder"]}
-    assert read_out(CELLS[:1], pivots=pivots([table], [{**CELLS[0]["cell"], PLAN: 7}]))[1] == []
+    settings = [{**CELLS[0]["cell"], PLAN: 7}]
+    assert read_out(CELLS[:1], pivots=pivots([table], settings))[1] == []  # nothing to compare with, so no table
+    with pytest.raises(UserError, match="two of tables have the title 'T'"):
+        pivots([table, table], settings)

@@ -11,23 +11,18 @@ from typing import Any
 
 import pytest
 
-from unmask import UserError, make_decoder
+from unmask import PRESETS, DiffusionGRPOConfig, Grade, Problem, UserError, make_decoder
 from unmask.cli import main
-from unmask.decoding.decoder import PRESETS
 from unmask.evaluation import tune as module
 from unmask.evaluation.command import tune_command
 from unmask.evaluation.config import TuneConfig
 from unmask.evaluation.tune import Result, Standing, advice, pareto, report, tune
 from unmask.evaluation.tune_space import behavior, candidates
 from unmask.results.statistics import paired_difference
-from unmask.rl.config import DiffusionGRPOConfig
-from unmask.tasks import Grade, Problem
 from unmask.tasks.base import bucket
 from unmask.tasks.countdown import Countdown
 
 Searched = tuple[TuneConfig, Result]
-
-# ---- the search, without a model -------------------------------------------------------------------------------------
 
 
 def standings(text: str) -> list[Standing]:
@@ -52,20 +47,14 @@ def test_front_top_fraction_and_run_off_by_hand() -> None:
     assert module.in_run_off(found, presets="apr", safe="a") == list("abcdef")
 
 
-HALVED = {
-    "a": 3 * [(0.5, 4.0)],
-    "b": [(0.6, 5.0), (0.6, 5.5)],  # over the budget on 16: out
-    "c": [(0.9, 5.1)],  # over it at once
-    **{"d": [(0.1, 5.0)], "e": [(0.2, 4.5)], "f": [(0.3, 5.0)]},
-}
+# b is over the budget on 16 problems, c at once.
+HALVED = {"a": 3 * [(0.5, 4.0)], "b": [(0.6, 5.0), (0.6, 5.5)], "c": [(0.9, 5.1)]}
+HALVED |= {"d": [(0.1, 5.0)], "e": [(0.2, 4.5)], "f": [(0.3, 5.0)]}
 # a looks better on 8 problems, and is over the budget on 16.
 SAFE = {"a": [(0.6, 4.9), (0.6, 6.0)], "b": [(0.3, 5.0), (0.2, 5.0), (0.2, 5.0)], "c": [(0.2, 5.0)]}
 # Only the last round cuts at the budget itself, the others two standard errors above it.
-SLACK = {
-    "a": [(0.9, 5.9, 0.5), (0.9, 5.9, 0.5), (0.9, 4.9, 0.1)],
-    "b": [(0.8, 5.9, 0.5), (0.8, 5.9, 0.5), (0.8, 5.1, 0.1)],
-    **{"c": [(0.9, 5.9, 0.4)], "d": 3 * [(0.1, 5.0)]},
-}
+SLACK = {"a": [*(2 * [(0.9, 5.9, 0.5)]), (0.9, 4.9, 0.1)], "b": [*(2 * [(0.8, 5.9, 0.5)]), (0.8, 5.1, 0.1)]}
+SLACK |= {"c": [(0.9, 5.9, 0.4)], "d": 3 * [(0.1, 5.0)]}
 
 
 @pytest.mark.parametrize(
@@ -86,9 +75,6 @@ def test_halving_by_hand(table: dict[str, list[Any]], least: int, safe: str, lef
 
     assert names(module.successive_halving([*table], (8, 16, 32), measure, 5.0, least, safe)) == left
     assert " ".join(rounds) == asked
-
-
-# ---- the space -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("length", "early_stop"), [(1, True), (16, False), (100, True), (128, False)])
@@ -126,15 +112,10 @@ def test_behavior_by_hand() -> None:
     assert same("full", "full:steps=64,gamma_min=0.1", 128) and same("full:threshold=0.5", "hard-eos:threshold=0.9", 1)
     assert same("hybrid:block_length=2", "semi-ar:block_length=2")  # a block of two in one step
     assert same("full:steps=1", "eoser:steps=1,confidence=margin")  # all at once
-    for other in ("full:steps=4", "full:steps=8,confidence=margin", "eoser:steps=8", "full:steps=8,block_length=8"):
-        assert not same("full:steps=8", other)
-    assert not same("eoser:steps=8", "eoser:steps=8,gamma_min=0.1") and not same(
-        "full:steps=1", "full:steps=1,cfg_scale=1"
-    )
-    assert not same("full:threshold=0.5", "full:threshold=0.7")
-
-
-# ---- a search on a toy model -----------------------------------------------------------------------------------------
+    others = ["full:steps=4", "full:steps=8,confidence=margin", "eoser:steps=8", "full:steps=8,block_length=8"]
+    differ = [("full:steps=8", other) for other in others] + [("full:threshold=0.5", "full:threshold=0.7")]
+    differ += [("eoser:steps=8", "eoser:steps=8,gamma_min=0.1"), ("full:steps=1", "full:steps=1,cfg_scale=1")]
+    assert not any(same(one, other) for one, other in differ)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -156,9 +137,8 @@ def small() -> Iterator[None]:
 
 
 def config(model: str, output: Path, **changes: object) -> TuneConfig:
-    values = {"task": "countdown", "budget": 4, "max_new_tokens": 16}
-    values |= {"limit": 9, "run_off_limit": 12, "test_limit": 8}
-    return TuneConfig(**{"model": model, "output": str(output), **values, **changes})  # type: ignore[arg-type]
+    values = {"task": "countdown", "budget": 4, "max_new_tokens": 16, "limit": 9, "run_off_limit": 12, "test_limit": 8}
+    return TuneConfig(model=model, output=str(output), **{**values, **changes})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -253,9 +233,6 @@ def test_metric_and_guidance(model: str, tmp_path: Path) -> None:
     assert any(e["solved"] > result["winner"]["solved"] for e in last)  # so the metric made a difference
 
 
-# ---- what it leaves --------------------------------------------------------------------------------------------------
-
-
 def test_the_decoder_file_is_the_winner(searched: Searched, tmp_path: Path) -> None:
     chosen, result = searched
     report(result, tmp_path)
@@ -318,9 +295,6 @@ def test_advice_by_hand(difference: float, low: float, high: float, passes: floa
     result |= {"forward_passes": {"validation": 100, "test": 50}, "winner": sides["winner"]}
     test = {**sides, "difference": difference, "difference_interval": [low, high]}
     assert advice({**result, "test": test})[-1].endswith(said)
-
-
-# ---- mistakes --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -16,13 +16,9 @@ import torch
 from browser import data_of, open_page
 from checkpoints import write_dream
 from conftest import PROMPTS
-from unmask.decoding import decode, make_decoder
-from unmask.decoding.trajectory import Trajectory
-from unmask.errors import UserError
+from unmask import MaskedLM, Trajectory, UserError, decode, load, make_decoder
 from unmask.evaluation.evaluate import EvalConfig, evaluate
 from unmask.evaluation.generate import command as generate
-from unmask.models.load import load
-from unmask.models.masked_lm import MaskedLM
 from unmask.view.command import command
 from unmask.view.config import ViewArguments
 from unmask.view.jobs import source_of
@@ -113,8 +109,6 @@ def test_candidates_are_those_of_whole_passes(
     assert differ == (cache != "none")  # what decoded with a cache was an approximation
 
 
-# ---- hostile texts ---------------------------------------------------------------------------------------------------
-
 HOSTILE = {
     "</script><script>document.title='gone'</script>": "</script><script>document.title='gone'</script>",
     "<!--<b onclick='x'>\"&amp;": "<!--<b␣onclick='x'>\"&amp;",
@@ -142,26 +136,20 @@ class HostileTokenizer:
         return {8: "âĤ", 9: "<0xAC>"}.get(token, "piece")
 
 
-@pytest.fixture
-def hostile(toy_lm: MaskedLM) -> tuple[MaskedLM, Panel]:
+def test_hostile_texts_survive(toy_lm: MaskedLM, tmp_path: Path) -> None:
     """A decode that wrote nothing but hostile tokens."""
     lm = replace(toy_lm, tokenizer=HostileTokenizer())  # type: ignore[arg-type]
     panel = make_panel(toy_lm, "ass")
-    length = len(lm.tokenizer.texts)  # type: ignore[attr-defined]
-    tokens = panel.trajectory.tokens.clone()
+    length, tokens = 2 + len(HOSTILE), panel.trajectory.tokens.clone()
     tokens[0, :length] = torch.arange(8, 8 + length)
     text = lm.text(tokens[:, :length])[0]
-    return lm, replace(panel, trajectory=replace(panel.trajectory, tokens=tokens), text=text, recorded=text + "\ud83d")
-
-
-def test_hostile_texts_survive(hostile: tuple[MaskedLM, Panel], tmp_path: Path) -> None:
-    lm, panel = hostile
-    nasty = panel.text + "</style></title>"
+    panel = replace(panel, trajectory=replace(panel.trajectory, tokens=tokens), text=text, recorded=text + "\ud83d")
+    nasty = text + "</style></title>"
     data = data_of(render(page_data(lm, nasty, [replace(panel, decoder=panel.decoder.replace(name=nasty))])))
     assert data["prompt"] == data["panels"][0]["decoder"] == nasty
     assert (data["panels"][0]["text"], data["panels"][0]["recorded"]) == (panel.text, panel.recorded)
     texts = [data["vocabulary"]["texts"][t] for t in data["panels"][0]["token"]]
-    assert texts[: 2 + len(HOSTILE)] == ["⟨E2 82⟩", "⟨AC⟩", *HOSTILE.values()]
+    assert texts[:length] == ["⟨E2 82⟩", "⟨AC⟩", *HOSTILE.values()]
     write_page(tmp_path / "page.html", lm, nasty, [panel])
     with open_page(tmp_path / "page.html") as (page, problems):
         assert page.title() == "toy · ass"
@@ -177,9 +165,6 @@ def test_masks_and_ends_have_signs(toy_lm: MaskedLM, dream_lm: MaskedLM) -> None
     assert token_glyph(toy_lm, toy_lm.mask_id) == "·"
     assert {token_glyph(toy_lm, t) for t in toy_lm.end_ids} == {"∎"}
     assert visible("a b") == "a␣b" and visible("\ufffd") == "\ufffd"
-
-
-# ---- size ------------------------------------------------------------------------------------------------------------
 
 
 def made_up(length: int, vocabulary: int) -> tuple[MaskedLM, Panel]:
@@ -211,9 +196,6 @@ def test_a_long_decode_fits(tmp_path: Path, vocabulary: int) -> None:
     assert [p.stat().st_size for p in tmp_path.iterdir()] == [size]
 
 
-# ---- the command ---------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an evaluation."""
@@ -228,14 +210,10 @@ def records_of(run: Path, decoder: str, task: str = "countdown") -> Path:
     return next((run / "records").glob(f"{task}--{decoder}*.jsonl"))
 
 
-def viewed(output: Path) -> dict[str, Any]:
-    return data_of(output.read_text())
-
-
 def test_records_are_decoded_again(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files, output = [records_of(run, "semi-ar"), records_of(run, "full-random")], tmp_path / "page.html"
     command([*map(str, files), "--index", "2", "--output", str(output)])
-    data = viewed(output)
+    data = data_of(output.read_text())
     for panel, file in zip(data["panels"], files, strict=True):
         record = next(r for r in map(json.loads, file.read_text().splitlines()) if r["index"] == 2)
         assert panel["text"] == panel["recorded"] == record["completion"]
@@ -245,7 +223,7 @@ def test_records_are_decoded_again(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert said.out == f"page  {output}  ({output.stat().st_size / 1e6:.2f} MB)\n" and said.err == ""
     task = ["--task", "countdown", "--index", "2", "--seed", "1", "--max-new-tokens", "96", "--output", str(output)]
     command([*task, "--no-early-stop", "--decoder", "semi-ar:steps=12", "full-random:steps=8"])
-    again = viewed(output)["panels"]
+    again = data_of(output.read_text())["panels"]
     assert [{**p, "recorded": None} for p in data["panels"]] == again
 
 
@@ -270,25 +248,23 @@ def test_a_text_that_differs_from_the_record_is_said(
     rows = [json.loads(line) for line in records_of(run, "semi-ar").read_text().splitlines()]
     file.write_text("".join(json.dumps({**r, "completion": "something else"}) + "\n" for r in rows))
     command([str(file), "--output", str(tmp_path / "page.html")])
-    (panel,) = viewed(tmp_path / "page.html")["panels"]
+    (panel,) = data_of((tmp_path / "page.html").read_text())["panels"]
     assert panel["recorded"] == "something else" != panel["text"] and panel["solved"] is None
     assert "semi-ar:steps=12 writes another text now" in capsys.readouterr().out
 
 
-def test_a_prompt_gives_what_generate_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    same = ["make 29 from 3 8 5", "--decoder", "full:steps=8,temperature=1", "--seed", "3", "--max-new-tokens", "32"]
+def test_a_prompt_gives_what_generate_prints_and_names_are_no_markup(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.yaml").write_text('name: "[/bold] x"\nsteps: 8\ntemperature: 1\n')
+    same = ["make 29 from 3 8 5", "--decoder", str(tmp_path / "x.yaml"), "--seed", "3", "--max-new-tokens", "32"]
     command([*same, "--prefill", "<reasoning>3", "--output", str(tmp_path / "page.html")])
-    capsys.readouterr()
+    assert capsys.readouterr().err == ""
     generate([*same, "--prefill", "<reasoning>3"])
-    data = viewed(tmp_path / "page.html")
+    data = data_of((tmp_path / "page.html").read_text())
     assert data["panels"][0]["text"] == capsys.readouterr().out.removesuffix("\n")
     assert data["prompt"] == "<|user|>make 29 from 3 8 5<|assistant|><reasoning>3"
-
-
-def test_a_name_is_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "x.yaml").write_text('name: "[/bold] x"\n')
-    command(["x", "--decoder", str(tmp_path / "x.yaml"), "--max-new-tokens", "8", "--output", str(tmp_path / "p.html")])
-    assert viewed(tmp_path / "p.html")["panels"][0]["decoder"] == "[/bold] x" and capsys.readouterr().err == ""
+    assert data["panels"][0]["decoder"] == "[/bold] x"
 
 
 @pytest.mark.parametrize(
@@ -309,6 +285,9 @@ def test_a_name_is_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         (["RECORDS", "--index", "3"], "no record of problem 3 (it has 3)"),
         (["RECORDS", "SUDOKU"], "hold different prompts at index 0"),
         (["RECORDS", "--model", "TOY"], "but toy has"),
+        (["UNTOLD"], "is in no run's records: use RUN/records/"),
+        (["LACKING"], "(it lacks 'seed'): evaluate again"),
+        (["CUT"], "holds no record of problem 0 (it has 0): choose another"),
     ],
 )
 def test_mistakes_are_one_sentence(
@@ -318,26 +297,15 @@ def test_mistakes_are_one_sentence(
     Path("toy").symlink_to(toy_folder)
     files = [str(records_of(run, "semi-ar", task)) for task in ("countdown", "sudoku")]
     names = {"RUN": str(run), "RECORDS": files[0], "SUDOKU": files[1], "TOY": "toy"}
+    whole = (run / "config.json").read_text()
+    for name, config in (("UNTOLD", ""), ("LACKING", '{"model": {}, "tasks": {}, "decoders": {}}'), ("CUT", whole)):
+        names[name] = f"{name}/records/{Path(files[0]).name}"
+        Path(names[name]).parent.mkdir(parents=True)
+        Path(names[name]).write_text("{" if name == "CUT" else "")
+        if config:
+            Path(name, "config.json").write_text(config)
+    before = {p for p in tmp_path.rglob("*") if p.is_file()}
     with pytest.raises(UserError) as error:
         command([names.get(a, a) for a in arguments])
     assert said in str(error.value) and "\n" not in str(error.value)
-    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
-
-
-@pytest.mark.parametrize(
-    ("config", "records", "said"),
-    [
-        (None, "", "is in no run's records: use RUN/records/"),
-        ('{"model": {}, "tasks": {}, "decoders": {}}', "", "it lacks 'seed'"),
-        ("same", "{", "holds no record of problem 0 (it has 0)"),
-    ],
-)
-def test_damaged_runs(run: Path, tmp_path: Path, config: str | None, records: str, said: str) -> None:
-    file = tmp_path / "records" / records_of(run, "semi-ar").name
-    file.parent.mkdir()
-    file.write_text(records)
-    if config is not None:
-        (tmp_path / "config.json").write_text((run / "config.json").read_text() if config == "same" else config)
-    with pytest.raises(UserError, match=r"evaluate again|choose another|use RUN/records/") as error:
-        command([str(file), "--output", str(tmp_path / "page.html")])
-    assert said in str(error.value) and "\n" not in str(error.value)
+    assert {p for p in tmp_path.rglob("*") if p.is_file()} == before
