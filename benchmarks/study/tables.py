@@ -247,7 +247,9 @@ def difference_tables(summary: Values) -> list[Table]:
     """The paired differences, a table for each axis."""
     found = []
     for axis in dict.fromkeys(d["axis"] for d in summary["differences"]):
-        other = {"training": None, "equal passes": "decoder"}.get(axis, axis)  # the axis in which the other cell differs
+        other = {"training": None, "equal passes": "decoder"}.get(
+            axis, axis
+        )  # the axis in which the other cell differs
         named = [*(a for a in summary["axes"] if a != other), *([other] if other else [])]
         headings = [*named, *["against"] * bool(other), "NFE"]
         headings += [heading for metric in METRICS for heading in (f"{metric}, points [95 %]", "p (Holm)")]
