@@ -18,7 +18,9 @@ import pytest
 import unmask
 from checkpoints import write_llada
 from unmask.cli import COMMANDS, main
+from unmask.config import read_config
 from unmask.decoding import CONFIDENCES, PRESETS, SCHEDULES
+from unmask.rl.config import DiffusionGRPOConfig
 
 REGISTRIES = (CONFIDENCES, PRESETS, SCHEDULES, unmask.OBJECTIVES, unmask.REWARDS, unmask.TASKS)
 ROOT = Path(__file__).parent.parent
@@ -50,6 +52,12 @@ def test_the_python_of_every_page_runs(page: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "page", module)
     for code in blocks("python", page.read_text()):
         exec(compile(code, str(page), "exec"), vars(module))  # noqa: S102  (our own document)
+
+
+def test_the_run_file_of_the_task_page_is_read(tmp_path: Path) -> None:
+    (text,) = blocks("yaml", (ROOT / "docs" / "howto" / "task.md").read_text())
+    (tmp_path / "reversal.yaml").write_text(text)
+    assert read_config(DiffusionGRPOConfig, tmp_path / "reversal.yaml").max_steps == 5
 
 
 @pytest.mark.usefixtures("registries")

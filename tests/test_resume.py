@@ -26,12 +26,14 @@ def start(tmp_path_factory: pytest.TempPathFactory, toy_folder: str) -> Start:
     """Runs four updates, or what a folder lacks of them."""
     data = chat(tmp_path_factory.mktemp("data"))
 
-    def started(kind: str, output: Path, model: str = toy_folder, callbacks: Any = None) -> Path:
+    def started(
+        kind: str, output: Path, model: str = toy_folder, callbacks: Any = None, begin: Callable[[Any], Any] = run
+    ) -> Any:
         settings = {**SMALL, "output_dir": output, "lora_r": 2 if "lora" in kind else None}
         if kind == "sft":
-            return run(SFTTrainer(model, SFTConfig(data=data, validation_share=0.1, **settings), callbacks=callbacks))
+            return begin(SFTTrainer(model, SFTConfig(data=data, validation_share=0.1, **settings), callbacks=callbacks))
         rl = DiffusionGRPOConfig(tasks=["sudoku:style=compact"], validation_problems=1, **RL, **settings)
-        return run(DiffusionGRPOTrainer(model, None, rl, callbacks=callbacks))
+        return begin(DiffusionGRPOTrainer(model, None, rl, callbacks=callbacks))
 
     return started
 
@@ -84,10 +86,19 @@ def test_a_damaged_checkpoint_is_one_sentence_and_executes_nothing(
         assert (start(kind, output) / "config.json").is_file()
 
 
-def test_another_models_checkpoint_is_one_sentence(tmp_path: Path, model: str, start: Start, stopped: Start) -> None:
-    (stopped("sft", tmp_path / "run") / "config.yaml").unlink()
-    with pytest.raises(UserError, match="run is not of this model"):
-        start("sft", tmp_path / "run", model)
+def test_another_trainings_checkpoints_are_neither_resumed_nor_lost(
+    tmp_path: Path, model: str, start: Start, stopped: Start
+) -> None:
+    (stopped("sft", tmp_path / "run") / "config.yaml").unlink()  # as a training in Python leaves it
+    before = {p.name for p in (tmp_path / "run").iterdir()}
+    with pytest.raises(UserError, match="run holds checkpoints of another training: choose another --output-dir"):
+        start("sft", tmp_path / "run")
+    with pytest.raises(UserError, match="run holds checkpoints already: pass resume_from_checkpoint=True, or"):
+        start("sft", tmp_path / "run", begin=lambda trainer: trainer.train())
+    with pytest.raises(UserError, match="is not of this model"):
+        start("sft", tmp_path / "run", model, begin=lambda trainer: trainer.train(resume_from_checkpoint=True))
+    assert before <= {p.name for p in (tmp_path / "run").iterdir()}
+    assert start("sft", tmp_path / "run", begin=lambda t: t.train(resume_from_checkpoint=True)).global_step == 4
 
 
 def test_copies_under_other_names_neither_count_nor_vanish(tmp_path: Path, start: Start, stopped: Start) -> None:

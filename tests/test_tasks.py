@@ -37,6 +37,7 @@ WRONG_SPECS = [
     ("countdown:numbers=x", "numbers of task 'countdown' is 'x'"), ("countdown:numbers=9", "choose 2 to 6"),
     ("countdown:numbers", "name:key=value"), ("countdown:style=short", "choose from compact, paper"),
     ("nowhere:Task", "cannot import task 'nowhere:Task': ModuleNotFoundError"),
+    ("test_tasks:Nameless", "task 'test_tasks:Nameless' has no name: write name ="),
     ("docs.examples.reversal:Problem,x=3", "is no subclass of unmask.Task"),
     ("docs.examples.reversal:Reversal,lenth=3", "did you mean 'length'"), ("reasoning_gym:countdown", "use task 'countdown'"),
     ("reasoning_gym:leg_countin", "did you mean 'leg_counting'"), ("sudoku:min_empty=9,max_empty=3", "1 <= min <= max"),
@@ -65,6 +66,9 @@ def test_problems_are_seeded_and_splits_disjoint_and_worked_responses_right(spec
         assert grade.solved and grade.points == grade.possible
 
 
+class Nameless(Task): ...
+
+
 class Letters(Task):
     """Draws ``letters``; a space is a draw that brought no problem."""
 
@@ -79,6 +83,21 @@ class Letters(Task):
 
     def grade(self, problem: Problem, completion: str) -> Grade:
         return Grade.of(False, None)
+
+
+@pytest.mark.parametrize(
+    ("method", "made", "says"),
+    [
+        ("grade", lambda *_: {}["x"], r"grade of task letters raised KeyError\('x'\) on problem 'a': repair it"),
+        ("grade", lambda *_: True, "grade of task letters returned True on problem 'a': return a Grade"),
+        ("draw", lambda *_: (Problem() for _ in range(9)), "draw of task letters raised TypeError"),  # type: ignore[call-arg]
+        ("draw", lambda *_: iter([]), "only 0 different test problems .*: let draw make more different ones"),
+    ],
+)
+def test_a_faulty_task_is_one_sentence(method: str, made: Any, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Letters, method, made)
+    with pytest.raises(UserError, match=says):
+        base.grade_completion(Letters(), Letters().problems("test", 1)[0], "text")
 
 
 def test_different_problems_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

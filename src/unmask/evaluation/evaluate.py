@@ -34,6 +34,7 @@ from unmask.io.store import Record, RecordStore, claim
 from unmask.models.load import warn_of_slow_bf16
 from unmask.models.masked_lm import MaskedLM
 from unmask.tasks import Problem, Task, make_task
+from unmask.tasks.base import grade_completion
 
 
 def environment() -> dict[str, Any]:
@@ -156,7 +157,7 @@ def run_cell(prepared: PreparedEvaluation, cell: Cell, indexes: list[int]) -> It
                 "truth": cell.problems[i].truth,
                 "prompt": cell.prompts[i],
                 "completion": text,
-                **asdict(cell.task.grade(cell.problems[i], text)),
+                **asdict(grade_completion(cell.task, cell.problems[i], text)),
                 "nfe": nfe,
                 "committed": committed,
                 "length": length,

@@ -38,10 +38,12 @@ def rl_data(
     """The data of a run; the arguments as ``DiffusionGRPOTrainer`` takes them. Raises UserError."""
     given = (reward_funcs, train_dataset)
     rewards, source = ([v] if isinstance(v, Task | str) or callable(v) else v for v in given)
-    if rewards and isinstance(rewards[0], Task):
+    if rewards and (isinstance(rewards[0], Task) or (isinstance(rewards[0], type) and issubclass(rewards[0], Task))):
         rewards, source = [], rewards
-    if source is None:
-        source = [make_task(spec, lm.task_defaults) for spec in config.tasks]
+    source = list(config.tasks if source is None else source)
+    source = [
+        make_task(s, lm.task_defaults) if isinstance(s, str) else s() if isinstance(s, type) else s for s in source
+    ]
     tasks = source if len(source) and isinstance(source[0], Task) else []
     if tasks:
         source = _problem_rows(lm, tasks, "train", config.problems, config.seed + 1)

@@ -27,7 +27,7 @@ from unmask.rl.objectives import View, ViewRows
 from unmask.rl.rewards import Row, score
 from unmask.rl.rollout import Rollout, rollout_batches, rollout_seeds, sample_trajectory, score_all, score_rows
 from unmask.tasks import Task
-from unmask.tasks.base import Reward
+from unmask.tasks.base import Reward, grade_completion
 from unmask.training.trainer import Model, RunTrainer, prepare_model, training_arguments
 
 Microbatch = tuple[Tensor, bool]
@@ -340,7 +340,7 @@ class DiffusionGRPOTrainer(RunTrainer):
         for row, text, reward in compress(zip(mine, texts, rewards, strict=True), counted):
             sums[-1] += torch.tensor([1.0, reward, 0.0, 0.0])
             if "task" in row:
-                grade = row["task"].grade(row["problem"], text)
+                grade = grade_completion(row["task"], row["problem"], text)
                 sums[names.index(row["task"].label)] += torch.tensor([1.0, grade.solved, grade.points, grade.possible])
         count, solved, points, possible = torch.tensor(self._mean(sums.flatten())).view(-1, 4).T.tolist()
         metrics = {f"{metric_key_prefix}_reward": solved[-1] / count[-1]}

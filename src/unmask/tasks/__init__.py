@@ -15,7 +15,7 @@ from unmask.tasks.reasoning_gym import ReasoningGym
 __all__ = ["TASKS", "Grade", "Judge", "Problem", "Task", "make_task"]
 
 
-def make_task(spec: str, defaults: Mapping[str, Mapping[str, Any]]) -> Task:
+def make_task(spec: str, defaults: Mapping[str, Mapping[str, Any]] | None = None) -> Task:
     """A task from ``"countdown:numbers=4"``, ``"reasoning_gym:leg_counting"``, ``"package.module:Name,key=value"`` or alike.
 
     ``defaults``: parameters by task name that a checkpoint was trained for; the spec overrides them. Raises UserError for an
@@ -27,4 +27,6 @@ def make_task(spec: str, defaults: Mapping[str, Mapping[str, Any]]) -> Task:
     task = TASKS.resolve(name)
     if not (isinstance(task, type) and issubclass(task, Task)):
         raise UserError(f"task {name!r} is no subclass of unmask.Task: write one, or choose from {', '.join(TASKS)}")
-    return build(task, {**defaults.get(task.name, {}), **parameters}, f"task {name!r}")
+    if not isinstance(getattr(task, "name", None), str):
+        raise UserError(f'task {name!r} has no name: write name = "…" into its class')
+    return build(task, {**(defaults or {}).get(task.name, {}), **parameters}, f"task {name!r}")

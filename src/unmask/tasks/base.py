@@ -87,7 +87,7 @@ class Task(ABC):
             raise UserError(f"task {self.name} generates problems without end: set a limit")
         found: dict[str, Problem] = {}
         misses = 0
-        for problem in self.draw(seed):
+        for problem in self._drawn(seed):
             misses += 1
             if problem and self.home_split(problem) == split and (key := self.dedup_key(problem, split)) not in found:
                 found[key], misses = problem, 0
@@ -95,7 +95,19 @@ class Task(ABC):
                 return list(found.values())
             if misses == MAX_CONSECUTIVE_DUPLICATES:
                 break
-        raise TooFewProblems(f"only {len(found)} different {split} problems of task {self.label} exist: ask for fewer")
+        fix = (
+            "ask for fewer"
+            if found
+            else "let draw make more different ones, of which a tenth or more are of each split"
+        )
+        raise TooFewProblems(f"only {len(found)} different {split} problems of task {self.label} exist: {fix}")
+
+    def _drawn(self, seed: int) -> Iterator[Problem | None]:
+        """What ``draw`` yields; whatever a faulty one does is a UserError."""
+        try:
+            yield from self.draw(seed)
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            raise UserError(f"draw of task {self.label} raised {error!r}: repair it") from error
 
     def draw(self, seed: int) -> Iterator[Problem | None]:
         """Problems of all splits from a seed, usually without end; None for a draw that failed."""
@@ -180,6 +192,17 @@ class Task(ABC):
     def config(self) -> dict[str, Any]:
         """Name and all parameters, for a record."""
         return {"name": self.name, **asdict(self)}
+
+
+def grade_completion(task: Task, problem: Problem, completion: str) -> Grade:
+    """``task.grade``. Raises UserError, which names the problem, for whatever a faulty one does."""
+    try:
+        found = task.grade(problem, completion)
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"grade of task {task.label} raised {error!r} on problem {problem.id!r}: repair it") from error
+    if not isinstance(found, Grade):
+        raise UserError(f"grade of task {task.label} returned {found!r} on problem {problem.id!r}: return a Grade")
+    return found
 
 
 def bucket(key: str, buckets: int = 100) -> int:

@@ -66,7 +66,9 @@ def run(trainer: RunTrainer) -> Path:
 def _newest(output: Path, config: RunConfig) -> Path | None:
     """The newest whole checkpoint of a run folder, if any. Raises UserError where it is of a run with other settings."""
     found = checkpoints(output)
-    if found and (output / "config.yaml").is_file():
+    if found and not (output / "config.yaml").is_file():
+        raise UserError(f"{output} holds checkpoints of another training: choose another --output-dir or remove it")
+    if found:
         before, now = asdict(read_config(type(config), output / "config.yaml")), asdict(config)
         if changed := [k for k in now if before[k] != now[k] and k not in MAY_CHANGE]:
             raise UserError(

@@ -121,10 +121,14 @@ class RunTrainer(Trainer):
         return metrics
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """As transformers'. Raises UserError where the checkpoint to resume from is not as it was saved."""
+        """As transformers'. Raises UserError where the checkpoint to resume from is not as it was saved, and, before anything
+        is overwritten, where the folder holds checkpoints and none is resumed."""
+        found = checkpoints(Path(str(self.args.output_dir)))
         if resume_from_checkpoint is True:
-            found = checkpoints(Path(str(self.args.output_dir)))
             resume_from_checkpoint = str(found[-1]) if found else None
+        elif found and not resume_from_checkpoint:
+            fix = "pass resume_from_checkpoint=True, or choose another output_dir"
+            raise UserError(f"{self.args.output_dir} holds checkpoints already: {fix}")
         if resume_from_checkpoint:
             if self.is_world_process_zero():
                 verify(Path(resume_from_checkpoint))
