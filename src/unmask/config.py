@@ -50,7 +50,7 @@ class Registry(dict[str, T]):
         if name in self:
             return self[name]
         if not _IMPORT_PATH.fullmatch(name):
-            raise unknown(self.kind, name, [*self, "package.module:name"])
+            raise unknown(self.kind, name, self, ", or one of your own as package.module:name")
         module, attribute = name.split(":")
         if module in self:
             raise UserError(f"cannot read {attribute!r} in {name!r}: parameters are written name:key=value,key=value")

@@ -15,12 +15,12 @@ class TooFewProblems(UserError):
     """A split has fewer problems than were asked for."""
 
 
-def unknown(kind: str, value: str, choices: Iterable[str]) -> UserError:
-    """The error for a name that is not one of the choices, with the nearest one suggested."""
+def unknown(kind: str, value: str, choices: Iterable[str], more: str = "") -> UserError:
+    """The error for a name that is not one of the choices, with the nearest one suggested; ``more`` ends the list."""
     choices = sorted(map(str, choices))
     near = difflib.get_close_matches(str(value), choices, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return UserError(f"unknown {kind} {value!r:.100}: {hint}choose from {', '.join(choices)}")
+    return UserError(f"unknown {kind} {value!r:.100}: {hint}choose from {', '.join(choices)}{more}")
 
 
 def check_at_least(config: Any, low: int, *names: str) -> None:
