@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer
 from transformers.utils import logging
@@ -109,17 +110,28 @@ def _load_checkpoint(name: str, folder: Path, settings: dict[str, Any], trust_re
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' warnings and progress bars."""
-    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+def without_progress_bars() -> Iterator[None]:
+    """Without those of transformers and, which it switches along, huggingface_hub; what the caller had set is restored."""
+    bars, hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
     logging.disable_progress_bar()
-    logging.set_verbosity_error()
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+        (enable_progress_bars if hub_bars else disable_progress_bars)()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' warnings and progress bars."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with without_progress_bars():
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _dtype(name: str) -> Any:

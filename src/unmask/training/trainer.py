@@ -5,21 +5,18 @@ from __future__ import annotations
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from transformers import IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.utils import logging
 
 from unmask.errors import UserError, unknown
 from unmask.io.files import writing_to
 from unmask.models.adapters import adapter_config, add_adapter, check_precision
-from unmask.models.load import as_masked_lm, load
+from unmask.models.load import as_masked_lm, load, without_progress_bars
 from unmask.models.masked_lm import MaskedLM
 from unmask.training.checkpoints import checkpoints, seal, verify
 from unmask.training.config import RunConfig
@@ -73,20 +70,9 @@ def prepare_model(
     return lm if peft_config is None else add_adapter(lm, peft_config, config.seed)
 
 
-@contextmanager
-def plain_log() -> Iterator[None]:
-    """Without transformers' progress bars where standard error is no terminal; what the caller had set is restored."""
-    bars, hub_bars = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
-    if sys.stderr.isatty() or not bars:
-        yield
-        return
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.enable_progress_bar()
-        if not hub_bars:
-            disable_progress_bars()
+def plain_log() -> AbstractContextManager[None]:
+    """No progress bars of saved shards where standard error is no terminal."""
+    return nullcontext() if sys.stderr.isatty() else without_progress_bars()
 
 
 class RunTrainer(Trainer):
