@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +15,9 @@ from unmask.decoding.decode import Streamer, decode, decode_each
 from unmask.decoding.decoder import Decoder, make_decoder
 from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
-from unmask.models.masked_lm import MaskedLM, Text
+
+if TYPE_CHECKING:  # it calls ``generate``
+    from unmask.models.masked_lm import MaskedLM, Text
 
 Prompt: TypeAlias = str | Sequence[dict[str, str]] | Sequence[int] | Tensor
 """A user's turn, a conversation as ``{"role": …, "content": …}`` messages, a template with gaps, or token ids."""
