@@ -103,6 +103,7 @@ def grade(arguments: list[str]) -> None:
     from unmask.results.statistics import pooled_bootstrap, wilson
     from unmask.results.tables import percent
     from unmask.tasks import make_task
+    from unmask.tasks.base import grade_completion
 
     asked = make_task(a.task, {})
     schema = {"question?": str, "completion": str, "ground_truth": object}
@@ -113,7 +114,7 @@ def grade(arguments: list[str]) -> None:
     both: list[Literal["default", "published"]] = ["default", "published"]
     for extraction in [asked.extraction] if "extraction" in split_spec(a.task)[1] else both:
         task = replace(asked, extraction=extraction)
-        grades = [task.grade(problem, completion) for problem, completion in rows]
+        grades = [grade_completion(task, problem, completion) for problem, completion in rows]
         solved, points, possible = ([getattr(g, name) for g in grades] for name in ("solved", "points", "possible"))
         share = percent(sum(solved) / len(grades), wilson(sum(solved), len(grades)))
         print(f"{a.task}, {extraction} extraction")

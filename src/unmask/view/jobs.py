@@ -20,6 +20,7 @@ from unmask.io.store import Record
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.source import ModelSource
 from unmask.tasks import make_task
+from unmask.tasks.base import grade_completion
 from unmask.view.config import ViewArguments
 
 
@@ -51,7 +52,9 @@ def from_flags(a: ViewArguments) -> Prepared:
         if a.index >= len(problems):
             raise UserError(f"{a.task} has no test problem {a.index}: choose --index 0 to {len(problems) - 1}")
         problem, seeds = problems[a.index], problem_seeds(a.seed, [a.index])
-        jobs = [Job(d, a.early_stop, seeds, lambda text: task.grade(problem, text).solved) for d in decoders]
+        jobs = [
+            Job(d, a.early_stop, seeds, lambda text: grade_completion(task, problem, text).solved) for d in decoders
+        ]
         return task.prompt(lm, problem), jobs
 
     return replace(a, model="tiny" if a.model == "auto" else a.model), make_jobs
