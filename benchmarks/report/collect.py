@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.report.source import FIX, Source, by_update, label_runs
+from benchmarks.report.source import Source, by_update, label_runs
 from benchmarks.report.study import read_study
+from benchmarks.study.lines import FIX
 from unmask.errors import UserError
 from unmask.io.files import each_line, read_json, read_lines, read_yaml, slug
 from unmask.io.schema import COUNT, METRICS, POSITIVE, RECORD, SUMMARY, TIMES, check_summary

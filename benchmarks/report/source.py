@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from benchmarks.study.lines import FIX
 from unmask.errors import UserError
 from unmask.results.figures import Values
 from unmask.results.tables import Table, plain
-
-FIX = "choose a complete folder"
 
 
 @dataclass

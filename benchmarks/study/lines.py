@@ -24,7 +24,7 @@ _RUN = {
     **{"key": str, "train": dict, "budget": _TRAINED, "metrics": [METRICS]},
     "seconds": {"rollout": AMOUNT, "update": AMOUNT},
 }
-_FIX = "choose a complete folder"
+FIX = "choose a complete folder"
 
 
 def _check_cell(cell: Values) -> Values:
@@ -36,12 +36,12 @@ def _check_cell(cell: Values) -> Values:
     return cell
 
 
-def cell_lines(path: Path, fix: str = _FIX) -> list[Values]:
+def cell_lines(path: Path, fix: str = FIX) -> list[Values]:
     """The lines of a cells.jsonl. Raises UserError, with ``fix`` as its end, where one is no cell."""
     return list(each_line(path, _CELL, fix, _check_cell))
 
 
-def run_lines(path: Path, fix: str = _FIX) -> list[Values]:
+def run_lines(path: Path, fix: str = FIX) -> list[Values]:
     """The lines of a runs.jsonl. Raises UserError, with ``fix`` as its end, where one is no training."""
     return list(each_line(path, _RUN, fix))
 
@@ -52,7 +52,7 @@ def read_cells(folder: Path) -> list[Values]:
     if not cells:
         raise UserError(f"{folder} holds no finished cell of a study (cells.jsonl): let it run first")
     if len({cell["key"] for cell in cells}) < len(cells):
-        raise UserError(f"{folder / 'cells.jsonl'} holds a cell twice: {_FIX}")
+        raise UserError(f"{folder / 'cells.jsonl'} holds a cell twice: {FIX}")
     if any(set(cell["cell"]) != set(cells[0]["cell"]) for cell in cells):
         raise UserError(f"{folder / 'cells.jsonl'} holds cells with different axes: let the study write it again")
     return cells
