@@ -34,7 +34,7 @@ def _say(text: str) -> None:
 def sft(arguments: list[str]) -> None:
     from unmask.training.config import SFTConfig
 
-    about = f"Supervised training with the masked diffusion loss. {TRAINER_ARGS}, and new_model, a table."
+    about = f"Supervised training with the masked diffusion loss. {TRAINER_ARGS}, and the tables new_model and task_defaults."
     config = command_config(SFTConfig, arguments, "unmask sft", about)
     from unmask.training.sft import train
 
@@ -57,6 +57,20 @@ def rl(arguments: list[str]) -> None:
     from unmask.rl.run import train
 
     _say(f"checkpoint  {train(config)}")
+
+
+def distill(arguments: list[str]) -> None:
+    from unmask.rl.config import DistillConfig
+
+    about = (
+        "Distillation into fewer passes: the model's own right decodes under a decoder of many passes teach it to write them "
+        f"under one of few. {TRAINER_ARGS}."
+    )
+    config = command_config(DistillConfig, arguments, "unmask distill", about)
+    from unmask.evaluation.command import decode_teacher
+    from unmask.rl.distill import train
+
+    _say(f"checkpoint  {train(config, decode_teacher(config))}")
 
 
 @dataclass
@@ -129,6 +143,7 @@ COMMANDS = {
     "eval": ("evaluation.command:command", "score a model on tasks under decoders: records, table, figure"),
     "sft": ("cli:sft", "train on worked responses with the masked diffusion loss"),
     "rl": ("cli:rl", "train on rewards with GRPO along the decoder's trajectories"),
+    "distill": ("cli:distill", "teach a model to write in few passes what it writes in many"),
     "tune": ("evaluation.command:tune_command", "the best decoder for a task within a budget of forward passes"),
     "export": ("cli:export_checkpoint", "merge a checkpoint's adapter into a plain checkpoint"),
     "lm-eval": ("cli:lm_eval", "lm-evaluation-harness's own command line, with --model unmask"),

@@ -6,14 +6,19 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from unmask.config import read_flags
+from unmask.errors import UserError
 from unmask.evaluation.config import EvalConfig, TuneConfig
 from unmask.evaluation.generate import GenerateArguments
 from unmask.evaluation.generate import run as generate
 from unmask.evaluation.progress import progress_bars
 from unmask.io.files import write_text, writing_to
 from unmask.io.terminal import console
+
+if TYPE_CHECKING:
+    from unmask.rl.config import DistillConfig
 
 # of the demo: decoders at L/2 passes, then at the logarithmic budget; task, decoder and seconds between steps of the canvases
 DECODERS = ["full", "semi-ar", "eoser", "full:steps=7", "ass", "eoser-ass", "hybrid"]
@@ -54,6 +59,30 @@ def run_evaluation(config: EvalConfig) -> None:
     screen = console()
     screen.print(evaluation_for_terminal(summary, screen))
     print(f"records  {output / 'records'}\nsummary  {output / 'summary.json'}\nfigure   {output / 'accuracy.png'}")
+
+
+def decode_teacher(config: DistillConfig) -> list[str]:
+    """The folders that a distillation learns from: those it names, or the model's own decodes in its run folder, made now."""
+    folders = [Path(teacher).is_dir() for teacher in config.teacher]
+    if all(folders):
+        return config.teacher
+    if any(folders):
+        raise UserError(f"teacher {config.teacher} mixes folders and decoders: choose one kind")
+    evaluation = EvalConfig(
+        model=str(config.model),
+        dtype="bfloat16" if config.bf16 else config.dtype,
+        task=config.tasks,
+        decoder=config.teacher,
+        limit=config.problems,
+        split="train",
+        max_new_tokens=config.max_completion_length,
+        batch_size=config.rows_per_forward,
+        seed=config.seed + 1,  # as reinforcement learning draws its problems
+        output=str(Path(config.output_dir) / "teacher"),
+        trajectories=True,
+    )
+    run_evaluation(evaluation)
+    return [evaluation.output]
 
 
 def tune_command(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Settings of a reinforcement-learning run, in TRL's names where TRL has them; read without torch."""
+"""Settings of reinforcement learning and distillation, in TRL's names where TRL has them; read without torch."""
 
 from __future__ import annotations
 
@@ -15,15 +15,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(kw_only=True)
-class DiffusionGRPOConfig(RunConfig):
-    """One reinforcement-learning run."""
+class TrajectoryConfig(RunConfig):
+    """What every training along a decoder's trajectories takes."""
 
-    command: ClassVar[str] = "rl"
-
-    objective: str = "cj"
-    """``cj``, ``one-step``, ``diffu``, ``coupled``, or one of your own as ``package.module:name``."""
     decoder: str = "eoser-ass"
-    """Decoder spec for the rollouts and (greedily) for validation; any preset goes with any objective."""
+    """Decoder spec for the trajectories and (greedily) for validation; any preset will do."""
     reward_funcs: list[str] = field(default_factory=list)
     """Reward functions instead of the tasks' own: ``solved``, one of your own as ``package.module:name``, or ``released`` for
     those that the released trainer pays the tasks by (docs/grading.md)."""
@@ -32,9 +28,85 @@ class DiffusionGRPOConfig(RunConfig):
     max_completion_length: int = 128
     """Canvas length in tokens."""
     temperature: float = 1.0
-    """Of the rollouts, unless the decoder sets its own."""
+    """Of the trajectories, unless the decoder sets its own."""
+    rows_per_forward: int = 32
+    """Rows of one forward pass, in decoding and in the update: bounds memory, changes no result."""
+
+    model: str | None = "tiny"
+    """A shipped model's name, a hub name, or the folder of a checkpoint or adapter (which is merged)."""
+    problems: int | None = 5000
+    """Training problems a task; ``none`` takes all of a finite training split."""
+    validation_problems: int = 64
+    max_steps: int = 100
+    """Updates."""
+    learning_rate: float = 3e-6
+    warmup_steps: int = 0
+    """Updates in which the learning rate rises."""
+    lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine", "inverse_sqrt"] = "constant_with_warmup"
+    adam_beta2: float = 0.99
+    weight_decay: float = 0.0
+    eval_steps: int = 20
+    """Updates between validations; one more is made before the first update."""
+    save_steps: int = 20
+    load_best_model_at_end: bool = False
+    """Keep the checkpoint of the best validation (mean reward) beside the last ones; ``final`` is the best then."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        # reasoning-gym's tasks are told apart by their data sets
+        names = [spec.partition("," if spec.startswith("reasoning_gym:") else ":")[0] for spec in self.tasks]
+        if len(set(names)) < len(names):
+            raise UserError(f"tasks {self.tasks} names a task twice, and their figures would mix: make it two runs")
+        check_seed(self)
+        check_at_least(self, 1, "rows_per_forward", "max_completion_length", *self.chosen("problems"))
+        if (accumulated := self.trainer_args.get("gradient_accumulation_steps", 1)) != 1:
+            raise UserError(
+                f"gradient_accumulation_steps is {accumulated}: raise per_device_train_batch_size instead, memory is bounded "
+                "by rows_per_forward"
+            )
+        if self.load_best_model_at_end and self.save_steps != self.eval_steps:
+            raise UserError(
+                f"load_best_model_at_end keeps what was validated, but eval_steps is {self.eval_steps} and save_steps "
+                f"{self.save_steps}: set both alike"
+            )
+        decoder = self.rollout_decoder()
+        if decoder.max_new_tokens != self.max_completion_length:
+            raise UserError(
+                f"max_completion_length is {self.max_completion_length}, but decoder {self.decoder} has a canvas of "
+                f"{decoder.max_new_tokens} tokens: set both alike, or leave it out of the decoder"
+            )
+        together = self.compile and decoder.threshold is not None
+        for message, wrong in {
+            f"cache={decoder.cache} samples from an approximation of the policy: leave it out": decoder.cache != "none",
+            "compile needs batches of one shape, and under a threshold rows leave early: switch it off": together,
+            **self.unfit(decoder),
+        }.items():
+            if wrong:
+                raise UserError(f"decoder {self.decoder}: {message}")
+
+    def unfit(self, decoder: Decoder) -> dict[str, bool]:
+        """What else may be wrong with the decoder, and whether it is."""
+        return {}
+
+    def rollout_decoder(self) -> Decoder:
+        from unmask.decoding import make_decoder
+
+        return make_decoder(self.decoder, max_new_tokens=self.max_completion_length, temperature=self.temperature)
+
+
+@dataclass(kw_only=True)
+class DiffusionGRPOConfig(TrajectoryConfig):
+    """One reinforcement-learning run."""
+
+    command: ClassVar[str] = "rl"
+
+    objective: str = "cj"
+    """``cj``, ``one-step``, ``diffu``, ``coupled``, or one of your own as ``package.module:name``."""
     num_generations: int = 8
     """Completions a prompt, the group."""
+    max_resamples: int = 0
+    """How often groups whose rewards are all equal are replaced by other prompts (dynamic sampling, DAPO, arXiv 2503.14476);
+    the metric ``samples_per_completion`` says what it costs."""
     num_iterations: int = 1
     """Updates on each rollout (mu)."""
     old_logprobs: Literal["recorded", "recomputed"] = "recorded"
@@ -54,51 +126,23 @@ class DiffusionGRPOConfig(RunConfig):
     """Leave tokens after the first end token out of the loss (the paper's code keeps them)."""
     steps_per_update: int | None = None
     """Score only this many steps of each trajectory in each update, drawn anew each time; ``none`` scores all."""
-    rows_per_forward: int = 32
-    """Rows of one forward pass, in sampling and in the update: bounds memory, changes no result."""
     max_logprob_mismatch: float = 1e-3
     """Largest |recorded - recomputed| log-probability (mean, nats a token) that a float32 ``cj`` update accepts."""
     log_completions: bool = True
     """Write one group of completions of every rollout to ``completions.jsonl`` of the run folder."""
 
-    model: str | None = "tiny"
-    """A shipped model's name, a hub name, or the folder of a checkpoint or adapter (which is merged)."""
-    problems: int | None = 5000
-    """Training problems a task; ``none`` takes all of a finite training split."""
-    validation_problems: int = 64
-    max_steps: int = 100
-    """Updates."""
     per_device_train_batch_size: int = 64
     """Completions of one update on each process; ``num_generations`` must divide it."""
-    learning_rate: float = 3e-6
-    warmup_steps: int = 0
-    """Updates in which the learning rate rises."""
-    lr_scheduler_type: Literal["constant_with_warmup", "linear", "cosine", "inverse_sqrt"] = "constant_with_warmup"
-    adam_beta2: float = 0.99
-    weight_decay: float = 0.0
     max_grad_norm: float = 0.2
-    eval_steps: int = 20
-    """Updates between validations; one more is made before the first update."""
-    save_steps: int = 20
 
     def __post_init__(self) -> None:
         from unmask.rl.objectives import find_objective
 
         super().__post_init__()
         find_objective(self.objective)
-        # reasoning-gym's tasks are told apart by their data sets
-        names = [spec.partition("," if spec.startswith("reasoning_gym:") else ":")[0] for spec in self.tasks]
-        if len(set(names)) < len(names):
-            raise UserError(f"tasks {self.tasks} names a task twice, and their figures would mix: make it two runs")
-        check_seed(self)
         check_at_least(self, 2, "num_generations")
-        counts = ("num_iterations", "rows_per_forward", "max_completion_length")
-        check_at_least(self, 1, *counts, *self.chosen("steps_per_update", "problems"))
-        if (accumulated := self.trainer_args.get("gradient_accumulation_steps", 1)) != 1:
-            raise UserError(
-                f"gradient_accumulation_steps is {accumulated}: raise per_device_train_batch_size instead, memory is bounded "
-                "by rows_per_forward"
-            )
+        check_at_least(self, 1, "num_iterations", *self.chosen("steps_per_update"))
+        check_at_least(self, 0, "max_resamples")
         check_positive(self, "epsilon", "max_logprob_mismatch")
         if self.steps_per_update is not None and self.objective != "cj":
             raise UserError(
@@ -106,21 +150,12 @@ class DiffusionGRPOConfig(RunConfig):
             )
         if not 0 <= self.beta < float("inf"):
             raise UserError(f"beta is {self.beta}: choose 0 or more")
-        decoder = self.rollout_decoder()
-        if decoder.max_new_tokens != self.max_completion_length:
-            raise UserError(
-                f"max_completion_length is {self.max_completion_length}, but decoder {self.decoder} has a canvas of "
-                f"{decoder.max_new_tokens} tokens: set both alike, or leave it out of the decoder"
-            )
-        together = self.compile and decoder.threshold is not None
-        for message, wrong in {
-            f"cache={decoder.cache} samples from an approximation of the policy: leave it out": decoder.cache != "none",
+
+    def unfit(self, decoder: Decoder) -> dict[str, bool]:
+        return {
             f"top_p={decoder.top_p} samples from a cut distribution, not the policy: set top_p=1": decoder.top_p < 1,
             "temperature is 0, so all completions of a group are equal: set it above 0": decoder.temperature == 0,
-            "compile needs batches of one shape, and under a threshold rows leave early: switch it off": together,
-        }.items():
-            if wrong:
-                raise UserError(f"decoder {self.decoder}: {message}")
+        }
 
     def check_batch(self) -> None:
         """Raises UserError where groups do not fill a process's completions of an update."""
@@ -137,7 +172,45 @@ class DiffusionGRPOConfig(RunConfig):
 
         return find_objective(self.objective).recorded and self.old_logprobs == "recorded"
 
-    def rollout_decoder(self) -> Decoder:
-        from unmask.decoding import make_decoder
 
-        return make_decoder(self.decoder, max_new_tokens=self.max_completion_length, temperature=self.temperature)
+@dataclass(kw_only=True)
+class DistillConfig(TrajectoryConfig):
+    """One distillation into fewer passes."""
+
+    command: ClassVar[str] = "distill"
+
+    teacher: list[str] = field(default_factory=lambda: ["full"])
+    """Decoders, under each of which the model itself decodes the training problems once; or folders of ``unmask eval --split
+    train --trajectories``, of this model or one with its tokenizer."""
+    min_reward: float | None = None
+    """Learn from decodes with this reward or more; by default from those that the task's grader calls solved."""
+    order: Literal["student", "teacher"] = "student"
+    """Whose order of commits the states follow; the student's plan says how many in either case."""
+    own_tokens: float = 0.0
+    """Share of the steps in which the student's own tokens stay, right or wrong; the teacher's are learned there too."""
+    loss: Literal["cross-entropy", "forward-kl", "reverse-kl"] = "cross-entropy"
+    """``cross-entropy`` on the teacher's tokens, or the divergence from the teacher's probability of them in its own state."""
+    masked_weight: float = 0.3
+    """Weight in the loss of tokens that a state leaves masked, beside 1 for those that it commits."""
+
+    temperature: float = 0.0
+    """Of the student's candidates, unless the decoder sets its own."""
+    per_device_train_batch_size: int = 32
+    """Texts of one update on each process."""
+    learning_rate: float = 3e-4
+    warmup_steps: int = 20
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.tasks:
+            raise UserError("tasks is empty: choose those that the teacher decodes")
+        if not self.teacher:
+            raise UserError("teacher is empty: choose a decoder, or a folder of unmask eval")
+        for name in ("own_tokens", "masked_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}: choose 0 to 1")
+
+    def unfit(self, decoder: Decoder) -> dict[str, bool]:
+        by_score = self.order == "teacher" and decoder.threshold is not None
+        return {"its threshold is for scores, and order=teacher has none: set order=student": by_score}

@@ -8,7 +8,7 @@ from typing import Any
 
 from unmask.errors import UserError
 from unmask.models.masked_lm import MaskedLM
-from unmask.rl.config import DiffusionGRPOConfig
+from unmask.rl.config import TrajectoryConfig
 from unmask.rl.rewards import Row, reward_functions
 from unmask.tasks import Task, make_task
 from unmask.tasks.base import Reward
@@ -22,6 +22,7 @@ class Data:
     validation: list[Row]
     reward_funcs: dict[str, Reward]
     weights: list[float]
+    tasks: Sequence[Task] = ()
 
     def widest(self, lm: MaskedLM, canvas: int) -> int:
         """Tokens of the longest prompt. Raises UserError where it leaves no room for a canvas."""
@@ -30,7 +31,7 @@ class Data:
 
 def rl_data(
     lm: MaskedLM,
-    config: DiffusionGRPOConfig,
+    config: TrajectoryConfig,
     reward_funcs: Any = None,
     train_dataset: Any = None,
     eval_dataset: Any = None,
@@ -51,13 +52,26 @@ def rl_data(
             eval_dataset = _problem_rows(lm, tasks, "validation", config.validation_problems, 0)
     training = _prompt_rows(lm, source, "train")
     validation = [] if eval_dataset is None else _prompt_rows(lm, eval_dataset, "validation")
-    found = reward_functions(rewards or config.reward_funcs, tasks)
+    return _paid(training, validation, rewards or config.reward_funcs, config, tasks)
+
+
+def task_data(lm: MaskedLM, config: TrajectoryConfig) -> Data:
+    """The tasks' validation problems and rewards; nothing to train on yet. Raises UserError."""
+    tasks = [make_task(spec, lm.task_defaults) for spec in config.tasks]
+    validation = _problem_rows(lm, tasks, "validation", config.validation_problems, 0)
+    return _paid([], validation, config.reward_funcs, config, tasks)
+
+
+def _paid(
+    training: list[Row], validation: list[Row], rewards: Sequence[Any], config: TrajectoryConfig, tasks: Sequence[Task]
+) -> Data:
+    found = reward_functions(rewards, tasks)
     if not found:
         raise UserError("no reward function: pass at least one as reward_funcs, or a task, which has its own")
     weights = config.reward_weights or [weight for _, weight in found.values()]
     if len(weights) != len(found):
         raise UserError(f"{len(weights)} reward_weights for the reward functions {', '.join(found)}: set one each")
-    return Data(training, validation, {name: function for name, (function, _) in found.items()}, weights)
+    return Data(training, validation, {name: function for name, (function, _) in found.items()}, weights, tasks)
 
 
 def _problem_rows(lm: MaskedLM, tasks: Sequence[Task], split: str, count: int | None, seed: int) -> list[Row]:

@@ -67,6 +67,12 @@ def rollout_batches(
     return [batches[update // iterations] for update in range(updates)]
 
 
+def replacement_prompts(rows: int, prompts: int, seed: int, rollout: int, place: int) -> list[int]:
+    """Which of the ``rows`` replace prompts of a rollout; ``place`` numbers the draw, another one on every rank."""
+    number = (seed * 1_000_003 + rollout) * 1_000_033 + place
+    return torch.randint(rows, (prompts,), generator=torch.Generator().manual_seed(number % 2**63)).tolist()
+
+
 def rollout_seeds(seed: int, rollout: int, first_row: int, rows: int) -> tuple[Tensor, Tensor]:
     """Seeds of decoding and of the objective's views, (rows,) int64 each; a row's depend on its place in the global batch."""
     base = ((seed * 1_000_003 + rollout) % 2**38 << 24) + 2 * (first_row + torch.arange(rows))
@@ -83,12 +89,17 @@ def sample_trajectory(
     return Trajectory.cat([decode(lm, i, m, decoder, seeds=s) for i, m, s in chunks])
 
 
-def score_rows(policy: MaskedLM, trajectory: Trajectory, rows: ViewRows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One forward pass: log-probabilities (with gradient), entropies, rows and columns of the scored tokens, (N,) each."""
+def score_rows(
+    policy: MaskedLM, trajectory: Trajectory, rows: ViewRows, targets: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One forward pass: log-probabilities (with gradient), entropies, rows and columns of the scored tokens, (N,) each.
+
+    targets: (B, L) int64, the tokens to score; by default the trajectory's own.
+    """
     width, scale = trajectory.prompt.shape[1], trajectory.decoder["cfg_scale"]
     at, column = rows.scored.nonzero(as_tuple=True)
     row, where = rows.row[at], (at, column + width)
-    tokens = trajectory.tokens[row, column]
+    tokens = (trajectory.tokens if targets is None else targets)[row, column]
     found = score_states(policy, rows.ids, trajectory.visible[rows.row], where, tokens, prompt=width, w=scale)
     return *found, row, column
 

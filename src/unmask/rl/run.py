@@ -12,6 +12,7 @@ from unmask.io.files import read_lines, write_text
 from unmask.io.schema import COUNT
 from unmask.rl.config import DiffusionGRPOConfig
 from unmask.rl.trainer import DiffusionGRPOTrainer
+from unmask.rl.trajectory_trainer import TrajectoryTrainer
 from unmask.training.run_folder import run
 
 _TIMES = ("seconds_rollout", "seconds_update")
@@ -23,7 +24,7 @@ class RunLog(TrainerCallback):
     Times have a file of their own: everything else is the same, to the bit, in a resumed run.
     """
 
-    def __init__(self, trainer: DiffusionGRPOTrainer) -> None:
+    def __init__(self, trainer: TrajectoryTrainer) -> None:
         self.trainer, self.folder = trainer, Path(trainer.config.output_dir)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -46,7 +47,7 @@ class RunLog(TrainerCallback):
         self._append("metrics", {k: v for k, v in logs.items() if k not in (*_TIMES, "epoch")})
         if times := {k: round(v, 3) for k, v in logs.items() if k in _TIMES}:
             self._append("times", times)
-        if "reward" in logs and self.trainer.config.log_completions:
+        if "reward" in logs:
             for completion in self.trainer.completions:
                 self._append("completions", completion)
 

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import compress
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
-from unmask.decoding import Decoder
 from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
 from unmask.models.masked_lm import MaskedLM
@@ -25,18 +21,17 @@ from unmask.rl.config import DiffusionGRPOConfig
 from unmask.rl.data import rl_data
 from unmask.rl.objectives import View, ViewRows
 from unmask.rl.rewards import Row, score
-from unmask.rl.rollout import Rollout, rollout_batches, rollout_seeds, sample_trajectory, score_all, score_rows
+from unmask.rl.rollout import Rollout, replacement_prompts, rollout_seeds, score_all, score_rows
+from unmask.rl.trajectory_trainer import Microbatch, TrajectoryTrainer, trajectory_arguments
 from unmask.tasks import Task
-from unmask.tasks.base import Reward, grade_completion
-from unmask.training.trainer import Model, RunTrainer, prepare_model, training_arguments
+from unmask.tasks.base import Reward
+from unmask.training.trainer import Model, prepare_model
 
-Microbatch = tuple[Tensor, bool]
-"""Indexes of view rows for one forward pass, and whether they count."""
 UPDATE_METRICS = ("logprob_mismatch", "kl", "clip_fraction", "entropy", "ratio")
 """Means over the scored tokens of an update."""
 
 
-class DiffusionGRPOTrainer(RunTrainer):
+class DiffusionGRPOTrainer(TrajectoryTrainer):
     """GRPO for masked diffusion language models; objective and decoder are chosen independently of each other.
 
     Args:
@@ -64,13 +59,7 @@ class DiffusionGRPOTrainer(RunTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         args.check_batch()
-        arguments = training_arguments(
-            args,
-            logging_steps=1,  # with more, the updates between would go unreported
-            logging_nan_inf_filter=False,
-            ddp_find_unused_parameters=False,
-            eval_on_start=True,
-        )
+        arguments = trajectory_arguments(args)
         if dropout := getattr(peft_config, "lora_dropout", 0):
             raise UserError(
                 f"lora_dropout is {dropout}: set it to 0, or the policy that is optimized is not the one that sampled"
@@ -79,32 +68,18 @@ class DiffusionGRPOTrainer(RunTrainer):
         self.config = replace(args, model=lm.name)
         with arguments.main_process_first():  # one process fetches a data set, the others find it
             data = rl_data(lm, args, reward_funcs, train_dataset, eval_dataset)
-        self.reward_funcs, self.reward_weights = data.reward_funcs, torch.tensor(data.weights)
-        self.decoder = args.rollout_decoder()
         self.objective: objectives.Objective = objectives.find_objective(args.objective)
-        widest = data.widest(lm, args.max_completion_length)
-        self.prompt_width = widest if args.compile else 0
-        super().__init__(lm, arguments, data.training, data.validation, list, callbacks)
-        if self.is_fsdp_enabled and self.decoder.threshold is not None:
-            raise UserError(
-                "a threshold decoder takes other numbers of steps on every rank, which FSDP cannot follow: use DDP"
-            )
+        self.prompts = arguments.per_device_train_batch_size // args.num_generations
+        self.repeats = args.num_iterations
+        super().__init__(lm, arguments, data, callbacks)
+        if self.is_fsdp_enabled and args.max_resamples:
+            raise UserError("max_resamples makes ranks sample unequally often, which FSDP cannot follow: use DDP")
         self.reference_model: Any = None
         if args.beta > 0 and args.lora_r is None and peft_config is None:
             self.reference_model = copy.deepcopy(lm.model).eval().requires_grad_(False).to(arguments.device)
             if args.compile:
                 self.reference_model.base_model.compile()  # a copy is not compiled
         self.rollout: Rollout | None = None
-        self.pending_metrics: dict[str, float] = {}  # joins the next log line
-        self.completions: list[dict[str, Any]] = []  # of the newest rollout's first group
-
-    def get_train_dataloader(self) -> DataLoader[list[Row]]:
-        """One batch of prompts an update. Every rank cuts its own share, so the loader is not prepared by accelerate."""
-        args, rows = self.args, cast(Any, self.train_dataset)
-        groups, repeats = args.per_device_train_batch_size // self.config.num_generations, self.config.num_iterations
-        place = args.process_index, args.world_size
-        batches = rollout_batches(len(rows), groups, repeats, args.max_steps, args.seed, *place)
-        return DataLoader(rows, batch_sampler=batches, collate_fn=list)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """Sample (at the first inner iteration), then accumulate the gradient of one update. Returns the loss."""
@@ -117,45 +92,22 @@ class DiffusionGRPOTrainer(RunTrainer):
         self.pending_metrics |= {"seconds_rollout": sampled - start, "seconds_update": time.perf_counter() - sampled}
         return loss
 
-    @contextmanager
-    def inference(self) -> Iterator[MaskedLM]:
-        """The policy for sampling and scoring: eval mode, no gradient, no wrapper of the training engine."""
-        model: Any = self.model_wrapped
-        if not self.is_fsdp_enabled:
-            model = self.accelerator.unwrap_model(model)
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                yield replace(self.lm, model=model)
-        finally:
-            model.train(training)
-
-    def _decode(self, rows: list[Row], decoder: Decoder, seeds: Tensor) -> Trajectory:
-        prompts, size = [row["prompt"] for row in rows], self.config.rows_per_forward
-        with self.inference() as policy:
-            return sample_trajectory(policy, prompts, decoder, seeds, size, self.prompt_width)
-
     def sample(self, rows: list[Row]) -> Rollout:
         """Expand prompts to groups, decode, reward, and score under the old and the reference policy where needed."""
         config = self.config
-        rows = [row for row in rows for _ in range(config.num_generations)]
-        number = self.state.global_step // config.num_iterations
-        seeds, view_seeds = rollout_seeds(config.seed, number, self.args.process_index * len(rows), len(rows))
-        trajectory = self._decode(rows, self.decoder, seeds)
-        texts = self.lm.text(trajectory.tokens)
-        table = score(self.reward_funcs, rows, texts)
-        rewards = (table * self.reward_weights).nansum(1)
+        rows, trajectory, table, view_seeds = self._sample_groups(rows, 0)
+        self._record_rollout(trajectory, table)
+        if config.max_resamples:
+            rows, trajectory, table = self._replace_groups(rows, trajectory, table)
+        texts, rewards = self.lm.text(trajectory.tokens), self._rewards(table)
         advantages = objectives.group_advantages(rewards, config.num_generations, config.scale_rewards)
         active = objectives.has_reward_variance(rewards, config.num_generations)
-        self._record_rollout(trajectory, table, rewards, active)
-        first_group = list(zip(rows, texts, rewards.tolist(), advantages.tolist(), strict=True))[
-            : config.num_generations
-        ]
-        self.completions = [
-            {"prompt": row["prompt"], "completion": text, "reward": r, "advantage": a}
-            for row, text, r, a in first_group
-        ]
+        if config.log_completions:
+            columns = (rows, texts, rewards.tolist(), advantages.tolist())
+            self.completions = [
+                {"prompt": row["prompt"], "completion": text, "reward": r, "advantage": a}
+                for row, text, r, a in list(zip(*columns, strict=True))[: config.num_generations]
+            ]
         rollout = Rollout(trajectory, *(x.to(trajectory.tokens.device) for x in (advantages, active, view_seeds)))
         if config.uses_recorded:
             rollout.old = trajectory.logprob[None]
@@ -169,6 +121,52 @@ class DiffusionGRPOTrainer(RunTrainer):
             with torch.no_grad(), self.accelerator.autocast():  # the policy's own forward has it from accelerate
                 rollout.reference = self.score_views(replace(self.lm, model=self.reference_model), rollout)
         return rollout
+
+    def _rewards(self, table: Tensor) -> Tensor:
+        """(B,) float32 of a table of every function's rewards."""
+        return (table * self.reward_weights).nansum(1)
+
+    def _sample_groups(self, prompts: list[Row], attempt: int) -> tuple[list[Row], Trajectory, Tensor, Tensor]:
+        """A group for each of the prompts: its rows, trajectory, every function's rewards, and seeds of the views."""
+        rows = [row for row in prompts for _ in range(self.config.num_generations)]
+        number = self.state.global_step // self.config.num_iterations
+        place = attempt * self.args.world_size + self.args.process_index
+        seeds, view_seeds = rollout_seeds(self.config.seed, number, place * self.args.train_batch_size, len(rows))
+        trajectory = self._decode(rows, self.decoder, seeds)
+        return rows, trajectory, score(self.reward_funcs, rows, self.lm.text(trajectory.tokens)), view_seeds
+
+    def _replace_groups(
+        self, rows: list[Row], trajectory: Trajectory, table: Tensor
+    ) -> tuple[list[Row], Trajectory, Tensor]:
+        """The batch with groups of other prompts, whose rewards differ, in place of groups whose rewards are all equal.
+
+        Whole forward passes are sampled, so that a compiled model sees one shape.
+        """
+        size, data = self.config.num_generations, cast(Any, self.train_dataset)
+        number, sampled = self.state.global_step // self.config.num_iterations, len(rows)
+        replaced = 0
+        for attempt in range(1, self.config.max_resamples + 1):
+            equal = (~objectives.has_reward_variance(self._rewards(table), size)).view(-1, size)[:, 0].nonzero()[:, 0]
+            if not len(equal):
+                break
+            passes = -(-len(equal) * size // self.config.rows_per_forward)
+            count = min(max(passes * self.config.rows_per_forward // size, 1), self.prompts)
+            place = attempt * self.args.world_size + self.args.process_index
+            prompts = [data[i] for i in replacement_prompts(len(data), count, self.config.seed, number, place)]
+            more, more_trajectory, more_table, _ = self._sample_groups(prompts, attempt)
+            differ = (
+                objectives.has_reward_variance(self._rewards(more_table), size).view(-1, size)[:, 0].nonzero()[:, 0]
+            )
+            equal, differ = equal[: len(differ)], differ[: len(equal)]
+            index = torch.arange(len(rows)).view(-1, size)
+            index[equal] = len(rows) + differ[:, None] * size + torch.arange(size)
+            every, sampled, replaced = [*rows, *more], sampled + len(more), replaced + len(equal)
+            rows = [every[i] for i in index.flatten().tolist()]
+            trajectory = Trajectory.cat([trajectory, more_trajectory]).take(index.flatten())
+            table = torch.cat([table, more_table])[index.flatten()]
+        shares = self._mean([sampled / len(rows), replaced * size / len(rows)])
+        self.pending_metrics |= dict(zip(("samples_per_completion", "groups_replaced"), shares, strict=True))
+        return rows, trajectory, table
 
     def views(self, rollout: Rollout, iteration: int) -> list[View]:
         """The objective's views, without what the loss leaves out."""
@@ -187,17 +185,6 @@ class DiffusionGRPOTrainer(RunTrainer):
             rows = ViewRows.of(self.views(rollout, iteration))
             found.append(score_all(policy, rollout.trajectory, rows, self.microbatches(rows, rollout.active)))
         return torch.stack(found)
-
-    def microbatches(self, rows: ViewRows, active: Tensor) -> list[Microbatch]:
-        """The forward passes over view rows that score tokens of ``active`` (B,) trajectories, as many on every rank."""
-        scoring = (active[rows.row] & rows.scored.any(1)).nonzero()[:, 0]
-        found = [(part, True) for part in scoring.split(self.config.rows_per_forward) if len(part)]
-        num_passes = len(found)
-        if self.args.world_size > 1:
-            device = self.accelerator.device
-            num_passes = int(self.accelerator.gather(torch.tensor([num_passes], device=device)).max())
-        padding_pass = (torch.zeros(1, dtype=torch.int64, device=active.device), False)  # computed, not counted
-        return found + [padding_pass] * (max(num_passes, 1) - len(found))
 
     def _token_losses(self, rollout: Rollout, iteration: int, new: Tensor, row: Tensor, column: Tensor) -> list[Tensor]:
         """Of the tokens at (row, column), all (N,): surrogate plus KL penalty, the ratio's logarithm, KL."""
@@ -248,22 +235,18 @@ class DiffusionGRPOTrainer(RunTrainer):
         if table.share is not None:
             total, *joint = self._joint_gradient(rollout, iteration, views, microbatches)
         sums = torch.zeros(1 + len(UPDATE_METRICS), dtype=torch.float64, device=total.device)
-        model.train()  # activation checkpointing asks for it; there is no dropout
         policy = replace(self.lm, model=model)
-        for number, (part, counted) in enumerate(microbatches):
-            last = number == len(microbatches) - 1
-            self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed reads it in backward
-            with nullcontext() if last else self.accelerator.no_sync(model), self.compute_loss_context_manager():
-                rows = table.take(part)
-                new, entropy, row, column = score_rows(policy, trajectory, rows)
-                if table.share is not None:
-                    gradient, log_ratio, kl = (x[row, column] for x in joint)
-                    loss = counted * (gradient * rows.share_of(new)).sum()
-                else:
-                    losses, log_ratio, kl = self._token_losses(rollout, iteration, new, row, column)
-                    loss = (weights[part][rows.scored] * counted / len(rollout.active) * losses).sum()
-                    total = total + loss.detach()
-                self.accelerator.backward(loss)
+        for part, counted in self.forward_passes(model, microbatches):
+            rows = table.take(part)
+            new, entropy, row, column = score_rows(policy, trajectory, rows)
+            if table.share is not None:
+                gradient, log_ratio, kl = (x[row, column] for x in joint)
+                loss = counted * (gradient * rows.share_of(new)).sum()
+            else:
+                losses, log_ratio, kl = self._token_losses(rollout, iteration, new, row, column)
+                loss = (weights[part][rows.scored] * counted / len(rollout.active) * losses).sum()
+                total = total + loss.detach()
+            self.accelerator.backward(loss)
             with torch.no_grad():
                 ratio, mismatch = log_ratio.exp().double(), (new - trajectory.logprob[row, column]).abs()
                 raised = rollout.advantages[row] > 0
@@ -275,14 +258,9 @@ class DiffusionGRPOTrainer(RunTrainer):
 
     # ---- logging ---------------------------------------------------------------------------------------------------
 
-    def _mean(self, values: Sequence[float] | Tensor) -> list[float]:
-        """The mean of each value over the ranks."""
-        tensor = torch.as_tensor(values, dtype=torch.float64, device=self.accelerator.device)
-        if self.args.world_size > 1:
-            tensor = self.accelerator.reduce(tensor, "mean")
-        return tensor.tolist()
-
-    def _record_rollout(self, trajectory: Trajectory, table: Tensor, rewards: Tensor, active: Tensor) -> None:
+    def _record_rollout(self, trajectory: Trajectory, table: Tensor) -> None:
+        rewards = self._rewards(table)
+        active = objectives.has_reward_variance(rewards, self.config.num_generations)
         lengths = self.lm.lengths(trajectory.tokens).double()  # before the first end token
         values = {
             "reward": rewards.mean(),
@@ -298,9 +276,8 @@ class DiffusionGRPOTrainer(RunTrainer):
         self.pending_metrics |= {f"reward_{name}": total / count for name, total, count in judged if count}
 
     def _record_update(self, loss: Tensor, sums: Tensor, iteration: int) -> None:
-        finite, tokens, *totals = self._mean([float(loss.isfinite()), *sums.tolist()])
-        if finite < 1:
-            raise UserError("the loss is not finite: lower learning_rate or check the checkpoint's weights")
+        self.check_finite(loss)
+        tokens, *totals = self._mean(sums)
         if not tokens:  # no group had variance
             return
         found = {name: total / tokens for name, total in zip(UPDATE_METRICS, totals, strict=True)}
@@ -318,36 +295,6 @@ class DiffusionGRPOTrainer(RunTrainer):
         if self.config.beta == 0:
             del found["kl"]
         self.pending_metrics.update(found)
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what rollout and update found to Trainer's line."""
-        if "loss" in logs:
-            logs.update(self.pending_metrics)
-            self.pending_metrics = {}
-        super().log(logs, start_time)
-
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Greedy decoding of the validation rows under the run's decoder: mean reward, and accuracy for rows of tasks."""
-        rows: list[Row] = list(self.eval_dataset if eval_dataset is None else eval_dataset)  # type: ignore[arg-type]
-        share, counted = zip(*self.rank_share(len(rows)), strict=True)
-        mine = [rows[i] for i in share]
-        seeds, _ = rollout_seeds(self.config.seed, 0, 0, len(rows))
-        trajectory = self._decode(mine, self.decoder.replace(temperature=0.0), seeds[[*share]])
-        texts = self.lm.text(trajectory.tokens)
-        rewards = (score(self.reward_funcs, mine, texts) * self.reward_weights).nansum(1).tolist()
-        names = list(dict.fromkeys(row["task"].label for row in rows if "task" in row))
-        sums = torch.zeros(len(names) + 1, 4, dtype=torch.float64)  # rows, solved, points, possible; last rows, reward
-        for row, text, reward in compress(zip(mine, texts, rewards, strict=True), counted):
-            sums[-1] += torch.tensor([1.0, reward, 0.0, 0.0])
-            if "task" in row:
-                grade = grade_completion(row["task"], row["problem"], text)
-                sums[names.index(row["task"].label)] += torch.tensor([1.0, grade.solved, grade.points, grade.possible])
-        count, solved, points, possible = torch.tensor(self._mean(sums.flatten())).view(-1, 4).T.tolist()
-        metrics = {f"{metric_key_prefix}_reward": solved[-1] / count[-1]}
-        for i, name in enumerate(names):
-            metrics[f"{metric_key_prefix}_{name}_solved"] = solved[i] / count[i]
-            metrics[f"{metric_key_prefix}_{name}_score"] = points[i] / possible[i]
-        return self.report(metrics)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Between inner iterations the rollout belongs to the checkpoint."""

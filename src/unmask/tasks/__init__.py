@@ -7,7 +7,7 @@ from typing import Any
 
 from unmask.config import build, split_spec
 from unmask.errors import UserError
-from unmask.tasks import countdown, sudoku  # noqa: F401  (they register themselves)
+from unmask.tasks import chain_sum, countdown, sudoku  # noqa: F401  (they register themselves)
 from unmask.tasks.base import TASKS, Grade, Judge, Problem, Task
 from unmask.tasks.math import gsm8k, math500  # noqa: F401
 from unmask.tasks.reasoning_gym import ReasoningGym

@@ -66,8 +66,9 @@ class Task(ABC):
     prompt_template: ClassVar[str] = "{question}"
     """The user's turn in the style ``paper``."""
 
-    style: Literal["paper", "compact"] = "paper"
-    """``paper``: the long instruction for large models. ``compact``: the short form that ``tiny`` was trained on."""
+    style: Literal["paper", "compact", "sentence"] = "paper"
+    """``paper``: the long instruction for large models. ``compact``: the short form that ``tiny`` was trained on. ``sentence``:
+    the same in another wording, which ``tiny-three`` was trained on too."""
     extraction: Literal["default", "published"] = "default"
     """How an answer is found in a completion. ``published`` repeats the rules of the released evaluation."""
     data: str | None = None

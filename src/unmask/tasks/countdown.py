@@ -57,8 +57,9 @@ class Countdown(Task):
         truth = {"numbers": list(numbers), "target": target}
         if self.style == "paper":
             return Problem(identity, f"Numbers: {list(numbers)}\nTarget: {target}", truth)
-        question = f"make {target} from {' '.join(map(str, numbers))}"
-        return Problem(identity, question, truth, worked_solution(numbers, target, self.operators))
+        given = " ".join(map(str, numbers))
+        asks = {"compact": f"make {target} from {given}", "sentence": f"How do {given} give {target}?"}
+        return Problem(identity, asks[self.style], truth, worked_solution(numbers, target, self.operators))
 
     def parse(self, row: dict[str, Any]) -> Problem:
         """Of ``{"input": "30,100,93", "output": "23"}``."""

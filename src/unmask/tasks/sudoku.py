@@ -52,9 +52,9 @@ class Sudoku(Task):
         if not re.fullmatch("(?=.*0)[0-4]{16}", puzzle) or not re.fullmatch("[1-4]{16}", solution):
             raise ValueError(f"puzzle {puzzle!r} and solution {solution!r} are not 16 digits each")
         question, response = f"Solve the following Sudoku puzzle: {puzzle}", None
-        if self.style == "compact":
+        if self.style != "paper":
             gaps = [f"{'abcd'[i // 4]}{i % 4 + 1}={solution[i]}" for i in range(16) if puzzle[i] == "0"]
-            question = f"solve {_labelled(puzzle)}"
+            question = f"{'solve' if self.style == 'compact' else 'Fill in'} {_labelled(puzzle)}"
             response = f"<reasoning>{' '.join(gaps)}</reasoning><answer>{_labelled(solution)}</answer>"
         return Problem(f"sudoku {puzzle}", question, {"puzzle": puzzle, "solution": solution}, response)
 

@@ -97,6 +97,8 @@ class SFTConfig(RunConfig):
     prompt + completion, or those of s1K."""
     new_model: Annotated[dict[str, Any] | None, tyro.conf.Suppress] = None
     """Start from random weights instead of a model: LLaDAConfig fields (``d_model``, ``n_layers``, …)."""
+    task_defaults: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
+    """Parameters by task name that the checkpoint will ask of ``eval``, beside those of ``model``."""
     problems: list[int] = field(default_factory=lambda: [20_000])
     """Training problems: one number for every task, or one for each. A smaller set is repeated to give equal shares."""
     canvas: list[int] = field(default_factory=lambda: [128])

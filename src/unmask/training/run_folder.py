@@ -56,8 +56,11 @@ def run(trainer: RunTrainer) -> Path:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if first:
             verify(last)
-            history = TrainerState.load_from_json(str(last / "trainer_state.json")).log_history
-            lm = load(str(last), config.dtype, "cpu")  # whole also where weights are sharded; an adapter is merged
+            state = TrainerState.load_from_json(str(last / "trainer_state.json"))
+            best = Path(state.best_model_checkpoint or last) if args.load_best_model_at_end else last
+            verify(best)
+            lm = load(str(best), config.dtype, "cpu")  # whole also where weights are sharded; an adapter is merged
+            history = [line for line in state.log_history if line["step"] <= int(best.name.rpartition("-")[2])]
             export(lm, output / "final", model_card(lm, config, history))
     trainer.accelerator.wait_for_everyone()
     return output / "final"

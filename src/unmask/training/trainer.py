@@ -153,5 +153,7 @@ class RunTrainer(Trainer):
             return
         output = Path(str(self.args.output_dir))
         seal(output / f"checkpoint-{self.state.global_step}")
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
         for old in checkpoints(output)[: -limit if limit else 0]:
-            shutil.rmtree(old, ignore_errors=True)
+            if str(old) != best:
+                shutil.rmtree(old, ignore_errors=True)

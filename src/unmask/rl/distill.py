@@ -1,0 +1,284 @@
+"""Distillation along trajectories: the student follows its own plan, is given a teacher's tokens, and learns them in its states.
+
+Teachers are decodes of many passes that the grader says are right: records of ``unmask eval --split train --trajectories``.
+Related: T3D (arXiv 2602.12262), DiDi-Instruct (2509.25035).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from unmask.decoding import Decoder
+from unmask.decoding.canvas import Canvases
+from unmask.decoding.decode import DecodingLoop
+from unmask.decoding.sampling import Candidates, uniform_noise
+from unmask.decoding.trajectory import Trajectory
+from unmask.errors import UserError
+from unmask.io.files import read_json, read_lines
+from unmask.io.schema import CONFIG, COUNT, RECORD, Number
+from unmask.models.masked_lm import MaskedLM
+from unmask.rl.config import DistillConfig
+from unmask.rl.data import Data, task_data
+from unmask.rl.objectives import View, ViewRows
+from unmask.rl.rewards import Row, score
+from unmask.rl.rollout import rollout_seeds, score_rows
+from unmask.rl.run import RunLog
+from unmask.rl.trajectory_trainer import TrajectoryTrainer, trajectory_arguments
+from unmask.tasks import Problem
+from unmask.training.run_folder import run
+from unmask.training.trainer import Model, prepare_model
+
+OWN = 2  # stream of random numbers that decide in which steps the student's own tokens are kept
+TEACHER = {
+    **RECORD,
+    "task": str,
+    "truth": dict,
+    "tokens": [COUNT],
+    "steps": [Number(-1, whole=True)],
+    "logprobs": [Number()],
+}
+"""A line of the records that a teacher leaves."""
+LARGEST_PROBABILITY = 1 - 1e-6  # of a teacher's token: what a record rounds to 1 is no certainty
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What a batch learns, (B, L) each: ``tokens`` (int64, filled with EOS after the text's first end token), the ``steps`` in
+    which the teacher committed them, and their ``logprobs`` there, in nats (0 in the filling)."""
+
+    tokens: Tensor
+    steps: Tensor
+    logprobs: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], device: torch.device) -> Teacher:
+        return cls(
+            *(torch.tensor([row["teacher"][key] for row in rows]).to(device) for key in ("tokens", "steps", "logprobs"))
+        )
+
+
+class GuidedLoop(DecodingLoop):
+    """A decode whose committed tokens are the teacher's; which positions are committed is the student's choice.
+
+    Args:
+        teacher: of the rows that are decoded, by their numbers. own_tokens: share of the steps in which the student's own
+            tokens are kept. teacher_order: commit what the teacher committed first, as much of it as the plan says.
+    """
+
+    def __init__(
+        self, lm: MaskedLM, decoder: Decoder, teacher: Teacher, own_tokens: float = 0.0, teacher_order: bool = False
+    ) -> None:
+        super().__init__(lm, decoder, early_stop=False)
+        self.teacher, self.own_tokens, self.teacher_order = teacher, own_tokens, teacher_order
+        self.agreed = torch.zeros(
+            2, device=lm.device
+        )  # commits in which the student would have chosen the same, and all
+
+    def _of_teacher(self, values: Tensor, rows: Canvases, at: tuple[Tensor, Tensor]) -> Tensor:
+        return values[torch.tensor(rows.numbers, device=values.device)[at[0]], at[1]]
+
+    def score(self, rows: Canvases, at: tuple[Tensor, Tensor], found: Candidates, gammas: Tensor) -> Tensor:
+        if not self.teacher_order:
+            return super().score(rows, at, found, gammas)
+        step = self._of_teacher(self.teacher.steps, rows, at).double()
+        return self._of_teacher(self.teacher.logprobs, rows, at).double().exp() - step  # of one step, the surest first
+
+    def commit(self, rows: Canvases, at: tuple[Tensor, Tensor], found: Candidates, chosen: Tensor) -> None:
+        row, column = at
+        tokens = self._of_teacher(self.teacher.tokens, rows, at)
+        self.agreed += torch.stack([(chosen & (tokens == found.tokens)).sum(), chosen.sum()])
+        if self.own_tokens:
+            own = uniform_noise(rows.seeds[row], rows.at[row], torch.zeros_like(column), OWN) < self.own_tokens
+            tokens = torch.where(own, found.tokens, tokens)
+        super().commit(rows, at, replace(found, tokens=tokens), chosen)
+
+
+def student_trajectory(
+    lm: MaskedLM, prompts: Sequence[str], loop: GuidedLoop, seeds: Tensor, rows_per_forward: int, width: int = 0
+) -> Trajectory:
+    """The guided decode of prompts (padded to ``width`` at least), at most ``rows_per_forward`` rows at a time, in their order.
+
+    ``logprob`` is that of the student's own candidates.
+    """
+    length, parts = loop.decoder.plan.length, []
+    ids, mask = lm.encode(prompts, length, width)
+    canvas = torch.full((len(ids), length), lm.mask_id, device=ids.device)
+    for numbers in torch.arange(len(ids)).split(rows_per_forward):
+        prompt, visible, blank = (x[numbers.to(x.device)] for x in (ids, mask, canvas))
+        rows = Canvases.new(prompt, visible, blank, lm.mask_id, seeds[numbers].to(ids.device), numbers.tolist())
+        parts += list(loop.run(rows))
+    order = torch.tensor([number for part in parts for number in part.numbers]).argsort()
+    return Trajectory.cat([part.trajectory(lm.mask_id, loop.decoder.config()) for part in parts]).take(order)
+
+
+def state_views(trajectory: Trajectory, masked_weight: float) -> tuple[list[View], list[Tensor]]:
+    """Every state of a trajectory with all that is masked in it, and each position's weight (B, L) float32 in the loss.
+
+    What the step commits weighs 1, what stays masked ``masked_weight``; over all states the weights of a row sum to 1.
+    """
+    views, weights = [], []
+    for s in range(trajectory.steps):
+        committed, later = trajectory.committed(s), trajectory.step > s
+        scored = committed | later if masked_weight else committed
+        views.append(View(torch.cat([trajectory.prompt, trajectory.state(s)], 1), scored))
+        weights.append(committed + masked_weight * later)
+    total = torch.stack(weights).sum((0, 2))[:, None]
+    return views, [weight / total for weight in weights]
+
+
+def cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
+    return -student
+
+
+def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    p = teacher.exp().clamp(max=LARGEST_PROBABILITY)
+    return p * (p.log() - student) + (1 - p) * ((1 - p).log() - _rest(student))
+
+
+def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
+    p, q = teacher.exp().clamp(max=LARGEST_PROBABILITY), student.exp()
+    return q * (student - p.log()) + (1 - q) * (_rest(student) - (1 - p).log())
+
+
+def _rest(logprob: Tensor) -> Tensor:
+    """log(1 - p) of all other tokens together."""
+    return (-logprob.clamp(max=-1e-7).expm1()).log()
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross-entropy": cross_entropy,
+    "forward-kl": forward_kl,
+    "reverse-kl": reverse_kl,
+}
+"""Of the log-probabilities (N,) of the teacher's tokens, the student's and the teacher's. The divergences are those of two
+outcomes, the teacher's token or any other: what a record tells of the teacher's distribution in its own state."""
+
+
+def read_teacher(lm: MaskedLM, folders: Sequence[str], config: DistillConfig, data: Data) -> list[Row]:
+    """The decodes to learn from, as rows with ``prompt``, ``problem``, ``task`` and ``teacher`` (``Teacher``'s lists).
+
+    Kept are those that are solved, or where ``min_reward`` is set, whose reward is that or more.
+
+    Args:
+        folders: of ``unmask eval --trajectories``, on the run's tasks.
+
+    Raises:
+        UserError: for a folder without such records, of another tokenizer or canvas, or where none is kept.
+    """
+    tasks = {task.name: task for task in data.tasks}
+    fix = "make it with unmask eval --split train --trajectories"
+    rows, found, length = [], 0, config.max_completion_length
+    for folder in map(Path, folders):
+        names = {spec: task["name"] for spec, task in read_json(folder / "config.json", CONFIG, fix)["tasks"].items()}
+        if missing := [name for name in names.values() if name not in tasks]:
+            raise UserError(
+                f"the teacher {folder} decoded task {missing[0]}: add it to tasks, or choose another teacher"
+            )
+        for path in sorted((folder / "records").glob("*.jsonl")):
+            records = read_lines(path, TEACHER, fix)
+            found += len(records)
+            for r in records:
+                if len(r["tokens"]) != length:
+                    canvas = f"a canvas of {len(r['tokens'])} tokens, this run of {length}"
+                    raise UserError(f"the teacher {folder} has {canvas}: set max_completion_length alike")
+                if max(r["tokens"]) >= len(lm.tokenizer) or lm.text(torch.tensor([r["tokens"]])) != [r["completion"]]:
+                    raise UserError(
+                        f"the teacher {folder} has another tokenizer than {lm.name}, its tokens are not its text: choose a "
+                        "teacher of the same family"
+                    )
+                problem = Problem(r["id"], r["prompt"], r["truth"])
+                row = {"prompt": r["prompt"], "problem": problem, "task": tasks[names[r["task"]]]}
+                rows.append((row, r))
+    kept = [r["solved"] for _, r in rows]
+    if config.min_reward is not None and rows:
+        table = score(data.reward_funcs, [row for row, _ in rows], [r["completion"] for _, r in rows])
+        kept = ((table * torch.tensor(data.weights)).nansum(1) >= config.min_reward).tolist()
+    if not any(kept):
+        what = "is solved" if config.min_reward is None else f"has a reward of {config.min_reward:g} or more"
+        raise UserError(
+            f"none of the {found} decodes of the teacher {', '.join(folders)} {what}: choose a better teacher"
+        )
+    return [{**row, "teacher": _filled(lm, r)} for (row, r), keep in zip(rows, kept, strict=True) if keep]
+
+
+def _filled(lm: MaskedLM, record: dict[str, Any]) -> dict[str, list[Any]]:
+    """Tokens, steps and log-probabilities of a record, with EOS after the first end token, as committed last."""
+    tokens, steps, logprobs = (list(record[key]) for key in ("tokens", "steps", "logprobs"))
+    end = int(lm.lengths(torch.tensor([tokens]))) + 1
+    rest = len(tokens) - min(end, len(tokens))
+    for values, fill in ((tokens, lm.eos_id), (steps, len(tokens)), (logprobs, 0.0)):
+        values[len(values) - rest :] = [fill] * rest
+    return {"tokens": tokens, "steps": steps, "logprobs": logprobs}
+
+
+class DistillTrainer(TrajectoryTrainer):
+    """Trains a model to write a teacher's tokens in the states in which its own decoder puts it.
+
+    Args:
+        model: a MaskedLM, a name or path that ``load`` takes, or a PreTrainedModel with ``processing_class``.
+        teacher: folders of ``unmask eval --split train --trajectories``, by the same model or another with its tokenizer.
+        args: the settings; its tasks are those of the teacher, and give the validation problems.
+    """
+
+    config: DistillConfig
+
+    def __init__(
+        self,
+        model: Model,
+        teacher: str | Sequence[str],
+        args: DistillConfig,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        arguments = trajectory_arguments(args)
+        lm = prepare_model(model, args, processing_class)
+        self.config = replace(args, model=lm.name)
+        with arguments.main_process_first():  # one process fetches a data set, the others find it
+            data = task_data(lm, args)
+        data.training = read_teacher(lm, [teacher] if isinstance(teacher, str) else teacher, args, data)
+        self.prompts = arguments.per_device_train_batch_size
+        super().__init__(lm, arguments, data, callbacks)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """Decode under guidance, then accumulate the gradient over the states. Returns the loss."""
+        config, start, step = self.config, time.perf_counter(), self.state.global_step
+        seeds, _ = rollout_seeds(config.seed, step, self.args.process_index * len(inputs), len(inputs))
+        with self.inference() as student:
+            teacher = Teacher.of(inputs, student.device)
+            loop = GuidedLoop(student, self.decoder, teacher, config.own_tokens, config.order == "teacher")
+            prompts = [row["prompt"] for row in inputs]
+            trajectory = student_trajectory(student, prompts, loop, seeds, config.rows_per_forward, self.prompt_width)
+        decoded = time.perf_counter()
+        views, weights = state_views(trajectory, config.masked_weight)
+        rows, weight = ViewRows.of(views), torch.cat(weights) / len(inputs)
+        everyone = torch.ones(len(inputs), dtype=torch.bool, device=weight.device)
+        total, student = torch.zeros((), device=weight.device), replace(self.lm, model=model)
+        loss_of = LOSSES[config.loss]
+        for part, counted in self.forward_passes(model, self.microbatches(rows, everyone)):
+            taken = rows.take(part)
+            logprob, _, row, column = score_rows(student, trajectory, taken, teacher.tokens)
+            losses = loss_of(logprob, teacher.logprobs[row, column])
+            loss = (weight[part][taken.scored] * counted * losses).sum()
+            total = total + loss.detach()
+            self.accelerator.backward(loss)
+        self.check_finite(total)
+        same, nfe = self._mean([float(loop.agreed[0] / loop.agreed[1]), float(trajectory.nfe.double().mean())])
+        self.pending_metrics |= {"agreement": same, "nfe": nfe}
+        times = {"seconds_rollout": decoded - start, "seconds_update": time.perf_counter() - decoded}
+        self.pending_metrics |= times
+        return total
+
+
+def train(config: DistillConfig, teacher: Sequence[str]) -> Path:
+    """Run, or resume from the run folder's newest checkpoint; returns the folder of the final plain checkpoint."""
+    trainer = DistillTrainer(str(config.model), teacher, config)
+    trainer.add_callback(RunLog(trainer))
+    return run(trainer)
