@@ -14,10 +14,12 @@ import torch
 
 from checkpoints import write_llada
 from test_sft_data import write
-from unmask import DiffusionGRPOConfig, DiffusionGRPOTrainer, SFTConfig, load
+from unmask import DiffusionGRPOConfig, DiffusionGRPOTrainer, DistillConfig, SFTConfig, load
 from unmask.cli import main
 from unmask.config import read_config, save_config
+from unmask.evaluation.command import decode_teacher
 from unmask.io.files import read_lines
+from unmask.rl.distill import train as train_distill
 from unmask.rl.dry_run import dry_run
 from unmask.rl.objectives import ViewRows
 from unmask.rl.run import train as train_rl
@@ -25,14 +27,15 @@ from unmask.training.sft import train as train_sft
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "llada"
 RECIPES = sorted(f for f in CONFIGS.glob("*.yaml") if not f.name.startswith("_"))
-RL = [f for f in RECIPES if not f.name.startswith("sft")]
-RUN = [CONFIGS / f"{name}.yaml" for name in ("cj_gsm8k", "coupled_math", "sft_s1k")]
+DISTILL = [f for f in RECIPES if f.name.startswith("distill")]
+RL = [f for f in RECIPES if not f.name.startswith(("sft", "distill"))]
+RUN = [CONFIGS / f"{name}.yaml" for name in ("cj_gsm8k", "coupled_math", "sft_s1k", "distill_gsm8k")]
 SMALL: dict[str, Any] = {"report_to": [], "lora_r": 2, "eval_steps": 2, "save_steps": 2, "max_steps": 2}
 
 
-def small_rl(file: Path, model: str, data: Path, output: Path) -> DiffusionGRPOConfig:
+def small_rl(file: Path, model: str, data: Path, output: Path, kind: Any = DiffusionGRPOConfig) -> Any:
     """A recipe with everything that its 8B model and 8 GPUs are for made small; the rest as it is."""
-    config = read_config(DiffusionGRPOConfig, file)
+    config = read_config(kind, file)
     (task,) = config.tasks
     if (name := task.partition(":")[0]) in ("gsm8k", "math500"):
         task += f"{',' if ':' in task else ':'}data={data / name}"
@@ -41,6 +44,12 @@ def small_rl(file: Path, model: str, data: Path, output: Path) -> DiffusionGRPOC
     if "block_length" in config.decoder:
         sizes["decoder"] = "semi-ar:block_length=8"
     return dataclasses.replace(config, **SMALL, **sizes)
+
+
+def small_distill(file: Path, model: str, data: Path, output: Path) -> DistillConfig:
+    """Learns from any decode: a random model has no right ones."""
+    config = small_rl(file, model, data, output, DistillConfig)
+    return dataclasses.replace(config, min_reward=-1.0, teacher=["full:steps=4"], warmup_steps=0)
 
 
 def small_sft(file: Path, model: str, data: Path, output: Path) -> SFTConfig:
@@ -73,7 +82,14 @@ def llada(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_the_grid_is_whole_and_has_the_published_numbers() -> None:
     tasks = ("countdown", "sudoku", "gsm8k", "math")
     names = {f"{objective}_{task}" for objective in ("cj", "diffu", "one_step", "coupled") for task in tasks}
-    assert {f.stem for f in RL} == names and {f.stem for f in RECIPES} == {*names, "sft_s1k"}
+    assert {f.stem for f in RL} == names and {f.stem for f in DISTILL} == {f"distill_{task}" for task in tasks}
+    assert len(RECIPES) == len(RL) + len(DISTILL) + 1
+    for file in DISTILL:
+        distill = read_config(DistillConfig, file)
+        assert distill.tasks[0] == {"distill_math": "math500"}.get(file.stem, file.stem.removeprefix("distill_"))
+        assert (
+            distill.output_dir == f"runs/llada/{file.stem}" and distill.lora_r == 128 and distill.decoder == "eoser-ass"
+        )
     for file in RL:
         c = read_config(DiffusionGRPOConfig, file)
         objective, _, task = file.stem.rpartition("_")
@@ -96,7 +112,7 @@ def test_two_updates_on_two_processes(llada: str, data: Path, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr[-3000:]
     for file in RUN:
         assert load(str(tmp_path / file.stem / "final"), "float32").self_test()
-        if file in RL:
+        if not file.stem.startswith("sft"):
             lines = read_lines(tmp_path / file.stem / "metrics.jsonl")
             assert [x["step"] for x in lines if "loss" in x] == [1, 2]
 
@@ -145,5 +161,8 @@ if __name__ == "__main__":  # MODEL DATA OUTPUT FILE…: two updates of each rec
         folder = Path(output) / file.stem
         if file.stem.startswith("sft"):
             train_sft(small_sft(file, model, Path(data), folder))
+        elif file.stem.startswith("distill"):
+            distill = small_distill(file, model, Path(data), folder)
+            train_distill(distill, decode_teacher(distill))
         else:
             train_rl(small_rl(file, model, Path(data), folder))

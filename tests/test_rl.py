@@ -258,6 +258,33 @@ def test_rows_at_their_groups_mean_stay_in_the_loss(tmp_path: Path) -> None:
     assert float(t.update(t.model, t.rollout, 0)) > 0
 
 
+def test_groups_without_variance_are_replaced_by_those_of_other_prompts(tmp_path: Path) -> None:
+    """Only prompts of odd length have rewards that differ; the groups of others make room, in place, and nothing else."""
+
+    def even(prompts: list[str], completions: list[str], **_: Any) -> list[float | None]:
+        return [v * (len(p) % 2) for v, p in zip(digits([], completions), prompts, strict=True)]  # type: ignore[operator]
+
+    rows = [{"prompt": "x" * n} for n in (1, 2, 3, 4, 6, 8, 10, 12)]
+    few = {"rewards": even, "rows": rows, "rows_per_forward": 8}
+    plain, dynamic = (trainer(tmp_path / str(n), max_resamples=n, **few) for n in (0, 6))
+    batch = [rows[i] for i in (0, 1, 2, 3)]
+    before, after = plain.sample(batch), dynamic.sample(batch)
+    assert before.active.view(4, 4).all(1).tolist() == [True, False, True, False]
+    assert after.active.all() and dynamic.pending_metrics["groups_replaced"] == 0.5
+    cost = dynamic.pending_metrics["samples_per_completion"]
+    assert 1.5 <= cost <= 4 and cost * 16 % 8 == 0  # whole forward passes
+    for name in ("reward", "groups_without_variance"):  # of the prompts as they come
+        assert plain.pending_metrics[name] == dynamic.pending_metrics[name]
+    for group, kept in enumerate((True, False, True, False)):
+        rows_of = slice(4 * group, 4 * group + 4)
+        same = torch.equal(before.trajectory.tokens[rows_of], after.trajectory.tokens[rows_of])
+        assert same == kept
+    again = trainer(tmp_path / "again", max_resamples=6, **few).sample(batch)
+    assert torch.equal(again.trajectory.tokens, after.trajectory.tokens)
+    none = trainer(tmp_path / "none", max_resamples=2, **{**few, "rows": rows[3:]}).sample([rows[3]] * 4)
+    assert not none.active.any()  # there is nothing better
+
+
 @pytest.mark.parametrize("adapter", [False, True])
 def test_activation_checkpointing_recomputes_and_changes_nothing(tmp_path: Path, adapter: bool) -> None:
     gradients, calls = [], [0]

@@ -134,6 +134,7 @@ def test_every_function_has_a_metric_of_its_own(tmp_path: Path, monkeypatch: pyt
     tasks = [make_task("gsm8k", {}), make_task("math500", {})]
     assert "correct" in reward_functions([], tasks[:1])
     names = reward_functions([], tasks)
+    assert list(reward_functions(["solved", "task"], tasks)) == ["solved", *names]
     assert {"gsm8k_correct", "math500_correct"} <= set(names)
     assert all(name.startswith(("gsm8k_", "math500_")) for name in names)
     small = [make_task(f"countdown:max_value={n}", {}) for n in (6, 7)]

@@ -30,17 +30,20 @@ from unmask.tasks.sudoku import heldout_grids, solved_grids
 
 COMPACT = {"countdown": {"style": "compact", "max_value": 15, "max_target": 99, "operators": "+-*"}}
 COMPACT["sudoku"] = {"style": "compact", "min_empty": 4}
+COMPACT["chain_sum"] = {"style": "compact"}
 SPECS = ["countdown", "countdown:numbers=4", "countdown:numbers=4,operators=+-*/", "sudoku"]
+SPECS += ["chain_sum", "chain_sum:min_terms=8,max_terms=8,max_digits=4"]
 NAMES = ("gsm8k", "math500")
 WRONG_SPECS = [
     ("sudko", "did you mean 'sudoku'"), ("countdown:number=3", "did you mean 'numbers'"),
     ("countdown:numbers=x", "numbers of task 'countdown' is 'x'"), ("countdown:numbers=9", "choose 2 to 6"),
-    ("countdown:numbers", "name:key=value"), ("countdown:style=short", "choose from compact, paper"),
+    ("countdown:numbers", "name:key=value"), ("countdown:style=short", "choose from compact, paper, sentence"),
     ("nowhere:Task", "cannot import task 'nowhere:Task': ModuleNotFoundError"),
     ("test_tasks:Nameless", "task 'test_tasks:Nameless' has no name: write name ="),
     ("docs.examples.reversal:Problem,x=3", "is no subclass of unmask.Task"),
     ("docs.examples.reversal:Reversal,lenth=3", "did you mean 'length'"), ("reasoning_gym:countdown", "use task 'countdown'"),
     ("reasoning_gym:leg_countin", "did you mean 'leg_counting'"), ("sudoku:min_empty=9,max_empty=3", "1 <= min <= max"),
+    ("chain_sum:max_terms=2", "2 <= min <= max <= 20"), ("chain_sum:min_digits=3", "1 <= min <= max <= 9"),
     ("reasoning_gym:leg_counting,max_animal=3", "did you mean 'max_animals'"),
 ]  # fmt: skip
 FAULTY = [
@@ -172,6 +175,28 @@ def test_arithmetic_boxes_and_countdown_grades_by_hand() -> None:
     problem = task.parse({"input": "8,3,5", "output": "29"})
     assert task.grade(problem, "<answer>29 = 8*3+5</answer>").solved
     assert not make_task("countdown:operators=+-", {}).grade(problem, "8*3+5").solved  # an operator not allowed
+
+
+def test_chain_sums_by_hand() -> None:
+    task = make_task("chain_sum:style=compact", {})
+    problem = task.problem("47+85-12")
+    expected = "<reasoning>47+85=132 132-12=120</reasoning><answer>120</answer>"
+    assert (problem.question, problem.response) == ("compute 47+85-12", expected)
+    assert task.problem("47-85+90") is None  # 38 below zero on the way
+    for text in ("so it is\n#### 120", "\\boxed{120}", "<answer>120.0</answer>"):
+        assert task.grade(problem, text).solved
+    for text in ("<answer>132</answer>", "120", "", "9" * 9999):
+        assert not task.grade(problem, text).solved
+
+
+@pytest.mark.parametrize("name", ["sudoku", "countdown", "chain_sum"])
+def test_wordings_ask_the_same(name: str) -> None:
+    """Another prompt for the same problems with the same worked responses."""
+    compact, sentence = (
+        make_task(f"{name}:style={style}", {}).problems("test", 20) for style in ("compact", "sentence")
+    )
+    for a, b in zip(compact, sentence, strict=True):
+        assert (a.id, a.truth, a.response) == (b.id, b.truth, b.response) and a.question != b.question
 
 
 @pytest.mark.parametrize(("spec", "message"), WRONG_SPECS)

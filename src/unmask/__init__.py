@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from unmask.errors import UserError
     from unmask.models.load import load
     from unmask.models.masked_lm import MaskedLM
-    from unmask.rl.config import DiffusionGRPOConfig
+    from unmask.rl.config import DiffusionGRPOConfig, DistillConfig
+    from unmask.rl.distill import DistillTrainer
     from unmask.rl.objectives import OBJECTIVES
     from unmask.rl.rewards import REWARDS
     from unmask.rl.trainer import DiffusionGRPOTrainer
@@ -34,7 +35,8 @@ _HOMES = {
     "errors": "UserError",
     "models.load": "load",
     "models.masked_lm": "MaskedLM",
-    "rl.config": "DiffusionGRPOConfig",
+    "rl.config": "DiffusionGRPOConfig DistillConfig",
+    "rl.distill": "DistillTrainer",
     "rl.objectives": "OBJECTIVES",
     "rl.rewards": "REWARDS",
     "rl.trainer": "DiffusionGRPOTrainer",

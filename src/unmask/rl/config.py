@@ -21,8 +21,8 @@ class TrajectoryConfig(RunConfig):
     decoder: str = "eoser-ass"
     """Decoder spec for the trajectories and (greedily) for validation; any preset will do."""
     reward_funcs: list[str] = field(default_factory=list)
-    """Reward functions instead of the tasks' own: ``solved``, one of your own as ``package.module:name``, or ``released`` for
-    those that the released trainer pays the tasks by (docs/grading.md)."""
+    """Reward functions instead of the tasks' own: ``solved``, one of your own as ``package.module:name``, ``task`` for the
+    tasks' own beside others, or ``released`` for those that the released trainer pays the tasks by (docs/grading.md)."""
     reward_weights: list[float] | None = None
     """One weight a reward function; by default 1, or the task's own."""
     max_completion_length: int = 128

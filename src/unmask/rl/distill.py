@@ -1,4 +1,4 @@
-"""Distillation along trajectories: the student follows its own plan, is given a teacher's tokens, and learns them in its states.
+"""Distillation along trajectories: the student follows its own plan, is given a teacher's tokens, and learns them there.
 
 Teachers are decodes of many passes that the grader says are right: records of ``unmask eval --split train --trajectories``.
 Related: T3D (arXiv 2602.12262), DiDi-Instruct (2509.25035).
@@ -176,6 +176,7 @@ def read_teacher(lm: MaskedLM, folders: Sequence[str], config: DistillConfig, da
     tasks = {task.name: task for task in data.tasks}
     fix = "make it with unmask eval --split train --trajectories"
     rows, found, length = [], 0, config.max_completion_length
+    vocabulary = len(lm.model.get_input_embeddings().weight)  # type: ignore[arg-type]
     for folder in map(Path, folders):
         names = {spec: task["name"] for spec, task in read_json(folder / "config.json", CONFIG, fix)["tasks"].items()}
         if missing := [name for name in names.values() if name not in tasks]:
@@ -189,7 +190,7 @@ def read_teacher(lm: MaskedLM, folders: Sequence[str], config: DistillConfig, da
                 if len(r["tokens"]) != length:
                     canvas = f"a canvas of {len(r['tokens'])} tokens, this run of {length}"
                     raise UserError(f"the teacher {folder} has {canvas}: set max_completion_length alike")
-                if max(r["tokens"]) >= len(lm.tokenizer) or lm.text(torch.tensor([r["tokens"]])) != [r["completion"]]:
+                if max(r["tokens"]) >= vocabulary or lm.text(torch.tensor([r["tokens"]])) != [r["completion"]]:
                     raise UserError(
                         f"the teacher {folder} has another tokenizer than {lm.name}, its tokens are not its text: choose a "
                         "teacher of the same family"

@@ -17,6 +17,7 @@ from unmask.tasks.base import Judge, Problem, Reward, Task
 Row = dict[str, Any]
 REWARDS: Registry[Reward | None] = Registry("reward")
 REWARDS["released"] = None  # means the released trainer's own reward functions of the tasks
+REWARDS["task"] = None  # means the tasks' own
 
 
 @REWARDS.register("solved")
@@ -31,14 +32,14 @@ def reward_functions(rewards: Sequence[str | Reward], tasks: Sequence[Task]) -> 
     """The reward functions of a run with their weights, by the names of their metrics; the tasks' own where there are none.
 
     Args:
-        rewards: functions, or their names: registered ones, ``package.module:name``, or ``released``. Where several have one
-            name, the second is ``NAME_2``, and so on.
+        rewards: functions, or their names: registered ones, ``package.module:name``, ``task`` or ``released``. Where several
+            have one name, the second is ``NAME_2``, and so on.
     """
     found = [] if rewards else _task_rewards(tasks, released=False)
     for spec in rewards:
         function = REWARDS.resolve(spec) if isinstance(spec, str) else spec
         if function is None:
-            found += _task_rewards(tasks, released=True)
+            found += _task_rewards(tasks, released=spec == "released")
         elif isinstance(function, type) or not callable(function):
             raise UserError(
                 f"reward {spec!r} is {function!r:.60}: name a function, or an object that is called like one"
