@@ -192,6 +192,14 @@ def test_an_unfit_teacher_is_one_sentence(
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
+def test_an_unfinished_teacher_is_refused(tmp_path: Path, model: str, folder: str) -> None:
+    """Its records may lie in shards, which would be left out without a word."""
+    teacher = edited(folder, tmp_path / "teacher")
+    (tmp_path / "teacher" / "summary.json").unlink()
+    with pytest.raises(UserError, match="is an unfinished evaluation: give its command again"):
+        DistillTrainer(model, teacher, config(tmp_path / "run", model, teacher))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -183,6 +183,8 @@ def read_teacher(lm: MaskedLM, folders: Sequence[str], config: DistillConfig, da
             raise UserError(
                 f"the teacher {folder} decoded task {missing[0]}: add it to tasks, or choose another teacher"
             )
+        if not (folder / "summary.json").is_file():
+            raise UserError(f"the teacher {folder} is an unfinished evaluation: give its command again")
         for path in sorted((folder / "records").glob("*.jsonl")):
             records = read_lines(path, TEACHER, fix)
             found += len(records)

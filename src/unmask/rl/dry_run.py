@@ -26,7 +26,7 @@ class Work:
         steps: of its sampling. every: views of the objective; views: those that an update scores, with a backward pass.
         old, reference, joint: how often all views are scored once more in a rollout: for the old policy, for the reference, and
             for a loss of log-probabilities that are sums over views.
-        copies: rows that a forward pass has for one (guidance: 2).
+        copies: rows that a forward pass has for one (guidance: 2). samples: completions sampled for one that is kept, at most.
     """
 
     steps: int
@@ -36,6 +36,7 @@ class Work:
     reference: int
     joint: int
     copies: int
+    samples: int
 
     @classmethod
     def of(cls, config: DiffusionGRPOConfig) -> Work:
@@ -56,12 +57,13 @@ class Work:
             reference=fresh * penalty,
             joint=0 if views[0].share is None else joint,
             copies=decoder.copies,
+            samples=1 + config.max_resamples,
         )
 
     def passes(self, updates: int, rollouts: int) -> int:
-        """Forward passes (NFE) of one completion of every rollout, in all."""
+        """Forward passes (NFE) of one completion of every rollout, in all, at most."""
         scored = self.every * (self.old + self.reference + self.joint)
-        return self.copies * (rollouts * (self.steps + scored) + updates * self.views)
+        return self.copies * (rollouts * (self.steps * self.samples + scored) + updates * self.views)
 
 
 def dry_run(config: DiffusionGRPOConfig) -> str:
@@ -101,6 +103,7 @@ def dry_run(config: DiffusionGRPOConfig) -> str:
         ),
     )
     parts = ", ".join(f"{k} {v / GIB:.2f}" for k, v in asdict(need).items() if v)
+    sampling = once * work.steps * work.samples
     lines = {
         "model": f"{lm.name}: {lm.model.config.model_type}, {sum(p.numel() for p in lm.model.parameters()):,} parameters",
         "rewards": ", ".join(data.reward_funcs),
@@ -110,11 +113,13 @@ def dry_run(config: DiffusionGRPOConfig) -> str:
         f"{config.num_generations}",
         "updates": f"{config.max_steps}, {mu} on each of {rollouts} rollouts",
         "rollout": f"{work.steps} steps for {canvas} tokens ({decoder.name}, T = {decoder.temperature:g}): NFE "
-        f"{work.steps * work.copies} a completion, {once * work.steps} forward passes of up to {size} rows",
+        f"{work.steps * work.copies} a completion, {once * work.steps} forward passes of up to {size} rows"
+        + f", up to {work.samples} times where groups lack variance"
+        * (work.samples > 1),
         "scoring": f"{old} forward passes for the old policy, {reference} for the reference, {joint} for the loss, once a "
         "rollout",
         "update": f"{work.views} views × {batch} rows: {update} forward and backward passes of up to {size} rows",
-        "in all": f"{(once * work.steps + old + reference + joint) / mu + update:.1f} forward passes an update and process, "
+        "in all": f"{(sampling + old + reference + joint) / mu + update:.1f} forward passes an update and process, "
         f"{update} of them with a backward pass",
         "memory": f"{need.total / GIB:.2f} GiB a process without sharding ({parts})",
     }
