@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo test lint format docs tiny results rl study clean
+.PHONY: install demo test lint format docs tiny results rl distill study clean
 
 install: $(READY)
 
@@ -59,6 +59,14 @@ rl: $(READY)
 		$(BIN)/unmask eval --model $$run/final --task $$task --decoder eoser-ass --limit 256 --batch-size 64 \
 			--output $$run/test || exit 1; \
 	done; done; done
+
+# Distillation on the shipped model (docs/distill.md): teachers, then seven passes (about an hour on two cores).
+distill: $(READY)
+	$(BIN)/unmask eval --task sudoku --limit 900 --split train --seed 1 --dtype bfloat16 --batch-size 64 --trajectories \
+		--output runs/teacher/sudoku --decoder threshold
+	$(BIN)/unmask eval --task countdown --limit 6000 --split train --seed 1 --dtype bfloat16 --batch-size 64 --trajectories \
+		--output runs/teacher/countdown --decoder threshold
+	$(BIN)/unmask distill configs/tiny/distill.yaml
 
 # The studies of docs/results.md and docs/results-rl.md: hours; each goes on where it was stopped.
 STUDIES ?= decoders ascending gamma lengths objectives variants

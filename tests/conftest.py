@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ PROMPTS += ["a longer prompt, so that the padding of the others is long as well"
 SEEDS = torch.tensor([11, 12, 13, 14])
 
 
-def toy(**shape: object) -> MaskedLM:
+def toy(task_defaults: Any = None, **shape: object) -> MaskedLM:
     model, tokenizer = new_model({**SHAPE, **shape}, seed=1)
+    model.config.task_defaults = task_defaults or {}
     return MaskedLM.wrap(model.eval(), tokenizer, "toy")
 
 

@@ -35,7 +35,7 @@ SHORT = {"validation_share": 0.1, "max_steps": 2, "per_device_train_batch_size":
 
 
 def config(output: Path, **changes: Any) -> SFTConfig:
-    values: dict[str, Any] = {"new_model": {**SHAPE, "init_std": 0.02, "task_defaults": TASKS}, "tasks": list(TASKS)}
+    values: dict[str, Any] = {"new_model": {**SHAPE, "init_std": 0.02}, "task_defaults": TASKS, "tasks": list(TASKS)}
     values |= {"problems": [24, 12], "validation_problems": 8, "canvas": [96, 128], "max_steps": 6, "save_steps": 3}
     values |= {"per_device_train_batch_size": 8, "warmup_steps": 2, "logging_steps": 2, "eval_steps": 3, **PLAIN}
     return SFTConfig(output_dir=str(output), **{**values, **changes})
@@ -63,6 +63,14 @@ def test_corruption_masks_only_what_it_may_at_rate_t() -> None:
     assert not masked[:, :50].any()
     assert torch.equal(noisy == 7, masked) and torch.equal(noisy[~masked], ids[~masked])
     assert abs(float(masked[:, 50:].float().mean()) - 0.3) < 0.01
+
+
+def test_task_defaults_are_those_of_the_model_and_the_run(tmp_path: Path) -> None:
+    """A new task beside the model's own; it is trained as it will be asked for."""
+    lm, added = toy(task_defaults=TASKS), {"chain_sum": {"style": "compact", "max_terms": 4}}
+    c = config(tmp_path, new_model=None, task_defaults=added, tasks=["chain_sum"], problems=[8], validation_problems=2)
+    SFTTrainer(lm, c)
+    assert lm.task_defaults == {**TASKS, **added}
 
 
 def test_resume_equals_uninterrupted(tmp_path: Path) -> None:

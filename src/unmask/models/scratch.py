@@ -44,7 +44,7 @@ def new_model(shape: dict[str, Any], seed: int) -> tuple[LLaDAModelLM, PreTraine
     tokenizer = character_tokenizer()
     ids: dict[str, Any] = {name: getattr(tokenizer, name) for name in ("mask_token_id", "eos_token_id", "pad_token_id")}
     ids["vocab_size"] = len(tokenizer)
-    fields = set(LLaDAConfig.__annotations__) - {"embedding_size", *ids}
+    fields = set(LLaDAConfig.__annotations__) - {"embedding_size", "task_defaults", *ids}
     for key in shape:
         if key not in fields:
             raise unknown("key of new_model", key, fields)
