@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -172,12 +175,13 @@ def edited(folder: str, output: Path, **changes: Any) -> str:
 
 
 FAULTS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-    ({}, {"min_reward": None}, "none of the 6 decodes of the teacher .* is solved: choose a better teacher"),
-    ({}, {"min_reward": 2.0}, "none of the 6 decodes of the teacher .* has a reward of 2 or more"),
-    ({"completion": "other"}, {}, "has another tokenizer than .*: choose a teacher of the same family"),
+    ({}, {"min_reward": None}, "none of the teacher's 6 decodes of task countdown is solved: choose a better teacher"),
+    ({}, {"min_reward": 2.0}, "none of the teacher's 6 decodes of task countdown has a reward of 2 or more"),
+    ({}, {"tasks": [TASK, "sudoku:style=compact"]}, "none of the teacher's 0 decodes of task sudoku"),
+    ({"completion": "other"}, {}, "has another tokenizer than .*; choose a teacher of the same family"),
     ({"tokens": [500] * LENGTH}, {}, "has another tokenizer"),
     ({}, {"max_completion_length": 16}, "has a canvas of 32 tokens, this run of 16"),
-    ({}, {"tasks": ["sudoku:style=compact"]}, "decoded task countdown: add it to tasks"),
+    ({}, {"tasks": ["sudoku:style=compact"]}, "decoded task countdown, which is not trained: add it to tasks"),
     ({"steps": "none"}, {}, "is damaged"),
 ]
 
@@ -198,6 +202,10 @@ def test_an_unfinished_teacher_is_refused(tmp_path: Path, model: str, folder: st
     (tmp_path / "teacher" / "summary.json").unlink()
     with pytest.raises(UserError, match="is an unfinished evaluation: give its command again"):
         DistillTrainer(model, teacher, config(tmp_path / "run", model, teacher))
+    path = Path(edited(folder, tmp_path / "of_tests")) / "config.json"
+    path.write_text(path.read_text().replace('"split": "train"', '"split": "test"'))
+    with pytest.raises(UserError, match="decoded test problems: make it with unmask eval --split train"):
+        DistillTrainer(model, str(path.parent), config(tmp_path / "run", model, teacher))
 
 
 @pytest.mark.parametrize(
@@ -219,17 +227,22 @@ def test_wrong_settings_name_the_fix(tmp_path: Path, settings: dict[str, Any], m
 # ---- whole runs --------------------------------------------------------------------------------------------------------
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, model: str, folder: str) -> None:
-    settings = {"own_tokens": 0.3, "decoder": "eoser-ass:temperature=1"}
-    train(config(tmp_path / "one", model, folder, **settings), [folder])
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    shutil.rmtree(tmp_path / "two" / "checkpoint-4")
-    shutil.rmtree(tmp_path / "two" / "final")
-    train(config(tmp_path / "two", model, folder, **settings), [folder])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, model: str, folder: str) -> None:
+    """kill -9 behind a checkpoint; metrics and weights are the same to the bit."""
+    settings = {"own_tokens": 0.3, "decoder": "eoser-ass:temperature=1", "max_steps": 5}
+    train(config(tmp_path / "whole", model, folder, **settings), [folder])
+    save_config(config(tmp_path / "part", model, folder, **settings), tmp_path / "part.yaml")
+    metrics, deadline = tmp_path / "part" / "metrics.jsonl", time.time() + 200
+    process = start(["-m", "unmask", "distill", str(tmp_path / "part.yaml")], tmp_path)
+    while process.poll() is None and time.time() < deadline and not any(e["step"] >= 3 for e in read_lines(metrics)):
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(100)
+    assert main(["distill", str(tmp_path / "part.yaml")]) == 0
     for name in ("metrics.jsonl", "final/model.safetensors"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
-    lines = read_lines(tmp_path / "one" / "metrics.jsonl")
-    assert [line["step"] for line in lines if "eval_reward" in line] == [0, 2, 4]
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "part" / name).read_bytes()
+    lines = read_lines(metrics)
+    assert [line["step"] for line in lines if "eval_reward" in line] == [0, 2, 4, 5]
     assert {"agreement", "nfe", "loss"} <= lines[1].keys()
 
 

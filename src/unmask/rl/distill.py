@@ -7,7 +7,7 @@ Related: T3D (arXiv 2602.12262), DiDi-Instruct (2509.25035).
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -168,48 +168,55 @@ def read_teacher(lm: MaskedLM, folders: Sequence[str], config: DistillConfig, da
     Kept are those that are solved, or where ``min_reward`` is set, whose reward is that or more.
 
     Args:
-        folders: of ``unmask eval --trajectories``, on the run's tasks.
+        folders: of ``unmask eval --split train --trajectories``, on the run's tasks.
 
     Raises:
-        UserError: for a folder without such records, of another tokenizer or canvas, or where none is kept.
+        UserError: for a folder without such records, of another tokenizer or canvas, or where none of a task is kept.
     """
-    tasks = {task.name: task for task in data.tasks}
-    fix = "make it with unmask eval --split train --trajectories"
-    rows, found, length = [], 0, config.max_completion_length
-    vocabulary = len(lm.model.get_input_embeddings().weight)  # type: ignore[arg-type]
-    for folder in map(Path, folders):
-        names = {spec: task["name"] for spec, task in read_json(folder / "config.json", CONFIG, fix)["tasks"].items()}
-        if missing := [name for name in names.values() if name not in tasks]:
-            raise UserError(
-                f"the teacher {folder} decoded task {missing[0]}: add it to tasks, or choose another teacher"
-            )
-        if not (folder / "summary.json").is_file():
-            raise UserError(f"the teacher {folder} is an unfinished evaluation: give its command again")
-        for path in sorted((folder / "records").glob("*.jsonl")):
-            records = read_lines(path, TEACHER, fix)
-            found += len(records)
-            for r in records:
-                if len(r["tokens"]) != length:
-                    canvas = f"a canvas of {len(r['tokens'])} tokens, this run of {length}"
-                    raise UserError(f"the teacher {folder} has {canvas}: set max_completion_length alike")
-                if max(r["tokens"]) >= vocabulary or lm.text(torch.tensor([r["tokens"]])) != [r["completion"]]:
-                    raise UserError(
-                        f"the teacher {folder} has another tokenizer than {lm.name}, its tokens are not its text: choose a "
-                        "teacher of the same family"
-                    )
-                problem = Problem(r["id"], r["prompt"], r["truth"])
-                row = {"prompt": r["prompt"], "problem": problem, "task": tasks[names[r["task"]]]}
-                rows.append((row, r))
-    kept = [r["solved"] for _, r in rows]
+    tasks, rows, records = {task.name: task for task in data.tasks}, [], []
+    for name, record in (found for folder in folders for found in _records_of(Path(folder))):
+        if name not in tasks:
+            raise UserError(f"the teacher decoded task {name}, which is not trained: add it to tasks")
+        _check_tokens(lm, record, config.max_completion_length)
+        problem = Problem(record["id"], record["prompt"], record["truth"])
+        rows.append({"prompt": record["prompt"], "problem": problem, "task": tasks[name]})
+        records.append(record)
+    kept = [record["solved"] for record in records]
     if config.min_reward is not None and rows:
-        table = score(data.reward_funcs, [row for row, _ in rows], [r["completion"] for _, r in rows])
+        table = score(data.reward_funcs, rows, [record["completion"] for record in records])
         kept = ((table * torch.tensor(data.weights)).nansum(1) >= config.min_reward).tolist()
-    if not any(kept):
-        what = "is solved" if config.min_reward is None else f"has a reward of {config.min_reward:g} or more"
-        raise UserError(
-            f"none of the {found} decodes of the teacher {', '.join(folders)} {what}: choose a better teacher"
-        )
-    return [{**row, "teacher": _filled(lm, r)} for (row, r), keep in zip(rows, kept, strict=True) if keep]
+    for name, task in tasks.items():
+        own = [keep for row, keep in zip(rows, kept, strict=True) if row["task"] == task]
+        if not any(own):
+            what = "is solved" if config.min_reward is None else f"has a reward of {config.min_reward:g} or more"
+            raise UserError(f"none of the teacher's {len(own)} decodes of task {name} {what}: choose a better teacher")
+    every = zip(rows, records, kept, strict=True)
+    return [{**row, "teacher": _filled(lm, record)} for row, record, keep in every if keep]
+
+
+def _records_of(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every record of a finished evaluation of training problems, with the name of its task."""
+    fix = "make it with unmask eval --split train --trajectories"
+    settings = read_json(folder / "config.json", {**CONFIG, "split": str}, fix)
+    if settings["split"] != "train":
+        raise UserError(f"the teacher {folder} decoded {settings['split']} problems: {fix}")
+    if not (folder / "summary.json").is_file():
+        raise UserError(f"the teacher {folder} is an unfinished evaluation: give its command again")
+    for path in sorted((folder / "records").glob("*.jsonl")):
+        for record in read_lines(path, TEACHER, fix):
+            yield settings["tasks"][record["task"]]["name"], record
+
+
+def _check_tokens(lm: MaskedLM, record: dict[str, Any], length: int) -> None:
+    """Raises UserError where a record has another canvas, or tokens that do not mean its text."""
+    tokens = record["tokens"]
+    if len(tokens) != length:
+        canvas = f"the teacher has a canvas of {len(tokens)} tokens, this run of {length}"
+        raise UserError(f"{canvas}: set max_completion_length alike")
+    vocabulary = len(lm.model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    if max(tokens) >= vocabulary or lm.text(torch.tensor([tokens])) != [record["completion"]]:
+        other = f"the teacher has another tokenizer than {lm.name}: its tokens are not its text"
+        raise UserError(f"{other}; choose a teacher of the same family")
 
 
 def _filled(lm: MaskedLM, record: dict[str, Any]) -> dict[str, list[Any]]:
