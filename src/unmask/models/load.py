@@ -27,7 +27,8 @@ from unmask.models import bidirectional, remote
 from unmask.models.llada import LLaDAModelLM
 from unmask.models.masked_lm import MaskedLM
 
-SHIPPED = {"tiny": Path(__file__).parent / "tiny"}
+SHIPPED = {file.parent.name: file.parent for file in sorted(Path(__file__).parent.glob("*/config.json"))}
+"""The checkpoints in the package by name."""
 FAMILIES: dict[str, type[PreTrainedModel]] = {  # converted checkpoints may have kept their parent's name
     model.config_class.model_type: model
     for model in (LLaDAModelLM, *bidirectional.MODELS, *bidirectional.UNDER_PARENTS_NAME)
