@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributions import Bernoulli, kl_divergence
 
+from benchmarks.report.command import command as report
 from conftest import PROMPTS, SEEDS, saved
 from test_rl_runs import start
 from unmask import DistillConfig, DistillTrainer, UserError, decode, make_decoder
@@ -227,7 +229,7 @@ def test_wrong_settings_name_the_fix(tmp_path: Path, settings: dict[str, Any], m
 # ---- whole runs --------------------------------------------------------------------------------------------------------
 
 
-def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, model: str, folder: str) -> None:
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, model: str, folder: str, capsys: Any) -> None:
     """kill -9 behind a checkpoint; metrics and weights are the same to the bit."""
     settings = {"own_tokens": 0.3, "decoder": "eoser-ass:temperature=1", "max_steps": 5}
     train(config(tmp_path / "whole", model, folder, **settings), [folder])
@@ -244,6 +246,10 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, model: str, fol
     lines = read_lines(metrics)
     assert [line["step"] for line in lines if "eval_reward" in line] == [0, 2, 4, 5]
     assert {"agreement", "nfe", "loss"} <= lines[1].keys()
+    report([str(tmp_path / "whole")])
+    assert re.search(
+        r"\| whole \| distill \| eoser-ass:temperature=1 \| countdown \|.*\| 5 \| 20 \|", capsys.readouterr().out
+    )
 
 
 def test_two_processes_make_one_processs_teacher_and_weights(tmp_path: Path, model: str) -> None:

@@ -1,4 +1,4 @@
-"""Folders of ``unmask eval``, ``unmask rl`` and studies as sources of a report. Nothing is drawn here."""
+"""Folders of ``unmask eval``, ``unmask rl``, ``unmask distill`` and studies as sources of a report. Nothing is drawn here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from unmask.io.schema import COUNT, METRICS, POSITIVE, RECORD, SUMMARY, TIMES, c
 from unmask.results.figures import evaluation_cells
 from unmask.results.tables import evaluation_table
 
-_FOLDERS = "choose a folder of unmask rl, unmask eval or a study"
+_FOLDERS = "choose a folder of unmask rl, unmask distill, unmask eval or a study"
 _NOT_SETTINGS = ("seed", "output_dir", "eval_steps", "save_steps", "report_to", "log_completions", "rows_per_forward")
 
 
@@ -81,12 +81,12 @@ def _read_evaluation(folder: Path, name: str) -> Source:
 
 
 def _read_run(folder: Path, name: str) -> Source:
-    schema = {"objective": str, "decoder": str, "seed": COUNT, "per_device_train_batch_size": POSITIVE}
-    config = read_yaml(folder / "config.yaml", "the config", schema)
+    schema = {"objective?": str, "decoder": str, "seed": COUNT, "per_device_train_batch_size": POSITIVE}
+    config = {"objective": "distill", **read_yaml(folder / "config.yaml", "the config", schema)}
     entries = read_lines(folder / "metrics.jsonl", METRICS, FIX)
     if not entries:
         raise UserError(f"{folder / 'metrics.jsonl'} is empty: let the run make its first update")
-    rollouts = sum("reward" in entry for entry in entries)
+    rollouts = sum(bool({"reward", "agreement"} & entry.keys()) for entry in entries)
     costs = {
         "updates": max(e["step"] for e in entries),
         "completions": rollouts * config["per_device_train_batch_size"],

@@ -17,7 +17,8 @@ class ReportArguments:
     """Figures and one HTML file of evaluations, trainings and studies, of one kind or mixed."""
 
     folders: Annotated[list[str], tyro.conf.Positional]
-    """Folders of ``unmask eval``, ``unmask rl`` or a study; runs that differ in nothing but the seed share a band."""
+    """Folders of ``unmask eval``, ``unmask rl``, ``unmask distill`` or a study; runs that differ in the seed alone share a
+    band."""
     output: str | None = None
     """Where report.html and the figures go; by default the first folder."""
 
@@ -25,7 +26,7 @@ class ReportArguments:
 def command(arguments: list[str]) -> None:
     a = read_flags(ReportArguments, arguments, prog="python -m benchmarks report")
     if not a.folders:
-        raise UserError("no folder: name at least one folder of unmask eval, unmask rl or a study")
+        raise UserError("no folder: name at least one folder of unmask eval, unmask rl, unmask distill or a study")
     from benchmarks.report.page import report
 
     said, written = report([Path(folder) for folder in a.folders], Path(a.output or a.folders[0]))

@@ -23,6 +23,7 @@ _EXACT = 1e-6  # mismatches below it are rounding
 _CURVES = {
     "eval_reward": "validation: mean reward",
     "reward": "mean reward of the rollouts",
+    "agreement": "commits in which the student agrees with its teacher",
     "length": "tokens before the first end token",
     "logprob_mismatch": "log-prob mismatch (nats a token)",
     "entropy": "entropy of scored tokens (nats)",
