@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,17 @@ from torch.distributions import Bernoulli, kl_divergence
 from benchmarks.report.command import command as report
 from conftest import PROMPTS, SEEDS, saved
 from test_rl_runs import start
-from unmask import DistillConfig, DistillTrainer, UserError, decode, make_decoder
+from unmask import DiffusionGRPOConfig, DistillConfig, DistillTrainer, SFTConfig, UserError, decode, load, make_decoder
 from unmask.cli import main
-from unmask.config import save_config
+from unmask.config import read_config, save_config
 from unmask.evaluation.config import EvalConfig
 from unmask.evaluation.evaluate import evaluate
 from unmask.io.files import read_lines
 from unmask.rl.distill import LOSSES, GuidedLoop, Teacher, state_views, student_trajectory, train
+from unmask.rl.run import train as train_rl
+from unmask.training.sft import train as train_sft
 
+TINY = Path(__file__).parent.parent / "configs" / "tiny"
 LENGTH = 32
 TASK = "countdown:style=compact,max_value=6"
 
@@ -106,7 +110,7 @@ def config(output: Path, model: str, source: str, **changes: Any) -> DistillConf
 
 
 def test_a_teachers_rows_are_filled_with_eos(tmp_path: Path, model: str, folder: str) -> None:
-    t = DistillTrainer(model, folder, config(tmp_path, model, folder))
+    t = DistillTrainer(model, config(tmp_path, model, folder))
     rows: Any = t.train_dataset
     assert len(rows) == 6 and rows[0]["task"].name == "countdown"
     records = read_lines(next((Path(folder) / "records").glob("*.jsonl")))
@@ -131,7 +135,7 @@ def test_loss_and_gradient_equal_a_plain_restatement(
     tmp_path: Path, model: str, folder: str, settings: dict[str, Any], lora_r: int | None
 ) -> None:
     """Rows, states, tokens in loops; every forward on one row without padding."""
-    t = DistillTrainer(model, folder, config(tmp_path, model, folder, lora_r=lora_r, **settings))
+    t = DistillTrainer(model, config(tmp_path, model, folder, lora_r=lora_r, **settings))
     rows: Any = [t.train_dataset[i] for i in range(4)]  # type: ignore[index]
     loss = t.training_step(t.model, rows)
     trained = [p for p in t.model.parameters() if p.requires_grad]
@@ -194,20 +198,38 @@ def test_an_unfit_teacher_is_one_sentence(
 ) -> None:
     teacher = edited(folder, tmp_path / "teacher", **changes)
     with pytest.raises(UserError, match=message):
-        DistillTrainer(model, teacher, config(tmp_path / "run", model, teacher, **settings))
+        DistillTrainer(model, config(tmp_path / "run", model, teacher, **settings))
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def test_an_unfinished_teacher_is_refused(tmp_path: Path, model: str, folder: str) -> None:
-    """Its records may lie in shards, which would be left out without a word."""
+def test_what_is_no_teacher_is_refused(tmp_path: Path, model: str, folder: str) -> None:
+    """Records of an unfinished evaluation may lie in shards, which would be left out without a word."""
+
+    def refused(name: str, message: str, old: str = "", new: str = "") -> None:
+        settings = tmp_path / name / "config.json"
+        settings.write_text(settings.read_text().replace(old, new))
+        with pytest.raises(UserError, match=message):
+            DistillTrainer(model, config(tmp_path / "run", model, str(tmp_path / name)))
+
+    for name in ("no_summary", "shard", "of_tests", "shots", "numbers"):
+        edited(folder, tmp_path / name)
+    (tmp_path / "no_summary" / "summary.json").unlink()
+    (tmp_path / "shard" / "records" / "x.jsonl.rank-1").touch()
+    refused("no_summary", "is an unfinished evaluation: give its command again")
+    refused("shard", "is an unfinished evaluation")
+    refused("of_tests", "decoded test problems with 0 worked examples", '"split": "train"', '"split": "test"')
+    refused("shots", "decoded train problems with 2 worked examples", '"shots": 0', '"shots": 2')
+    refused("numbers", "with numbers=4, this run 3: set both alike", '"numbers": 3', '"numbers": 4')
+
+
+def test_only_what_is_right_is_learned(tmp_path: Path, model: str, folder: str) -> None:
     teacher = edited(folder, tmp_path / "teacher")
-    (tmp_path / "teacher" / "summary.json").unlink()
-    with pytest.raises(UserError, match="is an unfinished evaluation: give its command again"):
-        DistillTrainer(model, teacher, config(tmp_path / "run", model, teacher))
-    path = Path(edited(folder, tmp_path / "of_tests")) / "config.json"
-    path.write_text(path.read_text().replace('"split": "train"', '"split": "test"'))
-    with pytest.raises(UserError, match="decoded test problems: make it with unmask eval --split train"):
-        DistillTrainer(model, str(path.parent), config(tmp_path / "run", model, teacher))
+    path = next((tmp_path / "teacher" / "records").glob("*.jsonl"))
+    records = read_lines(path)
+    path.write_text("".join(json.dumps({**r, "solved": r["index"] in (1, 4)}) + "\n" for r in records))
+    rows: Any = DistillTrainer(model, config(tmp_path / "run", model, teacher, min_reward=None)).train_dataset
+    assert [row["prompt"] for row in rows] == [records[i]["prompt"] for i in (1, 4)]
+    assert rows[1]["teacher"]["tokens"][:5] == records[4]["tokens"][:5]
 
 
 @pytest.mark.parametrize(
@@ -215,6 +237,8 @@ def test_an_unfinished_teacher_is_refused(tmp_path: Path, model: str, folder: st
     [
         ({"tasks": []}, "tasks is empty"),
         ({"teacher": []}, "teacher is empty"),
+        ({"teacher": ["runs/nowhere"]}, "teacher runs/nowhere is no folder of an evaluation: make it with unmask eval"),
+        ({"trainer_args": {"load_best_model_at_end": True}}, "set load_best_model_at_end itself"),
         ({"masked_weight": 2.0}, "masked_weight is 2.0"),
         ({"decoder": "full:steps=64"}, "64 steps for a canvas of 32 tokens"),
         ({"decoder": "threshold:block_length=8", "order": "teacher"}, "set order=student"),
@@ -232,7 +256,7 @@ def test_wrong_settings_name_the_fix(tmp_path: Path, settings: dict[str, Any], m
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, model: str, folder: str, capsys: Any) -> None:
     """kill -9 behind a checkpoint; metrics and weights are the same to the bit."""
     settings = {"own_tokens": 0.3, "decoder": "eoser-ass:temperature=1", "max_steps": 5}
-    train(config(tmp_path / "whole", model, folder, **settings), [folder])
+    train(config(tmp_path / "whole", model, folder, **settings))
     save_config(config(tmp_path / "part", model, folder, **settings), tmp_path / "part.yaml")
     metrics, deadline = tmp_path / "part" / "metrics.jsonl", time.time() + 200
     process = start(["-m", "unmask", "distill", str(tmp_path / "part.yaml")], tmp_path)
@@ -253,28 +277,42 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, model: str, fol
 
 
 def test_two_processes_make_one_processs_teacher_and_weights(tmp_path: Path, model: str) -> None:
-    runs = {"one": {}, "two": {"per_device_train_batch_size": 2}}
+    drawn = {"own_tokens": 0.3, "decoder": "eoser-ass:temperature=1"}
+    runs: dict[str, dict[str, Any]] = {"one": drawn, "two": {**drawn, "per_device_train_batch_size": 2}}
     for name, changes in runs.items():
         save_config(config(tmp_path / name, model, "full:steps=8", **changes), tmp_path / f"{name}.yaml")
     assert main(["distill", str(tmp_path / "one.yaml")]) == 0
     process = start(["-m", "unmask", "distill", str(tmp_path / "two.yaml")], tmp_path, processes=2)
-    assert process.wait(120) == 0, process.stderr and process.stderr.read()
+    assert process.wait(120) == 0, process.stdout and process.stdout.read()
     one, two = (load_file(tmp_path / name / "final" / "model.safetensors") for name in runs)
     assert all(torch.allclose(one[k], two[k], atol=1e-5) for k in one)
+    texts = [read_lines(next((tmp_path / n / "teacher" / "records").glob("*.jsonl"))) for n in runs]
+    assert [r["tokens"] for r in texts[0]] == [r["tokens"] for r in texts[1]]
 
 
 def test_the_command_makes_its_own_teacher(tmp_path: Path, toy_lm: Any, capsys: Any) -> None:
-    model = saved(toy_lm, tmp_path / "toy")
-    c = config(tmp_path / "run", model, "full:steps=8", max_steps=2, load_best_model_at_end=True)
-    save_config(c, tmp_path / "run.yaml")
-    assert main(["distill", str(tmp_path / "run.yaml")]) == 0
-    assert (tmp_path / "run" / "teacher" / "summary.json").is_file() and "checkpoint" in capsys.readouterr().out
-    assert main(["distill", str(tmp_path / "run.yaml")]) == 0  # a second time: what is there stays
-    assert main(["distill", str(tmp_path / "run.yaml"), "--teacher", "full", str(tmp_path)]) == 2
-    assert "mixes folders and decoders" in capsys.readouterr().err
+    model, file = saved(toy_lm, tmp_path / "toy"), str(tmp_path / "run.yaml")
+    save_config(config(tmp_path / "run", model, "full:steps=8", max_steps=2, load_best_model_at_end=True), Path(file))
+    assert main(["distill", file]) == 0 and "checkpoint" in capsys.readouterr().out
+    records = next((tmp_path / "run" / "teacher" / "records").glob("*.jsonl"))
+    before = records.read_bytes()
+    assert main(["distill", file]) == 0 and records.read_bytes() == before  # a second time: what is there stays
+    folder = str(tmp_path / "run" / "teacher")
+    for flags, message in (
+        (["--teacher", "full", folder], "mixes folders and decoders"),
+        (["--teacher", "full:steps=4"], "holds the decodes of another teacher: remove it"),
+        (["--problems", "9"], "holds the decodes of another teacher"),
+        (["--teacher", "full:max_new_tokens=64"], "has a canvas of 64 tokens, this run of 32"),
+        (["--seed", "1"], "results with other seed"),
+    ):
+        assert main(["distill", file, *flags]) == 2
+        assert message in capsys.readouterr().err
 
 
-def test_the_best_checkpoint_stays_and_is_final(tmp_path: Path, model: str, folder: str, monkeypatch: Any) -> None:
+@pytest.mark.parametrize("limit", [1, 2])
+def test_the_best_checkpoint_stays_and_is_final(
+    tmp_path: Path, model: str, folder: str, monkeypatch: Any, limit: int
+) -> None:
     rewards = iter([0.1, 0.2, 0.9, 0.3, 0.4, 0.5])
     report = DistillTrainer.report
 
@@ -282,8 +320,31 @@ def test_the_best_checkpoint_stays_and_is_final(tmp_path: Path, model: str, fold
         return report(self, {**metrics, "eval_reward": next(rewards)})
 
     monkeypatch.setattr(DistillTrainer, "report", as_wished)
+    monkeypatch.chdir(tmp_path)
     every = {"eval_steps": 1, "save_steps": 1, "max_steps": 5, "load_best_model_at_end": True}
-    train(config(tmp_path, model, folder, **every), [folder])
-    assert {p.name for p in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4", "checkpoint-5"}
-    best, final = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("checkpoint-2", "final"))
-    assert best == final and "Validation after update 2" in (tmp_path / "final" / "README.md").read_text()
+    train(config(Path("./runs/../run"), model, folder, trainer_args={"save_total_limit": limit}, **every))
+    kept = {int(p.name.partition("-")[2]) for p in Path("run").glob("checkpoint-*")}
+    assert kept == {2, *range(6 - limit, 6)}
+    best, final = ((Path("run") / name / "model.safetensors").read_bytes() for name in ("checkpoint-2", "final"))
+    assert best == final and "Validation after update 2" in Path("run/final/README.md").read_text()
+
+
+def test_recipes_of_the_shipped_models(tmp_path: Path, model: str, folder: str) -> None:
+    """An update each on a toy model: distillation, reinforcement behind it, and a third task in two wordings."""
+    small: dict[str, Any] = {"model": model, "max_steps": 1, "eval_steps": 1, "save_steps": 1, "compile": False}
+    small |= {"report_to": [], "validation_problems": 1, "bf16": False, "output_dir": str(tmp_path / "run")}
+    on = {**small, "problems": 6, "max_completion_length": LENGTH, "tasks": [TASK], "rows_per_forward": 8}
+    distill = read_config(DistillConfig, TINY / "distill.yaml", ["--teacher", folder])
+    assert distill.tasks == ["sudoku", "countdown"] and distill.decoder == "eoser-ass"
+    train(replace(distill, **on, min_reward=0.0, per_device_train_batch_size=2))
+    fast = read_config(DiffusionGRPOConfig, TINY / "fast.yaml")
+    assert fast.model == "runs/distill/final" and fast.tasks == distill.tasks
+    tasks = {"tasks": [TASK, "sudoku:style=compact"], "output_dir": str(tmp_path / "rl")}
+    train_rl(replace(fast, **{**on, **tasks}, per_device_train_batch_size=8))
+    three = read_config(SFTConfig, TINY / "three.yaml")
+    assert len(three.tasks) == 6 and "chain_sum" in three.task_defaults
+    sft = {**small, "output_dir": str(tmp_path / "sft"), "problems": [4], "per_device_train_batch_size": 2}
+    final = load(
+        str(train_sft(replace(three, **sft, task_defaults={**three.task_defaults, "countdown": {"max_value": 6}})))
+    )
+    assert final.task_defaults["countdown"] == {"style": "compact", "max_value": 6}

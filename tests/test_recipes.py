@@ -163,6 +163,7 @@ if __name__ == "__main__":  # MODEL DATA OUTPUT FILE…: two updates of each rec
             train_sft(small_sft(file, model, Path(data), folder))
         elif file.stem.startswith("distill"):
             distill = small_distill(file, model, Path(data), folder)
-            train_distill(distill, decode_teacher(distill))
+            decode_teacher(distill)
+            train_distill(distill)
         else:
             train_rl(small_rl(file, model, Path(data), folder))

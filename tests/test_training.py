@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import TrainerCallback
 
-from conftest import SHAPE, toy
+from conftest import SHAPE, saved, toy
 from test_sft_data import WIDTH, chat, turns
 from unmask import SFTConfig, SFTTrainer, UserError, load, make_task
 from unmask.config import read_config
@@ -66,11 +66,37 @@ def test_corruption_masks_only_what_it_may_at_rate_t() -> None:
 
 
 def test_task_defaults_are_those_of_the_model_and_the_run(tmp_path: Path) -> None:
-    """A new task beside the model's own; it is trained as it will be asked for."""
-    lm, added = toy(task_defaults=TASKS), {"chain_sum": {"style": "compact", "max_terms": 4}}
-    c = config(tmp_path, new_model=None, task_defaults=added, tasks=["chain_sum"], problems=[8], validation_problems=2)
-    SFTTrainer(lm, c)
-    assert lm.task_defaults == {**TASKS, **added}
+    """A new task beside the model's own; it is trained as it will be asked for. An adapter's final checkpoint has them too."""
+    lm = toy(task_defaults=TASKS)
+    model, added = saved(lm, tmp_path / "model"), {"chain_sum": {"style": "compact"}, "sudoku": {"max_empty": 5}}
+    few: dict[str, Any] = {
+        "problems": [8],
+        "validation_problems": 2,
+        "max_steps": 1,
+        "save_steps": 1,
+        "warmup_steps": 0,
+    }
+    few |= {
+        "new_model": None,
+        "model": model,
+        "tasks": ["chain_sum"],
+        "task_defaults": added,
+        "canvas": [128],
+        "lora_r": 2,
+    }
+    final = load(str(train(config(tmp_path / "run", **few))))
+    assert final.task_defaults == {
+        **TASKS,
+        "sudoku": {**TASKS["sudoku"], "max_empty": 5},
+        "chain_sum": {"style": "compact"},
+    }
+    for wrong, message in (
+        ({"chain_sums": {}}, "did you mean 'chain_sum'"),
+        ({"sudoku": {"styl": "compact"}}, "did you mean 'style'"),
+        ({"sudoku": "compact"}, "task_defaults of sudoku is 'compact': write a table"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(config(tmp_path / "wrong", **{**few, "task_defaults": wrong}))
 
 
 def test_resume_equals_uninterrupted(tmp_path: Path) -> None:

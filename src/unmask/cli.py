@@ -70,7 +70,8 @@ def distill(arguments: list[str]) -> None:
     from unmask.evaluation.command import decode_teacher
     from unmask.rl.distill import train
 
-    _say(f"checkpoint  {train(config, decode_teacher(config))}")
+    decode_teacher(config)
+    _say(f"checkpoint  {train(config)}")
 
 
 @dataclass

@@ -14,7 +14,7 @@ from unmask.evaluation.config import EvalConfig, TuneConfig
 from unmask.evaluation.generate import GenerateArguments
 from unmask.evaluation.generate import run as generate
 from unmask.evaluation.progress import progress_bars
-from unmask.io.files import write_text, writing_to
+from unmask.io.files import read_json, write_text, writing_to
 from unmask.io.terminal import console
 
 if TYPE_CHECKING:
@@ -61,13 +61,21 @@ def run_evaluation(config: EvalConfig) -> None:
     print(f"records  {output / 'records'}\nsummary  {output / 'summary.json'}\nfigure   {output / 'accuracy.png'}")
 
 
-def decode_teacher(config: DistillConfig) -> list[str]:
-    """The folders that a distillation learns from: those it names, or the model's own decodes in its run folder, made now."""
-    folders = [Path(teacher).is_dir() for teacher in config.teacher]
-    if all(folders):
-        return config.teacher
-    if any(folders):
-        raise UserError(f"teacher {config.teacher} mixes folders and decoders: choose one kind")
+def decode_teacher(config: DistillConfig) -> None:
+    """Where ``teacher`` names decoders, decode the training problems under them into the run folder; resumes.
+
+    Raises:
+        UserError: for what ``evaluate`` refuses, a decoder of another canvas, decodes of another teacher.
+    """
+    from unmask.decoding import make_decoder
+    from unmask.evaluation.distributed import close_distributed
+
+    if config.teacher_folders == config.teacher:
+        return
+    length = config.max_completion_length
+    for spec in config.teacher:
+        if (own := make_decoder(spec, max_new_tokens=length).max_new_tokens) != length:
+            raise UserError(f"the teacher {spec} has a canvas of {own} tokens, this run of {length}: set both alike")
     evaluation = EvalConfig(
         model=str(config.model),
         dtype="bfloat16" if config.bf16 else config.dtype,
@@ -75,14 +83,20 @@ def decode_teacher(config: DistillConfig) -> list[str]:
         decoder=config.teacher,
         limit=config.problems,
         split="train",
-        max_new_tokens=config.max_completion_length,
+        max_new_tokens=length,
         batch_size=config.rows_per_forward,
         seed=config.seed + 1,  # as reinforcement learning draws its problems
-        output=str(Path(config.output_dir) / "teacher"),
+        output=config.teacher_folders[0],
         trajectories=True,
     )
+    settings = Path(evaluation.output) / "config.json"
+    if settings.is_file():  # an evaluation may grow, and what a teacher has not been asked for would be learned
+        before = read_json(settings, {"decoders": dict, "tasks": dict, "limit": object}, f"remove {evaluation.output}")
+        asked = {*config.teacher}, {*config.tasks}, config.problems
+        if ({*before["decoders"]}, {*before["tasks"]}, before["limit"]) != asked:
+            raise UserError(f"{evaluation.output} holds the decodes of another teacher: remove it")
     run_evaluation(evaluation)
-    return [evaluation.output]
+    close_distributed()
 
 
 def tune_command(arguments: list[str]) -> None:

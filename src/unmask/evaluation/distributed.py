@@ -83,8 +83,15 @@ def init_distributed() -> Processes:
         return Processes()
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-        atexit.register(dist.destroy_process_group)
+        atexit.register(close_distributed)
     return Processes(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=TIMEOUT))
+
+
+def close_distributed() -> None:
+    """Leave no process group behind: a training behind an evaluation makes its own, with the backend of its devices."""
+    init_distributed.cache_clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def take_own_gpu() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from unmask.errors import UserError, check_at_least, check_positive, check_seed
@@ -49,7 +50,8 @@ class TrajectoryConfig(RunConfig):
     """Updates between validations; one more is made before the first update."""
     save_steps: int = 20
     load_best_model_at_end: bool = False
-    """Keep the checkpoint of the best validation (mean reward) beside the last ones; ``final`` is the best then."""
+    """Keep the checkpoint of the best validation (mean reward) beside the last ones; ``final`` is the best then. The model that
+    the run starts from is none of them."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -182,6 +184,10 @@ class DistillConfig(TrajectoryConfig):
     teacher: list[str] = field(default_factory=lambda: ["full"])
     """Decoders, under each of which the model itself decodes the training problems once; or folders of ``unmask eval --split
     train --trajectories``, of this model or one with its tokenizer."""
+    tasks: list[str] = field(default_factory=list)
+    """Task specs, those that the teacher decodes; each has the share that its right decodes have."""
+    problems: int | None = 5000
+    """Training problems a task that the model itself decodes; ``none`` takes all of a finite training split."""
     min_reward: float | None = None
     """Learn from decodes with this reward or more; by default from those that the task's grader calls solved."""
     order: Literal["student", "teacher"] = "student"
@@ -207,9 +213,24 @@ class DistillConfig(TrajectoryConfig):
             raise UserError("tasks is empty: choose those that the teacher decodes")
         if not self.teacher:
             raise UserError("teacher is empty: choose a decoder, or a folder of unmask eval")
+        folders = [name for name in self.teacher if (Path(name) / "config.json").is_file()]
+        paths = [name for name in self.teacher if "/" in name and not name.endswith((".yaml", ".yml"))]
+        if missing := next((name for name in paths if name not in folders), None):
+            raise UserError(
+                f"the teacher {missing} is no folder of an evaluation: make it with unmask eval --split train --trajectories "
+                f"--output {missing}, or name a decoder"
+            )
+        if folders and folders != self.teacher:
+            raise UserError(f"teacher {self.teacher} mixes folders and decoders: choose one kind")
         for name in ("own_tokens", "masked_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} is {getattr(self, name)}: choose 0 to 1")
+
+    @property
+    def teacher_folders(self) -> list[str]:
+        """The folders of ``teacher``, or the one of the run folder for decodes under the decoders that it names."""
+        there = (Path(self.teacher[0]) / "config.json").is_file()
+        return self.teacher if there else [str(Path(self.output_dir) / "teacher")]
 
     def unfit(self, decoder: Decoder) -> dict[str, bool]:
         by_score = self.order == "teacher" and decoder.threshold is not None

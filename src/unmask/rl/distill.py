@@ -6,8 +6,9 @@ Related: T3D (arXiv 2602.12262), DiDi-Instruct (2509.25035).
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,24 +20,23 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 from unmask.decoding import Decoder
 from unmask.decoding.canvas import Canvases
 from unmask.decoding.decode import DecodingLoop
-from unmask.decoding.sampling import Candidates, uniform_noise
+from unmask.decoding.sampling import TOKEN, Candidates, uniform_noise
 from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
-from unmask.io.files import read_json, read_lines
-from unmask.io.schema import CONFIG, COUNT, RECORD, Number
+from unmask.io.files import each_line, read_json
+from unmask.io.schema import CONFIG, COUNT, RECORD, Number, check_same_length
 from unmask.models.masked_lm import MaskedLM
 from unmask.rl.config import DistillConfig
 from unmask.rl.data import Data, task_data
 from unmask.rl.objectives import View, ViewRows
-from unmask.rl.rewards import Row, score
+from unmask.rl.rewards import Row, score, total
 from unmask.rl.rollout import rollout_seeds, score_rows
-from unmask.rl.run import RunLog
+from unmask.rl.run_log import RunLog
 from unmask.rl.trajectory_trainer import TrajectoryTrainer, trajectory_arguments
-from unmask.tasks import Problem
+from unmask.tasks import Problem, Task, make_task
 from unmask.training.run_folder import run
 from unmask.training.trainer import Model, prepare_model
 
-OWN = 2  # stream of random numbers that decide in which steps the student's own tokens are kept
 TEACHER = {
     **RECORD,
     "task": str,
@@ -46,7 +46,7 @@ TEACHER = {
     "logprobs": [Number()],
 }
 """A line of the records that a teacher leaves."""
-LARGEST_PROBABILITY = 1 - 1e-6  # of a teacher's token: what a record rounds to 1 is no certainty
+CERTAINTY = 1 - 1e-6  # bound of a teacher's probability, from below too: what a record rounds to 1 or 0 is neither
 
 
 @dataclass(frozen=True)
@@ -78,25 +78,28 @@ class GuidedLoop(DecodingLoop):
     ) -> None:
         super().__init__(lm, decoder, early_stop=False)
         self.teacher, self.own_tokens, self.teacher_order = teacher, own_tokens, teacher_order
-        self.agreed = torch.zeros(
-            2, device=lm.device
-        )  # commits in which the student would have chosen the same, and all
+        # commits in which the student would have chosen the same, and all
+        self.agreed = torch.zeros(2, device=lm.device)
 
-    def _of_teacher(self, values: Tensor, rows: Canvases, at: tuple[Tensor, Tensor]) -> Tensor:
-        return values[torch.tensor(rows.numbers, device=values.device)[at[0]], at[1]]
+    def advance(self, rows: Canvases) -> None:
+        self.number = torch.tensor(rows.numbers, device=rows.ids.device)
+        super().advance(rows)
+
+    def _of_teacher(self, values: Tensor, at: tuple[Tensor, Tensor]) -> Tensor:
+        return values[self.number[at[0]], at[1]]
 
     def score(self, rows: Canvases, at: tuple[Tensor, Tensor], found: Candidates, gammas: Tensor) -> Tensor:
         if not self.teacher_order:
             return super().score(rows, at, found, gammas)
-        step = self._of_teacher(self.teacher.steps, rows, at).double()
-        return self._of_teacher(self.teacher.logprobs, rows, at).double().exp() - step  # of one step, the surest first
+        step = self._of_teacher(self.teacher.steps, at).double()
+        return self._of_teacher(self.teacher.logprobs, at).double().exp() - step  # of one step, the surest first
 
     def commit(self, rows: Canvases, at: tuple[Tensor, Tensor], found: Candidates, chosen: Tensor) -> None:
         row, column = at
-        tokens = self._of_teacher(self.teacher.tokens, rows, at)
+        tokens = self._of_teacher(self.teacher.tokens, at)
         self.agreed += torch.stack([(chosen & (tokens == found.tokens)).sum(), chosen.sum()])
         if self.own_tokens:
-            own = uniform_noise(rows.seeds[row], rows.at[row], torch.zeros_like(column), OWN) < self.own_tokens
+            own = uniform_noise(rows.seeds[row] + 1, rows.at[row], torch.zeros_like(column), TOKEN) < self.own_tokens
             tokens = torch.where(own, found.tokens, tokens)
         super().commit(rows, at, replace(found, tokens=tokens), chosen)
 
@@ -139,12 +142,12 @@ def cross_entropy(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def forward_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    p = teacher.exp().clamp(max=LARGEST_PROBABILITY)
+    p = teacher.exp().clamp(1 - CERTAINTY, CERTAINTY)
     return p * (p.log() - student) + (1 - p) * ((1 - p).log() - _rest(student))
 
 
 def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
-    p, q = teacher.exp().clamp(max=LARGEST_PROBABILITY), student.exp()
+    p, q = teacher.exp().clamp(1 - CERTAINTY, CERTAINTY), student.exp()
     return q * (student - p.log()) + (1 - q) * (_rest(student) - (1 - p).log())
 
 
@@ -162,21 +165,17 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 outcomes, the teacher's token or any other: what a record tells of the teacher's distribution in its own state."""
 
 
-def read_teacher(lm: MaskedLM, folders: Sequence[str], config: DistillConfig, data: Data) -> list[Row]:
+def read_teacher(lm: MaskedLM, config: DistillConfig, data: Data) -> list[Row]:
     """The decodes to learn from, as rows with ``prompt``, ``problem``, ``task`` and ``teacher`` (``Teacher``'s lists).
 
     Kept are those that are solved, or where ``min_reward`` is set, whose reward is that or more.
 
-    Args:
-        folders: of ``unmask eval --split train --trajectories``, on the run's tasks.
-
     Raises:
-        UserError: for a folder without such records, of another tokenizer or canvas, or where none of a task is kept.
+        UserError: for a folder that is no finished evaluation of training problems, or of other tasks, another tokenizer or
+            another canvas, or where none of a task is kept.
     """
-    tasks, rows, records = {task.name: task for task in data.tasks}, [], []
-    for name, record in (found for folder in folders for found in _records_of(Path(folder))):
-        if name not in tasks:
-            raise UserError(f"the teacher decoded task {name}, which is not trained: add it to tasks")
+    tasks, rows, records = {task.label: task for task in data.tasks}, [], []
+    for name, record in (found for folder in config.teacher_folders for found in _records_of(Path(folder), tasks)):
         _check_tokens(lm, record, config.max_completion_length)
         problem = Problem(record["id"], record["prompt"], record["truth"])
         rows.append({"prompt": record["prompt"], "problem": problem, "task": tasks[name]})
@@ -184,7 +183,7 @@ def read_teacher(lm: MaskedLM, folders: Sequence[str], config: DistillConfig, da
     kept = [record["solved"] for record in records]
     if config.min_reward is not None and rows:
         table = score(data.reward_funcs, rows, [record["completion"] for record in records])
-        kept = ((table * torch.tensor(data.weights)).nansum(1) >= config.min_reward).tolist()
+        kept = (total(table, data.weights) >= config.min_reward).tolist()
     for name, task in tasks.items():
         own = [keep for row, keep in zip(rows, kept, strict=True) if row["task"] == task]
         if not any(own):
@@ -194,17 +193,31 @@ def read_teacher(lm: MaskedLM, folders: Sequence[str], config: DistillConfig, da
     return [{**row, "teacher": _filled(lm, record)} for row, record, keep in every if keep]
 
 
-def _records_of(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Every record of a finished evaluation of training problems, with the name of its task."""
+def _records_of(folder: Path, tasks: Mapping[str, Task]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every record of a finished evaluation of training problems of ``tasks``, with the label of its task."""
     fix = "make it with unmask eval --split train --trajectories"
-    settings = read_json(folder / "config.json", {**CONFIG, "split": str}, fix)
-    if settings["split"] != "train":
-        raise UserError(f"the teacher {folder} decoded {settings['split']} problems: {fix}")
-    if not (folder / "summary.json").is_file():
+    settings = read_json(folder / "config.json", {**CONFIG, "split": str, "shots": COUNT}, fix)
+    if settings["split"] != "train" or settings["shots"]:
+        what = f"decoded {settings['split']} problems with {settings['shots']} worked examples"
+        raise UserError(f"the teacher {folder} {what}: {fix}, without examples")
+    if not (folder / "summary.json").is_file() or next((folder / "records").glob("*.rank-*"), None):
         raise UserError(f"the teacher {folder} is an unfinished evaluation: give its command again")
+    labels = {spec: make_task(spec, {}).label for spec in settings["tasks"]}
+    for spec, own in settings["tasks"].items():
+        if labels[spec] not in tasks:
+            raise UserError(f"the teacher {folder} decoded task {labels[spec]}, which is not trained: add it to tasks")
+        here = json.loads(json.dumps(tasks[labels[spec]].config()))
+        if differing := [key for key in {**own, **here} if own.get(key) != here.get(key)]:
+            asked = f"{differing[0]}={own.get(differing[0])}, this run {here.get(differing[0])}"
+            raise UserError(f"the teacher {folder} decoded task {labels[spec]} with {asked}: set both alike")
     for path in sorted((folder / "records").glob("*.jsonl")):
-        for record in read_lines(path, TEACHER, fix):
-            yield settings["tasks"][record["task"]]["name"], record
+        for record in each_line(path, TEACHER, fix, _equally_long):
+            yield labels[record["task"]], record
+
+
+def _equally_long(record: dict[str, Any]) -> dict[str, Any]:
+    check_same_length(record, "tokens", "steps", "logprobs")
+    return record
 
 
 def _check_tokens(lm: MaskedLM, record: dict[str, Any], length: int) -> None:
@@ -234,8 +247,8 @@ class DistillTrainer(TrajectoryTrainer):
 
     Args:
         model: a MaskedLM, a name or path that ``load`` takes, or a PreTrainedModel with ``processing_class``.
-        teacher: folders of ``unmask eval --split train --trajectories``, by the same model or another with its tokenizer.
-        args: the settings; its tasks are those of the teacher, and give the validation problems.
+        args: the settings; its ``teacher`` are folders of ``unmask eval --split train --trajectories``, whose tasks are the
+            run's (decoders that it may name are for the command, which decodes first).
     """
 
     config: DistillConfig
@@ -243,7 +256,6 @@ class DistillTrainer(TrajectoryTrainer):
     def __init__(
         self,
         model: Model,
-        teacher: str | Sequence[str],
         args: DistillConfig,
         processing_class: PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
@@ -253,7 +265,7 @@ class DistillTrainer(TrajectoryTrainer):
         self.config = replace(args, model=lm.name)
         with arguments.main_process_first():  # one process fetches a data set, the others find it
             data = task_data(lm, args)
-        data.training = read_teacher(lm, [teacher] if isinstance(teacher, str) else teacher, args, data)
+        data.training = read_teacher(lm, args, data)
         self.prompts = arguments.per_device_train_batch_size
         super().__init__(lm, arguments, data, callbacks)
 
@@ -269,10 +281,9 @@ class DistillTrainer(TrajectoryTrainer):
         decoded = time.perf_counter()
         views, weights = state_views(trajectory, config.masked_weight)
         rows, weight = ViewRows.of(views), torch.cat(weights) / len(inputs)
-        everyone = torch.ones(len(inputs), dtype=torch.bool, device=weight.device)
         total, student = torch.zeros((), device=weight.device), replace(self.lm, model=model)
         loss_of = LOSSES[config.loss]
-        for part, counted in self.forward_passes(model, self.microbatches(rows, everyone)):
+        for part, counted in self.forward_passes(model, self.microbatches(rows)):
             taken = rows.take(part)
             logprob, _, row, column = score_rows(student, trajectory, taken, teacher.tokens)
             losses = loss_of(logprob, teacher.logprobs[row, column])
@@ -287,8 +298,8 @@ class DistillTrainer(TrajectoryTrainer):
         return total
 
 
-def train(config: DistillConfig, teacher: Sequence[str]) -> Path:
+def train(config: DistillConfig) -> Path:
     """Run, or resume from the run folder's newest checkpoint; returns the folder of the final plain checkpoint."""
-    trainer = DistillTrainer(str(config.model), teacher, config)
+    trainer = DistillTrainer(str(config.model), config)
     trainer.add_callback(RunLog(trainer))
     return run(trainer)

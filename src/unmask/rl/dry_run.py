@@ -120,7 +120,7 @@ def dry_run(config: DiffusionGRPOConfig) -> str:
         "rollout",
         "update": f"{work.views} views × {batch} rows: {update} forward and backward passes of up to {size} rows",
         "in all": f"{(sampling + old + reference + joint) / mu + update:.1f} forward passes an update and process, "
-        f"{update} of them with a backward pass",
+        f"{update} of them with a backward pass" + ", at most" * (work.samples > 1),
         "memory": f"{need.total / GIB:.2f} GiB a process without sharding ({parts})",
     }
     return f"{as_yaml(asdict(config))}\n" + "\n".join(f"{k:<11}{v}" for k, v in lines.items())

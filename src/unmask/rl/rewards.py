@@ -101,6 +101,11 @@ def score(functions: Mapping[str, Reward], rows: list[Row], completions: list[st
     return table
 
 
+def total(table: Tensor, weights: Sequence[float]) -> Tensor:
+    """The weighted sum of every function's rewards, (B, functions) -> (B,); those that do not judge a row are left out."""
+    return (table * torch.tensor(weights)).nansum(1)
+
+
 def _call(name: str, function: Reward, completions: list[str], columns: dict[str, Any]) -> list[float]:
     try:
         values = [None if v is None else float(v) for v in function(completions=completions, **columns)]

@@ -20,7 +20,7 @@ from unmask.rl import objectives
 from unmask.rl.config import DiffusionGRPOConfig
 from unmask.rl.data import rl_data
 from unmask.rl.objectives import View, ViewRows
-from unmask.rl.rewards import Row, score
+from unmask.rl.rewards import Row, score, total
 from unmask.rl.rollout import Rollout, replacement_prompts, rollout_seeds, score_all, score_rows
 from unmask.rl.trajectory_trainer import Microbatch, TrajectoryTrainer, trajectory_arguments
 from unmask.tasks import Task
@@ -99,7 +99,7 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
         self._record_rollout(trajectory, table)
         if config.max_resamples:
             rows, trajectory, table = self._replace_groups(rows, trajectory, table)
-        texts, rewards = self.lm.text(trajectory.tokens), self._rewards(table)
+        texts, rewards = self.lm.text(trajectory.tokens), total(table, self.reward_weights)
         advantages = objectives.group_advantages(rewards, config.num_generations, config.scale_rewards)
         active = objectives.has_reward_variance(rewards, config.num_generations)
         if config.log_completions:
@@ -122,10 +122,6 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
                 rollout.reference = self.score_views(replace(self.lm, model=self.reference_model), rollout)
         return rollout
 
-    def _rewards(self, table: Tensor) -> Tensor:
-        """(B,) float32 of a table of every function's rewards."""
-        return (table * self.reward_weights).nansum(1)
-
     def _sample_groups(self, prompts: list[Row], attempt: int) -> tuple[list[Row], Trajectory, Tensor, Tensor]:
         """A group for each of the prompts: its rows, trajectory, every function's rewards, and seeds of the views."""
         rows = [row for row in prompts for _ in range(self.config.num_generations)]
@@ -143,10 +139,14 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
         Whole forward passes are sampled, so that a compiled model sees one shape.
         """
         size, data = self.config.num_generations, cast(Any, self.train_dataset)
-        number, sampled = self.state.global_step // self.config.num_iterations, len(rows)
-        replaced = 0
+        number, sampled, replaced = self.state.global_step // self.config.num_iterations, len(rows), 0
+
+        def varied(table: Tensor) -> Tensor:
+            """Which groups have rewards that differ, (groups,) bool."""
+            return objectives.has_reward_variance(total(table, self.reward_weights), size).view(-1, size)[:, 0]
+
         for attempt in range(1, self.config.max_resamples + 1):
-            equal = (~objectives.has_reward_variance(self._rewards(table), size)).view(-1, size)[:, 0].nonzero()[:, 0]
+            equal = (~varied(table)).nonzero()[:, 0]
             if not len(equal):
                 break
             passes = -(-len(equal) * size // self.config.rows_per_forward)
@@ -154,9 +154,7 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
             place = attempt * self.args.world_size + self.args.process_index
             prompts = [data[i] for i in replacement_prompts(len(data), count, self.config.seed, number, place)]
             more, more_trajectory, more_table, _ = self._sample_groups(prompts, attempt)
-            differ = (
-                objectives.has_reward_variance(self._rewards(more_table), size).view(-1, size)[:, 0].nonzero()[:, 0]
-            )
+            differ = varied(more_table).nonzero()[:, 0]
             equal, differ = equal[: len(differ)], differ[: len(equal)]
             index = torch.arange(len(rows)).view(-1, size)
             index[equal] = len(rows) + differ[:, None] * size + torch.arange(size)
@@ -259,7 +257,7 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
     # ---- logging ---------------------------------------------------------------------------------------------------
 
     def _record_rollout(self, trajectory: Trajectory, table: Tensor) -> None:
-        rewards = self._rewards(table)
+        rewards = total(table, self.reward_weights)
         active = objectives.has_reward_variance(rewards, self.config.num_generations)
         lengths = self.lm.lengths(trajectory.tokens).double()  # before the first end token
         values = {

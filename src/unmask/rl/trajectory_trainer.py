@@ -20,7 +20,7 @@ from unmask.models.masked_lm import MaskedLM
 from unmask.rl.config import TrajectoryConfig
 from unmask.rl.data import Data
 from unmask.rl.objectives import ViewRows
-from unmask.rl.rewards import Row, score
+from unmask.rl.rewards import Row, score, total
 from unmask.rl.rollout import rollout_batches, rollout_seeds, sample_trajectory
 from unmask.tasks.base import grade_completion
 from unmask.training.trainer import RunTrainer, training_arguments
@@ -56,7 +56,7 @@ class TrajectoryTrainer(RunTrainer):
     def __init__(
         self, lm: MaskedLM, args: TrainingArguments, data: Data, callbacks: list[TrainerCallback] | None
     ) -> None:
-        self.reward_funcs, self.reward_weights = data.reward_funcs, torch.tensor(data.weights)
+        self.reward_funcs, self.reward_weights = data.reward_funcs, data.weights
         self.decoder = self.config.rollout_decoder()
         widest = data.widest(lm, self.config.max_completion_length)
         self.prompt_width = widest if self.config.compile else 0
@@ -94,15 +94,17 @@ class TrajectoryTrainer(RunTrainer):
         with self.inference() as policy:
             return sample_trajectory(policy, prompts, decoder, seeds, size, self.prompt_width)
 
-    def microbatches(self, rows: ViewRows, active: Tensor) -> list[Microbatch]:
-        """The forward passes over view rows that score tokens of ``active`` (B,) trajectories, as many on every rank."""
-        scoring = (active[rows.row] & rows.scored.any(1)).nonzero()[:, 0]
+    def microbatches(self, rows: ViewRows, active: Tensor | None = None) -> list[Microbatch]:
+        """The forward passes over view rows that score tokens of ``active`` (B,) trajectories (None: all), as many on every
+        rank."""
+        scores = rows.scored.any(1)
+        scoring = (scores if active is None else scores & active[rows.row]).nonzero()[:, 0]
         found = [(part, True) for part in scoring.split(self.config.rows_per_forward) if len(part)]
         num_passes = len(found)
         if self.args.world_size > 1:
             device = self.accelerator.device
             num_passes = int(self.accelerator.gather(torch.tensor([num_passes], device=device)).max())
-        padding_pass = (torch.zeros(1, dtype=torch.int64, device=active.device), False)  # computed, not counted
+        padding_pass = (torch.zeros(1, dtype=torch.int64, device=scores.device), False)  # computed, not counted
         return found + [padding_pass] * (max(num_passes, 1) - len(found))
 
     def forward_passes(self, model: Any, microbatches: Sequence[Microbatch]) -> Iterator[Microbatch]:
@@ -143,7 +145,7 @@ class TrajectoryTrainer(RunTrainer):
         seeds, _ = rollout_seeds(self.config.seed, 0, 0, len(rows))
         trajectory = self._decode(mine, self.decoder.replace(temperature=0.0), seeds[[*share]])
         texts = self.lm.text(trajectory.tokens)
-        rewards = (score(self.reward_funcs, mine, texts) * self.reward_weights).nansum(1).tolist()
+        rewards = total(score(self.reward_funcs, mine, texts), self.reward_weights).tolist()
         names = list(dict.fromkeys(row["task"].label for row in rows if "task" in row))
         sums = torch.zeros(len(names) + 1, 4, dtype=torch.float64)  # rows, solved, points, possible; last rows, reward
         for row, text, reward in compress(zip(mine, texts, rewards, strict=True), counted):

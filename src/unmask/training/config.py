@@ -72,6 +72,9 @@ class RunConfig:
         for name, hint in typing.get_type_hints(type(self)).items():
             if typing.get_origin(hint) is not ClassVar:
                 setattr(self, name, convert(getattr(self, name), hint, name))
+        for name in self.trainer_args:
+            if name in vars(self):
+                raise UserError(f"trainer_args sets {name}, which is a setting of the run: set {name} itself")
         counts = ("validation_problems", "max_steps", "per_device_train_batch_size", "eval_steps", "save_steps")
         check_at_least(self, 1, *self.chosen("lora_r", "lora_alpha", *counts))
         check_at_least(self, 0, *self.chosen("warmup_steps"))
@@ -141,6 +144,9 @@ class SFTConfig(RunConfig):
             raise UserError("choose either model (a checkpoint to start from) or new_model (the shape of a new one)")
         if self.tasks and self.data is not None:
             raise UserError("choose either tasks (with worked responses) or data (a chat data set)")
+        for name, table in self.task_defaults.items():
+            if not isinstance(table, dict):
+                raise UserError(f"task_defaults of {name} is {table!r}: write a table of the task's parameters")
         if self.new_model is not None and (self.lora_r is not None or self.dtype != "float32"):
             raise UserError(
                 f"lora_r={self.lora_r}, dtype={self.dtype} are for a model; a new_model trains whole, in float32"

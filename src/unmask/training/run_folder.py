@@ -57,9 +57,11 @@ def run(trainer: RunTrainer) -> Path:
         if first:
             verify(last)
             state = TrainerState.load_from_json(str(last / "trainer_state.json"))
-            best = Path(state.best_model_checkpoint or last) if args.load_best_model_at_end else last
+            best = output / Path(state.best_model_checkpoint or last).name if args.load_best_model_at_end else last
             verify(best)
             lm = load(str(best), config.dtype, "cpu")  # whole also where weights are sharded; an adapter is merged
+            if trainer.lm.task_defaults:  # an adapter's base may not have them
+                lm.model.config.task_defaults = trainer.lm.task_defaults
             history = [line for line in state.log_history if line["step"] <= int(best.name.rpartition("-")[2])]
             export(lm, output / "final", model_card(lm, config, history))
     trainer.accelerator.wait_for_everyone()

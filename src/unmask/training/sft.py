@@ -59,8 +59,10 @@ class SFTTrainer(RunTrainer):
         config = args.resolved()
         arguments = training_arguments(config, dataloader_drop_last=True)
         lm = prepare_model(model, config, processing_class, dynamic=False)
-        if config.task_defaults:
-            lm.model.config.task_defaults = {**lm.task_defaults, **config.task_defaults}
+        for name, table in config.task_defaults.items():
+            own = {**lm.task_defaults.get(name, {}), **table}
+            lm.model.config.task_defaults = {**lm.task_defaults, name: own}
+            make_task(name, lm.task_defaults)  # refuses what it does not know
         with arguments.main_process_first():  # one process fetches a data set, the others find it
             data = _data(lm, config, train_dataset)
             if eval_dataset is not None:

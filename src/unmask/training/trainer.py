@@ -1,4 +1,4 @@
-"""What supervised training and reinforcement learning share: a ``transformers.Trainer`` made from a run's settings."""
+"""What all trainings share: a ``transformers.Trainer`` made from a run's settings."""
 
 from __future__ import annotations
 
@@ -86,6 +86,10 @@ class RunTrainer(Trainer):
         self, lm: MaskedLM, args: TrainingArguments, train_dataset: Any, eval_dataset: Any, collate: Any, callbacks: Any
     ) -> None:
         self.lm = lm
+        self.checkpoint_limit, args.save_total_limit = (
+            args.save_total_limit,
+            None,
+        )  # the Trainer's own names are not exact
         if not eval_dataset:
             args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
         data: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": collate}
@@ -101,7 +105,10 @@ class RunTrainer(Trainer):
         return [(number % count, number < count) for number in numbers]
 
     def report(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Log the metrics of a validation, and tell the callbacks."""
+        """Log the metrics of a validation, and tell the callbacks. Raises UserError where the best cannot be told by them."""
+        best = self.args.metric_for_best_model
+        if best is not None and f"eval_{best.removeprefix('eval_')}" not in metrics:
+            raise unknown("metric_for_best_model", best, metrics)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -141,19 +148,15 @@ class RunTrainer(Trainer):
             raise UserError(f"the checkpoint in {self.args.output_dir} is not of this model ({differ}): remove it")
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # the Trainer's names are not exact
-        try:
-            with plain_log(), warnings.catch_warnings():
-                warnings.filterwarnings("ignore", module="peft")  # it does not know where a shipped base model lies
-                super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
+        with plain_log(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="peft")  # it does not know where a shipped base model lies
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if not self.args.should_save:
             return
         output = Path(str(self.args.output_dir))
         seal(output / f"checkpoint-{self.state.global_step}")
-        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
-        for old in checkpoints(output)[: -limit if limit else 0]:
-            if str(old) != best:
+        best = Path(self.state.best_model_checkpoint or "").name if self.args.load_best_model_at_end else ""
+        for old in checkpoints(output)[: -self.checkpoint_limit if self.checkpoint_limit else 0]:
+            if old.name != best:
                 shutil.rmtree(old, ignore_errors=True)
