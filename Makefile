@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo test lint format docs tiny results rl distill study clean
+.PHONY: install demo test lint format docs tiny results rl teachers distill few study clean
 
 install: $(READY)
 
@@ -60,13 +60,30 @@ rl: $(READY)
 			--output $$run/test || exit 1; \
 	done; done; done
 
-# Distillation on the shipped model (docs/distill.md): teachers, then seven passes (about an hour on two cores).
-distill: $(READY)
+# Distillation on the shipped model (docs/distill.md): teachers, then seven passes (half an hour on two cores).
+teachers: $(READY)
 	$(BIN)/unmask eval --task sudoku --limit 900 --split train --seed 1 --dtype bfloat16 --batch-size 64 --trajectories \
 		--output runs/teacher/sudoku --decoder threshold
 	$(BIN)/unmask eval --task countdown --limit 6000 --split train --seed 1 --dtype bfloat16 --batch-size 64 --trajectories \
 		--output runs/teacher/countdown --decoder threshold
+
+distill: teachers
 	$(BIN)/unmask distill configs/tiny/distill.yaml
+
+# Distillation alone, reinforcement alone, and both, at equal forward passes, each then tested on 256 problems a task.
+FEW_DECODERS ?= eoser-ass full:steps=7
+few: teachers
+	for seed in $(SEEDS); do \
+		$(BIN)/unmask distill configs/tiny/distill.yaml --seed $$seed --output-dir runs/few/distill-$$seed && \
+		$(BIN)/unmask rl configs/tiny/fast.yaml --model tiny --seed $$seed --output-dir runs/few/rl-$$seed && \
+		$(BIN)/unmask distill configs/tiny/distill.yaml --max-steps 125 --seed $$seed --output-dir runs/few/half-$$seed && \
+		$(BIN)/unmask rl configs/tiny/fast.yaml --model runs/few/half-$$seed/final --max-steps 30 --eval-steps 15 \
+			--save-steps 15 --seed $$seed --output-dir runs/few/both-$$seed && \
+		for run in distill rl both; do \
+			$(BIN)/unmask eval --model runs/few/$$run-$$seed/final --limit 256 --batch-size 64 --decoder $(FEW_DECODERS) \
+				--output runs/few/$$run-$$seed/test || exit 1; \
+		done || exit 1; \
+	done
 
 # The studies of docs/results.md and docs/results-rl.md: hours; each goes on where it was stopped.
 STUDIES ?= decoders ascending gamma lengths objectives variants
