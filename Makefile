@@ -77,8 +77,8 @@ few: teachers
 		$(BIN)/unmask distill configs/tiny/distill.yaml --seed $$seed --output-dir runs/few/distill-$$seed && \
 		$(BIN)/unmask rl configs/tiny/fast.yaml --model tiny --seed $$seed --output-dir runs/few/rl-$$seed && \
 		$(BIN)/unmask distill configs/tiny/distill.yaml --max-steps 125 --seed $$seed --output-dir runs/few/half-$$seed && \
-		$(BIN)/unmask rl configs/tiny/fast.yaml --model runs/few/half-$$seed/final --max-steps 30 --eval-steps 15 \
-			--save-steps 15 --seed $$seed --output-dir runs/few/both-$$seed && \
+		$(BIN)/unmask rl configs/tiny/fast.yaml --model runs/few/half-$$seed/final --max-steps 30 --eval-steps 10 \
+			--save-steps 10 --seed $$seed --output-dir runs/few/both-$$seed && \
 		for run in distill rl both; do \
 			$(BIN)/unmask eval --model runs/few/$$run-$$seed/final --limit 256 --batch-size 64 --decoder $(FEW_DECODERS) \
 				--output runs/few/$$run-$$seed/test || exit 1; \

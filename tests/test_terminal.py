@@ -133,3 +133,4 @@ def test_the_demo_says_how_long_and_what_is_right(
     for cell in ("sudoku · full:steps=2", "countdown · eoser-ass"):  # no terminal: a line a part, and now and then
         assert f"{cell}: 0 of 1\n{cell}: 1 of 1\n" in progressed
     assert (tmp_path / "demo" / "accuracy.png").exists()
+    assert "tiny-fast, test split, 1 problems a task" in said and (tmp_path / "demo" / "fast" / "accuracy.png").exists()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 # of the demo: decoders at L/2 passes, then at the logarithmic budget; task, decoder and seconds between steps of the canvases
 DECODERS = ["full", "semi-ar", "eoser", "full:steps=7", "ass", "eoser-ass", "hybrid"]
+FAST = ["eoser-ass", "threshold"]  # for the model that was trained for few passes
 CANVASES = [("sudoku", "full", 0.05), ("countdown", "semi-ar", 0.05), ("countdown", "eoser-ass", 0.5)]
 
 
@@ -137,3 +138,5 @@ def demo_command(arguments: list[str]) -> None:
         print("✓ solved" if task.grade(problem, text).solved else "✗ not solved", flush=True)
     print(flush=True)
     run_evaluation(config)
+    print("\nThe same model after `unmask distill`: tiny-fast", flush=True)
+    run_evaluation(EvalConfig(model="tiny-fast", decoder=FAST, limit=a.limit, output=str(Path(a.output) / "fast")))

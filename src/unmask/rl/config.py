@@ -66,6 +66,8 @@ class TrajectoryConfig(RunConfig):
                 f"gradient_accumulation_steps is {accumulated}: raise per_device_train_batch_size instead, memory is bounded "
                 "by rows_per_forward"
             )
+        if "load_best_model_at_end" in self.trainer_args:
+            raise UserError("trainer_args sets load_best_model_at_end: set it among the run's own settings")
         if self.load_best_model_at_end and self.save_steps != self.eval_steps:
             raise UserError(
                 f"load_best_model_at_end keeps what was validated, but eval_steps is {self.eval_steps} and save_steps "

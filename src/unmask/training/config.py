@@ -72,9 +72,6 @@ class RunConfig:
         for name, hint in typing.get_type_hints(type(self)).items():
             if typing.get_origin(hint) is not ClassVar:
                 setattr(self, name, convert(getattr(self, name), hint, name))
-        for name in self.trainer_args:
-            if name in vars(self):
-                raise UserError(f"trainer_args sets {name}, which is a setting of the run: set {name} itself")
         counts = ("validation_problems", "max_steps", "per_device_train_batch_size", "eval_steps", "save_steps")
         check_at_least(self, 1, *self.chosen("lora_r", "lora_alpha", *counts))
         check_at_least(self, 0, *self.chosen("warmup_steps"))
