@@ -68,11 +68,18 @@ def decode_teacher(config: DistillConfig) -> None:
     Raises:
         UserError: for what ``evaluate`` refuses, a decoder of another canvas, decodes of another teacher.
     """
+    import torch
+
     from unmask.decoding import make_decoder
-    from unmask.evaluation.distributed import close_distributed
+    from unmask.io.launcher import world_size
 
     if config.teacher_folders == config.teacher:
         return
+    if (
+        world_size() > 1 and torch.cuda.is_available()
+    ):  # the training would inherit the evaluation's process group, gloo
+        fix = "make the teacher with unmask eval --split train --trajectories, then name its folder"
+        raise UserError(f"on several GPUs teacher {config.teacher} cannot be decoded in the same launch: {fix}")
     length = config.max_completion_length
     for spec in config.teacher:
         if (own := make_decoder(spec, max_new_tokens=length).max_new_tokens) != length:
@@ -97,7 +104,6 @@ def decode_teacher(config: DistillConfig) -> None:
         if ({*before["decoders"]}, {*before["tasks"]}, before["limit"]) != asked:
             raise UserError(f"{evaluation.output} holds the decodes of another teacher: remove it")
     run_evaluation(evaluation)
-    close_distributed()
 
 
 def tune_command(arguments: list[str]) -> None:

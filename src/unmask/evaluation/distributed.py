@@ -34,8 +34,6 @@ class Processes:
     rank: int = 0
     world: int = 1
     group: Any = None
-    made: bool = False
-    """Whether the default process group was made here."""
 
     def gather(self, value: T) -> list[T]:
         """What every process passes, by rank, once all are here. Raises AgreedError where one has ended."""
@@ -83,17 +81,10 @@ def init_distributed() -> Processes:
     """This process's place among those that a launcher started; alone, no process group is made."""
     if not is_launched():
         return Processes()
-    if made := not dist.is_initialized():
+    if not dist.is_initialized():
         dist.init_process_group("gloo")
-        atexit.register(close_distributed)
-    return Processes(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=TIMEOUT), made)
-
-
-def close_distributed() -> None:
-    """Leave no process group behind that an evaluation made: a training makes its own, with the backend of its devices."""
-    if init_distributed.cache_info().currsize and init_distributed().made and dist.is_initialized():
-        dist.destroy_process_group()
-    init_distributed.cache_clear()
+        atexit.register(dist.destroy_process_group)
+    return Processes(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=TIMEOUT))
 
 
 def take_own_gpu() -> None:
