@@ -70,15 +70,16 @@ teachers: $(READY)
 distill: teachers
 	$(BIN)/unmask distill configs/tiny/distill.yaml
 
-# Distillation alone, reinforcement alone, and both, at equal forward passes, each then tested on 256 problems a task.
+# Distillation alone, reinforcement alone, and both, each then tested on 256 problems a task.
+# About as many forward passes each, if a rollout of fast.yaml samples 1.7 completions for one that it keeps (samples_per_completion).
 FEW_DECODERS ?= eoser-ass full:steps=7
 few: teachers
 	for seed in $(SEEDS); do \
 		$(BIN)/unmask distill configs/tiny/distill.yaml --seed $$seed --output-dir runs/few/distill-$$seed && \
-		$(BIN)/unmask rl configs/tiny/fast.yaml --model tiny --seed $$seed --output-dir runs/few/rl-$$seed && \
+		$(BIN)/unmask rl configs/tiny/fast.yaml --model tiny --max-steps 92 --seed $$seed --output-dir runs/few/rl-$$seed && \
 		$(BIN)/unmask distill configs/tiny/distill.yaml --max-steps 125 --seed $$seed --output-dir runs/few/half-$$seed && \
-		$(BIN)/unmask rl configs/tiny/fast.yaml --model runs/few/half-$$seed/final --max-steps 30 --eval-steps 10 \
-			--save-steps 10 --seed $$seed --output-dir runs/few/both-$$seed && \
+		$(BIN)/unmask rl configs/tiny/fast.yaml --model runs/few/half-$$seed/final --max-steps 46 --eval-steps 20 \
+			--save-steps 20 --seed $$seed --output-dir runs/few/both-$$seed && \
 		for run in distill rl both; do \
 			$(BIN)/unmask eval --model runs/few/$$run-$$seed/final --limit 256 --batch-size 64 --decoder $(FEW_DECODERS) \
 				--output runs/few/$$run-$$seed/test || exit 1; \

@@ -68,16 +68,15 @@ def decode_teacher(config: DistillConfig) -> None:
     Raises:
         UserError: for what ``evaluate`` refuses, a decoder of another canvas, decodes of another teacher.
     """
+    if config.teacher_folders == config.teacher:
+        return
     import torch
 
     from unmask.decoding import make_decoder
     from unmask.io.launcher import world_size
 
-    if config.teacher_folders == config.teacher:
-        return
-    if (
-        world_size() > 1 and torch.cuda.is_available()
-    ):  # the training would inherit the evaluation's process group, gloo
+    # The training would inherit the evaluation's process group, which is gloo.
+    if world_size() > 1 and torch.cuda.is_available():
         fix = "make the teacher with unmask eval --split train --trajectories, then name its folder"
         raise UserError(f"on several GPUs teacher {config.teacher} cannot be decoded in the same launch: {fix}")
     length = config.max_completion_length

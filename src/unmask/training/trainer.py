@@ -86,10 +86,8 @@ class RunTrainer(Trainer):
         self, lm: MaskedLM, args: TrainingArguments, train_dataset: Any, eval_dataset: Any, collate: Any, callbacks: Any
     ) -> None:
         self.lm = lm
-        self.checkpoint_limit, args.save_total_limit = (
-            args.save_total_limit,
-            None,
-        )  # the Trainer's own names are not exact
+        # Checkpoints are removed in ``_save_checkpoint``: the Trainer goes by names that are not exact.
+        self.checkpoint_limit, args.save_total_limit = args.save_total_limit, None
         if not eval_dataset:
             args.eval_strategy, args.eval_on_start = IntervalStrategy.NO, False
         data: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": collate}
