@@ -302,6 +302,7 @@ def test_the_command_makes_its_own_teacher(tmp_path: Path, toy_lm: Any, capsys: 
         (["--teacher", "full", folder], "mixes folders and decoders"),
         (["--teacher", "full:steps=4"], "holds the decodes of another teacher: remove it"),
         (["--problems", "9"], "holds the decodes of another teacher"),
+        (["--reward-weights", "1", "2"], "2 reward_weights for the reward functions"),
         (["--teacher", "full:max_new_tokens=64"], "has a canvas of 64 tokens, this run of 32"),
         (["--seed", "1"], "results with other seed"),
     ):

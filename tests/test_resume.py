@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from test_sft_data import chat
@@ -99,6 +100,23 @@ def test_another_trainings_checkpoints_are_neither_resumed_nor_lost(
         start("sft", tmp_path / "run", model, begin=lambda trainer: trainer.train(resume_from_checkpoint=True))
     assert before <= {p.name for p in (tmp_path / "run").iterdir()}
     assert start("sft", tmp_path / "run", begin=lambda t: t.train(resume_from_checkpoint=True)).global_step == 4
+
+
+def test_other_weights_or_data_behind_the_same_names_do_not_resume(tmp_path: Path, toy_folder: str) -> None:
+    data, model = Path(chat(tmp_path)), shutil.copytree(toy_folder, tmp_path / "model")
+    config = SFTConfig(data=str(data), validation_share=0.1, output_dir=str(tmp_path / "run"), **SMALL)
+    shutil.rmtree(run(SFTTrainer(str(model), config)))
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    for file, name in ((data, "training data"), (model / "model.safetensors", "model's weights")):
+        before = file.read_bytes()
+        if file == data:
+            file.write_bytes(b"".join(before.splitlines(keepends=True)[::-1]))
+        else:
+            save_file({k: 1.5 * v for k, v in load_file(file).items()}, file, {"format": "pt"})
+        with pytest.raises(UserError, match=f"^the {name} changed since the run in .*/run began: choose another"):
+            run(SFTTrainer(str(model), config))
+        file.write_bytes(before)
+    assert (run(SFTTrainer(str(model), config)) / "model.safetensors").is_file()
 
 
 def test_copies_under_other_names_neither_count_nor_vanish(tmp_path: Path, start: Start, stopped: Start) -> None:

@@ -66,7 +66,7 @@ def decode_teacher(config: DistillConfig) -> None:
     """Where ``teacher`` names decoders, decode the training problems under them into the run folder; resumes.
 
     Raises:
-        UserError: for what ``evaluate`` refuses, a decoder of another canvas, decodes of another teacher.
+        UserError: for what ``evaluate`` refuses, wrong rewards, a decoder of another canvas, decodes of another teacher.
     """
     if config.teacher_folders == config.teacher:
         return
@@ -74,7 +74,11 @@ def decode_teacher(config: DistillConfig) -> None:
 
     from unmask.decoding import make_decoder
     from unmask.io.launcher import world_size
+    from unmask.rl.data import weighted_rewards
+    from unmask.tasks import make_task
 
+    tasks = [make_task(spec, {}) for spec in config.tasks]
+    weighted_rewards(config.reward_funcs, tasks, config.reward_weights)  # a typo is found now, not behind the decoding
     # The training would inherit the evaluation's process group, which is gloo.
     if world_size() > 1 and torch.cuda.is_available():
         fix = "make the teacher with unmask eval --split train --trajectories, then name its folder"

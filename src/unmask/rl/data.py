@@ -65,13 +65,20 @@ def task_data(lm: MaskedLM, config: TrajectoryConfig) -> Data:
 def _paid(
     training: list[Row], validation: list[Row], rewards: Sequence[Any], config: TrajectoryConfig, tasks: Sequence[Task]
 ) -> Data:
+    return Data(training, validation, *weighted_rewards(rewards, tasks, config.reward_weights), tasks)
+
+
+def weighted_rewards(
+    rewards: Sequence[Any], tasks: Sequence[Task], weights: list[float] | None
+) -> tuple[dict[str, Reward], list[float]]:
+    """The reward functions by name, ``rewards`` or else the tasks' own, and one weight each. Raises UserError."""
     found = reward_functions(rewards, tasks)
     if not found:
         raise UserError("no reward function: pass at least one as reward_funcs, or a task, which has its own")
-    weights = config.reward_weights or [weight for _, weight in found.values()]
+    weights = weights or [weight for _, weight in found.values()]
     if len(weights) != len(found):
         raise UserError(f"{len(weights)} reward_weights for the reward functions {', '.join(found)}: set one each")
-    return Data(training, validation, {name: function for name, (function, _) in found.items()}, weights, tasks)
+    return {name: function for name, (function, _) in found.items()}, weights
 
 
 def _problem_rows(lm: MaskedLM, tasks: Sequence[Task], split: str, count: int | None, seed: int) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from transformers import TrainerCallback, TrainerState
 
 from unmask.config import read_config, save_config
 from unmask.errors import UserError, check_own_folder
-from unmask.io.files import folder_removed, writing_to
+from unmask.io.files import folder_removed, read_json, write_text, writing_to
 from unmask.models.load import load, warn_of_slow_bf16
 from unmask.models.masked_lm import MaskedLM
 from unmask.training.checkpoints import checkpoints, verify
@@ -28,15 +29,17 @@ def run(trainer: RunTrainer) -> Path:
     """Train, or resume in a folder that holds a checkpoint; returns the folder of the final plain checkpoint.
 
     Raises:
-        UserError: if the folder cannot be written, or holds checkpoints of a run with other settings or damaged ones.
+        UserError: if the folder cannot be written, or holds checkpoints of a run with other settings, weights or data, or damaged ones.
     """
     config, args = trainer.config, trainer.args
     output, first = Path(config.output_dir), trainer.is_world_process_zero()
-    checkpoint = _newest(output, config)
+    inputs = trainer.inputs()
+    checkpoint = _newest(output, config, inputs)
     if first:
         check_own_folder(str(output))
         with writing_to(output, "--output-dir"):
             output.mkdir(parents=True, exist_ok=True)
+            write_text(output / "inputs.json", json.dumps(inputs) + "\n")
             save_config(config, output / "config.yaml")
         if trainer.notice:
             print(trainer.notice, file=sys.stderr)
@@ -68,10 +71,11 @@ def run(trainer: RunTrainer) -> Path:
     return output / "final"
 
 
-def _newest(output: Path, config: RunConfig) -> Path | None:
-    """The newest whole checkpoint of a run folder, if any. Raises UserError where it is of a run with other settings."""
+def _newest(output: Path, config: RunConfig, inputs: dict[str, str]) -> Path | None:
+    """The newest whole checkpoint of a run folder, if any. Raises UserError where it is of a run with other settings, or that
+    began with other weights or data."""
     found = checkpoints(output)
-    if found and not (output / "config.yaml").is_file():
+    if found and not all((output / name).is_file() for name in ("config.yaml", "inputs.json")):
         raise UserError(f"{output} holds checkpoints of another training: choose another --output-dir or remove it")
     if found:
         before, now = asdict(read_config(type(config), output / "config.yaml")), asdict(config)
@@ -79,6 +83,10 @@ def _newest(output: Path, config: RunConfig) -> Path | None:
             raise UserError(
                 f"{output} holds a run with other {', '.join(changed)}: choose another --output-dir or remove it"
             )
+        began = read_json(output / "inputs.json", dict.fromkeys(inputs, str), f"remove {output}")
+        if changed := [name for name in inputs if began[name] != inputs[name]]:
+            what = f"{' and '.join(changed)} changed since the run in {output} began"
+            raise UserError(f"the {what}: choose another --output-dir or remove it")
     return found[-1] if found else None
 
 

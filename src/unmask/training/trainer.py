@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 import sys
 import warnings
@@ -93,6 +95,14 @@ class RunTrainer(Trainer):
         data: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": collate}
         with writing_to(str(args.output_dir), "output_dir"):  # the Trainer makes its folder
             super().__init__(lm.model, args, processing_class=lm.tokenizer, callbacks=callbacks, **data)
+
+    def inputs(self) -> dict[str, str]:
+        """Fingerprints of what the run starts from, so that it cannot resume with anything else."""
+        digest = hashlib.sha256()
+        for row in cast(Any, self.train_dataset):
+            for value in map(row.get, ("prompt", "response", "teacher")):
+                digest.update(value.tobytes() if hasattr(value, "tobytes") else json.dumps(value).encode())
+        return {"model's weights": self.lm.weights, "training data": digest.hexdigest()[:16]}
 
     def rank_share(self, count: int) -> list[tuple[int, bool]]:
         """Which of ``count`` parts of a validation are this process's, and whether each counts: as many on every one, so that
