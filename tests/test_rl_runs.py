@@ -145,7 +145,9 @@ def test_two_processes_equal_one(rewards: Path, toy_folder: str) -> None:
         return {o: config(rewards / f"{name}-{o}", toy_folder, objective=o, **settings) for o in objectives}
 
     (rewards / "all.py").write_text("import sys; from unmask.cli import main; [main(['rl', f]) for f in sys.argv[1:]]")
-    files = [write(rewards / f"{o}.yaml", c) for o, c in runs("two", 8).items()]
+    # Groups that each rank replaces by itself depend on the number of ranks: no equality, but it must not hang.
+    dynamic = config(rewards / "dynamic", toy_folder, max_resamples=2, **{**settings, "max_steps": 2, "save_steps": 2})
+    files = [write(rewards / f"{o}.yaml", c) for o, c in {**runs("two", 8), "dynamic": dynamic}.items()]
     process = start([str(rewards / "all.py"), *files], rewards, processes=2)
     for one in runs("one", 16).values():
         train(one)
@@ -159,6 +161,8 @@ def test_two_processes_equal_one(rewards: Path, toy_folder: str) -> None:
             assert x.keys() == y.keys()
             kept = (k for k in x if k not in ("loss", "logprob_mismatch"))
             assert all(x[k] == pytest.approx(y[k], rel=1e-3, abs=1e-5) for k in kept)
+    sampled = [e for e in read_lines(rewards / "dynamic" / "metrics.jsonl") if "groups_replaced" in e]
+    assert sampled and all(e["samples_per_completion"] > 1 and e["groups_replaced"] > 0 for e in sampled)
 
 
 def test_a_lost_rank_ends_the_run(rewards: Path, toy_folder: str) -> None:
