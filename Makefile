@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo test lint format docs tiny results rl teachers distill few study clean
+.PHONY: install demo test lint format docs tiny results rl teachers distill fast few study clean
 
 install: $(READY)
 
@@ -60,31 +60,46 @@ rl: $(READY)
 			--output $$run/test || exit 1; \
 	done; done; done
 
-# Distillation on the shipped model (docs/distill.md): teachers, then seven passes (half an hour on two cores).
-teachers: $(READY)
-	$(BIN)/unmask eval --task sudoku --limit 900 --split train --seed 1 --dtype bfloat16 --batch-size 64 --trajectories \
-		--output runs/teacher/sudoku --decoder threshold
-	$(BIN)/unmask eval --task countdown --limit 6000 --split train --seed 1 --dtype bfloat16 --batch-size 64 --trajectories \
-		--output runs/teacher/countdown --decoder threshold
+# Few passes (docs/distill.md). Teachers are right decodes of training problems under `threshold`.
+LIMIT_sudoku := 900
+LIMIT_countdown := 6000
+TEACH := --split train --seed 1 --dtype bfloat16 --batch-size 64 --trajectories
+teachers: runs/teacher/sudoku/summary.json runs/teacher/countdown/summary.json
+runs/teacher/%/summary.json: $(READY)
+	$(BIN)/unmask eval --task $* --limit $(LIMIT_$*) $(TEACH) --output runs/teacher/$* --decoder threshold
 
+# Sudoku and Countdown together (half an hour on two cores).
 distill: teachers
 	$(BIN)/unmask distill configs/tiny/distill.yaml
 
-# Distillation alone, reinforcement alone, and both, each then tested on 256 problems a task.
-# About as many forward passes each, if a rollout of fast.yaml samples 1.7 completions for one that it keeps (samples_per_completion).
-FEW_DECODERS ?= eoser-ass full:steps=7
+# `tiny-fast`: Sudoku is distilled, Countdown is reinforced, then both are distilled, Countdown from what the reinforced model
+# solves in seven passes (an hour and a quarter on one core).
+fast: runs/teacher/sudoku/summary.json
+	$(BIN)/unmask distill configs/tiny/distill.yaml --tasks sudoku --teacher runs/teacher/sudoku --max-steps 100 \
+		--output-dir runs/fast/sudoku
+	$(BIN)/unmask rl configs/tiny/fast.yaml --model runs/fast/sudoku/final --output-dir runs/fast/countdown
+	$(BIN)/unmask eval --model runs/fast/countdown/final --task countdown --limit 8000 $(TEACH) --output runs/teacher/fast \
+		--decoder eoser-ass
+	$(BIN)/unmask distill configs/tiny/distill.yaml --model runs/fast/countdown/final --teacher runs/teacher/sudoku \
+		runs/teacher/fast --max-steps 80 --warmup-steps 10 --learning-rate 2e-4 --validation-problems 128 --eval-steps 20 \
+		--save-steps 20 --output-dir runs/fast/both
+
+# Distillation alone, reinforcement alone, and both, a task at a time, about as many forward passes each; 256 test problems.
+# Other students: make few STUDENT=eoser:steps=7, or STUDENT=threshold FEW_FLAGS=--no-compile.
+STUDENT ?= eoser-ass
+FEW_FLAGS ?=
 few: teachers
-	for seed in $(SEEDS); do \
-		$(BIN)/unmask distill configs/tiny/distill.yaml --seed $$seed --output-dir runs/few/distill-$$seed && \
-		$(BIN)/unmask rl configs/tiny/fast.yaml --model tiny --max-steps 92 --seed $$seed --output-dir runs/few/rl-$$seed && \
-		$(BIN)/unmask distill configs/tiny/distill.yaml --max-steps 125 --seed $$seed --output-dir runs/few/half-$$seed && \
-		$(BIN)/unmask rl configs/tiny/fast.yaml --model runs/few/half-$$seed/final --max-steps 46 --eval-steps 20 \
-			--save-steps 20 --seed $$seed --output-dir runs/few/both-$$seed && \
+	for seed in $(SEEDS); do for task in $(RL_TASKS); do \
+		out=runs/few/$(STUDENT)/$$task-$$seed; set="--decoder $(STUDENT) --seed $$seed $(FEW_FLAGS) --output-dir $$out"; \
+		distill="$(BIN)/unmask distill configs/tiny/distill.yaml --tasks $$task --teacher runs/teacher/$$task $$set"; \
+		rl="$(BIN)/unmask rl configs/tiny/cj_$$task.yaml $$set"; \
+		$$distill-distill --max-steps 120 && $$rl-rl --max-steps 30 && \
+		$$distill-half --max-steps 60 && $$rl-both --model $$out-half/final --max-steps 15 || exit 1; \
 		for run in distill rl both; do \
-			$(BIN)/unmask eval --model runs/few/$$run-$$seed/final --limit 256 --batch-size 64 --decoder $(FEW_DECODERS) \
-				--output runs/few/$$run-$$seed/test || exit 1; \
-		done || exit 1; \
-	done
+			$(BIN)/unmask eval --model $$out-$$run/final --task $$task --limit 256 --batch-size 64 --dtype bfloat16 \
+				--decoder $(STUDENT) --output $$out-$$run/test || exit 1; \
+		done; \
+	done; done
 
 # The studies of docs/results.md and docs/results-rl.md: hours; each goes on where it was stopped.
 STUDIES ?= decoders ascending gamma lengths objectives variants

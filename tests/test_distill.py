@@ -339,7 +339,7 @@ def test_recipes_of_the_shipped_models(tmp_path: Path, model: str, folder: str) 
     assert distill.tasks == ["sudoku", "countdown"] and distill.decoder == "eoser-ass"
     train(replace(distill, **on, min_reward=0.0, per_device_train_batch_size=2))
     fast = read_config(DiffusionGRPOConfig, TINY / "fast.yaml")
-    assert fast.model == "runs/distill/final" and fast.tasks == ["countdown"]
+    assert fast.model == "runs/fast/sudoku/final" and fast.tasks == ["countdown"]
     tasks = {"tasks": [TASK, "sudoku:style=compact"], "output_dir": str(tmp_path / "rl")}
     train_rl(replace(fast, **{**on, **tasks}, per_device_train_batch_size=8))
     three = read_config(SFTConfig, TINY / "three.yaml")
