@@ -75,7 +75,8 @@ def test_axes_of_an_evaluation_have_numbers(passes: list[float], solved: float) 
 def test_axes_of_a_training_have_numbers(level: float, gap: float) -> None:
     values = {"eval_sudoku_solved": level, "groups_without_variance": level, "logprob_mismatch": gap}
     metrics = pd.DataFrame({k: pd.Series({1: v / 2, 2: v, 3: v}) for k, v in values.items()})
-    figure = training([{"label": "_$cj", "metrics": metrics}]).figure
+    other = {"label": "distill", "metrics": pd.DataFrame({"agreement": pd.Series({1: 0.5})})}  # has none of the others' curves
+    figure = training([{"label": "_$cj", "metrics": metrics}, other]).figure
     figure.draw_without_rendering()
     ticks = [(axis.get_title(), shown_ticks(axis, "y")) for axis in figure.axes]
     assert all(min(at) == 0 and max(at) <= 1 for title, at in ticks if "replay" not in title)

@@ -238,7 +238,7 @@ def over_seeds(curves: Sequence[pd.Series], window: int) -> pd.DataFrame:
     """Mean, min and max of running means over ``window`` entries, at the updates that all seeds have."""
     smooth = [curve.dropna().rolling(window, min_periods=1).mean() for curve in curves]
     if not smooth:
-        return pd.DataFrame(columns=["mean", "min", "max"])
+        return pd.DataFrame(index=pd.RangeIndex(0), columns=["mean", "min", "max"], dtype=float)
     return pd.concat(smooth, axis=1, join="inner").sort_index().agg(["mean", "min", "max"], axis=1)
 
 
