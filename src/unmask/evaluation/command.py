@@ -147,5 +147,5 @@ def demo_command(arguments: list[str]) -> None:
         print("✓ solved" if task.grade(problem, text).solved else "✗ not solved", flush=True)
     print(flush=True)
     run_evaluation(config)
-    print("\nThe same model after `unmask distill`: tiny-fast", flush=True)
+    print("\nThe same model after `unmask distill` and `unmask rl`: tiny-fast", flush=True)
     run_evaluation(EvalConfig(model="tiny-fast", decoder=FAST, limit=a.limit, output=str(Path(a.output) / "fast")))
