@@ -29,7 +29,8 @@ def run(trainer: RunTrainer) -> Path:
     """Train, or resume in a folder that holds a checkpoint; returns the folder of the final plain checkpoint.
 
     Raises:
-        UserError: if the folder cannot be written, or holds checkpoints of a run with other settings, weights or data, or damaged ones.
+        UserError: if the folder cannot be written, or holds checkpoints that are damaged or of a run with other settings,
+            weights or data.
     """
     config, args = trainer.config, trainer.args
     output, first = Path(config.output_dir), trainer.is_world_process_zero()
