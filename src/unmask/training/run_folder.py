@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from transformers import TrainerCallback, TrainerState
 
 from unmask.config import read_config, save_config
 from unmask.errors import UserError, check_own_folder
-from unmask.io.files import folder_removed, read_json, write_text, writing_to
+from unmask.io.files import folder_removed, read_json, write_json, writing_to
 from unmask.models.load import load, warn_of_slow_bf16
 from unmask.models.masked_lm import MaskedLM
 from unmask.training.checkpoints import checkpoints, verify
@@ -40,7 +39,7 @@ def run(trainer: RunTrainer) -> Path:
         check_own_folder(str(output))
         with writing_to(output, "--output-dir"):
             output.mkdir(parents=True, exist_ok=True)
-            write_text(output / "inputs.json", json.dumps(inputs) + "\n")
+            write_json(output / "inputs.json", inputs)
             save_config(config, output / "config.yaml")
         if trainer.notice:
             print(trainer.notice, file=sys.stderr)
