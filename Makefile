@@ -63,7 +63,9 @@ rl: $(READY)
 # Few passes (docs/distill.md). Teachers are right decodes of training problems under `threshold`.
 LIMIT_sudoku := 900
 LIMIT_countdown := 6000
-TEACH := --split train --seed 1 --dtype bfloat16 --batch-size 64 --trajectories
+# bfloat16 needs a processor that multiplies it (AVX-512 BF16, AMX); elsewhere: make few DTYPE=float32 FEW_FLAGS=--no-bf16.
+DTYPE ?= bfloat16
+TEACH = --split train --seed 1 --dtype $(DTYPE) --batch-size 64 --trajectories
 teachers: runs/teacher/sudoku/summary.json runs/teacher/countdown/summary.json
 runs/teacher/%/summary.json: $(READY)
 	$(BIN)/unmask eval --task $* --limit $(LIMIT_$*) $(TEACH) --output runs/teacher/$* --decoder threshold
@@ -96,7 +98,7 @@ few: teachers
 		$$distill-distill --max-steps 120 && $$rl-rl --max-steps 30 && \
 		$$distill-half --max-steps 60 && $$rl-both --model $$out-half/final --max-steps 15 || exit 1; \
 		for run in distill rl both; do \
-			$(BIN)/unmask eval --model $$out-$$run/final --task $$task --limit 256 --batch-size 64 --dtype bfloat16 \
+			$(BIN)/unmask eval --model $$out-$$run/final --task $$task --limit 256 --batch-size 64 --dtype $(DTYPE) \
 				--decoder $(STUDENT) --output $$out-$$run/test || exit 1; \
 		done; \
 	done; done
