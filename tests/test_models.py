@@ -115,12 +115,12 @@ def test_positions_and_windows(name: str, tmp_path: Path) -> None:
     chosen[0, [9, 19]] = chosen[1, 18] = True
     assert torch.allclose(lm.model(ids, mask, positions=flat).logits, full.flatten(0, 1)[flat], atol=1e-5)
     assert torch.allclose(lm.model(ids, mask, positions=chosen).logits, full[chosen], atol=1e-5)
-    cache = KVCache()
+    cache = KVCache(ids.shape[1])
     lm.model(ids, mask, cache=cache)
     for start, stop in ((12, 17), (16, 20), (0, 20)):
-        window = lm.model(ids, mask, cache=cache, window=(start, stop)).logits
+        window = lm.model(ids, mask, cache=cache, window=torch.arange(start, stop)[None]).logits
         assert torch.allclose(window[mask[:, start:stop]], full[:, start:stop][mask[:, start:stop]], atol=1e-4)
-    one = lm.model(ids, mask, cache=cache, window=(12, 17), positions=torch.tensor([0, 7])).logits
+    one = lm.model(ids, mask, cache=cache, window=torch.arange(12, 17)[None], positions=torch.tensor([0, 7])).logits
     assert torch.allclose(one, torch.stack([full[0, 12], full[1, 14]]), atol=1e-4)
 
 

@@ -87,14 +87,16 @@ def test_the_batch_is_kept_full(ending_lm: MaskedLM, monkeypatch: pytest.MonkeyP
 def test_a_cache_with_new_tokens_in_its_window_is_refreshed_there(toy_lm: MaskedLM) -> None:
     """Tokens changed inside the window only: the window over the whole row is the full pass, a smaller one is not."""
     ids, mask = toy_lm.encode(PROMPTS)
-    cache = KVCache()
+    cache = KVCache(ids.shape[1])
     toy_lm.model.model(ids, mask, cache=cache)
     edited = ids.clone()
     edited[:, 30:35] = ids[0, -5:]
     full = toy_lm.model.model(edited, mask).last_hidden_state[:, 30:35]
-    part = toy_lm.model.model(edited, mask, cache=cache, window=(30, 35)).last_hidden_state
+    part = toy_lm.model.model(edited, mask, cache=cache, window=torch.arange(30, 35)[None]).last_hidden_state
     assert (part - full).abs().max() > 1e-3  # the columns around it still saw the old tokens
-    entire = toy_lm.model.model(edited, mask, cache=cache, window=(0, ids.shape[1])).last_hidden_state[:, 30:35]
+    entire = toy_lm.model.model(edited, mask, cache=cache, window=torch.arange(ids.shape[1])[None]).last_hidden_state[
+        :, 30:35
+    ]
     assert torch.allclose(entire, full, atol=1e-4)
 
 
@@ -104,7 +106,8 @@ def test_cached_decoding_computes_only_its_window(toy_lm: MaskedLM, monkeypatch:
     watched = create_autospec(forward, side_effect=forward)
     monkeypatch.setattr(type(toy_lm.model.model), "forward", watched)
     cached = once(toy_lm, spec)
-    windows = [call.args[-1] for call in watched.call_args_list]
+    windows = [call.args[-2] for call in watched.call_args_list]
+    windows = [None if w is None else (int(w[0, 0]), int(w[0, -1]) + 1) for w in windows]
     assert (cached.tokens != toy_lm.mask_id).all()
     plan, width = make_decoder(spec, max_new_tokens=64).plan, cached.prompt.shape[1]
     stops = plan.horizon if "dual" in spec else [64] * plan.steps

@@ -59,7 +59,7 @@ def test_times_are_stratified() -> None:
 def test_corruption_masks_only_what_it_may_at_rate_t() -> None:
     ids = torch.randint(10, 50, (400, 200), generator=torch.Generator().manual_seed(0))
     maskable = torch.arange(200)[None].expand(400, -1) >= 50
-    noisy, masked = corrupt(ids, torch.full((400,), 0.3), maskable, 7, torch.Generator().manual_seed(1))
+    noisy, masked = corrupt(ids, torch.full((400, 1), 0.3), maskable, 7, torch.Generator().manual_seed(1))
     assert not masked[:, :50].any()
     assert torch.equal(noisy == 7, masked) and torch.equal(noisy[~masked], ids[~masked])
     assert abs(float(masked[:, 50:].float().mean()) - 0.3) < 0.01
@@ -226,7 +226,7 @@ def test_loss_and_gradient_by_hand(tmp_path: Path, kind: str, eos_in_loss: bool)
     assert kind == "chat" or (len(rows) == 16 and rows[1] is rows[9])  # the smaller set repeats
     batch = trainer.data_collator(rows[:4])
     width = batch["ids"].shape[1]
-    t = torch.tensor([0.3, 0.9, 0.5, 0.7])
+    t = torch.tensor([[0.3], [0.9], [0.5], [0.7]])
     found = trainer.loss_at(lm.model, batch, t, max(trainer.canvases), 0.0, torch.Generator().manual_seed(3))
     found.backward()
     gradient = {n: p.grad.clone() for n, p in lm.model.named_parameters() if p.grad is not None}
@@ -257,7 +257,7 @@ def test_loss_and_gradient_by_hand(tmp_path: Path, kind: str, eos_in_loss: bool)
     for name, p in lm.model.named_parameters():
         assert p.grad is not None and torch.allclose(gradient[name], p.grad, rtol=1e-3, atol=1e-5), name
     lm.model.zero_grad()
-    nothing = trainer.loss_at(lm.model, batch, torch.full((4,), 1e-9), max(trainer.canvases), 0.0, generator)
+    nothing = trainer.loss_at(lm.model, batch, torch.full((4, 1), 1e-9), max(trainer.canvases), 0.0, generator)
     nothing.backward()  # nothing is masked
     assert float(nothing.detach()) == 0.0 and not any(p.grad.any() for p in lm.model.parameters())  # type: ignore[union-attr]
 
@@ -284,7 +284,7 @@ def test_micro_batches_draw_from_one_generator_in_turn(tmp_path: Path) -> None:
         generator = torch.Generator().manual_seed((7 * 1_000_003 + step) * 1009)
         lm.model.zero_grad()
         for batch in seen[2 * step : 2 * step + 2]:
-            (t.loss_at(lm.model, batch, sample_times(2, generator), WIDTH, 0.0, generator) / 2).backward()
+            (t.loss_at(lm.model, batch, sample_times(2, generator)[:, None], WIDTH, 0.0, generator) / 2).backward()
         for found, p in zip(gradients[step], lm.model.parameters(), strict=True):
             assert torch.allclose(found, p.grad, rtol=1e-4, atol=1e-6)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unmask.decoding.trajectory import Trajectory, cat_left_padded
 
-_OTHERS = ("rank", "step", "logprob", "seeds", "at")  # tensors that do not grow with the prompt
+_OTHERS = ("rank", "step", "logprob", "seeds", "at", "uncached")  # tensors that do not grow with the prompt
 
 
 @dataclass
@@ -25,6 +25,7 @@ class Canvases:
     logprob: Tensor  # (B, L) float32, as in Trajectory
     seeds: Tensor  # (B,) int64
     at: Tensor  # (B,) int64, the passes that each row has taken
+    uncached: Tensor  # (B,) int64, columns at a row's end that an exact cache does not hold in their final form
     numbers: list[int]  # the caller's number of each row
     passes: list[int]  # ``at``, readable without waiting for the device
     padded: bool  # whether any prompt is
@@ -42,6 +43,7 @@ class Canvases:
             logprob=torch.zeros_like(canvas, dtype=torch.float32),
             seeds=seeds,
             at=torch.zeros_like(seeds),
+            uncached=torch.full_like(seeds, prompt.shape[1] + canvas.shape[1]),
             numbers=list(numbers),
             passes=[0] * len(prompt),
             padded=not bool(prompt_mask.all()),

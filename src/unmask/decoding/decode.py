@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unmask.decoding.canvas import Canvases
 from unmask.decoding.confidence import Confidence, exclude_eos, reject_eos, suppress_eos
-from unmask.decoding.decoder import Decoder
+from unmask.decoding.decoder import APPROXIMATE, Decoder
 from unmask.decoding.sampling import ORDER, TOKEN, Candidates, candidates, uniform_noise
 from unmask.decoding.score import forward_with_guidance
 from unmask.decoding.trajectory import Trajectory
@@ -36,9 +36,11 @@ class DecodingLoop:
     """
 
     def __init__(self, lm: MaskedLM, decoder: Decoder, early_stop: bool) -> None:
-        self.lm, self.decoder, self.early_stop = lm, decoder, early_stop
+        self.lm, self.block, self.early_stop = lm, lm.block_length, early_stop
+        self.decoder = decoder = decoder.within(self.block)
         self.plan = plan = decoder.plan
-        self.static = decoder.threshold is None  # then a row's step in the plan is the number of its passes
+        # Then a row's step in the plan is the number of its passes. (In a model's own blocks the prompt begins the first.)
+        self.static = decoder.threshold is None and self.block is None
         self.confidence = Confidence.of(decoder.confidence)
         self.max_commit = max(plan.commits if self.static else plan.open)
 
@@ -52,7 +54,7 @@ class DecodingLoop:
         self.commits, self.done, self.horizon = map(constant, (plan.commits, plan.done, plan.horizon))
         self.gammas = constant([decoder.gamma(p) for p in plan.progress], torch.float64)
         self.cache: KVCache | None = None
-        self.cached_horizon = -1  # of the block that the cache was made for
+        self.cached_horizon = -1  # of the block that an approximate cache was made for
 
     def run(
         self,
@@ -73,7 +75,7 @@ class DecodingLoop:
     def advance(self, rows: Canvases) -> None:
         """One forward pass and its commits, in place."""
         step, quota, open_ = self.step_quota_and_mask(rows)
-        window, active = self.cache_window(rows, step)
+        window, active = self.cache_window(rows, step, open_)
         if active is not None:
             open_ &= active[:, None]
         flat = open_.flatten()
@@ -92,6 +94,8 @@ class DecodingLoop:
     def step_quota_and_mask(self, rows: Canvases) -> tuple[Tensor, Tensor, Tensor]:
         """Every row's step in the plan (B,), how many tokens it must commit now (B,), and where it may (B, L) bool."""
         masked = rows.canvas == self.lm.mask_id
+        if self.block is not None:
+            return self._within_block(rows, masked, self.block)
         if self.static:
             step, quota = rows.at, self.commits[rows.at]
         else:
@@ -100,28 +104,94 @@ class DecodingLoop:
             quota = self.done[step] - committed
         return step, quota, masked & (rows.rank < self.horizon[step][:, None])
 
-    def cache_window(self, rows: Canvases, step: Tensor) -> tuple[tuple[int, int] | None, Tensor | None]:
+    def _within_block(self, rows: Canvases, masked: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+        """``step_quota_and_mask`` where the model's own blocks are filled in turn: only a row's first unfinished one is open.
+
+        The blocks are counted from the row's first token, so the prompt's last tokens may begin the first: they count as
+        committed in it, as a template's do in theirs.
+        """
+        cell = self.cells(rows, block)
+        current = torch.where(masked, cell // block, self.plan.length).amin(1)  # (B,)
+        here = cell // block == current[:, None]
+        prompt = (cell[:, 0] * (current == 0)).clamp(min=0)
+        filled = prompt + (here & ~masked).sum(1)
+        planned = torch.minimum(current, torch.tensor(self.plan.length // block - 1, device=current.device))
+        committed = (
+            planned * block + filled
+        )  # a prompt may push the canvas into one block more: it is filled as the last
+        step = torch.searchsorted(self.done, committed, right=True)
+        reach = self.horizon[step] + (current - planned) * block
+        return step, self.done[step] - committed, masked & here & (cell < reach[:, None])
+
+    def cells(self, rows: Canvases, block: int) -> Tensor:
+        """The canvas columns' places, counted from where the block of the first begins, (B, L) int64."""
+        prompt = rows.visible[:, : rows.width].sum(1) % block
+        return prompt[:, None] + torch.arange(rows.length, device=prompt.device)
+
+    def cache_window(self, rows: Canvases, step: Tensor, open_: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """The columns to compute in this pass (None: all), and which rows take part (None: all).
 
-        Under a threshold, rows wait for each other at the end of a block, so that the cache is made anew for all of them.
+        Under a threshold, rows wait for each other at the end of a block, so that an approximate cache is made anew for all of
+        them.
         """
         if self.decoder.cache == "none":
             return None, None
+        if self.block is not None:
+            return self._exact_window(rows, self.block, open_), None
         first = rows.passes[0] if self.static else int(step.min())  # all rows of a static plan are in one block
         start, horizon = self.plan.start[first], self.plan.horizon[first]
         active = None if self.static else self.horizon[step] == horizon
         if self.cached_horizon != horizon:
-            self.cached_horizon, self.cache = horizon, KVCache()
+            self.cached_horizon, self.cache = horizon, KVCache(rows.ids.shape[1])
             return None, active
         stop = horizon if self.decoder.cache == "dual" else self.plan.length
-        return (rows.width + start, rows.width + stop), active
+        return torch.arange(rows.width + start, rows.width + stop, device=step.device)[None], active
 
-    def propose(self, rows: Canvases, at: tuple[Tensor, Tensor], window: tuple[int, int] | None) -> Candidates:
+    def _exact_window(self, rows: Canvases, block: int, open_: Tensor) -> Tensor:
+        """Each row's columns from the first that the cache does not hold in its final form to the end of the current block.
+
+        A block that was finished in the pass before is run once more, clean, beside the next one. Rows that are new get the
+        prompt's whole blocks in a pass of their own.
+        """
+        cell, length = self.cells(rows, block), rows.ids.shape[1]
+        current = torch.where(open_, cell // block, length).amin(1)
+        start = rows.width + (current * block - cell[:, 0])  # columns of the current block, (B,)
+        stop = (start + block).clamp(max=length)
+        if self.cache is not None:
+            self.cache.fit(length)
+        known = 0 if self.cache is None else len(self.cache) // self.decoder.copies
+        if known < len(rows):
+            self._prefill(rows, known, start)
+        width, end = torch.stack([(stop - length + rows.uncached).max(), stop.max()]).tolist()
+        rows.uncached = length - start
+        assert self.cache is not None
+        self.cache.stop = end
+        return (stop[:, None] - width + torch.arange(width, device=stop.device)).clamp(min=0)
+
+    def _prefill(self, rows: Canvases, known: int, start: Tensor) -> None:
+        """Put the rows from number ``known`` on into the cache, with the columns before their first block, ``start`` (B,)."""
+        number = torch.arange(known, len(rows), device=start.device)
+        new, start = rows.take(number), start[number]
+        cache = KVCache(rows.ids.shape[1])
+        width = max(1, int((start - (~new.visible).sum(1)).max()))
+        window = (start[:, None] - width + torch.arange(width, device=start.device)).clamp(min=0)
+        how: dict[str, Any] = {"prompt": rows.width, "w": self.decoder.cfg_scale, "cache": cache, "window": window}
+        forward_with_guidance(self.lm, new.ids, new.attention_mask, number[:0], lambda *_: None, **how)
+        if self.cache is None:
+            self.cache = cache
+        else:
+            self.cache.join(cache, self.decoder.copies)
+        rows.uncached[number] = rows.ids.shape[1] - start
+
+    def propose(self, rows: Canvases, at: tuple[Tensor, Tensor], window: Tensor | None) -> Candidates:
         """A forward pass: one candidate at each of the positions ``at``, rows and columns (N,) of the canvas."""
         decoder, (row, column) = self.decoder, at
         noise = uniform_noise(rows.seeds[row], rows.at[row], column, TOKEN) if decoder.temperature > 0 else None
-        start, stop = window or (0, rows.ids.shape[1])
-        positions = row * (stop - start) + column + rows.width - start
+        if window is None:
+            positions = row * rows.ids.shape[1] + rows.width + column
+        else:
+            width = window.shape[1]
+            positions = (row + 1) * width - 1 + rows.width + column - window[:, -1].expand(len(rows))[row]
 
         def read(head: Head, hidden: Tensor) -> Candidates:
             return candidates(
@@ -214,15 +284,16 @@ def decode(
     Raises UserError where randomness has no source, seeds are not one a row, a template does not fit the decoder, a streamer
     gets more than one row, or the model's logits are not finite.
     """
-    batch, length = len(prompt), decoder.plan.length
+    batch, length = len(prompt), decoder.max_new_tokens
     if streamer is not None and batch != 1:
         raise UserError(f"a streamer shows one row, not {batch}: decode one prompt at a time")
+    decoder = decoder.within(lm.block_length)
     if canvas is None:
-        canvas = torch.full((batch, length), lm.mask_id, device=prompt.device)
+        canvas = torch.full((batch, decoder.plan.length), lm.mask_id, device=prompt.device)
     elif ((masks := (canvas == lm.mask_id).sum(1)) != length).any():
         fills = f"decoder {decoder.name!r} fills {length}"
         raise UserError(f"a template has {masks.tolist()} masks, but {fills}: set max_new_tokens")
-    elif decoder.cache != "none" and canvas.shape[1] > length:
+    elif decoder.cache in APPROXIMATE and canvas.shape[1] > length:
         raise UserError(f"cache={decoder.cache} needs a canvas without fixed tokens: set cache=none for a template")
     row_seeds = _seeds(decoder, batch, seeds).to(prompt.device)
     rows = Canvases.new(prompt, prompt_mask, canvas, lm.mask_id, row_seeds, range(batch))
@@ -259,7 +330,7 @@ def decode_each(
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}: pass 1 or more")
-    seeds = _seeds(decoder, len(prompts), seeds)
+    seeds, decoder = _seeds(decoder, len(prompts), seeds), decoder.within(lm.block_length)
     loop, waiting = DecodingLoop(lm, decoder, early_stop), 0
 
     def fresh(room: int) -> Canvases:
@@ -277,7 +348,7 @@ def decode_each(
     def refill(rows: Canvases) -> Canvases:
         if not len(rows):
             return fresh(batch_size)
-        if decoder.cache != "none":  # a cache is made for rows of one block
+        if decoder.cache in APPROXIMATE:  # such a cache is made for rows of one block
             return rows
         more = fresh(batch_size - len(rows))
         rows = rows if static_width else rows.drop_padding()

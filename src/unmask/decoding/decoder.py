@@ -12,9 +12,11 @@ from typing import Any, Literal
 
 from unmask.config import Registry, build, split_spec, with_parameters
 from unmask.decoding.confidence import Confidence
-from unmask.decoding.plan import Plan
+from unmask.decoding.plan import Plan, divisors
 from unmask.errors import UserError
 from unmask.io.files import expand_home, read_yaml
+
+APPROXIMATE = ("prefix", "dual")  # caches
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,10 @@ class Decoder:
     """Classifier-free guidance w: logits = u + (w + 1)(c - u), u with the prompt masked. Doubles the passes."""
     threshold: float | None = None
     """Also commit every open candidate whose score reaches this."""
-    cache: Literal["none", "prefix", "dual"] = "none"
-    """Approximate: within a block of the plan, reuse keys and values of what is before the block (``prefix``) or on both sides
-    of it (``dual``) from the block's first pass (Fast-dLLM)."""
+    cache: Literal["auto", "none", "exact", "prefix", "dual"] = "auto"
+    """``exact``: keep keys and values of finished blocks, which later ones do not change; block-causal models only, and what
+    ``auto`` means there. Approximate, in models with full attention: within a block of the plan, reuse keys and values of what
+    is before the block (``prefix``) or on both sides of it (``dual``) from the block's first pass (Fast-dLLM)."""
 
     def __post_init__(self) -> None:
         Confidence.of(self.confidence)
@@ -72,7 +75,7 @@ class Decoder:
             if not fine:
                 raise UserError(f"{field} of decoder {self.name!r} is {getattr(self, field)}: choose {allowed}")
         plan = self.plan  # refuses an impossible plan at once
-        if self.cache != "none" and not any(a == b < plan.length for a, b in pairwise(plan.horizon)):
+        if self.cache in APPROXIMATE and not any(a == b < plan.length for a, b in pairwise(plan.horizon)):
             needs = "it needs a plan of several blocks, one of which takes more than one step"
             says = f"cache={self.cache} saves nothing in decoder {self.name!r}: {needs}"
             raise UserError(f"{says}; set block_length or leave the cache out")
@@ -89,6 +92,40 @@ class Decoder:
             plans = f"schedule {self.schedule!r} plans {plan.length} tokens"
             raise UserError(f"{plans} for a canvas of {self.max_new_tokens}")
         return plan
+
+    def within(self, block: int | None) -> Decoder:
+        """This decoder for a model whose attention is block-causal, in blocks of so many tokens (None: full attention).
+
+        The plan's blocks are then the model's, or smaller ones that divide them; the schedule runs inside each. A canvas is
+        rounded up to whole blocks. Raises UserError for a plan that commits across blocks, and for a cache that does not fit.
+        """
+        if block is None:
+            if self.cache == "exact":
+                other = "use cache=prefix or dual (approximate, within a plan's blocks), or none"
+                raise UserError(f"cache=exact needs a block-causal model, and this one's attention is full: {other}")
+            return self.replace(cache="none") if self.cache == "auto" else self
+        blocks = f"the model's blocks of {block} tokens"
+        if self.cache in APPROXIMATE:
+            raise UserError(f"cache={self.cache} approximates what cache=exact keeps exactly in {blocks}: use that")
+        own = block if self.block_length is None or self.block_length % block == 0 else self.block_length
+        if block % own:
+            raise UserError(
+                f"decoder {self.name!r} has blocks of {own} tokens, which cross {blocks}: choose one of {divisors(block)}"
+            )
+        if self.blocks != 1:
+            raise UserError(
+                f"blocks={self.blocks} of decoder {self.name!r} peels commits off across {blocks}: leave it out"
+            )
+        length = -(-self.max_new_tokens // block) * block
+        fitted = self.replace(
+            max_new_tokens=length, block_length=own, cache="exact" if self.cache == "auto" else self.cache
+        )
+        steps = zip(fitted.plan.done, fitted.plan.commits, fitted.plan.horizon, strict=True)
+        if any((done - commits) // block != (horizon - 1) // block for done, commits, horizon in steps):
+            raise UserError(
+                f"decoder {self.name!r} plans commits across {blocks}: choose a schedule that fills them in turn"
+            )
+        return fitted
 
     @property
     def is_random(self) -> bool:

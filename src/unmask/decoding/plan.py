@@ -117,14 +117,19 @@ class Plan:
         return cls(tuple(commits * count), tuple(block * (i + 1) for i in range(count) for _ in commits), progress)
 
 
+def divisors(n: int) -> str:
+    """All divisors of a number, for a message."""
+    return ", ".join(str(d) for d in range(1, n + 1) if n % d == 0)
+
+
 def _count_blocks(length: int, block_length: int | None) -> int:
     if length < 1:
         raise UserError(f"the canvas length is {length}: choose 1 or more")
     if block_length is None:
         return 1
     if block_length < 1 or length % block_length:
-        fits = ", ".join(str(d) for d in range(1, length + 1) if length % d == 0)
-        raise UserError(f"block_length {block_length} does not divide the canvas length {length}: choose one of {fits}")
+        fault = f"block_length {block_length} does not divide the canvas length {length}"
+        raise UserError(f"{fault}: choose one of {divisors(length)}")
     return length // block_length
 
 

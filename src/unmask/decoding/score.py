@@ -27,7 +27,8 @@ def forward_with_guidance(
     prompt: int,
     w: float,
     cache: KVCache | None = None,
-    window: tuple[int, int] | None = None,
+    window: Tensor | None = None,
+    clean: Tensor | None = None,
 ) -> Result:
     """``lm.forward_head`` under classifier-free guidance: logits u + (w + 1)(c - u), u from the row with its prompt masked.
 
@@ -35,18 +36,29 @@ def forward_with_guidance(
     are the prompt; the rest as in ``MaskedLM.forward_head``. A guided cache holds the rows of c, then those of u.
     """
     if w == 0:
-        return lm.forward_head(ids, attention_mask, positions, fn, cache, window)
-    both = ids.repeat(2, 1)
-    both[len(ids) :, :prompt] = lm.mask_id
+        return lm.forward_head(ids, attention_mask, positions, fn, cache, window, clean)
+
+    def with_unprompted(rows: Tensor, prompt: int) -> Tensor:
+        both = rows.repeat(2, 1)
+        both[len(rows) :, : max(prompt, 0)] = lm.mask_id
+        return both
+
+    width = ids.shape[1] if window is None else window.shape[1]
+    positions = torch.cat([positions, positions + len(ids) * width])
+    if clean is None:
+        ids = with_unprompted(ids, prompt)
+    else:
+        ids = with_unprompted(ids, prompt - clean.shape[1] + ids.shape[1])
+        clean = with_unprompted(clean, prompt)
     both_mask = None if attention_mask is None else attention_mask.repeat(2, 1)
-    start, stop = window or (0, ids.shape[1])
-    positions = torch.cat([positions, positions + len(ids) * (stop - start)])
+    if window is not None and len(window) > 1:
+        window = window.repeat(2, 1)
 
     def mixed(head: Head, hidden: Tensor) -> Result:
         c, u = hidden.to(torch.promote_types(hidden.dtype, torch.float32)).chunk(2)
         return fn(head, (u + (w + 1) * (c - u)).to(hidden.dtype))
 
-    return lm.forward_head(both, both_mask, positions, mixed, cache, window)
+    return lm.forward_head(ids, both_mask, positions, mixed, cache, window, clean)
 
 
 def score_states(
@@ -58,13 +70,19 @@ def score_states(
     *,
     prompt: int,
     w: float,
+    clean: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of ``tokens`` at masks of the states ``ids``, and the entropy there (no gradient), in nats; two (N,).
 
-    at: rows and columns, (N,) int64 each; the rest as in ``forward_with_guidance``.
+    at: rows and columns, (N,) int64 each. clean: (B, T) int64, block-causal models only: the rows as each block of ``ids`` sees
+    the blocks before it; its blocks may then be in states of different times. The rest as in ``forward_with_guidance``.
     """
+    if clean is not None:  # the prompt's whole blocks are in no state but the clean one
+        assert lm.block_length is not None
+        spare = max(0, prompt - lm.block_length + 1)
+        ids, at = ids[:, spare:], (at[0], at[1] - spare)
     positions, scored = at[0] * ids.shape[1] + at[1], partial(score_tokens, tokens=tokens)
-    return forward_with_guidance(lm, ids, attention_mask, positions, scored, prompt=prompt, w=w)
+    return forward_with_guidance(lm, ids, attention_mask, positions, scored, prompt=prompt, w=w, clean=clean)
 
 
 @torch.no_grad()

@@ -75,6 +75,24 @@ class Trajectory:
         """Where step ``s`` committed, (B, L) bool. Over all steps these partition what was committed."""
         return self.step == s
 
+    def by_block(self, block: int | None) -> Trajectory:
+        """With each block's steps counted from its own first; ``block``: tokens of a block-causal model's own (None: as it is).
+
+        ``state(s)`` then holds every block before its step ``s``. Behind clean blocks these are independent of each other, so
+        that one forward pass scores step ``s`` of all blocks.
+        """
+        if block is None:
+            return self
+        place = (
+            torch.arange(self.step.shape[1], device=self.step.device) + self.prompt_mask.sum(1, keepdim=True) % block
+        )
+        number = place // block
+        step = self.step.long()
+        first = torch.full_like(step, self.steps).scatter_reduce_(
+            1, number, step.masked_fill(step < 0, self.steps), "amin"
+        )
+        return replace(self, step=torch.where(step < 0, step, step - first.gather(1, number)).to(self.step.dtype))
+
     @property
     def visible(self) -> Tensor:
         """Which of prompt and canvas are not padding, (B, P+L) bool."""

@@ -103,7 +103,10 @@ def prepare(config: EvalConfig) -> PreparedEvaluation:
     if lm.model.dtype == torch.bfloat16:
         warn_of_slow_bf16(lm.device)
     tasks = {spec: make_task(spec, lm.task_defaults) for spec in config.task}
-    decoders = {spec: make_decoder(spec, max_new_tokens=config.max_new_tokens) for spec in config.decoder}
+    defaults: dict[str, Any] = {"max_new_tokens": config.max_new_tokens}
+    if config.compile:
+        defaults["cache"] = "none"
+    decoders = {spec: make_decoder(spec, **defaults).within(lm.block_length) for spec in config.decoder}
     if config.compile and (cached := [spec for spec, decoder in decoders.items() if decoder.cache != "none"]):
         raise UserError(
             f"compile needs forward passes of one shape, and {cached[0]} has windows: leave one of them out"

@@ -9,6 +9,7 @@ A2D checkpoints (dLLM, arXiv 2602.22661) predict their own position.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -16,12 +17,16 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from unmask.models.backbone import HeadAtPositions, KVCache, Trunk
 
+# The layers' name of their cache, since transformers 5.24.
+_CACHE = "cache" if "cache" in inspect.signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
+
 
 class FullAttention(Trunk):
-    """The trunk of a transformers model with full attention."""
+    """The trunk of a transformers model with full attention, or of one with block-causal attention."""
 
     layers: Sequence[nn.Module]
     norm: nn.Module
@@ -34,7 +39,7 @@ class FullAttention(Trunk):
         how = {
             "position_ids": position_ids,
             "position_embeddings": rotary,
-            "past_key_values": cache,
+            _CACHE: cache,
             "is_causal": False,
         }
         for layer in self.layers:

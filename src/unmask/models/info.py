@@ -60,6 +60,7 @@ def facts(lm: MaskedLM) -> dict[str, str]:
         "heads": f"{config.num_attention_heads} ({config.num_key_value_heads or config.num_attention_heads} of keys)",
         "vocabulary": f"{config.vocab_size:,}",
         "longest row": f"{lm.max_length:,} tokens",
+        "attention": "full" if lm.block_length is None else f"block-causal, blocks of {lm.block_length} tokens",
         "dtype": str(lm.model.dtype).removeprefix("torch."),
         **{k: "none" if i is None else f"{i} {lm.tokenizer.convert_ids_to_tokens(i)}" for k, i in tokens.items()},
         "chat template": "yes" if lm.tokenizer.chat_template else "no",

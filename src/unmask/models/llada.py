@@ -37,8 +37,9 @@ class LLaDAConfig(PretrainedConfig):
     """Shape of a LLaDA model, in the field names of the published ``config.json``.
 
     ``n_kv_heads`` below ``n_heads`` is grouped-query attention. ``task_defaults`` maps a task name to the parameters that
-    a checkpoint was trained for (used by the shipped ``tiny``; absent from published checkpoints). Raises ValueError if a
-    field asks for a variant that this class does not implement.
+    a checkpoint was trained for (used by the shipped ``tiny``; absent from published checkpoints). ``block_length``: attention
+    is block-causal, in blocks of so many tokens. Raises ValueError if a field asks for a variant that this class does not
+    implement.
     """
 
     model_type = "llada"
@@ -66,6 +67,7 @@ class LLaDAConfig(PretrainedConfig):
     mask_token_id: int | None = None
     init_std: float | int = 0.02
     task_defaults: dict[str, Any] | None = None
+    block_length: int | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         for field, supported in _UNSUPPORTED.items():

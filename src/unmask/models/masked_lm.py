@@ -44,6 +44,8 @@ class MaskedLM:
     """The longest prompt + canvas that the checkpoint was made for, in tokens."""
     weights: str
     """A fingerprint of the weight files, so that a record can name them."""
+    block_length: int | None = None
+    """Tokens of a block, where attention is block-causal (block diffusion); None where it is full."""
 
     @classmethod
     def wrap(
@@ -70,7 +72,8 @@ class MaskedLM:
         if eos_id in turns:  # Qwen's chat models: what fills the canvas is their padding
             eos_id = pad_id
         eot_id = next((t for t in turns if t != eos_id), None)
-        return cls(model, tokenizer, name, mask_id, eos_id, pad_id, eot_id, config.max_position_embeddings, weights)
+        length, block = config.max_position_embeddings, getattr(config, "block_length", None)
+        return cls(model, tokenizer, name, mask_id, eos_id, pad_id, eot_id, length, weights, block)
 
     @property
     def device(self) -> torch.device:
@@ -90,7 +93,8 @@ class MaskedLM:
         positions: Tensor,
         fn: Callable[[Head, Tensor], Result],
         cache: KVCache | None = None,
-        window: tuple[int, int] | None = None,
+        window: Tensor | None = None,
+        clean: Tensor | None = None,
     ) -> Result:
         """One forward pass; what ``fn`` makes of the head and the hidden states at ``positions``.
 
@@ -98,13 +102,15 @@ class MaskedLM:
             ids: (B, T) int64. attention_mask: (B, T) bool, False = padding, or None.
             positions: (N,) int64 into the flattened rows; the hidden states are (N, d), each for its own position.
             fn: called once, with (head, hidden states).
-            cache, window: see ``HeadAtPositions.forward``; with a window, ``positions`` count in the flattened window.
+            cache, window, clean: see ``HeadAtPositions.forward``; with a window, ``positions`` count in the flattened window.
         """
 
         def read(hidden: Tensor, embedding: nn.Module, head: Callable[[Tensor], Tensor]) -> Result:
             return fn(Head.of(embedding, head, self.mask_id), hidden)
 
         how: dict[str, Any] = {"positions": positions, "fn": read, "cache": cache, "window": window}
+        if clean is not None:  # (foreign code knows no such thing)
+            how["clean"] = clean
         return self.model(input_ids=ids, attention_mask=attention_mask, **how).logits
 
     @property
@@ -196,30 +202,36 @@ class MaskedLM:
 
     @torch.no_grad()
     def self_test(self) -> dict[str, float]:
-        """Check on short rows that the checkpoint is a usable bidirectional model, in its own dtype.
+        """Check on short rows that the checkpoint is a usable bidirectional model (within its blocks), in its own dtype.
 
         Returns ``padding`` (logit change that left padding makes, in standard deviations of the logits: the root mean square of
         the worst position, since the largest of millions may be rounding in bfloat16), ``left`` and ``right`` (largest change
-        at one end of a row when the other end's token changes, in the same unit). Raises UserError if padding shows, a side is
-        not seen, something is not finite, or the mask id is no token's.
+        at one end of a row when the other end's token changes, in the same unit; of two blocks, ``right`` is within the first).
+        Raises UserError if padding shows, a side is not seen, a later block is, something is not finite, or the mask id is no
+        token's.
         """
         vocabulary = len(self.model.get_input_embeddings().weight)  # type: ignore[arg-type]
         if not 0 <= self.mask_id < vocabulary:
             outside = f"its mask id {self.mask_id} lies outside its vocabulary of {vocabulary}"
             raise UserError(f"{self.name} is refused: {outside}")
         usable = torch.tensor([i for i in range(vocabulary) if i not in (self.mask_id, *self.end_ids)][:64])
-        row = usable[torch.arange(12) * 5 % len(usable)].to(self.device)
-        row[4:7] = self.mask_id
-        every, pads = torch.arange(12, device=self.device), torch.full((5,), self.pad_id, device=self.device)
+        length = 2 * (self.block_length or 6)
+        end = length if self.block_length is None else self.block_length  # of what the first token sees
+        row = usable[torch.arange(length) * 5 % len(usable)].to(self.device)
+        row[length // 3 : length // 2] = self.mask_id
+        every, pads = torch.arange(length, device=self.device), torch.full((5,), self.pad_id, device=self.device)
         training = self.model.training
         self.model.eval()
 
-        def run(*parts: Tensor, mask: Tensor | None = None, skip: int = 0) -> Tensor:
-            ids = torch.cat(parts)[None]
-            return self.model(input_ids=ids, attention_mask=mask, positions=every + skip).logits.float()
+        def run(ids: Tensor, mask: Tensor | None = None, skip: int = 0) -> Tensor:
+            return self.model(input_ids=ids[None], attention_mask=mask, positions=every + skip).logits.float()
 
-        plain, right, left = run(row), run(row[:-1], row[-2:-1]), run(row[1:2], row[1:])
-        padded = run(pads, row, mask=(torch.arange(17, device=self.device) >= 5)[None], skip=5)
+        def edited(at: int) -> Tensor:
+            """The logits when the token there is another one."""
+            return run(row.index_fill(0, every[at : at + 1], int(usable[-1])))
+
+        plain, left, right, later = run(row), edited(0), edited(end - 1), edited(length - 1)
+        padded = run(torch.cat([pads, row]), (torch.arange(length + 5, device=self.device) >= 5)[None], 5)
         self.model.train(training)
         scale = float(plain.std()) or 1.0
         found = {
@@ -236,6 +248,9 @@ class MaskedLM:
         for side in (side for side in ("left", "right") if found[side] == 0.0):
             blind = f"it does not see tokens to the {side}, so it is not bidirectional"
             raise UserError(f"{self.name} is refused: {blind}")
+        if end < length and float((plain - later)[:end].abs().max()) / scale > tolerance:
+            beyond = f"a block of {end} tokens sees the block behind it, so it is not block-causal"
+            raise UserError(f"{self.name} is refused: {beyond}")
         return found
 
     def info(self) -> dict[str, Any]:
@@ -246,4 +261,5 @@ class MaskedLM:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "dtype": str(self.model.dtype).removeprefix("torch."),
             **{k: getattr(self, k) for k in ("mask_id", "eos_id", "eot_id", "max_length", "weights")},
+            **({} if self.block_length is None else {"block_length": self.block_length}),
         }

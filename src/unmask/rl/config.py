@@ -73,6 +73,8 @@ class TrajectoryConfig(RunConfig):
                 f"load_best_model_at_end keeps what was validated, but eval_steps is {self.eval_steps} and save_steps "
                 f"{self.save_steps}: set both alike"
             )
+        from unmask.decoding.decoder import APPROXIMATE
+
         decoder = self.rollout_decoder()
         if decoder.max_new_tokens != self.max_completion_length:
             raise UserError(
@@ -81,7 +83,8 @@ class TrajectoryConfig(RunConfig):
             )
         together = self.compile and decoder.threshold is not None
         for message, wrong in {
-            f"cache={decoder.cache} samples from an approximation of the policy: leave it out": decoder.cache != "none",
+            f"cache={decoder.cache} samples from an approximation of the policy: leave it out": decoder.cache
+            in APPROXIMATE,
             "compile needs batches of one shape, and under a threshold rows leave early: switch it off": together,
             **self.unfit(decoder),
         }.items():

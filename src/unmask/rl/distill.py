@@ -279,7 +279,7 @@ class DistillTrainer(TrajectoryTrainer):
             prompts = [row["prompt"] for row in inputs]
             trajectory = student_trajectory(student, prompts, loop, seeds, config.rows_per_forward, self.prompt_width)
         decoded = time.perf_counter()
-        views, weights = state_views(trajectory, config.masked_weight)
+        views, weights = state_views(trajectory.by_block(self.lm.block_length), config.masked_weight)
         rows, weight = ViewRows.of(views), torch.cat(weights) / len(inputs)
         total, student = torch.zeros((), device=weight.device), replace(self.lm, model=model)
         loss_of = LOSSES[config.loss]

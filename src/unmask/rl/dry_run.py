@@ -39,12 +39,14 @@ class Work:
     samples: int
 
     @classmethod
-    def of(cls, config: DiffusionGRPOConfig) -> Work:
-        """The work of a run with these settings; views are counted on one row as the decoder's plan commits it."""
-        decoder, objective = config.rollout_decoder(), find_objective(config.objective)
+    def of(cls, config: DiffusionGRPOConfig, block: int | None = None) -> Work:
+        """The work of a run with these settings; views are counted on one row as the decoder's plan commits it.
+
+        ``block``: tokens of a block, for a block-causal model."""
+        decoder, objective = config.rollout_decoder().within(block), find_objective(config.objective)
         step = torch.tensor([s for s, n in enumerate(decoder.plan.commits) for _ in range(n)], dtype=torch.int16)[None]
         tokens, prompt = torch.zeros_like(step, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
-        row = Trajectory(prompt, prompt == 0, tokens, step, torch.zeros(step.shape), 1, decoder.config())
+        row = Trajectory(prompt, prompt > 0, tokens, step, torch.zeros(step.shape), 1, decoder.config()).by_block(block)
         views = list(objective.views(row, torch.zeros(1, dtype=torch.int64), 0))
         every, mu, penalty = len(views), config.num_iterations, config.beta > 0
         fresh = mu if objective.fresh else 1
@@ -77,7 +79,11 @@ def dry_run(config: DiffusionGRPOConfig) -> str:
     config.check_batch()
     lm = load_meta(str(config.model), config.dtype)
     check_precision(lm, config.lora_r)
-    data, decoder, work = rl_data(lm, config), config.rollout_decoder(), Work.of(config)
+    data, decoder, work = (
+        rl_data(lm, config),
+        config.rollout_decoder().within(lm.block_length),
+        Work.of(config, lm.block_length),
+    )
     canvas, prompt = config.max_completion_length, data.widest(lm, config.max_completion_length)
     world, mu, batch = world_size(), config.num_iterations, config.per_device_train_batch_size
     groups, rollouts = batch // config.num_generations * world, math.ceil(config.max_steps / mu)

@@ -100,7 +100,11 @@ def score_rows(
     at, column = rows.scored.nonzero(as_tuple=True)
     row, where = rows.row[at], (at, column + width)
     tokens = (trajectory.tokens if targets is None else targets)[row, column]
-    found = score_states(policy, rows.ids, trajectory.visible[rows.row], where, tokens, prompt=width, w=scale)
+    clean = None
+    if policy.block_length is not None:  # each block of a view stands behind the blocks as they were committed
+        clean = torch.cat([rows.ids[:, :width], trajectory.tokens[rows.row]], 1)
+    visible = trajectory.visible[rows.row]
+    found = score_states(policy, rows.ids, visible, where, tokens, prompt=width, w=scale, clean=clean)
     return *found, row, column
 
 

@@ -168,7 +168,7 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
 
     def views(self, rollout: Rollout, iteration: int) -> list[View]:
         """The objective's views, without what the loss leaves out."""
-        trajectory = rollout.trajectory
+        trajectory = rollout.trajectory.by_block(self.lm.block_length)
         views = list(self.objective.views(trajectory, rollout.seeds, iteration))
         if self.config.mask_after_eos:
             place = torch.arange(trajectory.tokens.shape[1], device=trajectory.tokens.device)

@@ -57,16 +57,18 @@ class TrajectoryTrainer(RunTrainer):
         self, lm: MaskedLM, args: TrainingArguments, data: Data, callbacks: list[TrainerCallback] | None
     ) -> None:
         self.reward_funcs, self.reward_weights = data.reward_funcs, data.weights
-        self.decoder = self.config.rollout_decoder()
+        decoder = self.config.rollout_decoder()
+        if self.config.compile and decoder.cache == "auto":  # a cache's windows have many shapes
+            decoder = decoder.replace(cache="none")
+        self.decoder = decoder.within(lm.block_length)
         widest = data.widest(lm, self.config.max_completion_length)
         self.prompt_width = widest if self.config.compile else 0
         self.pending_metrics: dict[str, float] = {}
         self.completions: list[dict[str, Any]] = []
         super().__init__(lm, args, data.training, data.validation, list, callbacks)
-        if self.is_fsdp_enabled and self.decoder.threshold is not None:
-            raise UserError(
-                "a threshold decoder takes other numbers of steps on every rank, which FSDP cannot follow: use DDP"
-            )
+        if self.is_fsdp_enabled and (self.decoder.threshold is not None or lm.block_length is not None):
+            rows = "a threshold decoder takes" if lm.block_length is None else "rows of a block-causal model take"
+            raise UserError(f"{rows} other numbers of steps on every rank, which FSDP cannot follow: use DDP")
 
     def get_train_dataloader(self) -> DataLoader[list[Row]]:
         """One batch of prompts an update. Every rank cuts its own share, so the loader is not prepared by accelerate."""

@@ -93,17 +93,23 @@ class SFTTrainer(RunTrainer):
         if step != self._noise_step:  # one generator a step and rank; the micro-batches of a step draw from it in turn
             self._noise.manual_seed((self.config.seed * 1_000_003 + step) * 1009 + self.args.process_index)
             self._noise_step = step
-        t = sample_times(len(inputs["ids"]), self._noise)
         canvas = self.canvases[step % len(self.canvases)]
+        rows, blocks = len(inputs["ids"]), self._blocks(canvas)
+        t = sample_times(rows * blocks, self._noise).view(rows, blocks)
         return self.loss_at(model, inputs, t, canvas, self.config.prompt_masking or 0.0, self._noise)
+
+    def _blocks(self, canvas: int) -> int:
+        """Masking times of a row: one, or where attention is block-causal one a block."""
+        return 1 if self.lm.block_length is None else -(-(self.prompt_width + canvas) // self.lm.block_length)
 
     def loss_at(
         self, model: Any, inputs: dict[str, Tensor], t: Tensor, canvas: int, prompt_masking: float, generator: Any
     ) -> Tensor:
-        """The diffusion loss of a batch at masking times ``t`` (B,), its canvas cut to ``canvas`` tokens.
+        """The diffusion loss of a batch at masking times ``t`` (B, 1), its canvas cut to ``canvas`` tokens.
 
         The published loss, whose softmax runs over the whole vocabulary, the mask token included (decoding leaves it out).
-        It is computed piece by piece: no [masked tokens, vocabulary] tensor is made.
+        It is computed piece by piece: no [masked tokens, vocabulary] tensor is made. A block-causal model has a time for each
+        block, (B, blocks), and learns all blocks in one pass, each behind the clean ones before it (BD3LM, arXiv 2503.09573).
         """
         width = self.prompt_width + canvas
         ids, lengths = inputs["ids"][:, :width], inputs["lengths"]
@@ -113,7 +119,12 @@ class SFTTrainer(RunTrainer):
         maskable = ((place >= 0) | with_prompt.to(ids.device)[:, None]) & (lengths <= canvas)[:, None]
         if visible is not None:
             maskable &= visible
-        noisy, masked = corrupt(ids, t, maskable, self.lm.mask_id, generator)
+        times, block, how = t.to(ids.device), self.lm.block_length, {}
+        if block is not None:
+            number = place + inputs["starts"][:, None] if visible is None else visible.long().cumsum(1) - 1
+            times, how = times.gather(1, number.clamp(min=0) // block), {"clean": ids}
+        times = times.expand(ids.shape)
+        noisy, masked = corrupt(ids, times, maskable, self.lm.mask_id, generator)
         # Without eos_in_loss the filling is still masked like the rest: seen, it would give the response's length away.
         learned = maskable if self.config.eos_in_loss else maskable & (place < lengths[:, None])
         masked = masked & learned
@@ -122,9 +133,8 @@ class SFTTrainer(RunTrainer):
         def score(hidden: Tensor, embedding: Any, head: Callable[[Tensor], Tensor]) -> Tensor:
             return score_tokens(Head.of(embedding, head, mask_id=-1), hidden, targets)[0]  # -1: no token is left out
 
-        logprob = model(input_ids=noisy, attention_mask=visible, positions=masked, fn=score).logits  # (N,)
-        times = t.to(ids.device)[masked.nonzero()[:, 0]]
-        return -(logprob / times).sum() / learned.sum().clamp(min=1)
+        logprob = model(input_ids=noisy, attention_mask=visible, positions=masked, fn=score, **how).logits  # (N,)
+        return -(logprob / times[masked]).sum() / learned.sum().clamp(min=1)
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
@@ -141,7 +151,7 @@ class SFTTrainer(RunTrainer):
         for number, counted in self.rank_share(len(batches)):
             batch = self._prepare_inputs(self.data_collator(batches[number]))
             for i, time in enumerate(EVAL_TIMES):
-                t = torch.full((len(batch["ids"]),), time)
+                t = torch.full((len(batch["ids"]), self._blocks(max(self.canvases))), time)
                 generator = torch.Generator().manual_seed(number * 10 + i)
                 with self.compute_loss_context_manager():
                     loss = self.loss_at(model, batch, t, max(self.canvases), 0.0, generator)
