@@ -99,6 +99,8 @@ class SFTConfig(RunConfig):
     """Start from random weights instead of a model: LLaDAConfig fields (``d_model``, ``n_layers``, …)."""
     task_defaults: Annotated[dict[str, Any], tyro.conf.Suppress] = field(default_factory=dict)
     """Parameters by task name that the checkpoint will ask of ``eval``, beside those of ``model``."""
+    block_length: int | None = None
+    """Make the attention block-causal, in blocks of so many tokens (block diffusion). By default it is as the model has it."""
     problems: list[int] = field(default_factory=lambda: [20_000])
     """Training problems: one number for every task, or one for each. A smaller set is repeated to give equal shares."""
     canvas: list[int] = field(default_factory=lambda: [128])
@@ -153,7 +155,7 @@ class SFTConfig(RunConfig):
                 raise UserError(f"{name} is {getattr(self, name)}: choose numbers of 1 or more")
         if (self.max_steps is None) == (self.num_train_epochs is None):
             raise UserError(f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs}: set one of them")
-        check_at_least(self, 1, "gradient_accumulation_steps", "logging_steps", *self.chosen("max_length"))
+        check_at_least(self, 1, "gradient_accumulation_steps", "logging_steps", *self.chosen("max_length", "block_length"))
         check_positive(self, *self.chosen("num_train_epochs"))
         for name in self.chosen("prompt_masking", "decay_share", "validation_share", "lora_dropout"):
             if not 0 <= getattr(self, name) <= 1:

@@ -59,6 +59,9 @@ class SFTTrainer(RunTrainer):
         config = args.resolved()
         arguments = training_arguments(config, dataloader_drop_last=True)
         lm = prepare_model(model, config, processing_class, dynamic=False)
+        if config.block_length is not None:
+            lm.model.config.block_length = config.block_length
+            lm = replace(lm, block_length=config.block_length)
         for name, table in config.task_defaults.items():
             own = {**lm.task_defaults.get(name, {}), **table}
             lm.model.config.task_defaults = {**lm.task_defaults, name: own}
