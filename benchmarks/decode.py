@@ -92,6 +92,7 @@ def measure(config: BenchDecode, model: str, length: int, spec: str, temperature
         lm.model.get_output_embeddings().weight.mul_(HEAD_SCALE)
     else:
         lm = load(model, config.dtype, config.device)
+    decoder = decoder.within(lm.block_length)
     prompt = prompts(config, lm)
     if prompt.shape[1] + length > lm.max_length:
         raise UserError(f"{model} takes {lm.max_length} tokens, but prompt and canvas have {prompt.shape[1] + length}")

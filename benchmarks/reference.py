@@ -45,7 +45,7 @@ def counterpart(decoder: Decoder) -> tuple[str, dict[str, Any]] | None:
         or decoder.eos in ("suppress", "exclude")
         or decoder.eos_tokens != "eos"
         or decoder.threshold is not None
-        or decoder.cache != "none"
+        or decoder.cache not in ("auto", "none")
         or (decoder.block_length is not None and (ascending or rejects))
     ):
         return None

@@ -20,6 +20,7 @@ from benchmarks.study.config import StudyConfig
 from benchmarks.study.tables import Pivot, pivots
 from unmask.config import build, read_config, with_parameters
 from unmask.decoding import Decoder, make_decoder
+from unmask.decoding.decoder import APPROXIMATE
 from unmask.errors import UserError, unknown
 from unmask.evaluation.config import EvalConfig
 from unmask.io.files import expand_home, slug
@@ -49,7 +50,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        return _key(self.run, {k: v for k, v in self.decoder.config().items() if k != "name"})
+        return _key(self.run, _deciding(self.decoder))
 
 
 @dataclass(frozen=True)
@@ -113,8 +114,13 @@ def _training_key(training: DiffusionGRPOConfig | None) -> str:
     if training is None:
         return ""
     own = {k: v for k, v in dataclasses.asdict(training).items() if k not in (*MAY_CHANGE, "decoder")}
-    decoder = {k: v for k, v in training.rollout_decoder().config().items() if k != "name"}
-    return _key(FORMAT, own, decoder, [make_task(spec, {}).config() for spec in training.tasks])
+    return _key(FORMAT, own, _deciding(training.rollout_decoder()), [make_task(spec, {}).config() for spec in training.tasks])
+
+
+def _deciding(decoder: Decoder) -> dict[str, Any]:
+    """A decoder's settings that decide its tokens: without the name, and an exact cache is like none."""
+    cache = decoder.cache if decoder.cache in APPROXIMATE else "none"
+    return {k: v for k, v in decoder.config().items() if k != "name"} | {"cache": cache}
 
 
 def _product(table: Mapping[str, Any], is_axis: Mapping[str, bool]) -> Iterator[Values]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -117,6 +118,8 @@ class Decoder:
                 f"blocks={self.blocks} of decoder {self.name!r} peels commits off across {blocks}: leave it out"
             )
         length = -(-self.max_new_tokens // block) * block
+        if length != self.max_new_tokens:
+            _note(f"a canvas of {self.max_new_tokens} tokens is rounded up to {length}, whole blocks of {block}")
         fitted = self.replace(
             max_new_tokens=length, block_length=own, cache="exact" if self.cache == "auto" else self.cache
         )
@@ -215,3 +218,9 @@ def make_decoder(spec: str, **defaults: Any) -> Decoder:
     if name in ("dream", "llada-eval") and values.get("schedule", "uniform") == "uniform":
         values.setdefault("steps", values.get("max_new_tokens", Decoder.max_new_tokens))
     return build(Decoder, values, f"decoder {name!r}")
+
+
+@cache
+def _note(message: str) -> None:
+    """Say it once."""
+    print(f"unmask: {message}", file=sys.stderr)

@@ -227,6 +227,7 @@ def report(result: Result, output: Path) -> None:
     headings = ["decoder", "plan", "NFE", "solved % [95 %]", "score % [95 %]", "problems", "what it is"]
     table = Table(headings, rows(result), title=f"{title} a problem, validation split")
     winner = settings["decoders"][result["winner"]["decoder"]]
+    defaults["cache"] = winner["cache"]  # what ``auto`` means for this model
     chosen = {k: v for k, v in winner.items() if k in ("name", "max_new_tokens") or v != defaults[k]}
     comment = "".join(f"# {json.dumps(line)[1:-1]}\n" for line in (table.title, *said))  # a name may hold anything
     text = "\n".join(said) + "\n"

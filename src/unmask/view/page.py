@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from unmask.decoding import Decoder
+from unmask.decoding.decoder import APPROXIMATE
 from unmask.decoding.score import score_each_state
 from unmask.decoding.stream import END, MASK
 from unmask.decoding.trajectory import Trajectory
@@ -128,7 +129,7 @@ def _panel_data(panel: Panel, ids: Tensor) -> dict[str, Any]:
     top, probs = map(torch.cat, zip(*panel.candidates, strict=True))
     return {
         "decoder": panel.decoder.name,
-        "cache": panel.decoder.cache != "none",
+        "cache": panel.decoder.cache in APPROXIMATE,
         "steps": trajectory.steps,
         "nfe": int(trajectory.nfe),
         "text": panel.text,
