@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from conftest import PROMPTS
+from conftest import PROMPTS, toy
 
 pytest.importorskip("lm_eval")
 
@@ -81,6 +81,21 @@ def test_few_tokens_are_exact(toy_lm: MaskedLM) -> None:
     for text, w in itertools.product(texts, (0.0, 1.5)):
         hand = expectation(toy_lm, context, text, w)
         assert bounds(toy_lm, [(context, text)], 7, 0, 32, w) == pytest.approx([hand], abs=1e-4)
+
+
+def test_few_tokens_of_each_block_are_exact() -> None:
+    """Of a block-causal model the bound is a sum over blocks, each behind the text before it."""
+    lm = toy(block_length=4)
+    context, text = tokens(lm, TEXT, "1+4=5-")
+    for start in range(len(context) - 4, len(context)):
+        row, hand = context[:start] + text, 0.0
+        edges = [0, *range(4 - start % 4, len(text), 4), len(text)]
+        for a, b in itertools.pairwise(edges):
+            hand += expectation(lm, row[: start + a], row[start + a : start + b])
+        assert len(edges) > 2 and bounds(lm, [(context[:start], text)], 15, 0, 32) == pytest.approx([hand], abs=1e-4)
+    one = bounds(lm, [(context[:9], text)], 3, 0, 32)
+    both = bounds(lm, [(context[:9], text), (context[:12], text)], 3, 0, 2)
+    assert both[0] == pytest.approx(one[0], abs=1e-4)
 
 
 @pytest.mark.parametrize("samples", [1, 5])

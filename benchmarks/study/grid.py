@@ -114,7 +114,9 @@ def _training_key(training: DiffusionGRPOConfig | None) -> str:
     if training is None:
         return ""
     own = {k: v for k, v in dataclasses.asdict(training).items() if k not in (*MAY_CHANGE, "decoder")}
-    return _key(FORMAT, own, _deciding(training.rollout_decoder()), [make_task(spec, {}).config() for spec in training.tasks])
+    return _key(
+        FORMAT, own, _deciding(training.rollout_decoder()), [make_task(spec, {}).config() for spec in training.tasks]
+    )
 
 
 def _deciding(decoder: Decoder) -> dict[str, Any]:

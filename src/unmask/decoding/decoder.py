@@ -98,7 +98,8 @@ class Decoder:
         """This decoder for a model whose attention is block-causal, in blocks of so many tokens (None: full attention).
 
         The plan's blocks are then the model's, or smaller ones that divide them; the schedule runs inside each. A canvas is
-        rounded up to whole blocks. Raises UserError for a plan that commits across blocks, and for a cache that does not fit.
+        rounded up to whole blocks, its steps with it. Raises UserError for a plan that commits across blocks, and for a cache
+        that does not fit.
         """
         if block is None:
             if self.cache == "exact":
@@ -117,14 +118,15 @@ class Decoder:
             raise UserError(
                 f"blocks={self.blocks} of decoder {self.name!r} peels commits off across {blocks}: leave it out"
             )
-        length = -(-self.max_new_tokens // block) * block
+        length, steps = -(-self.max_new_tokens // block) * block, self.steps
         if length != self.max_new_tokens:
+            steps = steps and round(steps * length / self.max_new_tokens)
             _note(f"a canvas of {self.max_new_tokens} tokens is rounded up to {length}, whole blocks of {block}")
         fitted = self.replace(
-            max_new_tokens=length, block_length=own, cache="exact" if self.cache == "auto" else self.cache
+            max_new_tokens=length, steps=steps, block_length=own, cache="exact" if self.cache == "auto" else self.cache
         )
-        steps = zip(fitted.plan.done, fitted.plan.commits, fitted.plan.horizon, strict=True)
-        if any((done - commits) // block != (horizon - 1) // block for done, commits, horizon in steps):
+        plan = zip(fitted.plan.done, fitted.plan.commits, fitted.plan.horizon, strict=True)
+        if any((done - commits) // block != (horizon - 1) // block for done, commits, horizon in plan):
             raise UserError(
                 f"decoder {self.name!r} plans commits across {blocks}: choose a schedule that fills them in turn"
             )

@@ -21,10 +21,12 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from unmask import __version__
@@ -261,6 +263,22 @@ def mask_sets(length: int, samples: int, seed: int) -> tuple[Tensor, Tensor]:
     return rank < counts[:, None], length / (counts * samples).double()
 
 
+def block_mask_sets(block: int | None, start: int, length: int, samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """``mask_sets`` of a block-causal model, whose bound is a sum over blocks: sets are drawn for each block by itself.
+
+    start: the place in its row where the text begins. Both (R, L): a position's weight is that of its block's set.
+    """
+    if block is None:
+        masks, weights = mask_sets(length, samples, seed)
+        return masks, weights[:, None].expand(masks.shape)
+    edges = [0, *range(block - start % block, length, block), length]
+    parts = [mask_sets(b - a, samples, seed + a) for a, b in pairwise(edges)]
+    rows = max(len(masks) for masks, _ in parts)  # a short block's sets are all there are, and fewer
+    masks = torch.cat([F.pad(sets, (0, 0, 0, rows - len(sets))) for sets, _ in parts], 1)
+    weights = torch.cat([F.pad(w, (0, rows - len(w)))[:, None].expand(rows, sets.shape[1]) for sets, w in parts], 1)
+    return masks, weights
+
+
 @torch.no_grad()
 def bounds(
     lm: MaskedLM, pairs: Sequence[Pair], samples: int, seed: int, batch_size: int, cfg_scale: float = 0.0
@@ -275,22 +293,26 @@ def bounds(
     if not length:
         return [0.0] * len(pairs)
     ids, visible = (t.cpu() for t in lm.encode([context + continuation for context, continuation in pairs]))
-    found = [mask_sets(length, samples, content_seed(seed, *pair)) for pair in pairs]
+    found = [
+        block_mask_sets(lm.block_length, len(pair[0]), length, samples, content_seed(seed, *pair)) for pair in pairs
+    ]
     masks, weights = (torch.cat(parts) for parts in zip(*found, strict=True))
-    owner = torch.arange(len(pairs)).repeat_interleave(len(masks) // len(pairs))
+    owner = torch.arange(len(pairs)).repeat_interleave(torch.tensor([len(sets) for sets, _ in found]))
     width, total = ids.shape[1], torch.zeros(len(pairs), dtype=torch.float64)
     for part in torch.arange(len(masks)).split(batch_size):
         rows, seen = ids[owner[part]], visible[owner[part]]
+        clean = [] if lm.block_length is None else [rows.clone()]  # each block's masks stand behind the text as it is
         row, column = masks[part].nonzero(as_tuple=True)
         column = column + width - length
         targets = rows[row, column].to(lm.device)
         rows[row, column] = lm.mask_id
-        distinct, home = torch.cat([rows, seen.long()], 1).unique(dim=0, return_inverse=True)
+        distinct, home = torch.cat([rows, seen.long(), *clean], 1).unique(dim=0, return_inverse=True)
         distinct, scored = distinct.to(lm.device), (home[row].to(lm.device), column.to(lm.device))
-        rows, seen = distinct[:, :width], distinct[:, width:].bool()
-        mask, prompt = None if seen.all() else seen, width - length
-        logprob, _ = score_states(lm, rows, mask, scored, targets, prompt=prompt, w=cfg_scale)
-        total.index_add_(0, owner[part][row], weights[part][row] * logprob.cpu().double())
+        rows, seen, *clean = distinct.split(width, 1)
+        mask = None if seen.all() else seen.bool()
+        how: dict[str, Any] = {"prompt": width - length, "w": cfg_scale, "clean": clean[0] if clean else None}
+        logprob, _ = score_states(lm, rows, mask, scored, targets, **how)
+        total.index_add_(0, owner[part][row], weights[part][masks[part]] * logprob.cpu().double())
     if not total.isfinite().all():
         raise UserError("the model's log-probabilities are not finite: try dtype=float32, or check its weights")
     return total.tolist()
@@ -307,7 +329,8 @@ def is_greedy(lm: MaskedLM, pairs: Sequence[Pair], cfg_scale: float = 0.0) -> li
     contexts = list(dict.fromkeys(tuple(context) for context, _ in pairs))
     prompt, visible = lm.encode(contexts, length, empty=True)
     decoder = Decoder(max_new_tokens=length, steps=length, cfg_scale=cfg_scale)
-    written = dict(zip(contexts, decode(lm, prompt, visible, decoder).tokens.tolist(), strict=True))
+    canvas = torch.full((len(contexts), length), lm.mask_id, device=prompt.device)  # not rounded up to whole blocks
+    written = dict(zip(contexts, decode(lm, prompt, visible, decoder, canvas=canvas).tokens.tolist(), strict=True))
     return [written[tuple(context)] == continuation for context, continuation in pairs]
 
 

@@ -155,7 +155,9 @@ class SFTConfig(RunConfig):
                 raise UserError(f"{name} is {getattr(self, name)}: choose numbers of 1 or more")
         if (self.max_steps is None) == (self.num_train_epochs is None):
             raise UserError(f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs}: set one of them")
-        check_at_least(self, 1, "gradient_accumulation_steps", "logging_steps", *self.chosen("max_length", "block_length"))
+        check_at_least(
+            self, 1, "gradient_accumulation_steps", "logging_steps", *self.chosen("max_length", "block_length")
+        )
         check_positive(self, *self.chosen("num_train_epochs"))
         for name in self.chosen("prompt_masking", "decay_share", "validation_share", "lora_dropout"):
             if not 0 <= getattr(self, name) <= 1:
