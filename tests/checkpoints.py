@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.pre_tokenizers import ByteLevel
 
 from unmask.models.llada import LLaDAConfig, LLaDAModelLM
-from unmask.models.load import FAMILIES
+from unmask.models.load import family
 
 CHAT = (
     "{{% for message in messages %}}{{{{ {start} + message['role'] + {after} + message['content'] + {end} }}}}{{% endfor %}}"
@@ -56,6 +56,52 @@ QWEN3_A2D = json.loads("""{
     "num_hidden_layers": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-06, "rope_scaling": null, "rope_theta": 1000000,
     "sliding_window": null, "tie_word_embeddings": true, "use_cache": true, "use_sliding_window": false, "vocab_size": 384}""")
 
+_QWEN = {"bos_token_id": 300, "eos_token_id": 300, "hidden_act": "silu", "hidden_size": 32, "initializer_range": 0.5}
+_QWEN |= {"intermediate_size": 64, "max_position_embeddings": 1024, "num_attention_heads": 4, "num_hidden_layers": 2}
+_QWEN |= {
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "vocab_size": 384,
+}
+_QWEN |= {"tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": False, "attention_dropout": 0.0}
+_EXPERTS = {"moe_intermediate_size": 16, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True}
+
+
+def _auto_map(file: str, name: str, head: str) -> dict[str, str]:
+    """As the published files name their own Python code."""
+    return {"AutoConfig": f"configuration_{file}.{name}Config", "AutoModelForCausalLM": f"modeling_{file}.{name}{head}"}
+
+
+SDAR = _QWEN | {"architectures": ["SDARForCausalLM"], "model_type": "sdar", "block_size": 4, "mask_token_id": 323}
+SDAR |= {"attention_bias": False, "head_dim": 16, "auto_map": _auto_map("sdar", "SDAR", "ForCausalLM")}
+SDAR_MOE = (
+    SDAR | _EXPERTS | {"architectures": ["SDARMoeForCausalLM"], "model_type": "sdar_moe", "decoder_sparse_step": 1}
+)
+SDAR_MOE |= {"mlp_only_layers": [], "auto_map": _auto_map("sdar_moe", "SDARMoe", "ForCausalLM")}
+FAST_DLLM = _QWEN | {"architectures": ["Fast_dLLM_QwenForCausalLM"], "model_type": "Fast_dLLM_Qwen", "bd_size": 32}
+FAST_DLLM |= {"eos_token_id": 302, "auto_map": _auto_map("fast", "Fast_dLLM_Qwen", "ForCausalLM")}
+LLADA2 = _QWEN | _EXPERTS | {"architectures": ["LLaDA2MoeModelLM"], "model_type": "llada2_moe", "head_dim": 16}
+LLADA2 |= {"num_shared_experts": 1, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "sliding_window": 4096}
+LLADA2 |= {"routed_scaling_factor": 2.5, "partial_rotary_factor": 0.5, "rope_theta": 600000, "pad_token_id": 300}
+LLADA2 |= {"score_function": "sigmoid", "use_bias": False, "use_qkv_bias": False, "moe_router_enable_expert_bias": True}
+LLADA2 |= {"auto_map": _auto_map("llada2_moe", "LLaDA2Moe", "ModelLM")}
+LLADA_MOE = _QWEN | {
+    "architectures": ["LLaDAMoEModelLM"],
+    "model_type": "llada",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
+LLADA_MOE |= {"expert_intermediate_size": 16, "norm_topk_prob": True, "qk_layernorm": True, "pad_token_id": 300}
+LLADA_MOE |= {"moe_layer_freq": [1, 1], "shared_expert_intermediate_size": None, "dense_intermediate_size": 64}
+DIFFCODER = _QWEN | {"architectures": ["StableDiffcoderForCausalLM"], "model_type": "llama", "attention_dropout": 0.1}
+DIFFCODER |= {"bos_token_id": 0, "eos_token_id": 2, "rope_theta": 500000.0, "mlp_bias": False, "resid_pdrop": 0.1}
+DIFFCODER |= {"auto_map": {"AutoModelForCausalLM": "modeling_stable_diffcoder.StableDiffcoderForCausalLM"}}
+ILLADA = DIFFCODER | {"architectures": ["ILLaDAForCausalLM"], "model_type": "illada", "tie_word_embeddings": True}
+ILLADA |= {"auto_map": _auto_map("illada", "ILLaDA", "ForCausalLM")}
+LLADA_MOE |= {"auto_map": _auto_map("lladamoe", "LLaDAMoE", "ModelLM")}
+
 
 def _json(folder: Path, name: str, content: dict[str, Any]) -> None:
     (folder / name).write_text(json.dumps(content), encoding="utf-8")
@@ -86,9 +132,14 @@ def _fast_tokenizer(folder: Path, tokens: dict[int, str], settings: dict[str, An
 
 def _write(folder: Path, config: dict[str, Any], seed: int, dtype: torch.dtype = torch.bfloat16) -> None:
     """Random weights in several shards, and the config.json as on the hub."""
-    kind = FAMILIES[config["model_type"]]
+    _json(folder, "config.json", config)
+    kind = family(folder)[1]
     torch.manual_seed(seed)
-    kind(kind.config_class(**config)).to(dtype).save_pretrained(folder, max_shard_size="60KB")
+    model = kind(kind.config_class.from_pretrained(folder)).to(dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj", "gate.weight")):  # which have no initial scale
+            torch.nn.init.normal_(parameter, 0.0, 0.3)
+    model.save_pretrained(folder, max_shard_size="60KB")
     assert len(list(folder.glob("model-0000?-of-0000?.safetensors"))) >= 2
     _json(folder, "config.json", config)
 
@@ -159,7 +210,76 @@ def write_qwen3_a2d(folder: Path, seed: int = 1, **changes: Any) -> str:
     return str(folder)
 
 
+def write_sdar(folder: Path, seed: int = 1, **changes: Any) -> str:
+    """As JetLM/SDAR-1.7B-Chat: the mask token in the vocabulary and in config.json, not in tokenizer_config.json."""
+    return _write_qwen(folder, {**SDAR, **changes}, seed, "<|MASK|>")
+
+
+def write_sdar_moe(folder: Path, seed: int = 1, **changes: Any) -> str:
+    """As JetLM/SDAR-30B-A3B-Chat."""
+    return _write_qwen(folder, {**SDAR_MOE, **changes}, seed, "<|MASK|>")
+
+
+def write_fast_dllm(folder: Path, seed: int = 1, **changes: Any) -> str:
+    """As Efficient-Large-Model/Fast_dLLM_v2_1.5B: the mask token in the vocabulary alone."""
+    return _write_qwen(folder, {**FAST_DLLM, **changes}, seed, "|<MASK>|")
+
+
+def _write_qwen(folder: Path, config: dict[str, Any], seed: int, mask: str) -> str:
+    _write(folder, config, seed)
+    special = {300: "<|endoftext|>", 301: "<|im_start|>", 302: "<|im_end|>", 323: mask}
+    _fast_tokenizer(
+        folder, special, {"chat_template": QWEN_CHAT, "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    )
+    return str(folder)
+
+
+def write_llada2(folder: Path, seed: int = 1, **changes: Any) -> str:
+    """As inclusionAI/LLaDA2.0-mini."""
+    _write(folder, {**LLADA2, **changes}, seed)
+    special = {300: "<|endoftext|>", 301: "<role>", 302: "</role>", 303: "<|role_end|>", 323: "<|mask|>"}
+    chat = CHAT.format(start="'<role>'", after="'</role>'", end="'<|role_end|>'")
+    named = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "mask_token": "<|mask|>"}
+    _fast_tokenizer(folder, special, {"chat_template": chat, **named})
+    return str(folder)
+
+
+def write_llada_moe(folder: Path, seed: int = 1, **changes: Any) -> str:
+    """As inclusionAI/LLaDA-MoE-7B-A1B-Instruct, whose model type is LLaDA's."""
+    _write(folder, {**LLADA_MOE, **changes}, seed)
+    special = {300: "<|endoftext|>", 301: "<role>", 302: "</role>", 303: "<|role_end|>", 323: "<|mask|>"}
+    chat = CHAT.format(start="'<role>'", after="'</role>'", end="'<|role_end|>'")
+    named = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "mask_token": "<|mask|>"}
+    _fast_tokenizer(folder, special, {"chat_template": chat, **named})
+    return str(folder)
+
+
+def write_diffcoder(folder: Path, seed: int = 1, **changes: Any) -> str:
+    """As ByteDance-Seed/Stable-DiffCoder-8B-Instruct: Llama's model type, mask id 5 in its code alone."""
+    _write(folder, {**DIFFCODER, **changes}, seed)
+    special = {300: "<[begin_of_sentence]>", 301: "<[PAD_TOKEN]>", 302: "<[end_of_sentence]>"}
+    named = {"bos_token": special[300], "pad_token": special[301], "eos_token": special[302]}
+    _fast_tokenizer(
+        folder, special, {"chat_template": CHAT.format(start="'['", after="']'", end=f"'{special[302]}'"), **named}
+    )
+    return str(folder)
+
+
+def write_illada(folder: Path, seed: int = 1, **changes: Any) -> str:
+    """As GSAI-ML/iLLaDA-8B-Instruct: Llama's layout, tied, the mask token in the vocabulary alone."""
+    _write(folder, {**ILLADA, **changes}, seed)
+    special = {300: "<[begin_of_sentence]>", 301: "<[PAD_TOKEN]>", 302: "<[end_of_sentence]>", 323: "<[MASK]>"}
+    named = {"bos_token": special[300], "pad_token": special[301], "eos_token": special[302]}
+    _fast_tokenizer(
+        folder, special, {"chat_template": CHAT.format(start="'['", after="']'", end=f"'{special[302]}'"), **named}
+    )
+    return str(folder)
+
+
+BLOCKS = {"sdar": write_sdar, "sdar-moe": write_sdar_moe, "fast-dllm": write_fast_dllm, "llada2": write_llada2}
+BLOCKS |= {"diffcoder": write_diffcoder}
 WRITERS = {"llada": write_llada, "dream": write_dream, "qwen3-a2d": write_qwen3_a2d}
+WRITERS |= BLOCKS | {"llada-moe": write_llada_moe, "illada": write_illada}
 
 
 if __name__ == "__main__":

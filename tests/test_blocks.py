@@ -7,14 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
+from checkpoints import WRITERS
 from conftest import PROMPTS, SEEDS, toy
 from unmask.decoding import Decoder, decode, decode_each, make_decoder, replay
 from unmask.decoding.score import score_states
 from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
+from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
 from unmask.rl.objectives import OBJECTIVES, ViewRows
 from unmask.rl.rollout import score_rows
@@ -97,6 +100,38 @@ def test_blocks_are_filled_in_turn_from_the_prompts_last(block_lm: MaskedLM) -> 
     assert torch.bincount(ascending.step[0].int()).tolist() == [1, 2, 5] * 4
     inside = decoded(block_lm, "ass", ["x" * 6])  # six prompt tokens are committed in the first block
     assert torch.bincount(inside.step[0].int()).tolist() == [2, *[1, 2, 5] * 3, 1, 2, 3]
+
+
+PARENTS = {
+    "sdar": "Qwen3",
+    "sdar-moe": "Qwen3Moe",
+    "fast-dllm": "Qwen2",
+    "llada2": "Glm4Moe",
+    "llada-moe": "Qwen3Moe",
+    "diffcoder": "Llama",
+    "illada": "Llama",
+}
+
+
+@pytest.mark.parametrize("name", PARENTS)
+def test_logits_are_those_of_transformers_own_class(name: str, tmp_path: Path) -> None:
+    """In float64, padded and not, under a dense mask made by hand; routers and norms of LLaDA2 and SDAR are in float32."""
+    lm = load(WRITERS[name](tmp_path), "float32")
+    model = lm.model.double()
+    own = getattr(transformers, f"{PARENTS[name]}ForCausalLM")(model.config).double().eval()
+    own.load_state_dict(model.state_dict())
+    ids, mask = lm.encode(["hello there in an " * 3, "an in", "hello"])
+    place = (mask.long().cumsum(1) - 1).clamp(min=0)
+    block = place // (lm.block_length or 10_000)
+    seen = (block[:, :, None] >= block[:, None, :]) & mask[:, None, :] | torch.eye(ids.shape[1], dtype=torch.bool)
+    dense = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, torch.finfo(torch.float64).min)[:, None]
+    with torch.no_grad():
+        theirs, ours = own(ids, attention_mask=dense, position_ids=place).logits, lm.model(ids, mask).logits
+        alone = lm.model(ids[:1]).logits
+    if name == "fast-dllm":
+        theirs = torch.cat([theirs[:, :1], theirs[:, :-1]], 1)
+        mask[:, 1:] &= mask[:, :-1]  # a row's first token has none before it
+    assert float((theirs - ours)[mask].abs().max()) < 1e-5 and float((alone - ours[:1]).abs().max()) < 1e-5
 
 
 def gradient(lm: MaskedLM, loss: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def restated(weights: dict[str, Tensor], config: Any, ids: list[int], shifted: b
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("kind", (LLaDAModelLM, *bidirectional.MODELS), ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", (LLaDAModelLM, *bidirectional.MODELS[:5]), ids=lambda kind: kind.__name__)
 def test_forward_equals_restatement(kind: Any, attention: str, tmp_path: Path) -> None:
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "vocab_size": 64, "initializer_range": 0.3, "rope_theta": 5000.0}

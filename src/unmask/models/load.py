@@ -17,7 +17,15 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Tokenizer
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 from transformers.utils import logging
 
 from unmask.errors import UserError, unknown
@@ -29,13 +37,12 @@ from unmask.models.masked_lm import MaskedLM
 
 SHIPPED = {file.parent.name: file.parent for file in sorted(Path(__file__).parent.glob("*/config.json"))}
 """The checkpoints in the package by name."""
-FAMILIES: dict[str, type[PreTrainedModel]] = {  # converted checkpoints may have kept their parent's name
-    model.config_class.model_type: model
-    for model in (LLaDAModelLM, *bidirectional.MODELS, *bidirectional.UNDER_PARENTS_NAME)
-}
+_CLASSES = (*bidirectional.MODELS, *bidirectional.UNDER_PARENTS_NAME, LLaDAModelLM)
+FAMILIES: dict[str, type[PreTrainedModel]] = {model.config_class.model_type: model for model in _CLASSES}
+"""Backbones by model type; where two have the same, the architecture decides."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Block diffusion and mixtures of experts (SDAR and TraDo, LLaDA2, LLaDA-MoE, Fast-dLLM v2, Stable-DiffCoder, BD3LM, Nemotron).
-_NOT_YET = re.compile(r"sdar|trado|llada_?-?(?:2|moe)|fast_?-?dllm|stable_?-?diff_?coder|bd3lm|nemotron", re.IGNORECASE)
+# Of these nothing is known here but the name.
+_NOT_YET = re.compile(r"nemotron|efficient_?dlm|diffusion_?gemma|re_?fusion", re.IGNORECASE)
 HUB_FILES = ("*.json", "*.jinja", "merges.txt", "*.model")  # what describes a model, without its weights
 _LOADING: tuple[type[Exception], ...] = (SafetensorError, StrictDataclassError)  # the last: of configurations
 _LOADING += (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
@@ -89,7 +96,7 @@ def _resolve_adapters(folder: Path) -> tuple[Path, list[Path]]:
 
 def _load_checkpoint(name: str, folder: Path, settings: dict[str, Any], trust_remote_code: bool) -> MaskedLM:
     """A checkpoint that is no adapter. ``settings``: keyword arguments of ``from_pretrained``."""
-    config, kind = _family(folder, trust_remote_code)
+    config, kind = family(folder, trust_remote_code)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise UserError(f"{name} holds no .safetensors weights: fetch them, or convert the checkpoint to safetensors")
@@ -157,10 +164,10 @@ def load_meta(name: str, dtype: str = "auto", revision: str | None = None) -> Ma
     """
     chosen = _dtype(dtype)
     folder, _ = _resolve_adapters(find_folder(name, revision, weights=False))
-    config, kind = _family(folder)
+    config, kind = family(folder)
     stated = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
     try:
-        settings = kind.config_class.from_pretrained(folder)
+        settings = kind.config_class.from_pretrained(folder, **_block_in_name(kind, config, name))
         tokenizer = _tokenizer(folder, kind, name)
         with torch.device("meta"):
             model = kind._from_config(settings, dtype=DTYPES.get(stated, torch.float32) if chosen == "auto" else chosen)
@@ -169,19 +176,45 @@ def load_meta(name: str, dtype: str = "auto", revision: str | None = None) -> Ma
     return MaskedLM.wrap(model.eval(), tokenizer, name)
 
 
-def _family(folder: Path, trust_remote_code: bool = False) -> tuple[dict[str, Any], Any]:
+def family(folder: Path, trust_remote_code: bool = False) -> tuple[dict[str, Any], Any]:
     """A folder's config.json and its class; None for one of an unknown family whose own code is trusted. Raises UserError."""
     config = read_json(folder / "config.json", dict, "fetch it again")
-    family = str(config.get("model_type"))
-    names = [family, *map(str, config.get("architectures") or ())]
+    model_type = str(config.get("model_type"))
+    names = [model_type, *map(str, config.get("architectures") or ())]
     if not trust_remote_code and any(_NOT_YET.search(name) for name in names):
-        need = "block-causal and mixture-of-experts diffusion models need another attention or another loader"
         choose = f"choose a checkpoint of {', '.join(FAMILIES)}"
-        raise UserError(f"model family {' / '.join(names)} is not supported yet: {need}; {choose}")
-    if family in FAMILIES or ("auto_map" in config and trust_remote_code):
-        return config, FAMILIES.get(family)
-    hint = "; or run the checkpoint's own code with --trust-remote-code" if "auto_map" in config else ""
-    raise UserError(f"{unknown('model family', family, FAMILIES)}{hint}")
+        raise UserError(f"model family {' / '.join(names)} is not supported: {choose}")
+    if model_type not in FAMILIES:
+        if "auto_map" in config and trust_remote_code:
+            return config, None
+        hint = "; or run the checkpoint's own code with --trust-remote-code" if "auto_map" in config else ""
+        raise UserError(f"{unknown('model family', model_type, FAMILIES)}{hint}")
+    alike = [kind for kind in _CLASSES if kind.config_class.model_type == model_type]
+    kind = next((kind for kind in alike if _is_named(kind, config)), FAMILIES[model_type])
+    field = getattr(kind, "block", None)
+    block = field and {**getattr(kind.config_class, "unsaid", {}), **config}.get(field)
+    if field and (not isinstance(block, int) or isinstance(block, bool) or block < 1):
+        says = f"{folder / 'config.json'} has {field}={block!r}, and {kind.__name__} attends in blocks"
+        raise UserError(f"{says}: set {field} to the block length that it was trained with")
+    return config, kind
+
+
+def _is_named(kind: Any, config: dict[str, Any]) -> bool:
+    """Whether a config.json names this class as its architecture, or in its own code; also where it names none."""
+    names, aliases = {*map(str, config.get("architectures") or [kind.__name__])}, {*getattr(kind, "aliases", ())}
+    code = {str(value).split(".")[-1] for value in (config.get("auto_map") or {}).values()}
+    return bool(names & {kind.__name__, *aliases} or code & aliases)
+
+
+def _block_in_name(kind: Any, config: dict[str, Any], name: str) -> dict[str, int]:
+    """SDAR's block length where its config.json has none: the published ones are named ``…-b16``, or have 4."""
+    field = getattr(kind, "block", None)
+    if field != "block_size" or config.get(field) is not None:
+        return {}
+    found = re.search(r"-b(\d+)(?=[-/]|$)", name)
+    length = int(found[1]) if found else kind.config_class.unsaid[field]
+    print(f"unmask: {name} names no block length in its config.json: {length} is taken", file=sys.stderr)
+    return {field: length}
 
 
 def find_folder(
@@ -252,9 +285,10 @@ def _placement(name: str, device: str, device_map: Any, load_in_4bit: bool) -> d
 def _load_family(kind: Any, folder: Path, name: str, config: dict[str, Any], settings: dict[str, Any]) -> Any:
     """A model of a known family; refused by name where its files hold other keys or shapes."""
     architecture = next(iter(config.get("architectures") or [kind.__name__]))
-    if architecture != kind.__name__ and kind not in bidirectional.UNDER_PARENTS_NAME:
+    if not _is_named(kind, config) and kind not in bidirectional.UNDER_PARENTS_NAME:
         known = f"{kind.__name__}, the one implemented for {config['model_type']}"
         raise UserError(f"{name} is refused: its architecture {architecture} is not {known}")
+    settings = {**settings, **_block_in_name(kind, config, name)}
     model, report = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True, **settings)
     vars(model.config).pop("auto_map", None)  # names Python files that are neither needed nor saved with the model
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -264,15 +298,19 @@ def _load_family(kind: Any, folder: Path, name: str, config: dict[str, Any], set
     return model
 
 
-def _tokenizer(folder: Path, kind: type[PreTrainedModel], name: str) -> PreTrainedTokenizerBase:
-    """Dream's class of tokenizers is Qwen2's under another name, often without a tokenizer.json."""
-    dream = kind is bidirectional.DreamModel
-    files = ("tokenizer.json", "vocab.json") if dream else ("tokenizer.json",)
+def _tokenizer(folder: Path, kind: Any, name: str) -> PreTrainedTokenizerBase:
+    """Dream's class of tokenizers is Qwen2's under another name; it and Qwen2's own come without a tokenizer.json at times."""
+    qwen = issubclass(kind.config_class, (Qwen2Config, Qwen3Config, Qwen3MoeConfig))
+    files = ("tokenizer.json", "vocab.json") if qwen else ("tokenizer.json",)
     if not any((folder / file).is_file() for file in files):
         raise UserError(f"{name} holds no tokenizer.json: save the tokenizer beside the weights")
+    dream = kind is bidirectional.DreamModel or not (folder / "tokenizer.json").is_file()
     reader: Any = Qwen2Tokenizer if dream else AutoTokenizer
     try:
-        found = reader.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        how: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        if FAMILIES[kind.config_class.model_type] is not kind:  # AutoConfig would read another family's configuration
+            how["config"] = kind.config_class.from_pretrained(folder)
+        found = reader.from_pretrained(folder, **how)
     except Exception as error:  # noqa: BLE001  (the tokenizers library raises nothing narrower)
         raise UserError(f"the tokenizer of {name} cannot be read ({_first_line(error)}): fetch it again") from None
     found.init_kwargs.pop("auto_map", None)  # as with the model

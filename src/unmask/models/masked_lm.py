@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 Result = TypeVar("Result")
 Text: TypeAlias = str | Sequence[int]
 """A text, or its token ids."""
-# Of LLaDA and Llama, of Dream and Qwen: ends the text where EOS only fills the canvas.
-END_OF_TURN = ("<|eot_id|>", "<|im_end|>")
+# Of LLaDA and Llama, of Dream and Qwen, of LLaDA2: ends the text where EOS only fills the canvas.
+END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|role_end|>")
 
 
 @dataclass
@@ -64,6 +64,9 @@ class MaskedLM:
             )
             raise UserError(f"{name} is refused: {differ}: set both alike")
         mask_id, eos_id, pad_id = read("mask_token_id"), read("eos_token_id"), read("pad_token_id")
+        if mask_id is None:  # some families have it in their vocabulary, and its name in their code alone
+            mask_token: Any = getattr(model, "mask_token", None)
+            mask_id = mask_token if isinstance(mask_token, int) else vocabulary.get(mask_token)
         for what, value in (("mask", mask_id), ("end-of-sequence", eos_id)):
             if not isinstance(value, int):
                 raise UserError(f"{name} names no {what} token: set it in its tokenizer_config.json or config.json")
