@@ -48,9 +48,15 @@ def adapter_size(model: nn.Module, r: int, targets: str) -> int:
     with adapter_errors():
         found: list[Any] = [m for name, m in model.named_modules() if re.fullmatch(targets, name)]
         shapes = [m.weight.shape for m in found if isinstance(m, nn.Linear | nn.Embedding)]
-        if not shapes:
+        experts = [p.shape for p in experts_of(model, targets).values()]
+        if not shapes and not experts:
             raise ValueError(f"no matrix has a name that matches {targets}")
-    return r * sum(map(sum, shapes))
+    return r * (sum(map(sum, shapes)) + sum(count * (rows + columns) for count, rows, columns in experts))
+
+
+def experts_of(model: nn.Module, targets: str) -> dict[str, Any]:
+    """The stacked matrices of experts whose names ``targets`` matches; they are parameters, not modules."""
+    return {name: p for name, p in model.named_parameters() if p.dim() == 3 and re.fullmatch(targets, name)}
 
 
 def add_adapter(lm: MaskedLM, config: Any, seed: int) -> MaskedLM:
@@ -62,6 +68,8 @@ def add_adapter(lm: MaskedLM, config: Any, seed: int) -> MaskedLM:
     from peft import get_peft_model
 
     with torch.random.fork_rng(devices=[]), adapter_errors(), warnings.catch_warnings():
+        if isinstance(config.target_modules, str):
+            config.target_parameters = [*experts_of(lm.model, config.target_modules)] or config.target_parameters
         warnings.simplefilter("ignore")  # of tied weights, which merging unties
         torch.manual_seed(seed)
         model: Any = get_peft_model(lm.model, config)

@@ -52,11 +52,16 @@ def facts(lm: MaskedLM) -> dict[str, str]:
     """What a checkpoint is, in the order of reading."""
     config: Any = lm.model.config
     tokens = {name: getattr(lm, f"{name}_id") for name in ("mask", "eos", "eot", "pad")}
-    shifted = getattr(lm.model, "shifted", False)
+    shifted, moe = getattr(lm.model, "shifted", False), hasattr(config, "num_experts_per_tok")
     return {
         "family": f"{config.model_type} ({type(lm.model).__name__})",
         "parameters": f"{sum(p.numel() for p in lm.model.parameters()):,}",
-        "layers × width": f"{config.num_hidden_layers} × {config.hidden_size}, feed-forward {config.intermediate_size}",
+        "layers × width": f"{config.num_hidden_layers} × {config.hidden_size}, feed-forward {config.intermediate_size}"
+        + (
+            f", {config.num_experts_per_tok} of {config.num_local_experts} experts of {config.moe_intermediate_size}"
+            if moe
+            else ""
+        ),
         "heads": f"{config.num_attention_heads} ({config.num_key_value_heads or config.num_attention_heads} of keys)",
         "vocabulary": f"{config.vocab_size:,}",
         "longest row": f"{lm.max_length:,} tokens",

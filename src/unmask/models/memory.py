@@ -76,10 +76,13 @@ class Workload:
 
 
 def _widths(config: Any) -> tuple[int, int, int, int]:
-    """d, f, q and kv of a model's layers."""
+    """d, f, q and kv of a model's layers; f is that of the experts that a token has, where there are any."""
     heads, keys = config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return config.hidden_size, config.intermediate_size, heads * size, keys * size
+    width, chosen = config.intermediate_size, getattr(config, "num_experts_per_tok", 0)
+    if chosen:
+        width = config.moe_intermediate_size * (chosen + getattr(config, "n_shared_experts", 0))
+    return config.hidden_size, width, heads * size, keys * size
 
 
 def _pieces(work: Workload, vocabulary: int) -> float:
