@@ -132,6 +132,7 @@ def _fast_tokenizer(folder: Path, tokens: dict[int, str], settings: dict[str, An
 
 def _write(folder: Path, config: dict[str, Any], seed: int, dtype: torch.dtype = torch.bfloat16) -> None:
     """Random weights in several shards, and the config.json as on the hub."""
+    folder.mkdir(parents=True, exist_ok=True)
     _json(folder, "config.json", config)
     kind = family(folder)[1]
     torch.manual_seed(seed)

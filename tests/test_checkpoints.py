@@ -37,12 +37,18 @@ def test_published_layouts_load_and_decode(name: str, folders: dict[str, str]) -
     lm = load(folders[name])
     assert str(lm.model.dtype) == ("torch.float32" if name == "qwen3-a2d" else "torch.bfloat16")  # the files' own
     role = name in ("llada2", "llada-moe")
-    expected = (320, 301, 348, 301) if name == "llada" else (323, 300, 303 if role else 302, 300)
+    bracketed = name in ("diffcoder", "illada")  # their special tokens' names
+    expected = (323, 300, 303 if role else 302, 300)
+    if name == "llada":
+        expected = (320, 301, 348, 301)
+    if bracketed:
+        expected = (5 if name == "diffcoder" else 323, 302, None, 301)
     assert (lm.mask_id, lm.eos_id, lm.eot_id, lm.pad_id) == expected
-    assert lm.block_length == {"sdar": 4, "sdar-moe": 4, "fast-dllm": 32, "llada2": 32}.get(name)
+    assert lm.block_length == {"fast-dllm": 32, "llada2": 32}.get(name, 4 if name in BLOCKS else None)
     text = lm.chat("hello", "<reasoning>")
     start = "<role>user</role>hello<|role_end|>" if role else "<|im_start|>user\nhello<|im_end|>\n"
     llada = "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nhello<|eot_id|>"
+    start = "[user]hello<[end_of_sentence]>" if bracketed else start
     assert text.startswith(llada if name == "llada" else start)
     ids, mask = lm.encode([text, lm.chat("an in there")], 16)
     assert lm.tokenizer.decode(ids[0][mask[0]]) == text
@@ -146,6 +152,19 @@ def test_memory_and_spread_over_devices(name: str, folders: dict[str, str]) -> N
     assert decode(spread, ids, mask, decoder).tokens.equal(decode(lm, ids, mask, decoder).tokens)
 
 
+def test_block_lengths_that_only_a_name_tells(folders: dict[str, str], tmp_path: Path, capsys: Any) -> None:
+    for name, length in (("SDAR-4B-Chat-b16", 16), ("SDAR-4B-Chat", 4)):
+        folder = shutil.copytree(folders["sdar"], tmp_path / name)
+        changed("config.json", block_size=...)(folder)
+        for lm in (load(str(folder)), load_meta(str(folder))):
+            assert lm.block_length == length == lm.model.config.block_length
+        assert f"{name} names no block length in its config.json: {length} is taken" in capsys.readouterr().err
+    earlier = shutil.copytree(folders["diffcoder"], tmp_path / "earlier")  # as the first revision of its files
+    code = {"AutoModelForCausalLM": "modeling_seed_diffcoder.SeedDiffcoderForCausalLM"}
+    changed("config.json", architectures=["LlamaForCausalLM"], auto_map=code)(earlier)
+    assert load(str(earlier)).block_length == 4
+
+
 def test_four_bits(folders: dict[str, str], tmp_path: Path) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         with pytest.raises(UserError, match="pip install bitsandbytes"):
@@ -237,7 +256,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("llada", config(architectures=["AnotherLM"]), "architecture AnotherLM is not LLaDAModelLM"),
     ("llada", config(model_type="llada2_moe"), "architecture LLaDAModelLM is not LLaDA2MoeModelLM"),
     ("sdar", config(model_type="nemotron_diffusion"), "nemotron_diffusion / SDARForCausalLM is not supported: choose"),
-    ("sdar", config(block_size=...), "has block_size=None, and SDARForCausalLM attends in blocks: set block_size to"),
+    ("sdar", config(block_size="4"), "has block_size='4', and SDARForCausalLM attends in blocks: set block_size to"),
     ("fast-dllm", config(bd_size=0), "has bd_size=0, and Fast_dLLM_QwenForCausalLM attends in blocks"),
     ("sdar", config(mask_token_id=900), "mask id 900 lies outside its vocabulary of 384"),
     ("llada2", first_shard(Path.unlink), "cannot load"), ("sdar-moe", without_an_expert, "missing keys|cannot load"),

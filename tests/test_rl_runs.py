@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers.utils import logging
 
 from benchmarks.report.command import command as report
+from conftest import saved, toy
 from unmask import DiffusionGRPOConfig, UserError, load
 from unmask.cli import main
 from unmask.config import read_config, save_config
@@ -135,14 +136,21 @@ def test_killed_and_resumed_equals_uninterrupted(rewards: Path, toy_folder: str)
 def test_two_processes_equal_one(rewards: Path, toy_folder: str) -> None:
     """The same global batch on one process and on two (gloo): the same parameters after five updates.
 
-    Half the groups have no variance, so the ranks have different numbers of forward passes of their own.
+    Half the groups have no variance, so the ranks have different numbers of forward passes of their own; rows of a block-causal
+    model take different numbers of steps too.
     """
     settings: dict[str, Any] = {"save_steps": 5, "rows_per_forward": 2, "reward_funcs": ["rewards_for_tests:some"]}
-    objectives = ("cj", "coupled")
+    in_blocks = {
+        "model": saved(toy(block_length=8), rewards / "blocks"),
+        "decoder": "threshold:block_length=8,threshold=0.3",
+    }
+    kinds = {"cj": {}, "coupled": {"objective": "coupled"}, "blocks": in_blocks}
 
     def runs(name: str, batch_size: int) -> dict[str, DiffusionGRPOConfig]:
         settings["per_device_train_batch_size"] = batch_size
-        return {o: config(rewards / f"{name}-{o}", toy_folder, objective=o, **settings) for o in objectives}
+        return {
+            k: config(rewards / f"{name}-{k}", **{"model": toy_folder, **settings, **own}) for k, own in kinds.items()
+        }
 
     (rewards / "all.py").write_text("import sys; from unmask.cli import main; [main(['rl', f]) for f in sys.argv[1:]]")
     # Groups that each rank replaces by itself depend on the number of ranks: no equality, but it must not hang.
@@ -153,8 +161,8 @@ def test_two_processes_equal_one(rewards: Path, toy_folder: str) -> None:
         train(one)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    for objective in objectives:
-        one, two = (rewards / f"{n}-{objective}" for n in ("one", "two"))
+    for kind in kinds:
+        one, two = (rewards / f"{n}-{kind}" for n in ("one", "two"))
         a, b = weights(one), weights(two)
         assert max(float((a[k] - b[k]).abs().max()) for k in a) < 1e-5
         for x, y in zip(read_lines(one / "metrics.jsonl"), read_lines(two / "metrics.jsonl"), strict=True):
