@@ -36,7 +36,7 @@ def stand_in(shape: Shape, dtype: str, device: str) -> MaskedLM:
     alike, and the order of commits hangs on rounding.
     """
     tokenizer = character_tokenizer()
-    fields = {k: getattr(shape, k) for k in ("d_model", "n_layers", "n_heads", "mlp_hidden_size")}
+    fields = {k: getattr(shape, k) for k in ("d_model", "n_layers", "n_heads", "mlp_hidden_size", "block_length")}
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[dtype])
     try:

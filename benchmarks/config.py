@@ -21,6 +21,8 @@ class Shape:
     n_layers: int = 4
     n_heads: int = 4
     mlp_hidden_size: int = 768
+    block_length: int | None = None
+    """Make the stand-in's attention block-causal, in blocks of so many tokens."""
     prompt: int = 64
     """Prompt length in tokens; models other than a stand-in get Countdown prompts of one length instead."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -28,6 +30,8 @@ class Shape:
     def __post_init__(self) -> None:
         check_at_least(self, 1, "d_model", "n_layers", "n_heads", "mlp_hidden_size", "prompt")
         check_at_least(self, 128, "vocabulary")
+        if self.block_length is not None:
+            check_at_least(self, 1, "block_length")
         if self.d_model % (2 * self.n_heads):
             raise UserError(
                 f"d_model={self.d_model} is no multiple of 2 * n_heads={2 * self.n_heads}: change one of them"

@@ -109,12 +109,13 @@ def measure(config: BenchDecode, model: str, length: int, spec: str, temperature
         "peak_gib": common.peak_bytes(config.device) / GIB,
         "before_gib": before / GIB,
     }
-    if decoder.cache == "none":
+    by_pass = decoder.cache == "none" and lm.block_length is None
+    if by_pass:
         found |= measure_passes(config, lm, decoder, trajectory, seeds)
     reference = None
     if config.reference is not None:
         reference = reference_decode(load_reference(config.reference), lm, prompt, decoder)
-    if reference is None and decoder.cache == "none":
+    if reference is None and by_pass:
         return found
     if reference is not None and decoder.temperature == 0 and decoder.confidence != "random":
         found["same_tokens"] = bool(torch.equal(reference(), trajectory.tokens))

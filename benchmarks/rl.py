@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +27,10 @@ from unmask.rl.trainer import DiffusionGRPOTrainer
 
 def run(config: BenchRL, progress: Callable[[str], None]) -> dict[str, Any]:
     """Measure every cell ``repeats`` times, in turn, each time in a fresh process."""
-    cells = [*((way, s) for way in ("cj", "bare", "plain") for s in config.steps), ("one-step", 1), ("diffu", 1)]
+    if config.block_length is None:
+        cells = [*((way, s) for way in ("cj", "bare", "plain") for s in config.steps), ("one-step", 1), ("diffu", 1)]
+    else:
+        cells = [(way, s) for s in config.steps for way in ("cj", "sequential")]
     # What the plain way keeps for its backward, at least: float32 logits and their log-softmax of every step.
     needed = 2 * 4 * config.rows * (config.prompt + config.length) * config.vocabulary
     most = config.memory_limit * free_bytes(config.device)
@@ -72,15 +76,18 @@ def free_bytes(device: str) -> float:
 
 
 def random_rollout(config: BenchRL, lm: MaskedLM, steps: int) -> Rollout:
-    """A trajectory of random tokens committed by a uniform plan in random order; advantages alternate in sign."""
+    """A trajectory of random tokens committed by a uniform plan in random order (in each block, where the model has blocks);
+    advantages alternate in sign."""
     generator = torch.Generator().manual_seed(1)
     rows, length = config.rows, config.length
     low = len(lm.tokenizer)  # plain text ids: no end token, no mask
     prompt = torch.randint(low, config.vocabulary, (rows, config.prompt), generator=generator)
     tokens = torch.randint(low, config.vocabulary, (rows, length), generator=generator)
-    commits = torch.tensor(Plan.uniform(length, steps).commits)
+    block = config.block_length or length
+    commits = torch.tensor(Plan.uniform(length, steps, config.block_length).commits)
     plan = torch.arange(steps, dtype=torch.int16).repeat_interleave(commits)
-    step = torch.stack([plan[torch.randperm(length, generator=generator)] for _ in range(rows)])
+    order = (torch.rand(rows, length, generator=generator) + torch.arange(length) // block).argsort(1)
+    step = torch.empty(rows, length, dtype=torch.int16).scatter_(1, order, plan.expand(rows, -1))
     decoder = make_decoder("full", max_new_tokens=length, steps=steps)
     logprob = torch.full((rows, length), -11.0)
     mask = torch.ones_like(prompt, dtype=torch.bool)
@@ -118,6 +125,11 @@ def prepare_update(config: BenchRL, objective: str, autocast: bool = False) -> t
 def measure(config: BenchRL, way: str, steps: int) -> dict[str, float]:
     """Seconds and peak bytes of one update after a warm-up of one; in this process."""
     trainer, model = prepare_update(config, way if way in ("one-step", "diffu") else "cj")
+    passes, tokens = steps, config.prompt + config.length
+    if way == "sequential":  # state after state, as if the model's attention were full
+        trainer.lm = replace(trainer.lm, block_length=None)
+    elif config.block_length is not None:
+        passes, tokens = steps * config.block_length // config.length, tokens + config.length
     rollout = random_rollout(config, trainer.lm, steps)
     update: Callable[[], Any] = {
         "plain": lambda: plain_update(model, rollout),
@@ -128,7 +140,7 @@ def measure(config: BenchRL, way: str, steps: int) -> dict[str, float]:
             p.grad = torch.zeros_like(p)
     before = common.reset_peak(config.device)
     update()
-    flops = steps * common.pass_flops(trainer.lm, config.rows, config.prompt + config.length, 0)
+    flops = passes * common.pass_flops(trainer.lm, config.rows, tokens, 0)
     flops += common.pass_flops(trainer.lm, 0, 0, config.rows * config.length)  # every token is scored once
     return {
         "seconds": common.seconds(update, config.device),
