@@ -198,6 +198,20 @@ def test_supervised_loss_by_hand(tmp_path: Path) -> None:
     assert float(found.detach()) == pytest.approx(float(total.detach()) / (4 * 128), rel=1e-5)
 
 
+def test_templates(block_lm: MaskedLM) -> None:
+    """Fixed tokens stay, blocks are counted over them, cached or not; gaps may lie blocks apart."""
+    text = "a <|mask:5|> b and then something long <|mask:13|> c"
+    found = [
+        block_lm.generate(text, f"threshold:block_length=2,threshold=0.3,cache={c}").trajectories[0]
+        for c in ("exact", "none")
+    ]
+    assert torch.equal(found[0].tokens, found[1].tokens) and torch.equal(found[0].step, found[1].step)
+    assert int((found[0].step >= 0).sum()) == 18 and "b and then something long" in block_lm.tokenizer.decode(
+        found[0].tokens[0]
+    )
+    assert torch.allclose(replay(block_lm, found[0]), found[0].logprob, atol=2e-5)
+
+
 def test_refusals(block_lm: MaskedLM) -> None:
     lm, ids = block_lm, block_lm.encode(PROMPTS[:1])
     for spec, says in (

@@ -113,12 +113,11 @@ class DecodingLoop:
         cell = self.cells(rows, block)
         current = torch.where(masked, cell // block, self.plan.length).amin(1)  # (B,)
         here = cell // block == current[:, None]
-        prompt = (cell[:, 0] * (current == 0)).clamp(min=0)
-        filled = prompt + (here & ~masked).sum(1)
-        planned = torch.minimum(current, torch.tensor(self.plan.length // block - 1, device=current.device))
-        committed = (
-            planned * block + filled
-        )  # a prompt may push the canvas into one block more: it is filled as the last
+        filled = (here & ~masked).sum(1) + cell[:, 0] * (current == 0)
+        planned = current.clamp(
+            max=self.plan.length // block - 1
+        )  # a block more, behind a prompt, is filled as the last
+        committed = planned * block + filled
         step = torch.searchsorted(self.done, committed, right=True)
         reach = self.horizon[step] + (current - planned) * block
         return step, self.done[step] - committed, masked & here & (cell < reach[:, None])

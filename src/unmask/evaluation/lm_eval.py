@@ -186,7 +186,7 @@ class UnmaskLM(TemplateLM):
         except UserError as error:
             hint = "the canvas is the task's max_gen_toks, which --gen_kwargs max_gen_toks=N sets"
             raise UserError(f"{error}; {hint}") from None
-        return decoder
+        return decoder.within(self.lm.block_length)
 
     def _seeds(self, requests: Sequence[Instance]) -> Tensor:
         """One seed a request, of its content; equal requests (repeats) get different ones."""

@@ -124,7 +124,11 @@ def training_memory(lm: MaskedLM, work: Workload) -> MemoryEstimate:
 
 
 def _training_activations(lm: MaskedLM, work: Workload, adapter: int) -> float:
-    """What the layers keep for their backward pass, its gradients, and copies of weights that autocast makes."""
+    """What the layers keep for their backward pass, its gradients, and copies of weights that autocast makes.
+
+    A block-causal model runs every state's canvas beside the finished row.
+    """
+    tokens = work.tokens if lm.block_length is None else work.tokens + work.rows * (work.length + lm.block_length - 1)
     d, f, q, kv = _widths(lm.model.config)
     n, r = lm.model.config.num_hidden_layers, work.lora
     e = work.dtype.itemsize
@@ -142,8 +146,6 @@ def _training_activations(lm: MaskedLM, work: Workload, adapter: int) -> float:
     else:
         trained_casts, frozen_casts = base_casts, 0
     if not work.checkpointing:
-        return work.tokens * (n * kept + gradients) + trained_casts + frozen_casts
-    one_layer = work.tokens * (kept + gradients) + (trained_casts + frozen_casts) / n
-    return work.tokens * n * e * d + max(
-        trained_casts, one_layer
-    )  # the first are kept until the forward pass has ended
+        return tokens * (n * kept + gradients) + trained_casts + frozen_casts
+    one_layer = tokens * (kept + gradients) + (trained_casts + frozen_casts) / n
+    return tokens * n * e * d + max(trained_casts, one_layer)  # the first are kept until the forward pass has ended
