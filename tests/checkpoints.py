@@ -212,7 +212,7 @@ def write_qwen3_a2d(folder: Path, seed: int = 1, **changes: Any) -> str:
 
 
 def write_sdar(folder: Path, seed: int = 1, **changes: Any) -> str:
-    """As JetLM/SDAR-1.7B-Chat: the mask token in the vocabulary and in config.json, not in tokenizer_config.json."""
+    """As JetLM/SDAR-1.7B-Chat: the mask token in the vocabulary, its id in config.json too."""
     return _write_qwen(folder, {**SDAR, **changes}, seed, "<|MASK|>")
 
 
@@ -237,17 +237,16 @@ def _write_qwen(folder: Path, config: dict[str, Any], seed: int, mask: str) -> s
 
 def write_llada2(folder: Path, seed: int = 1, **changes: Any) -> str:
     """As inclusionAI/LLaDA2.0-mini."""
-    _write(folder, {**LLADA2, **changes}, seed)
-    special = {300: "<|endoftext|>", 301: "<role>", 302: "</role>", 303: "<|role_end|>", 323: "<|mask|>"}
-    chat = CHAT.format(start="'<role>'", after="'</role>'", end="'<|role_end|>'")
-    named = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "mask_token": "<|mask|>"}
-    _fast_tokenizer(folder, special, {"chat_template": chat, **named})
-    return str(folder)
+    return _write_roles(folder, {**LLADA2, **changes}, seed)
 
 
 def write_llada_moe(folder: Path, seed: int = 1, **changes: Any) -> str:
     """As inclusionAI/LLaDA-MoE-7B-A1B-Instruct, whose model type is LLaDA's."""
-    _write(folder, {**LLADA_MOE, **changes}, seed)
+    return _write_roles(folder, {**LLADA_MOE, **changes}, seed)
+
+
+def _write_roles(folder: Path, config: dict[str, Any], seed: int) -> str:
+    _write(folder, config, seed)
     special = {300: "<|endoftext|>", 301: "<role>", 302: "</role>", 303: "<|role_end|>", 323: "<|mask|>"}
     chat = CHAT.format(start="'<role>'", after="'</role>'", end="'<|role_end|>'")
     named = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "mask_token": "<|mask|>"}
@@ -257,23 +256,20 @@ def write_llada_moe(folder: Path, seed: int = 1, **changes: Any) -> str:
 
 def write_diffcoder(folder: Path, seed: int = 1, **changes: Any) -> str:
     """As ByteDance-Seed/Stable-DiffCoder-8B-Instruct: Llama's model type, mask id 5 in its code alone."""
-    _write(folder, {**DIFFCODER, **changes}, seed)
-    special = {300: "<[begin_of_sentence]>", 301: "<[PAD_TOKEN]>", 302: "<[end_of_sentence]>"}
-    named = {"bos_token": special[300], "pad_token": special[301], "eos_token": special[302]}
-    _fast_tokenizer(
-        folder, special, {"chat_template": CHAT.format(start="'['", after="']'", end=f"'{special[302]}'"), **named}
-    )
-    return str(folder)
+    return _write_seed_coder(folder, {**DIFFCODER, **changes}, seed, {})
 
 
 def write_illada(folder: Path, seed: int = 1, **changes: Any) -> str:
     """As GSAI-ML/iLLaDA-8B-Instruct: Llama's layout, tied, the mask token in the vocabulary alone."""
-    _write(folder, {**ILLADA, **changes}, seed)
-    special = {300: "<[begin_of_sentence]>", 301: "<[PAD_TOKEN]>", 302: "<[end_of_sentence]>", 323: "<[MASK]>"}
+    return _write_seed_coder(folder, {**ILLADA, **changes}, seed, {323: "<[MASK]>"})
+
+
+def _write_seed_coder(folder: Path, config: dict[str, Any], seed: int, mask: dict[int, str]) -> str:
+    _write(folder, config, seed)
+    special = {300: "<[begin_of_sentence]>", 301: "<[PAD_TOKEN]>", 302: "<[end_of_sentence]>"}
     named = {"bos_token": special[300], "pad_token": special[301], "eos_token": special[302]}
-    _fast_tokenizer(
-        folder, special, {"chat_template": CHAT.format(start="'['", after="']'", end=f"'{special[302]}'"), **named}
-    )
+    chat = CHAT.format(start="'['", after="']'", end=f"'{special[302]}'")
+    _fast_tokenizer(folder, special | mask, {"chat_template": chat, **named})
     return str(folder)
 
 

@@ -79,11 +79,8 @@ def dry_run(config: DiffusionGRPOConfig) -> str:
     config.check_batch()
     lm = load_meta(str(config.model), config.dtype)
     check_precision(lm, config.lora_r)
-    data, decoder, work = (
-        rl_data(lm, config),
-        config.rollout_decoder().within(lm.block_length),
-        Work.of(config, lm.block_length),
-    )
+    data, work = rl_data(lm, config), Work.of(config, lm.block_length)
+    decoder = config.rollout_decoder().within(lm.block_length)
     canvas, prompt = config.max_completion_length, data.widest(lm, config.max_completion_length)
     world, mu, batch = world_size(), config.num_iterations, config.per_device_train_batch_size
     groups, rollouts = batch // config.num_generations * world, math.ceil(config.max_steps / mu)
