@@ -17,6 +17,7 @@ from unmask.decoding import Decoder, decode, decode_each, make_decoder, replay
 from unmask.decoding.score import score_states
 from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
+from unmask.models.backbone import FLEX
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
 from unmask.rl.objectives import OBJECTIVES, ViewRows
@@ -163,6 +164,29 @@ def test_parallel_replay_is_sequential_replay(block_lm: MaskedLM, spec: str) -> 
     assert torch.allclose(logprob, found.logprob[row, column], atol=2e-5)
     parallel = gradient(block_lm, (logprob * coefficient[row, column]).sum())
     assert float((parallel - sequential).abs().max() / sequential.abs().max()) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", ["toy", "sdar"])
+def test_flex_attention_is_the_dense_mask(name: str, tmp_path: Path) -> None:
+    """Padded rows and one alone; forward only, as FlexAttention has no backward on the CPU, which training refuses."""
+    lm = toy(block_length=B) if name == "toy" else load(WRITERS[name](tmp_path / name), "float32")
+    for prompts in (PROMPTS, PROMPTS[:1]):
+        found = decoded(lm, "full", prompts)
+        rows = ViewRows.of(list(OBJECTIVES["cj"].views(found.by_block(lm.block_length), SEEDS[: len(prompts)], 0)))
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            lm.model.config._attn_implementation = "sdpa"
+            dense = score_rows(lm, found, rows)[0]
+            lm.model.config._attn_implementation = FLEX
+            flex = score_rows(lm, found, rows)[0]
+            assert torch.equal(decoded(lm, "full", prompts).tokens, found.tokens)
+        assert torch.allclose(flex, dense, atol=2e-5) and not torch.equal(flex, dense)
+    for model, says in ((lm, "is for a GPU: set sdpa or eager"), (toy(), "is for block-causal models")):
+        with pytest.raises(UserError, match=f"flex_attention {says}"):
+            config = SFTConfig(
+                output_dir=str(tmp_path / "run"), problems=[64], max_steps=1, attn_implementation="flex_attention"
+            )
+            SFTTrainer(model, config, make_task("countdown", {"countdown": {"style": "compact", "max_value": 9}}))
 
 
 def test_supervised_loss_by_hand(tmp_path: Path) -> None:

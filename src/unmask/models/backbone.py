@@ -8,7 +8,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import AttentionInterface
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+
+FLEX = "flex_attention_in_blocks"
+"""The attention whose [noisy | clean] passes go through FlexAttention, which skips the blocks of columns that no token sees;
+all others are ``sdpa``'s. Differentiable on GPUs only."""
+Visible = Tensor | BlockMask | None
+"""Which keys a query sees: bool (B or 1, 1, queries, keys), the same as FlexAttention's rule, or None where it is all."""
+
+
+def _flex_or_sdpa(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, visible: Any, **how: Any) -> tuple[Tensor, Any]:
+    run: Any = flex_attention_forward if isinstance(visible, BlockMask) else sdpa_attention_forward
+    return run(module, q, k, v, visible, **how)
+
+
+AttentionInterface.register(FLEX, _flex_or_sdpa)
 
 
 class KVCache:
@@ -78,10 +96,10 @@ class Trunk:
     config: Any
     get_input_embeddings: Callable[[], nn.Module]
 
-    def run_layers(self, x: Tensor, position_ids: Tensor, visible: Tensor | None, cache: KVCache | None) -> Tensor:
+    def run_layers(self, x: Tensor, position_ids: Tensor, visible: Visible, cache: KVCache | None) -> Tensor:
         """The layers and the last norm: x (B, W, d) -> (B, W, d).
 
-        position_ids (B, W) or (1, W); visible: bool, broadcast to (B, 1, W, T), or None where everything is.
+        position_ids (B, W) or (1, W); visible: bool, broadcast to (B, 1, W, T), or ``FLEX``'s rule; None: everything is.
         """
         raise NotImplementedError
 
@@ -95,17 +113,21 @@ class Trunk:
     ) -> BaseModelOutput:
         """Final hidden states (B, T, d), or (B, W, d) of a window; the arguments are those of ``HeadAtPositions.forward``."""
         rows = input_ids if clean is None else clean
-        if attention_mask is None:
-            position_ids, visible = torch.arange(rows.shape[1], device=rows.device)[None], None
+        real = None if attention_mask is None else attention_mask.bool()
+        if real is None:
+            position_ids = torch.arange(rows.shape[1], device=rows.device)[None]
         else:  # every row counts its own unpadded tokens from 0, so left or right padding does not shift them
-            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-            visible = attention_mask.bool()[:, None, None, :]
+            position_ids = (real.long().cumsum(-1) - 1).clamp(min=0)
+        visible: Visible = None if real is None else real[:, None, None, :]
         length = getattr(self.config, "block_length", None)
         if length is not None:
             block = position_ids // length
-            if attention_mask is not None:  # no token sees padding; it sees all others, so that there is something
-                block = block.masked_fill(~attention_mask.bool(), rows.shape[1])
-            visible = _block_causal(block, visible, window, None if clean is None else input_ids.shape[1])
+            if real is not None:  # no token sees padding; it sees all others, so that there is something
+                block = block.masked_fill(~real, rows.shape[1])
+            if clean is None:
+                visible = _block_causal(block, real, window)
+            else:
+                visible = _behind_clean(block, real, input_ids.shape[1], self.config._attn_implementation == FLEX)
         if clean is not None:
             noisy = input_ids.shape[1]
             input_ids = torch.cat([input_ids, clean], 1)
@@ -114,7 +136,7 @@ class Trunk:
             input_ids, position_ids = _columns(input_ids, window), _columns(position_ids, window)
         if cache is not None:
             cache.window = window
-            visible = None if visible is None else visible[..., : cache.stop]
+            visible = visible[..., : cache.stop] if isinstance(visible, Tensor) else None
         hidden = self.run_layers(self.get_input_embeddings()(input_ids), position_ids, visible, cache)
         return BaseModelOutput(last_hidden_state=hidden)
 
@@ -125,23 +147,41 @@ def _columns(rows: Tensor, window: Tensor) -> Tensor:
     return rows.expand(count, -1).gather(1, window.expand(count, -1))
 
 
-def _block_causal(block: Tensor, visible: Tensor | None, window: Tensor | None, noisy: int | None) -> Tensor:
+def _block_causal(block: Tensor, real: Tensor | None, window: Tensor | None) -> Tensor:
     """What each token sees where attention is block-causal: bool, (B, 1, queries, keys).
 
-    block (B or 1, T): every column's block. Queries are the columns of ``window`` (None: all), keys all columns. With
-    ``noisy``, both are the last so many columns of a noisy copy of the rows, then the rows: a noisy token sees the noisy ones
-    of its own block, and clean ones of the blocks before it.
+    block (B or 1, T): every column's block; real (B, T): False is padding, None where there is none. Queries are the columns
+    of ``window`` (None: all), keys all columns.
     """
     query = block if window is None else _columns(block, window)
     seen = query[:, None, :, None] >= block[:, None, None, :]
-    if noisy is not None:
-        copy = block[:, -noisy:]
-        own = copy[:, None, :, None] == copy[:, None, None, :]
-        before = copy[:, None, :, None] > block[:, None, None, :]
-        none = torch.zeros_like(before.transpose(-1, -2))
-        seen = torch.cat([torch.cat([own, before], -1), torch.cat([none, seen], -1)], -2)
-        visible = None if visible is None else torch.cat([visible[..., -noisy:], visible], -1)
-    return seen if visible is None else seen & visible
+    return seen if real is None else seen & real[:, None, None, :]
+
+
+def _behind_clean(block: Tensor, real: Tensor | None, noisy: int, flex: bool) -> Tensor | BlockMask:
+    """``_block_causal`` where queries and keys are the last ``noisy`` columns of a noisy copy of the rows, then the rows.
+
+    A noisy token sees the noisy ones of its own block, and clean ones of the blocks before it. With ``flex``, the same as a
+    rule for FlexAttention instead of a tensor.
+    """
+    block = torch.cat([block[:, -noisy:], block], 1)
+    real = None if real is None else torch.cat([real[:, -noisy:], real], 1)
+    clean = torch.arange(block.shape[1], device=block.device) >= noisy
+
+    def seen(query: Tensor, key: Tensor, clean_query: Tensor, clean_key: Tensor) -> Tensor:
+        before = clean_key & ((query > key) | clean_query & (query == key))
+        return before | ~clean_key & ~clean_query & (query == key)
+
+    def rule(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        row = torch.zeros_like(row) if len(block) == 1 else row
+        found = seen(block[row, query], block[row, key], clean[query], clean[key])
+        return found if real is None else found & real[row, key]
+
+    if flex:
+        rows, columns = None if len(block) == 1 else len(block), block.shape[1]
+        return create_block_mask(rule, rows, None, columns, columns, device=block.device)
+    dense = seen(block[:, None, :, None], block[:, None, None, :], clean[:, None], clean)
+    return dense if real is None else dense & real[:, None, None, :]
 
 
 class HeadAtPositions:

@@ -19,7 +19,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.core_model_loading import Split, WeightConverter, WeightRenaming
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from unmask.models.backbone import HeadAtPositions, KVCache, Trunk
+from unmask.models.backbone import HeadAtPositions, KVCache, Trunk, Visible
 
 # The layers' name of their cache, since transformers 5.24.
 _CACHE = "cache" if "cache" in inspect.signature(LlamaDecoderLayer.forward).parameters else "past_key_values"
@@ -32,8 +32,10 @@ class FullAttention(Trunk):
     norm: nn.Module
     rotary_emb: nn.Module
 
-    def run_layers(self, x: Tensor, position_ids: Tensor, visible: Tensor | None, cache: KVCache | None) -> Tensor:
-        if visible is not None and self.config._attn_implementation == "eager":  # it adds the mask to the scores
+    def run_layers(self, x: Tensor, position_ids: Tensor, visible: Visible, cache: KVCache | None) -> Tensor:
+        if (
+            isinstance(visible, Tensor) and self.config._attn_implementation == "eager"
+        ):  # it adds the mask to the scores
             visible = torch.zeros_like(visible, dtype=x.dtype).masked_fill(~visible, torch.finfo(x.dtype).min)
         rotary = self.rotary_emb(x, position_ids)
         how = {

@@ -12,10 +12,12 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel
+from transformers.integrations.flex_attention import compile_friendly_flex_attention
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from unmask.models.backbone import HeadAtPositions, KVCache, Trunk
+from unmask.models.backbone import HeadAtPositions, KVCache, Trunk, Visible
 
 # A published config that asks for one of these is another architecture; running it here would give wrong logits silently.
 _UNSUPPORTED = {
@@ -134,13 +136,13 @@ class LLaDABlock(GradientCheckpointingLayer):
         self.ff_out = nn.Linear(config.mlp_hidden_size, d, bias=False)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None, cache: KVCache | None = None
+        self, x: Tensor, cos: Tensor, sin: Tensor, visible: Visible, cache: KVCache | None = None
     ) -> Tensor:  # (B, T, d) -> (B, T, d)
         x = x + self.attention(self.attn_norm(x), cos, sin, visible, cache)
         h = self.ff_norm(x)
         return x + self.ff_out(F.silu(self.ff_proj(h)) * self.up_proj(h))
 
-    def attention(self, h: Tensor, cos: Tensor, sin: Tensor, visible: Tensor | None, cache: KVCache | None) -> Tensor:
+    def attention(self, h: Tensor, cos: Tensor, sin: Tensor, visible: Visible, cache: KVCache | None) -> Tensor:
         batch, length, _ = h.shape
         split = (batch, length, -1, self.head_dim)
         q, k, v = (f(h).view(split).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, D)
@@ -149,7 +151,9 @@ class LLaDABlock(GradientCheckpointingLayer):
             k, v = cache.update(k, v, self.layer)
         if self.groups > 1:
             k, v = k.repeat_interleave(self.groups, dim=1), v.repeat_interleave(self.groups, dim=1)
-        if self.config._attn_implementation == "eager":
+        if isinstance(visible, BlockMask):
+            out: Any = compile_friendly_flex_attention(q, k, v, training=self.training, block_mask=visible)
+        elif self.config._attn_implementation == "eager":
             scores = q @ k.transpose(-1, -2) * self.head_dim**-0.5
             if visible is not None:
                 scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
@@ -190,7 +194,7 @@ class LLaDAModel(Trunk, LLaDAPreTrainedModel):  # type: ignore[misc]
     def get_input_embeddings(self) -> nn.Module:
         return self.transformer["wte"]
 
-    def run_layers(self, x: Tensor, position_ids: Tensor, visible: Tensor | None, cache: KVCache | None) -> Tensor:
+    def run_layers(self, x: Tensor, position_ids: Tensor, visible: Visible, cache: KVCache | None) -> Tensor:
         cos, sin = rotary_table(position_ids, self.config.d_model // self.config.n_heads, self.config.rope_theta)
         for block in cast(nn.ModuleList, self.transformer["blocks"]):
             x = block(x, cos, sin, visible, cache)

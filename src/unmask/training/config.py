@@ -57,8 +57,8 @@ class RunConfig:
     """Compute activations again in the backward pass instead of keeping them."""
     compile: bool = False
     """torch.compile the model without its head."""
-    attn_implementation: Literal["sdpa", "eager"] = "sdpa"
-    """``sdpa`` or ``eager`` (faster backward on CPUs)."""
+    attn_implementation: Literal["sdpa", "eager", "flex_attention"] = "sdpa"
+    """``sdpa``, ``eager`` (faster backward on CPUs), or for block-causal models on a GPU ``flex_attention``."""
     seed: int = 0
     eval_steps: int = 500
     """Updates between validations."""

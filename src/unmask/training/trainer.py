@@ -18,6 +18,7 @@ from transformers import IntervalStrategy, PreTrainedModel, PreTrainedTokenizerB
 from unmask.errors import UserError, unknown
 from unmask.io.files import writing_to
 from unmask.models.adapters import adapter_config, add_adapter, check_precision
+from unmask.models.backbone import FLEX
 from unmask.models.load import as_masked_lm, load, without_progress_bars
 from unmask.models.masked_lm import MaskedLM
 from unmask.training.checkpoints import checkpoints, seal, verify
@@ -63,7 +64,9 @@ def prepare_model(
         check_precision(lm, config.lora_r)
     else:
         lm = as_masked_lm(model, processing_class)
-    lm.model.config._attn_implementation = config.attn_implementation
+    lm.model.config._attn_implementation = (
+        FLEX if config.attn_implementation == "flex_attention" else config.attn_implementation
+    )
     if config.compile:
         lm.model.base_model.compile(dynamic=dynamic)
     if peft_config is None and config.lora_r is not None:
@@ -88,6 +91,9 @@ class RunTrainer(Trainer):
         self, lm: MaskedLM, args: TrainingArguments, train_dataset: Any, eval_dataset: Any, collate: Any, callbacks: Any
     ) -> None:
         self.lm = lm
+        if lm.model.config._attn_implementation == FLEX and (lm.block_length is None or args.device.type == "cpu"):
+            where = "a GPU" if lm.block_length else "block-causal models"
+            raise UserError(f"attn_implementation=flex_attention is for {where}: set sdpa or eager")
         # Checkpoints are removed in ``_save_checkpoint``: the Trainer goes by names that are not exact.
         self.checkpoint_limit, args.save_total_limit = args.save_total_limit, None
         if not eval_dataset:
