@@ -135,6 +135,27 @@ def test_logits_are_those_of_transformers_own_class(name: str, tmp_path: Path) -
     assert float((theirs - ours)[mask].abs().max()) < 1e-5 and float((alone - ours[:1]).abs().max()) < 1e-5
 
 
+def test_self_test_where_rounding_chooses_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding may send a few tokens to other experts; all of them, or any in a model without experts, is a fault."""
+    dense, experts = toy(block_length=B), load(WRITERS["llada2"](tmp_path), "float32")
+    for lm, changed, fine in ((experts, 5, True), (experts, 60, False), (dense, 5, False)):
+        forward = type(lm.model).forward
+
+        def padded(model: Any, *args: Any, changed: int = changed, forward: Any = forward, **how: Any) -> Any:
+            out = forward(model, *args, **how)
+            if how["attention_mask"] is not None:
+                out.logits[:changed] *= 2
+            return out
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(lm.model), "forward", padded)
+            if fine:
+                assert lm.self_test()["padding"] < 1e-3
+            else:
+                with pytest.raises(UserError, match="left padding changes its logits"):
+                    lm.self_test()
+
+
 def gradient(lm: MaskedLM, loss: Tensor) -> Tensor:
     lm.model.zero_grad()
     loss.backward()

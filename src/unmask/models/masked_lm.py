@@ -208,8 +208,9 @@ class MaskedLM:
         """Check on short rows that the checkpoint is a usable bidirectional model (within its blocks), in its own dtype.
 
         Returns ``padding`` (logit change that left padding makes, in standard deviations of the logits: the root mean square of
-        the worst position, since the largest of millions may be rounding in bfloat16), ``left`` and ``right`` (largest change
-        at one end of a row when the other end's token changes, in the same unit; of two blocks, ``right`` is within the first).
+        the worst position, since the largest of millions may be rounding in bfloat16; of the median one where rounding may
+        choose other experts for a token), ``left`` and ``right`` (largest change at one end of a row when the other end's token
+        changes, in the same unit; of two blocks, ``right`` is within the first).
         Raises UserError if padding shows, a side is not seen, a later block is, something is not finite, or the mask id is no
         token's.
         """
@@ -233,25 +234,31 @@ class MaskedLM:
             """The logits when the token there is another one."""
             return run(row.index_fill(0, every[at : at + 1], int(usable[-1])))
 
+        def change(one: Tensor, other: Tensor) -> float:
+            positions = (one - other).square().mean(-1).sqrt()
+            return float(positions.median() if hasattr(self.model.config, "num_experts_per_tok") else positions.max())
+
         plain, left, right, later = run(row), edited(0), edited(end - 1), edited(length - 1)
         padded = run(torch.cat([pads, row]), (torch.arange(length + 5, device=self.device) >= 5)[None], 5)
         self.model.train(training)
         scale = float(plain.std()) or 1.0
         found = {
-            "padding": float((plain - padded).square().mean(-1).sqrt().max()) / scale,
+            "padding": change(plain, padded) / scale,
             "left": float((plain - left)[-1].abs().max()) / scale,
             "right": float((plain - right)[0].abs().max()) / scale,
         }
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 0.1
         if not all(t.isfinite().all() for t in (plain, padded, left, right)):
             raise UserError(f"{self.name} is refused: its logits are not finite (weights or rotary tables are broken)")
-        if (change := found["padding"]) > tolerance:
-            changes = f"left padding changes its logits by {change:.2g} standard deviations (at most {tolerance:g})"
+        if found["padding"] > tolerance:
+            changes = (
+                f"left padding changes its logits by {found['padding']:.2g} standard deviations (at most {tolerance:g})"
+            )
             raise UserError(f"{self.name} is refused: {changes}, so batches of different prompts would be wrong")
         for side in (side for side in ("left", "right") if found[side] == 0.0):
             blind = f"it does not see tokens to the {side}, so it is not bidirectional"
             raise UserError(f"{self.name} is refused: {blind}")
-        if end < length and float((plain - later)[:end].abs().max()) / scale > tolerance:
+        if end < length and change(plain[:end], later[:end]) / scale > tolerance:
             beyond = f"a block of {end} tokens sees the block behind it, so it is not block-causal"
             raise UserError(f"{self.name} is refused: {beyond}")
         return found
