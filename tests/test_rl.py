@@ -47,7 +47,12 @@ def disturb(model: torch.nn.Module, size: float) -> None:
                 p.add_(size * torch.randn(p.shape, generator=generator))
 
 
-VIEWS = [*((o, "threshold") for o in OBJECTIVES), ("cj", "eoser-ass"), ("coupled", "semi-ar:block_length=8")]
+VIEWS = [*((o, "threshold") for o in ("cj", "one-step", "diffu", "coupled", "tracerl")), ("cj", "eoser-ass")]
+VIEWS += [
+    ("coupled", "semi-ar:block_length=8"),
+    ("tracerl:merge=3", "eoser-ass"),
+    ("justgrpo", "semi-ar:block_length=1"),
+]
 
 
 @pytest.mark.parametrize(("objective", "decoder"), VIEWS)
@@ -71,7 +76,7 @@ def test_views_score_every_token(tmp_path: Path, objective: str, decoder: str) -
             changed = prompt != trajectory.prompt
             assert (prompt[changed] == trajectory.mask_id).all() and not (changed & ~trajectory.prompt_mask).any()
             assert bool(changed.any()) == (objective == "diffu")
-    if OBJECTIVES[objective].fresh:
+    if t.objective.fresh:
         first, second = (t.views(t.rollout, i)[-1].ids for i in range(2))
         assert not torch.equal(first, second)
 
@@ -122,9 +127,9 @@ def restated_loss(t: DiffusionGRPOTrainer, old_model: Any, reference: Any, itera
         if args.objective == "coupled":
             per_view = [[token_loss(x, advantage, args) for x in joint.values()]]
         every = [x for losses in per_view for x in losses]
-        if args.normalization == "step":
+        if args.loss_type == "step":
             total = total + torch.stack([torch.stack(losses).mean() for losses in per_view]).mean() / len(rewards)
-        elif args.normalization == "token":
+        elif args.loss_type == "grpo":
             total = total + torch.stack(every).mean() / len(rewards)
         else:
             ends = lm.lengths(trajectory.tokens).clamp(max=trajectory.tokens.shape[1] - 1) + 1
@@ -142,7 +147,7 @@ def token_loss(logprobs: torch.Tensor, advantage: torch.Tensor, args: Any) -> to
     return -torch.minimum(ratio * advantage, clipped * advantage) + args.beta * (d.exp() - d - 1)
 
 
-SETTINGS = ("objective", "normalization", "scale_rewards", "mask_after_eos", "beta")
+SETTINGS = ("objective", "loss_type", "scale_rewards", "mask_after_eos", "beta")
 
 
 @pytest.mark.parametrize(
@@ -150,11 +155,11 @@ SETTINGS = ("objective", "normalization", "scale_rewards", "mask_after_eos", "be
     [
         ("cj", "step", "group", False, 0.0),
         ("cj", "step", "none", True, 0.3),
-        ("cj", "batch", "none", True, 0.3),
-        ("one-step", "token", "none", True, 0.3),
-        ("diffu", "batch", "group", False, 0.3),
+        ("cj", "bnpo", "none", True, 0.3),
+        ("one-step", "grpo", "none", True, 0.3),
+        ("diffu", "bnpo", "group", False, 0.3),
         ("coupled", "step", "group", True, 0.0),
-        ("coupled", "token", "none", False, 0.3),
+        ("coupled", "grpo", "none", False, 0.3),
     ],
 )
 def test_loss_and_gradient_equal_a_plain_restatement(tmp_path: Path, values: tuple[Any, ...]) -> None:
@@ -175,7 +180,7 @@ def test_the_first_update_of_coupled_equals_a_plain_restatement(tmp_path: Path, 
     """On policy the ratios are one, so that without a KL penalty the update needs no second pass over the views."""
     lm, reference = toy(), toy().model
     disturb(lm.model, 0.01)
-    t = trainer(tmp_path, lm, objective="coupled", normalization="batch", beta=beta, rows_per_forward=5)
+    t = trainer(tmp_path, lm, objective="coupled", loss_type="bnpo", beta=beta, rows_per_forward=5)
     if beta:
         t.reference_model.load_state_dict(reference.state_dict())
     t.rollout = t.sample(ROWS)
@@ -234,8 +239,8 @@ def test_sampled_steps_favor_no_row_and_no_step() -> None:
     ids = torch.zeros(rows, steps, dtype=torch.int64)
     views = [View(ids, (step == s) & (step < kept[:, None])) for s in range(steps)]
     chosen = sample_views(views, 4, torch.arange(rows) * 2, 0)
-    for normalization in ("step", "token"):
-        weights = torch.stack(token_weights([v.scored for v in chosen], normalization)).sum((0, 2))  # type: ignore[arg-type]
+    for loss_type in ("step", "grpo"):
+        weights = torch.stack(token_weights([v.scored for v in chosen], loss_type)).sum((0, 2))  # type: ignore[arg-type]
         assert torch.allclose(weights, torch.ones(rows))
     scored = torch.stack([v.scored.any(1) for v in chosen])  # (views, B)
     assert (scored.sum(0) == kept.clamp(max=4)).all() and len({tuple(x) for x in scored.T.tolist()}) > 100
@@ -324,7 +329,10 @@ def test_lora_reference_is_the_model_without_its_adapter(tmp_path: Path) -> None
         ({"decoder": "threshold:block_length=8", "compile": True}, "compile needs batches of one shape"),
         ({"temperature": 0.0}, "temperature is 0"),
         ({"objective": "one_step"}, "unknown objective 'one_step': did you mean 'one-step'"),
-        ({"objective": "one-step", "steps_per_update": 2}, "needs objective cj"),
+        ({"objective": "agrpo:steps=0"}, "steps is 0"),
+        ({"objective": "agrpo:step=2"}, "unknown parameter of objective agrpo 'step': did you mean 'steps'"),
+        ({"objective": "cj:steps=2"}, "objective cj takes no parameters: leave out steps"),
+        ({"objective": "justgrpo"}, "justgrpo needs tokens from left to right: set semi-ar:block_length=1"),
         ({"trainer_args": {"gradient_accumulation_steps": 2}}, "raise per_device_train_batch_size"),
         ({"epsilon": 0.0}, "epsilon is 0.0"),
         ({"tasks": ["sudoku", "sudoku:max_empty=4"]}, "names a task twice"),

@@ -25,15 +25,16 @@ def test_advantages_by_hand() -> None:
     assert torch.allclose(scaled[:4], centered[:4] / (std + 1e-4)) and (scaled[4:] == 0).all()
 
 
-WEIGHTS = {"step": (1 / 2, 1 / 2, 1 / 6), "token": (1 / 4, 1 / 2, 1 / 4), "batch": (1 / 3, 1 / 3, 1 / 3)}
+WEIGHTS = {"step": (1 / 2, 1 / 2, 1 / 6), "grpo": (1 / 4, 1 / 2, 1 / 4), "bnpo": (1 / 3, 1 / 3, 1 / 3)}
+WEIGHTS["dr_grpo"] = (1 / 4, 1 / 4, 1 / 4)  # the canvas has four tokens
 
 
-@pytest.mark.parametrize("normalization", WEIGHTS)
-def test_weights_by_hand(normalization: Any) -> None:
+@pytest.mark.parametrize("loss_type", WEIGHTS)
+def test_weights_by_hand(loss_type: Any) -> None:
     """Two views of two rows: the first scores tokens of both, the second only of the first row."""
-    a, b, c = WEIGHTS[normalization]
+    a, b, c = WEIGHTS[loss_type]
     expected = torch.tensor([[[a, 0, 0, 0], [b, b, 0, 0]], [[0, c, c, c], [0, 0, 0, 0]]])
-    assert torch.allclose(torch.stack(token_weights(list(expected > 0), normalization)), expected)
+    assert torch.allclose(torch.stack(token_weights(list(expected > 0), loss_type)), expected)
 
 
 def test_k3_is_zero_on_equal_policies_and_positive_elsewhere() -> None:

@@ -108,7 +108,8 @@ class DiffusionGRPOConfig(TrajectoryConfig):
     command: ClassVar[str] = "rl"
 
     objective: str = "cj"
-    """``cj``, ``one-step``, ``diffu``, ``coupled``, or one of your own as ``package.module:name``."""
+    """Spec of an objective: ``cj``, ``one-step``, ``espo:draws=4``, … (docs/rl.md), or one of your own as
+    ``package.module:name``."""
     num_generations: int = 8
     """Completions a prompt, the group."""
     max_resamples: int = 0
@@ -125,14 +126,12 @@ class DiffusionGRPOConfig(TrajectoryConfig):
     """Weight of the KL penalty against the starting policy."""
     scale_rewards: Literal["group", "none"] = "group"
     """``group``: advantages divided by the group's standard deviation; ``none``: only centered (the released code)."""
-    normalization: Literal["step", "token", "batch"] = "step"
-    """``step``: mean over a step's tokens, then over steps (the paper). ``token``: mean over a completion's tokens. Both then
-    take the mean over completions. ``batch``: mean over all tokens of the process's batch, as the released one-step, diffu and
-    coupled code over its micro-batch (TRL's ``loss_type`` bnpo)."""
+    loss_type: Literal["step", "grpo", "bnpo", "dr_grpo"] = "step"
+    """``step``: mean over a step's tokens, then over steps (the paper). The others are TRL's: ``grpo``, mean over a
+    completion's tokens; ``dr_grpo``, their sum divided by the canvas length (these three then take the mean over completions);
+    ``bnpo``, mean over all tokens of the process's batch, as released one-step, diffu and coupled code over its micro-batch."""
     mask_after_eos: bool = False
     """Leave tokens after the first end token out of the loss (the paper's code keeps them)."""
-    steps_per_update: int | None = None
-    """Score only this many steps of each trajectory in each update, drawn anew each time; ``none`` scores all."""
     max_logprob_mismatch: float = 1e-3
     """Largest |recorded - recomputed| log-probability (mean, nats a token) that a float32 ``cj`` update accepts."""
     log_completions: bool = True
@@ -148,18 +147,17 @@ class DiffusionGRPOConfig(TrajectoryConfig):
         super().__post_init__()
         find_objective(self.objective)
         check_at_least(self, 2, "num_generations")
-        check_at_least(self, 1, "num_iterations", *self.chosen("steps_per_update"))
+        check_at_least(self, 1, "num_iterations")
         check_at_least(self, 0, "max_resamples")
         check_positive(self, "epsilon", "max_logprob_mismatch")
-        if self.steps_per_update is not None and self.objective != "cj":
-            raise UserError(
-                f"steps_per_update samples a trajectory's steps: it needs objective cj, not {self.objective}"
-            )
         if not 0 <= self.beta < float("inf"):
             raise UserError(f"beta is {self.beta}: choose 0 or more")
 
     def unfit(self, decoder: Decoder) -> dict[str, bool]:
+        from unmask.rl.objectives import find_objective
+
         return {
+            str(unfit := find_objective(self.objective).unfit(decoder)): unfit is not None,
             f"top_p={decoder.top_p} samples from a cut distribution, not the policy: set top_p=1": decoder.top_p < 1,
             "temperature is 0, so all completions of a group are equal: set it above 0": decoder.temperature == 0,
         }

@@ -25,7 +25,7 @@ class Work:
     Attributes:
         steps: of its sampling. every: views of the objective; views: those that an update scores, with a backward pass.
         old, reference, joint: how often all views are scored once more in a rollout: for the old policy, for the reference, and
-            for a loss of log-probabilities that are sums over views.
+            for a loss of all views together.
         copies: rows that a forward pass has for one (guidance: 2). samples: completions sampled for one that is kept, at most.
     """
 
@@ -51,13 +51,15 @@ class Work:
         every, mu, penalty = len(views), config.num_iterations, config.beta > 0
         fresh = mu if objective.fresh else 1
         old, joint = 0 if config.uses_recorded or mu == 1 else fresh, mu - 1 if mu > 1 else int(penalty)
+        if not objective.ratio:
+            old, joint = 0, mu
         return cls(
             decoder.plan.steps,
             every,
-            views=min(every, config.steps_per_update or every),
+            views=min(every, objective.sampled or every),
             old=old,
             reference=fresh * penalty,
-            joint=0 if views[0].share is None else joint,
+            joint=0 if objective.loss is None else joint,
             copies=decoder.copies,
             samples=1 + config.max_resamples,
         )

@@ -1,8 +1,9 @@
-"""Objectives: which views of a trajectory are scored, and with what advantages. One clipped surrogate serves them all.
+"""Objectives: which views of a trajectory are scored, and the loss of what they find.
 
 A *view* is a partly masked sequence and the canvas positions whose recorded tokens are scored in it. An objective is a short
-function that yields views; everything else (loss, weights, batching, old log-probabilities) is shared. The probability of
-*choosing the positions* is in none of them, as in the paper. Equations: docs/rl.md.
+function that yields views, and where each token's clipped surrogate is not what it wants, a function of the log-probabilities
+of all its views; everything else (weights, batching, old log-probabilities) is shared. The probability of *choosing the
+positions* is in none of them, as in the paper. Equations: docs/rl.md.
 """
 
 from __future__ import annotations
@@ -15,15 +16,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from unmask.config import Registry
+from unmask.config import Registry, build, split_spec
+from unmask.decoding.decoder import Decoder
 from unmask.decoding.sampling import uniform_noise
 from unmask.decoding.trajectory import Trajectory
-from unmask.errors import UserError
+from unmask.errors import UserError, check_at_least
 
 PROMPT_MASKING = 0.15  # diffu-GRPO (d1, arXiv 2504.12216)
 STD_EPSILON = 1e-4  # beside the standard deviation of a group's rewards, as in TRL
 COUPLED_SHARE = (0.2, 0.8)  # bounds of the share that coupled-GRPO's first view masks (DiffuCoder, arXiv 2506.20639)
-Normalization = Literal["step", "token", "batch"]
+LossType = Literal["step", "grpo", "bnpo", "dr_grpo"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,7 @@ class View:
 
     Attributes:
         ids: (B, P+L) int64. scored: (B, L) bool, the canvas positions whose tokens' log-probabilities count here.
-        share: (B,) float32, the factor with which they enter a token's log-probability, which is then a sum over views; None
-            where every token is scored in one view alone.
+        share: (B,) float32, a factor that the objective's own loss gets beside the log-probabilities; None: 1.
     """
 
     ids: Tensor
@@ -46,29 +47,51 @@ class ViewRows:
     """Rows of all views concatenated along the batch: a forward pass takes as many as fit, whatever view they come from.
 
     Attributes:
-        ids: (M, P+L) int64. scored: (M, L) bool. row: (M,) int64, the trajectory's row of each. share: (M,) float32 or None.
+        ids: (M, P+L) int64. scored: (M, L) bool. view, row: (M,) int64, each one's view and row of the trajectory.
     """
 
     ids: Tensor
     scored: Tensor
+    view: Tensor
     row: Tensor
-    share: Tensor | None = None
 
     @classmethod
     def of(cls, views: list[View]) -> ViewRows:
         ids, scored = torch.cat([v.ids for v in views]), torch.cat([v.scored for v in views])
-        row = torch.arange(len(views[0].ids), device=ids.device).repeat(len(views))
-        shares = [v.share for v in views if v.share is not None]
-        return cls(ids, scored, row, torch.cat(shares) if shares else None)
+        number = torch.arange(len(ids), device=ids.device)
+        return cls(ids, scored, number // len(views[0].ids), number % len(views[0].ids))
 
     def take(self, index: Tensor) -> ViewRows:
         """Some of them, (n,) int64."""
-        share = None if self.share is None else self.share[index]
-        return ViewRows(self.ids[index], self.scored[index], self.row[index], share)
+        return ViewRows(self.ids[index], self.scored[index], self.view[index], self.row[index])
 
-    def share_of(self, values: Tensor) -> Tensor:
-        """Values of the scored tokens, (N,) in the order of ``scored``, each times its view's share."""
-        return values if self.share is None else values * self.share[self.scored.nonzero()[:, 0]]
+
+@dataclass(frozen=True)
+class Scores:
+    """What a loss of all views sees, of the rows of groups whose rewards differ.
+
+    Attributes:
+        new, old, reference: (V, B, L) float32 log-probabilities of the recorded tokens in each view under the policy (with
+            gradient), the one that sampled, and the starting one (None without a KL penalty); 0 where a view scores nothing.
+        scored: (V, B, L) bool. share: (V, B) float32, of the views. advantages: (B,) float32.
+        weight: (B, L) float32, what each token contributes to the sum over rows, by ``loss_type``.
+        epsilon, beta: clipping range and weight of the KL penalty.
+    """
+
+    new: Tensor
+    old: Tensor
+    reference: Tensor | None
+    scored: Tensor
+    share: Tensor
+    advantages: Tensor
+    weight: Tensor
+    epsilon: float
+    beta: float
+
+
+Loss = Callable[[Scores], tuple[Tensor, Tensor, Tensor]]
+"""Each row's loss (B,); for the metrics, the logarithm of the probability ratio and the KL estimate of each token or of the
+row, (B, L) or (B, 1)."""
 
 
 @dataclass(frozen=True)
@@ -80,24 +103,51 @@ class Objective:
         recorded: whether the views are the very states that were sampled from, so that the recorded log-probabilities
             are the old policy's.
         fresh: whether every inner iteration has views of its own.
+        loss: of the log-probabilities of all views together; None: the sum of each token's clipped surrogate.
+        ratio: whether that loss compares policies; without, it needs the policy's own log-probabilities at every update.
+        sampled: how many of its views each row scores in an update, drawn anew each time; None: all.
+        unfit: what is wrong with a decoder for this objective, or nothing.
     """
 
     views: Callable[[Trajectory, Tensor, int], Iterator[View]]
     recorded: bool = False
     fresh: bool = False
+    loss: Loss | None = None
+    ratio: bool = True
+    sampled: int | None = None
+    unfit: Callable[[Decoder], str | None] = lambda decoder: None
 
 
 OBJECTIVES: Registry[Any] = Registry("objective")
 
 
-def find_objective(name: str) -> Objective:
-    """A registered objective, or one's own as ``package.module:name``: an Objective or a function that yields views."""
+def find_objective(spec: str) -> Objective:
+    """An objective by its spec: a registered one (``cj``, ``espo:draws=4``), or one's own as ``package.module:name``.
+
+    Either is an Objective, a function that yields views, or a dataclass of parameters whose ``objective()`` is one.
+    """
+    name, parameters = split_spec(spec)
     found = OBJECTIVES.resolve(name)
+    if isinstance(found, type) and hasattr(found, "objective"):
+        return build(found, parameters, f"objective {name}").objective()
+    if parameters:
+        raise UserError(f"objective {name} takes no parameters: leave out {', '.join(parameters)}")
     if isinstance(found, Objective):
         return found
     if callable(found) and not isinstance(found, type):
         return Objective(found)
     raise UserError(f"objective {name!r} is {type(found).__name__}: name an Objective, or a function that yields views")
+
+
+def surrogate(
+    new: Tensor, old: Tensor, reference: Tensor | None, advantages: Tensor, epsilon: float, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Clipped surrogate plus KL penalty, the ratio's logarithm, and KL (k3), all of each element."""
+    loss, kl = clipped_surrogate(new, old, advantages, epsilon), torch.zeros_like(new)
+    if reference is not None:
+        kl = k3(new, reference)
+        loss = loss + beta * kl
+    return loss, new - old, kl
 
 
 @OBJECTIVES.register("cj")
@@ -106,6 +156,44 @@ def cj(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[View]:
     """CJ-GRPO (arXiv 2509.23924, Eq. 7): every recorded state with the tokens that were committed in it."""
     for s in range(trajectory.steps):
         yield View(torch.cat([trajectory.prompt, trajectory.state(s)], 1), trajectory.committed(s))
+
+
+def _not_token_by_token(decoder: Decoder) -> str | None:
+    return (
+        None if max(decoder.plan.open) == 1 else "justgrpo needs tokens from left to right: set semi-ar:block_length=1"
+    )
+
+
+OBJECTIVES["justgrpo"] = replace(cj, unfit=_not_token_by_token)  # JustGRPO (arXiv 2601.15165), with loss_type dr_grpo
+
+
+@OBJECTIVES.register("agrpo")
+@dataclass(frozen=True)
+class AGRPO:
+    """``cj`` of so many of each trajectory's steps, drawn at random in every update (AGRPO, arXiv 2510.04019)."""
+
+    steps: int = 8
+
+    def objective(self) -> Objective:
+        check_at_least(self, 1, "steps")
+        return replace(cj, sampled=self.steps)
+
+
+@OBJECTIVES.register("tracerl")
+@dataclass(frozen=True)
+class TraceRL:
+    """``cj`` with so many neighboring steps merged into one view, from the state before the first (arXiv 2509.06949)."""
+
+    merge: int = 2
+
+    def objective(self) -> Objective:
+        check_at_least(self, 1, "merge")
+        return Objective(self.views, recorded=self.merge == 1)
+
+    def views(self, trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[View]:
+        for s in range(0, trajectory.steps, self.merge):
+            committed = (trajectory.step >= s) & (trajectory.step < s + self.merge)
+            yield View(torch.cat([trajectory.prompt, trajectory.state(s)], 1), committed)
 
 
 @OBJECTIVES.register("one-step")
@@ -126,8 +214,17 @@ def diffu(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[Vie
     yield View(torch.cat([prompt, trajectory.state(0)], 1), trajectory.step >= 0)
 
 
+def sum_of_views(scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
+    """The clipped surrogate of tokens whose log-probability is a sum over views by their shares (no policy's, in general)."""
+    share = scores.share[..., None]
+    reference = None if scores.reference is None else (share * scores.reference).sum(0)
+    new, old = (share * scores.new).sum(0), (share * scores.old).sum(0)
+    loss, log_ratio, kl = surrogate(new, old, reference, scores.advantages[:, None], scores.epsilon, scores.beta)
+    return (scores.weight * loss).sum(1), log_ratio, kl
+
+
 @OBJECTIVES.register("coupled")
-@partial(Objective, fresh=True)
+@partial(Objective, fresh=True, loss=sum_of_views)
 def coupled(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[View]:
     """coupled-GRPO (DiffuCoder): the fully masked canvas and two complementary random masks.
 
@@ -165,20 +262,23 @@ def group_advantages(rewards: Tensor, num_generations: int, scale: Literal["grou
     return centered.view(-1)
 
 
-def token_weights(scored: list[Tensor], normalization: Normalization) -> list[Tensor]:
-    """What each scored token contributes to the sum over rows; over all views and rows the weights sum to the number of rows.
+def token_weights(scored: list[Tensor], loss_type: LossType) -> list[Tensor]:
+    """What each scored token contributes to the sum over rows, which is divided by the number of rows.
 
-    ``step`` (the paper): mean over a view's tokens, then over the views that score any. ``token``: mean over all of a row's
-    tokens. ``batch``: mean over all tokens of all rows, so that longer completions count more.
+    ``step`` (the paper): mean over a view's tokens, then over the views that score any. The others in TRL's names: ``grpo``,
+    mean over all of a row's tokens; ``bnpo``, mean over all tokens of all rows, so that longer completions count more;
+    ``dr_grpo``, sum over a row's tokens divided by the canvas length.
 
     Args:
         scored: one (B, L) bool a view. Returns one (B, L) float32 a view.
     """
     counts = torch.stack([s.sum(1) for s in scored])  # (views, B)
-    if normalization == "batch":
+    if loss_type == "bnpo":
         each = (counts.shape[1] / counts.sum().clamp(min=1)).expand_as(counts)
-    elif normalization == "token":
+    elif loss_type == "grpo":
         each = (1 / counts.sum(0).clamp(min=1)).expand_as(counts)
+    elif loss_type == "dr_grpo":
+        each = torch.full_like(counts, 1 / scored[0].shape[1], dtype=torch.float32)
     else:
         each = 1 / (counts.clamp(min=1) * (counts > 0).sum(0).clamp(min=1))
     return [s * w[:, None].float() for s, w in zip(scored, each, strict=True)]

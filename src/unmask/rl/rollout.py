@@ -27,7 +27,8 @@ class Rollout:
         active: (B,) bool, rows that count in the loss: those of groups whose rewards differ.
         seeds: (B,) int64, the source of what the objective's views draw.
         old, reference: (iterations, B, L) float32 log-probabilities under the sampling and the reference policy in the
-            objective's views (one iteration where all share the views); None where not needed.
+            objective's views (one iteration where all share the views), (iterations, V, B, L) where the loss is of all views
+            together; None where not needed.
     """
 
     trajectory: Trajectory
@@ -112,14 +113,14 @@ def score_rows(
 def score_all(
     policy: MaskedLM, trajectory: Trajectory, rows: ViewRows, microbatches: Iterable[tuple[Tensor, bool]]
 ) -> Tensor:
-    """Log-probabilities (B, L) of the recorded tokens, summed over views by their shares; 0 where nothing is scored.
+    """Log-probabilities (V, B, L) of the recorded tokens in every view; 0 where it does not score them.
 
     microbatches: (indexes of view rows, whether they count), each one forward pass.
     """
-    out = torch.zeros_like(trajectory.logprob)
+    out = trajectory.logprob.new_zeros(int(rows.view[-1]) + 1, *trajectory.logprob.shape)
     for part, counted in microbatches:
         taken = rows.take(part)
         logprob, _, row, column = score_rows(policy, trajectory, taken)
         if counted:
-            out.index_put_((row, column), taken.share_of(logprob).to(out), accumulate=True)
+            out[taken.view[taken.scored.nonzero()[:, 0]], row, column] = logprob.to(out)
     return out

@@ -1,4 +1,4 @@
-"""DiffusionGRPOTrainer: rollouts with any decoder, one clipped surrogate over an objective's views, one backward a pass."""
+"""DiffusionGRPOTrainer: rollouts with any decoder, the loss of any objective's views, one backward a pass."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
         rollout = Rollout(trajectory, *(x.to(trajectory.tokens.device) for x in (advantages, active, view_seeds)))
         if config.uses_recorded:
             rollout.old = trajectory.logprob[None]
-        elif config.num_iterations > 1:
+        elif config.num_iterations > 1 and self.objective.ratio:
             with self.inference() as policy:
                 rollout.old = self.score_views(policy, rollout)
         if config.beta > 0 and self.reference_model is None:
@@ -177,69 +177,88 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
         return views
 
     def score_views(self, policy: MaskedLM, rollout: Rollout) -> Tensor:
-        """Log-probabilities of the recorded tokens in all views, (iterations, B, L); 0 in rows that are not active."""
+        """Log-probabilities of the recorded tokens as ``Rollout`` keeps them; 0 in rows that are not active."""
         found = []
         for iteration in range(self.config.num_iterations if self.objective.fresh else 1):
             rows = ViewRows.of(self.views(rollout, iteration))
-            found.append(score_all(policy, rollout.trajectory, rows, self.microbatches(rows, rollout.active)))
+            each = score_all(policy, rollout.trajectory, rows, self.microbatches(rows, rollout.active))
+            found.append(each.sum(0) if self.objective.loss is None else each)  # else each token is scored in one view
         return torch.stack(found)
 
-    def _token_losses(self, rollout: Rollout, iteration: int, new: Tensor, row: Tensor, column: Tensor) -> list[Tensor]:
-        """Of the tokens at (row, column), all (N,): surrogate plus KL penalty, the ratio's logarithm, KL."""
+    def _token_losses(self, rollout: Rollout, iteration: int, new: Tensor, row: Tensor, column: Tensor) -> Any:
+        """``surrogate`` of the tokens at (row, column), all (N,)."""
         stored = iteration if self.objective.fresh else 0
         old = new.detach() if rollout.old is None else rollout.old[stored][row, column]
-        loss = objectives.clipped_surrogate(new, old, rollout.advantages[row], self.config.epsilon)
-        kl = torch.zeros_like(new)
-        if rollout.reference is not None:
-            kl = objectives.k3(new, rollout.reference[stored][row, column])
-            loss = loss + self.config.beta * kl
-        return [loss, new - old, kl]
+        reference = None if rollout.reference is None else rollout.reference[stored][row, column]
+        settings = (self.config.epsilon, self.config.beta)
+        return objectives.surrogate(new, old, reference, rollout.advantages[row], *settings)
 
     def _joint_gradient(
         self, rollout: Rollout, iteration: int, views: list[View], microbatches: list[Microbatch]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of log-probabilities that are sums over views: this rank's loss, its gradient with respect to the sums, the ratio's
-        logarithm and KL, the last three (B, L).
+        """Of a loss of all views together: this rank's, its gradient with respect to the log-probabilities (V, B, L), the
+        ratio's logarithm and KL, (B, L) each.
 
-        Two passes are exact with the memory of one view: the sums without gradient, then (in ``update``) a backward pass of
-        gradient · log-probability for each forward pass.
+        Two passes are exact with the memory of one view: the log-probabilities without gradient, then (in ``update``) a
+        backward pass of gradient · log-probability for each forward pass.
         """
-        scored = torch.stack([v.scored for v in views]).any(0)
-        row, column = (scored & rollout.active[:, None]).nonzero(as_tuple=True)
-        new = torch.zeros_like(rollout.trajectory.logprob)  # any value serves where the ratio is 1 and there is no KL
+        assert self.objective.loss is not None
+        stored, active, scored = (
+            iteration if self.objective.fresh else 0,
+            rollout.active,
+            torch.stack([v.scored for v in views]),
+        )
+        new = torch.zeros_like(scored, dtype=torch.float32)  # any value serves where the ratio is 1 and there is no KL
         if rollout.old is not None and iteration == 0:
             new = rollout.old[0]
-        elif rollout.old is not None or rollout.reference is not None:
+        elif rollout.old is not None or rollout.reference is not None or not self.objective.ratio:
             with self.inference() as policy:
                 new = score_all(policy, rollout.trajectory, ViewRows.of(views), microbatches)
-        leaf = new[row, column].requires_grad_()
-        weight = objectives.token_weights([scored], self.config.normalization)[0][row, column] / len(rollout.active)
-        losses, *values = self._token_losses(rollout, iteration, leaf, row, column)
-        loss = (weight * losses).sum()
-        found = (torch.autograd.grad(loss, leaf)[0] if len(leaf) else leaf, *values)
-        gradient, log_ratio, kl = (torch.zeros_like(new).index_put((row, column), v.detach().to(new)) for v in found)
+        leaf = new[:, active].requires_grad_()
+        ones = torch.ones(len(active), device=active.device)
+        share = torch.stack([ones if v.share is None else v.share for v in views])
+        scores = objectives.Scores(
+            leaf,
+            leaf.detach() if rollout.old is None else rollout.old[stored][:, active],
+            None if rollout.reference is None else rollout.reference[stored][:, active],
+            scored[:, active],
+            share[:, active],
+            rollout.advantages[active],
+            objectives.token_weights([scored.any(0)], self.config.loss_type)[0][active],
+            self.config.epsilon,
+            self.config.beta,
+        )
+        losses, *values = self.objective.loss(scores)
+        loss = losses.sum() / len(active)
+        gradient = torch.zeros_like(new)
+        if active.any():
+            gradient[:, active] = torch.autograd.grad(loss, leaf)[0]
+        log_ratio, kl = (torch.zeros_like(new[0]) for _ in values)
+        for whole, value in zip((log_ratio, kl), values, strict=True):
+            whole[active] = value.detach().expand_as(whole[active])
         return loss.detach(), gradient, log_ratio, kl
 
     def update(self, model: Any, rollout: Rollout, iteration: int) -> Tensor:
         """Accumulate the gradient of one inner iteration, one backward a forward pass; returns this rank's loss."""
         config, trajectory = self.config, rollout.trajectory
         views = self.views(rollout, iteration)
-        if config.steps_per_update is not None:
-            views = objectives.sample_views(views, config.steps_per_update, rollout.seeds, iteration)
-        weights = torch.cat(objectives.token_weights([v.scored for v in views], config.normalization))
+        if self.objective.sampled is not None:
+            views = objectives.sample_views(views, self.objective.sampled, rollout.seeds, iteration)
+        weights = torch.cat(objectives.token_weights([v.scored for v in views], config.loss_type))
         table = ViewRows.of(views)
         microbatches = self.microbatches(table, rollout.active)
         total = torch.zeros((), device=trajectory.tokens.device)
-        if table.share is not None:
-            total, *joint = self._joint_gradient(rollout, iteration, views, microbatches)
+        if self.objective.loss is not None:
+            total, gradient, *joint = self._joint_gradient(rollout, iteration, views, microbatches)
         sums = torch.zeros(1 + len(UPDATE_METRICS), dtype=torch.float64, device=total.device)
         policy = replace(self.lm, model=model)
         for part, counted in self.forward_passes(model, microbatches):
             rows = table.take(part)
             new, entropy, row, column = score_rows(policy, trajectory, rows)
-            if table.share is not None:
-                gradient, log_ratio, kl = (x[row, column] for x in joint)
-                loss = counted * (gradient * rows.share_of(new)).sum()
+            if self.objective.loss is not None:
+                log_ratio, kl = (x[row, column] for x in joint)
+                view = rows.view[rows.scored.nonzero()[:, 0]]
+                loss = counted * (gradient[view, row, column] * new).sum()
             else:
                 losses, log_ratio, kl = self._token_losses(rollout, iteration, new, row, column)
                 loss = (weights[part][rows.scored] * counted / len(rollout.active) * losses).sum()
