@@ -86,7 +86,7 @@ def test_rewards_get_columns_and_may_abstain() -> None:
         return [1.0 if k == "x" else None for k in kind]
 
     rows = [{"prompt": "a", "kind": "x"}, {"prompt": "b", "kind": "y"}]
-    table = score({"half": half, "two": constant(2)}, rows, ["1", "2"])
+    table = score({"half": half, "two": constant(2)}, rows, ["1", "2"]).table
     assert table[0].tolist() == [1, 2] and table[1, 0].isnan() and table[1, 1] == 2
 
 
@@ -126,7 +126,7 @@ def test_every_function_has_a_metric_of_its_own(tmp_path: Path, monkeypatch: pyt
         (tmp_path / f"{module}.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     functions = reward_functions(["named:short", "named:shout", "named:nested"], [])
-    table = score({name: f for name, (f, _) in functions.items()}, [{"prompt": "a"}], ["FOUR"])
+    table = score({name: f for name, (f, _) in functions.items()}, [{"prompt": "a"}], ["FOUR"]).table
     assert list(functions) == ["short", "shout", "nested"] and table.tolist() == [[-8, 1, 8]]
     assert list(reward_functions(["named:length", "other:length"], [])) == ["length", "length_2"]
     assert list(reward_functions(["named:std", "solved"], [])) == ["std_2", "solved"]  # reward_std is the rollout's

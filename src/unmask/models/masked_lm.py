@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
@@ -193,10 +194,16 @@ class MaskedLM:
             mask[i, width - len(row) :] = True
         return ids.to(self.device), mask.to(self.device)
 
-    def text(self, tokens: Tensor) -> list[str]:
-        """Each row's text up to its first end token. tokens (B, L) int64."""
-        lengths = self.lengths(tokens).tolist()
-        return [str(self.tokenizer.decode(row[:n])) for row, n in zip(tokens.tolist(), lengths, strict=True)]
+    def text(self, tokens: Tensor, mask: str | None = None) -> list[str]:
+        """Each row's text up to its first end token, masks as ``mask`` (None: as the tokenizer writes them). (B, L) int64."""
+        rows = [row[:n] for row, n in zip(tokens.tolist(), self.lengths(tokens).tolist(), strict=True)]
+        if mask is None:
+            return [str(self.tokenizer.decode(row)) for row in rows]
+        runs = [[(key, list(run)) for key, run in groupby(row, lambda token: token == self.mask_id)] for row in rows]
+        return [
+            "".join(mask * len(run) if hidden else str(self.tokenizer.decode(run)) for hidden, run in row)
+            for row in runs
+        ]
 
     def lengths(self, tokens: Tensor) -> Tensor:
         """Number of tokens before the first end token, (B,) int64; L where there is none. tokens (B, L)."""

@@ -29,7 +29,7 @@ from unmask.models.masked_lm import MaskedLM
 from unmask.rl.config import DistillConfig
 from unmask.rl.data import Data, task_data
 from unmask.rl.objectives import View, ViewRows
-from unmask.rl.rewards import Row, score, total
+from unmask.rl.rewards import Row, score
 from unmask.rl.rollout import rollout_seeds, score_rows
 from unmask.rl.run_log import RunLog
 from unmask.rl.trajectory_trainer import TrajectoryTrainer, trajectory_arguments
@@ -183,7 +183,7 @@ def read_teacher(lm: MaskedLM, config: DistillConfig, data: Data) -> list[Row]:
     kept = [record["solved"] for record in records]
     if config.min_reward is not None and rows:
         table = score(data.reward_funcs, rows, [record["completion"] for record in records])
-        kept = (total(table, data.weights) >= config.min_reward).tolist()
+        kept = (table.total(data.weights) >= config.min_reward).tolist()
     for name, task in tasks.items():
         own = [keep for row, keep in zip(rows, kept, strict=True) if row["task"] == task]
         if not any(own):

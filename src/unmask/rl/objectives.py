@@ -262,6 +262,25 @@ def group_advantages(rewards: Tensor, num_generations: int, scale: Literal["grou
     return centered.view(-1)
 
 
+def step_advantages(paid: Tensor, steps: Tensor, num_generations: int, scale: Literal["group", "none"]) -> Tensor:
+    """Advantages of steps that are paid for: rewards minus the mean over all steps of the group, for ``scale="group"`` divided
+    by their standard deviation, and of each step the sum from it on (GRPO, arXiv 2402.03300, section 4.1.3).
+
+    paid: (B, S) float32. steps: (B,) int64, of each row. Returns (B, S), 0 behind a row's last step and in groups in which all
+    steps are paid alike.
+    """
+    real = torch.arange(paid.shape[1]) < steps[:, None]
+    found = torch.zeros_like(paid)
+    for first in range(0, len(paid), num_generations):
+        group, inside = slice(first, first + num_generations), real[first : first + num_generations]
+        values = paid[group][inside]
+        if (values == values[0]).all():
+            continue
+        centered = (values - values.mean()) / (values.std() + STD_EPSILON if scale == "group" else 1)
+        found[group] = torch.zeros_like(paid[group]).masked_scatter(inside, centered)
+    return found.flip(1).cumsum(1).flip(1) * real
+
+
 def token_weights(scored: list[Tensor], loss_type: LossType) -> list[Tensor]:
     """What each scored token contributes to the sum over rows, which is divided by the number of rows.
 

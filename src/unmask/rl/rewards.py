@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unmask.config import Registry
 from unmask.errors import UserError
 from unmask.tasks.base import Judge, Problem, Reward, Task
 
 Row = dict[str, Any]
+MASK = "\N{WHITE SQUARE}"
+"""A mask in the drafts that reward functions get."""
 REWARDS: Registry[Reward | None] = Registry("reward")
 REWARDS["released"] = None  # means the released trainer's own reward functions of the tasks
 REWARDS["task"] = None  # means the tasks' own
@@ -81,44 +86,132 @@ def _task_rewards(tasks: Sequence[Task], released: bool) -> list[tuple[str, Rewa
     ]
 
 
-def score(functions: Mapping[str, Reward], rows: list[Row], completions: list[str]) -> Tensor:
-    """Every function's reward for every completion, (B, functions) float32; NaN where it returned None (it does not judge it).
+@REWARDS.register("progress")
+def progress(
+    prompts: list[str],
+    completions: list[str],
+    problem: list[Problem],
+    task: list[Task],
+    drafts: list[list[str]],
+    **_: Any,
+) -> list[list[float]]:
+    """What each step adds to the share of the points that the task's grader finds in the draft, masks read as 0."""
+
+    def share(task: Task, problem: Problem, draft: str) -> float:
+        grade = task.grade(problem, draft.replace(MASK, "0"))
+        return grade.points / grade.possible
+
+    every = [[share(t, p, d) for d in texts] for t, p, texts in zip(task, problem, drafts, strict=True)]
+    return [[after - before for before, after in pairwise([0.0, *shares])] for shares in every]
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """What the reward functions paid.
+
+    Attributes:
+        table: (B, functions) float32; NaN where one does not judge a row, and the sum of what it pays for steps.
+        steps: of functions that pay for steps, by their number: (B, S) float32, 0 behind a row's last step.
+    """
+
+    table: Tensor
+    steps: dict[int, Tensor]
+
+    def total(self, weights: Sequence[float]) -> Tensor:
+        """The weighted sum of every function's rewards, (B,); those that do not judge a row are left out."""
+        return (self.table * torch.tensor(weights)).nansum(1)
+
+    def split(self, weights: Sequence[float]) -> tuple[Tensor, Tensor | None]:
+        """The weighted sums of what is paid for whole completions, (B,), and for steps, (B, S) (None: nothing is)."""
+        whole = [w * (number not in self.steps) for number, w in enumerate(weights)]
+        parts = [weights[number] * paid for number, paid in self.steps.items()]
+        return self.total(whole), sum(parts[1:], parts[0]) if parts else None
+
+    def take(self, rows: Tensor) -> Rewards:
+        return Rewards(self.table[rows], {number: paid[rows] for number, paid in self.steps.items()})
+
+    @staticmethod
+    def cat(parts: Sequence[Rewards]) -> Rewards:
+        """Of the same functions, one below the other."""
+        steps = {n: _padded([row for part in parts for row in part.steps[n]]) for n in parts[0].steps}
+        return Rewards(torch.cat([part.table for part in parts]), steps)
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+
+
+def score(
+    functions: Mapping[str, Reward],
+    rows: list[Row],
+    completions: list[str],
+    drafts: Callable[[], list[list[str]]] | None = None,
+) -> Rewards:
+    """Every function's reward for every completion.
 
     Args:
         rows: one a completion; ``prompt`` and any further columns, which the functions get as lists by name.
+        drafts: makes each completion's texts after every step, for functions that name ``drafts``; masks are ``MASK`` there.
 
     Raises:
-        UserError: where a function raises, returns anything but a finite number or None a completion, or none judges a row.
+        UserError: where a function raises, returns anything but a finite number, None, or one number a step for a completion,
+            or none judges a row.
     """
     columns = {f"{key}s" if key == "prompt" else key: [row[key] for row in rows] for key in rows[0]}
-    table = torch.tensor([_call(*item, completions, columns) for item in functions.items()]).T.contiguous()
+    texts: dict[str, Any] = {"completions": completions}
+    if wanting := [name for name, function in functions.items() if "drafts" in _parameters(function)]:
+        if drafts is None:
+            raise UserError(f"reward function {wanting[0]} reads drafts, and here are completions alone: use another")
+        texts["drafts"] = drafts()
+    paid = [_call(name, f, texts, columns) for name, f in functions.items()]
+    steps = {n: _padded(values) for n, values in enumerate(paid) if values[0].dim()}
+    table = torch.stack([torch.stack([v.sum() for v in values]) for values in paid], 1)
     silent = table.isnan().all(1).nonzero()
     if len(silent):
         raise UserError(
             f"every reward function ({', '.join(functions)}) returned None for the prompt "
             f"{rows[int(silent[0])]['prompt'][:60]!r}: one of them must judge it"
         )
-    return table
+    return Rewards(table, steps)
 
 
-def total(table: Tensor, weights: Sequence[float]) -> Tensor:
-    """The weighted sum of every function's rewards, (B, functions) -> (B,); those that do not judge a row are left out."""
-    return (table * torch.tensor(weights)).nansum(1)
-
-
-def _call(name: str, function: Reward, completions: list[str], columns: dict[str, Any]) -> list[float]:
+def _parameters(function: Reward) -> Collection[str]:
     try:
-        values = [None if v is None else float(v) for v in function(completions=completions, **columns)]
+        return inspect.signature(function).parameters
+    except (TypeError, ValueError):  # a builtin
+        return ()
+
+
+def _call(name: str, function: Reward, texts: dict[str, Any], columns: dict[str, Any]) -> list[Tensor]:
+    """What it pays for each completion: a number (NaN for None), or numbers of its steps, as tensors."""
+    completions, drafts = texts["completions"], texts.get("drafts")
+    given = texts if "drafts" in _parameters(function) else {"completions": completions}
+    try:
+        values: list[Any] = [
+            [float(x) for x in v]
+            if isinstance(v, Sequence) and not isinstance(v, str)
+            else None
+            if v is None
+            else float(v)
+            for v in function(**given, **columns)
+        ]
     except Exception as error:  # a user's function may raise anything
         raise UserError(f"reward function {name} raised {type(error).__name__}: {error}; repair it") from error
     if len(values) != len(completions):
         raise UserError(
             f"reward function {name} returned {len(values)} values for {len(completions)} completions: return one each"
         )
-    for value, completion in zip(values, completions, strict=True):
-        if value is not None and not abs(value) <= torch.finfo(torch.float32).max:
+    by_step = any(isinstance(v, list) for v in values)
+    for number, (value, completion) in enumerate(zip(values, completions, strict=True)):
+        every = value if isinstance(value, list) else [value]
+        if by_step and (drafts is None or not isinstance(value, list) or len(value) != len(drafts[number])):
+            wanted = "drafts as an argument" if drafts is None else f"{len(drafts[number])} values, one a step"
+            raise UserError(
+                f"reward function {name} returned {value!r:.60} for the completion {completion[:60]!r}: it needs {wanted}"
+            )
+        if any(v is not None and not abs(v) <= torch.finfo(torch.float32).max for v in every):
             raise UserError(
                 f"reward function {name} returned {value} for the completion {completion[:60]!r}: return a finite number, or "
                 "None to leave the row to the other functions"
             )
-    return [math.nan if v is None else v for v in values]
+    return [torch.tensor(math.nan if v is None else v) for v in values]

@@ -23,7 +23,7 @@ class Rollout:
     """One batch of sampled trajectories.
 
     Attributes:
-        trajectory: B rows, groups side by side. advantages: (B,) float32.
+        trajectory: B rows, groups side by side. advantages: (B,) float32, or (B, L), each token's, where steps are paid for.
         active: (B,) bool, rows that count in the loss: those of groups whose rewards differ.
         seeds: (B,) int64, the source of what the objective's views draw.
         old, reference: (iterations, B, L) float32 log-probabilities under the sampling and the reference policy in the
@@ -37,6 +37,10 @@ class Rollout:
     seeds: Tensor
     old: Tensor | None = None
     reference: Tensor | None = None
+
+    def advantage(self, row: Tensor, column: Tensor) -> Tensor:
+        """Of the tokens at (row, column), (N,)."""
+        return self.advantages[row] if self.advantages.dim() == 1 else self.advantages[row, column]
 
     def save(self, folder: Path, rank: int) -> None:
         self.trajectory.save(folder / f"trajectory-{rank}.safetensors")

@@ -20,7 +20,7 @@ from unmask.rl import objectives
 from unmask.rl.config import DiffusionGRPOConfig
 from unmask.rl.data import rl_data
 from unmask.rl.objectives import View, ViewRows
-from unmask.rl.rewards import Row, score, total
+from unmask.rl.rewards import Rewards, Row
 from unmask.rl.rollout import Rollout, replacement_prompts, rollout_seeds, score_all, score_rows
 from unmask.rl.trajectory_trainer import Microbatch, TrajectoryTrainer, trajectory_arguments
 from unmask.tasks import Task
@@ -95,15 +95,14 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
     def sample(self, rows: list[Row]) -> Rollout:
         """Expand prompts to groups, decode, reward, and score under the old and the reference policy where needed."""
         config = self.config
-        rows, trajectory, table, view_seeds = self._sample_groups(rows, 0)
-        self._record_rollout(trajectory, table)
+        rows, trajectory, rewards, view_seeds = self._sample_groups(rows, 0)
+        self._record_rollout(trajectory, rewards)
         if config.max_resamples:
-            rows, trajectory, table = self._replace_groups(rows, trajectory, table)
-        texts, rewards = self.lm.text(trajectory.tokens), total(table, self.reward_weights)
-        advantages = objectives.group_advantages(rewards, config.num_generations, config.scale_rewards)
-        active = objectives.has_reward_variance(rewards, config.num_generations)
+            rows, trajectory, rewards = self._replace_groups(rows, trajectory, rewards)
+        advantages, active = self._advantages(rewards, trajectory), self._varied(rewards)
         if config.log_completions:
-            columns = (rows, texts, rewards.tolist(), advantages.tolist())
+            texts, means = self.lm.text(trajectory.tokens), advantages.view(len(rows), -1).mean(1)
+            columns = (rows, texts, rewards.total(self.reward_weights).tolist(), means.tolist())
             self.completions = [
                 {"prompt": row["prompt"], "completion": text, "reward": r, "advantage": a}
                 for row, text, r, a in list(zip(*columns, strict=True))[: config.num_generations]
@@ -122,18 +121,42 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
                 rollout.reference = self.score_views(replace(self.lm, model=self.reference_model), rollout)
         return rollout
 
-    def _sample_groups(self, prompts: list[Row], attempt: int) -> tuple[list[Row], Trajectory, Tensor, Tensor]:
-        """A group for each of the prompts: its rows, trajectory, every function's rewards, and seeds of the views."""
+    def _varied(self, rewards: Rewards) -> Tensor:
+        """Which rows are in a group whose rewards, or whose steps' rewards, are not all equal, (B,) bool."""
+        whole, steps = rewards.split(self.reward_weights)
+        varied = objectives.has_reward_variance(whole, self.config.num_generations)
+        for paid in () if steps is None else steps.T:
+            varied |= objectives.has_reward_variance(paid, self.config.num_generations)
+        return varied
+
+    def _advantages(self, rewards: Rewards, trajectory: Trajectory) -> Tensor:
+        """(B,), or where steps are paid for, (B, L): of each token that of its step, beside that of the completion."""
+        size, scale = self.config.num_generations, self.config.scale_rewards
+        whole, paid = rewards.split(self.reward_weights)
+        advantages = objectives.group_advantages(whole, size, scale)
+        if paid is None:
+            return advantages
+        if self.objective.loss is not None:
+            raise UserError(
+                f"objective {self.config.objective} has one advantage a completion, and a reward function pays for steps: use "
+                "another function, or cj"
+            )
+        step = trajectory.step.long().cpu()
+        by_step = objectives.step_advantages(paid, step.amax(1) + 1, size, scale)
+        return advantages[:, None] + by_step.gather(1, step.clamp(min=0))
+
+    def _sample_groups(self, prompts: list[Row], attempt: int) -> tuple[list[Row], Trajectory, Rewards, Tensor]:
+        """A group for each of the prompts: its rows, trajectory, rewards, and seeds of the views."""
         rows = [row for row in prompts for _ in range(self.config.num_generations)]
         number = self.state.global_step // self.config.num_iterations
         place = attempt * self.args.world_size + self.args.process_index
         seeds, view_seeds = rollout_seeds(self.config.seed, number, place * self.args.train_batch_size, len(rows))
         trajectory = self._decode(rows, self.decoder, seeds)
-        return rows, trajectory, score(self.reward_funcs, rows, self.lm.text(trajectory.tokens)), view_seeds
+        return rows, trajectory, self._score(rows, trajectory), view_seeds
 
     def _replace_groups(
-        self, rows: list[Row], trajectory: Trajectory, table: Tensor
-    ) -> tuple[list[Row], Trajectory, Tensor]:
+        self, rows: list[Row], trajectory: Trajectory, rewards: Rewards
+    ) -> tuple[list[Row], Trajectory, Rewards]:
         """The batch with groups of other prompts, whose rewards differ, in place of groups whose rewards are all equal.
 
         Whole forward passes are sampled, so that a compiled model sees one shape.
@@ -141,30 +164,30 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
         size, data = self.config.num_generations, cast(Any, self.train_dataset)
         number, sampled, replaced = self.state.global_step // self.config.num_iterations, len(rows), 0
 
-        def varied(table: Tensor) -> Tensor:
+        def varied(rewards: Rewards) -> Tensor:
             """Which groups have rewards that differ, (groups,) bool."""
-            return objectives.has_reward_variance(total(table, self.reward_weights), size).view(-1, size)[:, 0]
+            return self._varied(rewards).view(-1, size)[:, 0]
 
         for attempt in range(1, self.config.max_resamples + 1):
-            equal = (~varied(table)).nonzero()[:, 0]
+            equal = (~varied(rewards)).nonzero()[:, 0]
             if not len(equal):
                 break
             passes = -(-len(equal) * size // self.config.rows_per_forward)
             count = min(max(passes * self.config.rows_per_forward // size, 1), self.prompts)
             place = attempt * self.args.world_size + self.args.process_index
             prompts = [data[i] for i in replacement_prompts(len(data), count, self.config.seed, number, place)]
-            more, more_trajectory, more_table, _ = self._sample_groups(prompts, attempt)
-            differ = varied(more_table).nonzero()[:, 0]
+            more, more_trajectory, more_rewards, _ = self._sample_groups(prompts, attempt)
+            differ = varied(more_rewards).nonzero()[:, 0]
             equal, differ = equal[: len(differ)], differ[: len(equal)]
             index = torch.arange(len(rows)).view(-1, size)
             index[equal] = len(rows) + differ[:, None] * size + torch.arange(size)
             every, sampled, replaced = [*rows, *more], sampled + len(more), replaced + len(equal)
             rows = [every[i] for i in index.flatten().tolist()]
             trajectory = Trajectory.cat([trajectory, more_trajectory]).take(index.flatten())
-            table = torch.cat([table, more_table])[index.flatten()]
+            rewards = Rewards.cat([rewards, more_rewards]).take(index.flatten())
         shares = self._mean([sampled / len(rows), replaced * size / len(rows)])
         self.pending_metrics |= dict(zip(("samples_per_completion", "groups_replaced"), shares, strict=True))
-        return rows, trajectory, table
+        return rows, trajectory, rewards
 
     def views(self, rollout: Rollout, iteration: int) -> list[View]:
         """The objective's views, without what the loss leaves out."""
@@ -191,7 +214,7 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
         old = new.detach() if rollout.old is None else rollout.old[stored][row, column]
         reference = None if rollout.reference is None else rollout.reference[stored][row, column]
         settings = (self.config.epsilon, self.config.beta)
-        return objectives.surrogate(new, old, reference, rollout.advantages[row], *settings)
+        return objectives.surrogate(new, old, reference, rollout.advantage(row, column), *settings)
 
     def _joint_gradient(
         self, rollout: Rollout, iteration: int, views: list[View], microbatches: list[Microbatch]
@@ -266,7 +289,7 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
             self.accelerator.backward(loss)
             with torch.no_grad():
                 ratio, mismatch = log_ratio.exp().double(), (new - trajectory.logprob[row, column]).abs()
-                raised = rollout.advantages[row] > 0
+                raised = rollout.advantage(row, column) > 0
                 clipped = torch.where(raised, ratio > 1 + config.epsilon, ratio < 1 - config.epsilon)
                 values = (torch.ones_like(ratio), mismatch, kl, clipped, entropy, ratio)
                 sums += counted * torch.stack([v.double().sum() for v in values])
@@ -275,9 +298,8 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
 
     # ---- logging ---------------------------------------------------------------------------------------------------
 
-    def _record_rollout(self, trajectory: Trajectory, table: Tensor) -> None:
-        rewards = total(table, self.reward_weights)
-        active = objectives.has_reward_variance(rewards, self.config.num_generations)
+    def _record_rollout(self, trajectory: Trajectory, paid: Rewards) -> None:
+        table, rewards, active = paid.table, paid.total(self.reward_weights), self._varied(paid)
         lengths = self.lm.lengths(trajectory.tokens).double()  # before the first end token
         values = {
             "reward": rewards.mean(),

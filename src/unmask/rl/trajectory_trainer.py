@@ -20,7 +20,7 @@ from unmask.models.masked_lm import MaskedLM
 from unmask.rl.config import TrajectoryConfig
 from unmask.rl.data import Data
 from unmask.rl.objectives import ViewRows
-from unmask.rl.rewards import Row, score, total
+from unmask.rl.rewards import MASK, Rewards, Row, score
 from unmask.rl.rollout import rollout_batches, rollout_seeds, sample_trajectory
 from unmask.tasks.base import grade_completion
 from unmask.training.trainer import RunTrainer, training_arguments
@@ -96,6 +96,18 @@ class TrajectoryTrainer(RunTrainer):
         with self.inference() as policy:
             return sample_trajectory(policy, prompts, decoder, seeds, size, self.prompt_width)
 
+    def _score(self, rows: list[Row], trajectory: Trajectory) -> Rewards:
+        """What the reward functions pay."""
+
+        def drafts() -> list[list[str]]:
+            """Each row's texts after every step, up to the first end token."""
+            return [
+                [self.lm.text(one.state(s), MASK)[0] for s in range(1, one.steps + 1)]
+                for one in (trajectory.take(torch.tensor([i])) for i in range(len(rows)))
+            ]
+
+        return score(self.reward_funcs, rows, self.lm.text(trajectory.tokens), drafts)
+
     def microbatches(self, rows: ViewRows, active: Tensor | None = None) -> list[Microbatch]:
         """The forward passes over view rows that score tokens of ``active`` (B,) trajectories (None: all), as many on every
         rank."""
@@ -147,7 +159,7 @@ class TrajectoryTrainer(RunTrainer):
         seeds, _ = rollout_seeds(self.config.seed, 0, 0, len(rows))
         trajectory = self._decode(mine, self.decoder.replace(temperature=0.0), seeds[[*share]])
         texts = self.lm.text(trajectory.tokens)
-        rewards = total(score(self.reward_funcs, mine, texts), self.reward_weights).tolist()
+        rewards = self._score(mine, trajectory).total(self.reward_weights).tolist()
         names = list(dict.fromkeys(row["task"].label for row in rows if "task" in row))
         sums = torch.zeros(len(names) + 1, 4, dtype=torch.float64)  # rows, solved, points, possible; last rows, reward
         for row, text, reward in compress(zip(mine, texts, rewards, strict=True), counted):
