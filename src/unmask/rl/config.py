@@ -145,13 +145,15 @@ class DiffusionGRPOConfig(TrajectoryConfig):
         from unmask.rl.objectives import find_objective
 
         super().__post_init__()
-        find_objective(self.objective)
+        objective = find_objective(self.objective)
         check_at_least(self, 2, "num_generations")
         check_at_least(self, 1, "num_iterations")
         check_at_least(self, 0, "max_resamples")
         check_positive(self, "epsilon", "max_logprob_mismatch")
         if not 0 <= self.beta < float("inf"):
             raise UserError(f"beta is {self.beta}: choose 0 or more")
+        if self.beta and not objective.ratio:
+            raise UserError(f"beta is {self.beta}, but objective {self.objective} compares no policies: set it to 0")
 
     def unfit(self, decoder: Decoder) -> dict[str, bool]:
         from unmask.rl.objectives import find_objective

@@ -47,7 +47,8 @@ class Work:
         step = torch.tensor([s for s, n in enumerate(decoder.plan.commits) for _ in range(n)], dtype=torch.int16)[None]
         tokens, prompt = torch.zeros_like(step, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
         row = Trajectory(prompt, prompt > 0, tokens, step, torch.zeros(step.shape), 1, decoder.config()).by_block(block)
-        views = list(objective.views(row, torch.zeros(1, dtype=torch.int64), 0))
+        lengths = (torch.tensor([step.shape[1]]),) if objective.to_the_end else ()
+        views = list(objective.views(row, torch.zeros(1, dtype=torch.int64), 0, *lengths))
         every, mu, penalty = len(views), config.num_iterations, config.beta > 0
         fresh = mu if objective.fresh else 1
         old, joint = 0 if config.uses_recorded or mu == 1 else fresh, mu - 1 if mu > 1 else int(penalty)

@@ -8,11 +8,13 @@ positions* is in none of them, as in the paper. Equations: docs/rl.md.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +22,7 @@ from unmask.config import Registry, build, split_spec
 from unmask.decoding.decoder import Decoder
 from unmask.decoding.sampling import uniform_noise
 from unmask.decoding.trajectory import Trajectory
-from unmask.errors import UserError, check_at_least
+from unmask.errors import UserError, check_at_least, check_positive
 
 PROMPT_MASKING = 0.15  # diffu-GRPO (d1, arXiv 2504.12216)
 STD_EPSILON = 1e-4  # beside the standard deviation of a group's rewards, as in TRL
@@ -73,8 +75,9 @@ class Scores:
     Attributes:
         new, old, reference: (V, B, L) float32 log-probabilities of the recorded tokens in each view under the policy (with
             gradient), the one that sampled, and the starting one (None without a KL penalty); 0 where a view scores nothing.
-        scored: (V, B, L) bool. share: (V, B) float32, of the views. advantages: (B,) float32.
-        weight: (B, L) float32, what each token contributes to the sum over rows, by ``loss_type``.
+        scored: (V, B, L) bool. share: (V, B) float32, of the views. advantages: (B,) float32. lengths: (B,) int64, tokens that
+            the loss does not leave out.
+        weight: (B, L) float32, what each of these contributes to the sum over rows, by ``loss_type``; a row's sum is its own.
         epsilon, beta: clipping range and weight of the KL penalty.
     """
 
@@ -84,6 +87,7 @@ class Scores:
     scored: Tensor
     share: Tensor
     advantages: Tensor
+    lengths: Tensor
     weight: Tensor
     epsilon: float
     beta: float
@@ -100,18 +104,20 @@ class Objective:
 
     Attributes:
         views: ``(trajectory, seeds (B,) int64, inner iteration) -> views``; what is random depends on a row's seed alone.
+        to_the_end: whether that is asked for tokens up to the first end token alone, and gets their number (B,) beside these.
         recorded: whether the views are the very states that were sampled from, so that the recorded log-probabilities
             are the old policy's.
         fresh: whether every inner iteration has views of its own.
         loss: of the log-probabilities of all views together; None: the sum of each token's clipped surrogate.
-        ratio: whether that loss compares policies; without, it needs the policy's own log-probabilities at every update.
+        ratio: whether that loss compares policies; one that does not has no clipping and no KL penalty.
         sampled: how many of its views each row scores in an update, drawn anew each time; None: all.
         unfit: what is wrong with a decoder for this objective, or nothing.
     """
 
-    views: Callable[[Trajectory, Tensor, int], Iterator[View]]
+    views: Callable[..., Iterator[View]]
     recorded: bool = False
     fresh: bool = False
+    to_the_end: bool = False
     loss: Loss | None = None
     ratio: bool = True
     sampled: int | None = None
@@ -203,14 +209,18 @@ def one_step(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[
     yield View(torch.cat([trajectory.prompt, trajectory.state(0)], 1), trajectory.step >= 0)
 
 
+def _masked_prompt(trajectory: Trajectory, seeds: Tensor, number: int, share: float) -> Tensor:
+    width = trajectory.prompt.shape[1]  # counted from the end, so that padding does not matter
+    place = (torch.arange(width, device=seeds.device) - width).expand_as(trajectory.prompt)
+    hidden = (uniform_noise(seeds[:, None], number, place, 0) < share) & trajectory.prompt_mask
+    return trajectory.prompt.masked_fill(hidden, trajectory.mask_id)
+
+
 @OBJECTIVES.register("diffu")
 @partial(Objective, fresh=True)
 def diffu(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[View]:
     """diffu-GRPO (d1): one jump, with a fresh 15 % of the prompt masked in every inner iteration."""
-    width = trajectory.prompt.shape[1]  # counted from the end, so that padding does not matter
-    place = (torch.arange(width, device=seeds.device) - width).expand_as(trajectory.prompt)
-    hidden = (uniform_noise(seeds[:, None], iteration, place, 0) < PROMPT_MASKING) & trajectory.prompt_mask
-    prompt = trajectory.prompt.masked_fill(hidden, trajectory.mask_id)
+    prompt = _masked_prompt(trajectory, seeds, iteration, PROMPT_MASKING)
     yield View(torch.cat([prompt, trajectory.state(0)], 1), trajectory.step >= 0)
 
 
@@ -231,14 +241,146 @@ def coupled(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[V
     A token's log-probability is the mean of that under the full mask and of 1/t times that under the mask of the pair that
     hides it; t is the share which that mask was drawn to hide.
     """
-    place = torch.arange(trajectory.tokens.shape[1], device=seeds.device).expand_as(trajectory.tokens)
-    low, high = COUPLED_SHARE
+    place, (low, high) = _places(trajectory), COUPLED_SHARE
     masked = low + (high - low) * uniform_noise(seeds[:, None], iteration, torch.zeros_like(place[:, :1]), 1)  # (B, 1)
     first = uniform_noise(seeds[:, None], iteration, place, 0) < masked
     everything = torch.ones_like(first)
     for hidden, t in ((everything, torch.ones_like(masked)), (first, masked), (~first, 1 - masked)):
-        canvas = trajectory.tokens.masked_fill(hidden, trajectory.mask_id)
-        yield View(torch.cat([trajectory.prompt, canvas], 1), hidden, (0.5 / t[:, 0]).float())
+        yield _view(trajectory, hidden, 0.5 / t[:, 0])
+
+
+def sequence_surrogate(scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
+    """The clipped surrogate of whole rows: the ratio is exp(difference of the ELBOs / L), KL its k2 estimate, their squared
+    difference / 2L. An ELBO is the sum over views of share · log-probability."""
+    length, share = scores.new.shape[2], scores.share[..., None]
+    reference = None if scores.reference is None else (share * scores.reference).sum((0, 2))
+    new, old = (share * scores.new).sum((0, 2)), (share * scores.old).sum((0, 2))
+    loss, kl = clipped_surrogate(new / length, old / length, scores.advantages, scores.epsilon), torch.zeros_like(new)
+    if reference is not None:
+        kl = (new - reference).square() / (2 * length)
+        loss = loss + scores.beta * kl
+    return scores.weight.sum(1) * loss, ((new - old) / length)[:, None], kl[:, None]
+
+
+def _lowest(noise: Tensor, count: Tensor) -> Tensor:
+    """The ``count`` (B,) smallest of each row's numbers (B, L), bool."""
+    return noise.argsort(1).argsort(1) < count[:, None]
+
+
+def _places(trajectory: Trajectory) -> Tensor:
+    """Canvas positions, (B, L) int64."""
+    return torch.arange(trajectory.tokens.shape[1], device=trajectory.tokens.device).expand_as(trajectory.tokens)
+
+
+def _view(trajectory: Trajectory, hidden: Tensor, share: Tensor) -> View:
+    """The canvas with ``hidden`` (B, L) masked and scored."""
+    canvas = trajectory.tokens.masked_fill(hidden, trajectory.mask_id)
+    return View(torch.cat([trajectory.prompt, canvas], 1), hidden, share.float())
+
+
+@OBJECTIVES.register("espo")
+@dataclass(frozen=True)
+class ESPO:
+    """One ratio a completion, of ELBOs over ``draws`` random masks, each with its complement (ESPO, arXiv 2512.03759).
+
+    A mask hides k tokens, k uniform on 0..L; what it hides weighs (L + 1) / k, half of it from each mask of a pair.
+    """
+
+    draws: int = 2
+
+    def objective(self) -> Objective:
+        check_at_least(self, 1, "draws")
+        return Objective(self.views, fresh=True, loss=sequence_surrogate)
+
+    def views(self, trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[View]:
+        place, length = _places(trajectory), trajectory.tokens.shape[1]
+        for number in range(iteration * self.draws, (iteration + 1) * self.draws):
+            count = (uniform_noise(seeds, number, place[:, 0], 1) * (length + 1)).long()
+            first = _lowest(uniform_noise(seeds[:, None], number, place, 0), count)
+            for hidden, k in ((first, count), (~first, length - count)):
+                yield _view(trajectory, hidden, (length + 1) / (2 * self.draws * k.clamp(min=1)))
+
+
+@OBJECTIVES.register("gdpo")
+@dataclass(frozen=True)
+class GDPO:
+    """``espo`` with the ELBO's integral over the masking rate t by Gauss-Legendre quadrature (GDPO, arXiv 2510.08554).
+
+    At each of the ``points`` a mask hides tL tokens, which weigh w / t.
+    """
+
+    points: int = 3
+
+    def objective(self) -> Objective:
+        check_at_least(self, 1, "points")
+        return Objective(self.views, fresh=True, loss=sequence_surrogate)
+
+    def views(self, trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[View]:
+        place, ones = _places(trajectory), torch.ones_like(seeds)
+        for number, (x, w) in enumerate(zip(*np.polynomial.legendre.leggauss(self.points), strict=True)):
+            t = (float(x) + 1) / 2
+            noise = uniform_noise(seeds[:, None], iteration * self.points + number, place, 0)
+            yield _view(trajectory, _lowest(noise, ones * max(1, round(t * place.shape[1]))), ones * float(w) / 2 / t)
+
+
+@OBJECTIVES.register("spg")
+@dataclass(frozen=True)
+class SPG:
+    """Sandwiched policy gradient (SPG, arXiv 2510.09541): a lower bound of the log-likelihood where the advantage is positive,
+    where it is not, ``omega`` of an upper bound beside it. No ratio, no clipping, no KL penalty.
+
+    Each of the ``draws`` masks a random part of one block of ``block_length`` tokens, all that is behind it, and of the prompt
+    and the blocks before it the share ``prompt_masking``.
+    """
+
+    beta: float = 1.5
+    omega: float = 0.5
+    draws: int = 2
+    block_length: int = 32
+    prompt_masking: float = PROMPT_MASKING
+
+    def objective(self) -> Objective:
+        check_at_least(self, 1, "draws", "block_length")
+        check_positive(self, "beta")
+        for name in ("omega", "prompt_masking"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} of objective spg is {getattr(self, name)}: choose 0 to 1")
+        return Objective(self.views, fresh=True, to_the_end=True, loss=self.loss, ratio=False)
+
+    def views(self, trajectory: Trajectory, seeds: Tensor, iteration: int, lengths: Tensor) -> Iterator[View]:
+        place, length = _places(trajectory), trajectory.tokens.shape[1]
+        blocks = -(-lengths // self.block_length)
+        number = torch.arange(-(-length // self.block_length), device=seeds.device)
+        order = uniform_noise(seeds[:, None], iteration * self.draws, length + number, 1)
+        order = order.masked_fill(number >= blocks[:, None], torch.inf).argsort(1)
+        for draw in range(self.draws):
+            step = iteration * self.draws + draw
+            noise, size = uniform_noise(seeds[:, None], step, place, 0), uniform_noise(seeds, step, place[:, 0], 1)
+            begin = order.gather(1, (draw % blocks)[:, None]) * self.block_length
+            end = torch.minimum(begin + self.block_length, lengths[:, None])
+            inside = (place >= begin) & (place < end)
+            count = 1 + (size * (end - begin)[:, 0]).long()
+            some = inside & _lowest(noise.masked_fill(~inside, torch.inf), count)
+            hidden = some | (place >= end) | (place < begin) & (noise < self.prompt_masking)
+            view = _view(trajectory, hidden, torch.ones_like(size))
+            prompt = _masked_prompt(trajectory, seeds, step, self.prompt_masking)
+            ids = torch.cat([prompt, view.ids[:, prompt.shape[1] :]], 1)
+            yield replace(view, ids=ids, scored=hidden & (place < lengths[:, None]))
+
+    def loss(self, scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
+        scored, counts = scores.scored, scores.scored.sum(2).clamp(min=1).to(scores.new)
+        elbo = ((scores.new * scored).sum(2) / counts).mean(0)
+        covered = scored.any(0)  # by any draw
+        rate = (counts / scores.lengths).log()[..., None]
+        likelihood = (self.beta * scores.new - rate).masked_fill(~scored, -torch.inf).masked_fill(~covered, 0.0)
+        upper = (
+            ((likelihood.logsumexp(0) - math.log(len(scored))) * covered).sum(1)
+            / covered.sum(1).clamp(min=1)
+            / self.beta
+        )
+        bound = torch.where(scores.advantages > 0, elbo, self.omega * upper + (1 - self.omega) * elbo)
+        none = torch.zeros_like(elbo)[:, None]
+        return -scores.weight.sum(1) * scores.advantages * bound, none, none
 
 
 def has_reward_variance(rewards: Tensor, num_generations: int) -> Tensor:

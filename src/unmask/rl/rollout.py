@@ -121,10 +121,13 @@ def score_all(
 
     microbatches: (indexes of view rows, whether they count), each one forward pass.
     """
-    out = trajectory.logprob.new_zeros(int(rows.view[-1]) + 1, *trajectory.logprob.shape)
+    found = []
     for part, counted in microbatches:
         taken = rows.take(part)
         logprob, _, row, column = score_rows(policy, trajectory, taken)
+        found.append((counted, taken.view[taken.scored.nonzero()[:, 0]], row, column, logprob))
+    out = found[0][-1].new_zeros(int(rows.view[-1]) + 1, *trajectory.tokens.shape)
+    for counted, view, row, column, logprob in found:
         if counted:
-            out[taken.view[taken.scored.nonzero()[:, 0]], row, column] = logprob.to(out)
+            out[view, row, column] = logprob
     return out

@@ -192,12 +192,17 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
     def views(self, rollout: Rollout, iteration: int) -> list[View]:
         """The objective's views, without what the loss leaves out."""
         trajectory = rollout.trajectory.by_block(self.lm.block_length)
-        views = list(self.objective.views(trajectory, rollout.seeds, iteration))
-        if self.config.mask_after_eos:
-            place = torch.arange(trajectory.tokens.shape[1], device=trajectory.tokens.device)
-            inside = place <= self.lm.lengths(trajectory.tokens)[:, None]
-            views = [replace(v, scored=v.scored & inside) for v in views]
-        return views
+        counted = self._counted(trajectory)
+        lengths = (counted.sum(1),) if self.objective.to_the_end else ()
+        views = list(self.objective.views(trajectory, rollout.seeds, iteration, *lengths))
+        return [replace(v, scored=v.scored & counted) for v in views]
+
+    def _counted(self, trajectory: Trajectory) -> Tensor:
+        """Which tokens the loss does not leave out, (B, L) bool."""
+        if not (self.config.mask_after_eos or self.objective.to_the_end):
+            return torch.ones_like(trajectory.tokens, dtype=torch.bool)
+        place = torch.arange(trajectory.tokens.shape[1], device=trajectory.tokens.device)
+        return place <= self.lm.lengths(trajectory.tokens)[:, None]
 
     def score_views(self, policy: MaskedLM, rollout: Rollout) -> Tensor:
         """Log-probabilities of the recorded tokens as ``Rollout`` keeps them; 0 in rows that are not active."""
@@ -237,7 +242,7 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
         elif rollout.old is not None or rollout.reference is not None or not self.objective.ratio:
             with self.inference() as policy:
                 new = score_all(policy, rollout.trajectory, ViewRows.of(views), microbatches)
-        leaf = new[:, active].requires_grad_()
+        leaf, counted = new[:, active].requires_grad_(), self._counted(rollout.trajectory)
         ones = torch.ones(len(active), device=active.device)
         share = torch.stack([ones if v.share is None else v.share for v in views])
         scores = objectives.Scores(
@@ -247,7 +252,8 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
             scored[:, active],
             share[:, active],
             rollout.advantages[active],
-            objectives.token_weights([scored.any(0)], self.config.loss_type)[0][active],
+            counted.sum(1)[active],
+            objectives.token_weights([counted], self.config.loss_type)[0][active],
             self.config.epsilon,
             self.config.beta,
         )
@@ -258,7 +264,7 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
             gradient[:, active] = torch.autograd.grad(loss, leaf)[0]
         log_ratio, kl = (torch.zeros_like(new[0]) for _ in values)
         for whole, value in zip((log_ratio, kl), values, strict=True):
-            whole[active] = value.detach().expand_as(whole[active])
+            whole[active] = value.detach().to(whole).expand_as(whole[active])
         return loss.detach(), gradient, log_ratio, kl
 
     def update(self, model: Any, rollout: Rollout, iteration: int) -> Tensor:
