@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from conftest import toy
 from test_rl import disturb, sampled
+from unmask import DiffusionGRPOConfig, DiffusionGRPOTrainer, UserError
 from unmask.rl.objectives import Scores, ViewRows, find_objective, step_advantages, token_weights
 from unmask.rl.rollout import score_rows
 
@@ -36,7 +39,7 @@ def scores(views: int, rows: int = 5, length: int = 6) -> Scores:
     scored[:, 0, 2] = scored[0, -1] = False
     new, old, reference = (-3 * draw(views, rows, length) * scored for _ in range(3))
     weight, share = draw(rows, length), draw(views, rows)
-    lengths = torch.tensor([6, 5, 6, 3, 2])
+    lengths = torch.tensor([6, 5, 6, 3, 2])[:rows]
     return Scores(new.requires_grad_(), old, reference, scored, share, draw(rows) - 0.5, lengths, weight, 0.05, 0.3)
 
 
@@ -87,6 +90,87 @@ def test_losses_by_hand(name: str, views: int) -> None:
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
     ours, theirs = (torch.autograd.grad(x, s.new)[0] for x in (found, expected))
     assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-14) and bool(ours.isfinite().all())
+
+
+def test_preferences_by_hand() -> None:
+    s, objective = scores(3, rows=4), find_objective("vrpo:sft_weight=0.1")
+    assert s.reference is not None and objective.loss is not None
+    expected = torch.zeros((), dtype=torch.float64)
+    for pair in (0, 2):
+        new, ref = (
+            [sum(s.share[v, b] * x[v, b, i] for v in range(3) for i in range(6)) for b in (pair, pair + 1)]
+            for x in (s.new, s.reference)
+        )
+        margin = s.beta * ((new[0] - ref[0]) - (new[1] - ref[1]))
+        expected = expected - (1 / (1 + (-margin).exp())).log() - 0.1 * new[0] / int(s.lengths[pair])
+    found = objective.loss(s)[0].sum() / 2
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-12)
+    ours, theirs = (torch.autograd.grad(x, s.new)[0] for x in (found, expected))
+    assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-14)
+
+
+PAIRS = [{"prompt": f"make {n}", "chosen": f"{n} is it", "rejected": f"no {n}"} for n in range(8)]
+OFFLINE = {
+    "objective": "vrpo:draws=2",
+    "num_generations": 2,
+    "beta": 0.2,
+    "bf16": False,
+    "report_to": [],
+    "model": "tiny",
+}
+OFFLINE |= {"per_device_train_batch_size": 8, "max_completion_length": 32, "max_steps": 12, "learning_rate": 3e-4}
+
+
+def test_preferences_are_learned(tmp_path: Path) -> None:
+    """From a file, by hand at the first update, without sampling; a run that is cut goes on as it would have."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    settings: dict[str, Any] = {**OFFLINE, "pairs": str(file)}
+    trainer = DiffusionGRPOTrainer(toy(), None, DiffusionGRPOConfig(output_dir=str(tmp_path / "run"), **settings))
+    assert not trainer.eval_dataset
+    trajectory = trainer.sample(list(trainer.train_dataset)[:2]).trajectory  # type: ignore[call-overload]
+    assert trainer.lm.text(trajectory.tokens) == ["0 is it", "no 0", "1 is it", "no 1"]
+    views = trainer.views(trainer.sample(list(trainer.train_dataset)), 0)  # type: ignore[call-overload]
+    lengths = trainer.lm.lengths(trainer.sample(list(trainer.train_dataset)).trajectory.tokens) + 1  # type: ignore[call-overload]
+    for view in views:
+        hidden = view.ids[:, -32:] == trainer.lm.mask_id
+        assert (
+            hidden.sum(1) - view.scored.sum(1) == 32 - lengths
+        ).all()  # what fills the canvas shows nobody the length
+        assert torch.allclose(view.share, lengths / view.scored.sum(1) / 2)
+    trainer.train()
+    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=0.6) and log[-1]["preferred"] == 1.0
+    assert log[-1]["loss"] < log[0]["loss"] and "reward" not in log[0] and "logprob_mismatch" not in log[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "message"),
+    [
+        (
+            {"prompt": "a", "chosen": "b"},
+            {},
+            "rows.jsonl:1, rejected: the row has the columns chosen, prompt: rename them to prompt",
+        ),
+        (
+            {"prompt": "a", "chosen": "b" * 60, "rejected": "c"},
+            {},
+            "rows.jsonl:1, chosen: 61 tokens exceed max_completion_length 32",
+        ),
+        ({"prompt": "a", "chosen": 5, "rejected": "c"}, {}, "rows.jsonl:1, chosen: the row.completion is 5, not text"),
+        (PAIRS[0], {"objective": "cj"}, "objective cj samples its completions: leave pairs out"),
+        (PAIRS[0], {"pairs": None}, "objective vrpo:draws=2 needs pairs: name their file"),
+        (PAIRS[0], {"num_generations": 4}, "num_generations is 4: with pairs choose 2"),
+        (PAIRS[0], {"beta": 0.0}, "beta is 0.0: with pairs choose above 0"),
+        (PAIRS[0], {"objective": "spg", "pairs": None}, "beta is 0.2, but objective spg compares no policies"),
+    ],
+)
+def test_faulty_pairs(row: Any, settings: Any, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    values: dict[str, Any] = {**OFFLINE, "pairs": str(file), **settings}
+    with pytest.raises(UserError, match=message):
+        DiffusionGRPOTrainer(toy(), None, DiffusionGRPOConfig(output_dir=str(tmp_path / "run"), **values))
 
 
 def test_masks(tmp_path: Path) -> None:

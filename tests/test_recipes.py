@@ -29,7 +29,7 @@ CONFIGS = Path(__file__).parent.parent / "configs" / "llada"
 RECIPES = sorted(f for f in CONFIGS.glob("*.yaml") if not f.name.startswith("_"))
 DISTILL = [f for f in RECIPES if f.name.startswith("distill")]
 LATER = [f for f in RECIPES if f.name.startswith(("espo", "gdpo", "spg", "justgrpo", "agrpo", "tracerl"))]
-RL = [f for f in RECIPES if not f.name.startswith(("sft", "distill")) and f not in LATER]
+RL = [f for f in RECIPES if not f.name.startswith(("sft", "distill", "vrpo")) and f not in LATER]
 RUN = [CONFIGS / f"{name}.yaml" for name in ("cj_gsm8k", "coupled_math", "sft_s1k", "distill_gsm8k")]
 SMALL: dict[str, Any] = {"report_to": [], "lora_r": 2, "eval_steps": 2, "save_steps": 2, "max_steps": 2}
 
@@ -87,7 +87,8 @@ def test_the_grid_is_whole_and_has_the_published_numbers() -> None:
     tasks = ("countdown", "sudoku", "gsm8k", "math")
     names = {f"{objective}_{task}" for objective in ("cj", "diffu", "one_step", "coupled") for task in tasks}
     assert {f.stem for f in RL} == names and {f.stem for f in DISTILL} == {f"distill_{task}" for task in tasks}
-    assert len(RECIPES) == len(RL) + len(DISTILL) + len(LATER) + 1 and len(LATER) == 6
+    assert len(RECIPES) == len(RL) + len(DISTILL) + len(LATER) + 2 and len(LATER) == 6
+    assert read_config(DiffusionGRPOConfig, CONFIGS / "vrpo.yaml").objective == "vrpo"
     for file in DISTILL:
         distill = read_config(DistillConfig, file)
         assert distill.tasks[0] == {"distill_math": "math500"}.get(file.stem, file.stem.removeprefix("distill_"))

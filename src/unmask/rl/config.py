@@ -110,6 +110,9 @@ class DiffusionGRPOConfig(TrajectoryConfig):
     objective: str = "cj"
     """Spec of an objective: ``cj``, ``one-step``, ``espo:draws=4``, … (docs/rl.md), or one of your own as
     ``package.module:name``."""
+    pairs: str | None = None
+    """For objective ``vrpo``, which samples nothing: rows of ``prompt``, ``chosen`` and ``rejected`` (text or messages), a hub
+    data set or a local file."""
     num_generations: int = 8
     """Completions a prompt, the group."""
     max_resamples: int = 0
@@ -152,6 +155,16 @@ class DiffusionGRPOConfig(TrajectoryConfig):
         check_positive(self, "epsilon", "max_logprob_mismatch")
         if not 0 <= self.beta < float("inf"):
             raise UserError(f"beta is {self.beta}: choose 0 or more")
+        if objective.pairs is (self.pairs is None):
+            wrong = "needs pairs: name their file" if objective.pairs else "samples its completions: leave pairs out"
+            raise UserError(f"objective {self.objective} {wrong}")
+        for name, wanted, fine in (
+            ("num_generations", "2, the chosen and the rejected", self.num_generations == 2),
+            ("num_iterations", "1", self.num_iterations == 1),
+            ("beta", "above 0, the weight of what the policy gains", self.beta > 0),
+        ):
+            if objective.pairs and not fine:
+                raise UserError(f"{name} is {getattr(self, name)}: with pairs choose {wanted}")
         if self.beta and not objective.ratio:
             raise UserError(f"beta is {self.beta}, but objective {self.objective} compares no policies: set it to 0")
 

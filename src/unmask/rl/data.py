@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from unmask.errors import UserError
+from unmask.io.hub import load_split
 from unmask.models.masked_lm import MaskedLM
-from unmask.rl.config import TrajectoryConfig
+from unmask.rl.config import DiffusionGRPOConfig, TrajectoryConfig
 from unmask.rl.rewards import Row, reward_functions
 from unmask.tasks import Task, make_task
 from unmask.tasks.base import Reward
+from unmask.training.sft_data import exchange, tokenize
 
 
 @dataclass
@@ -37,6 +39,9 @@ def rl_data(
     eval_dataset: Any = None,
 ) -> Data:
     """The data of a run; the arguments as ``DiffusionGRPOTrainer`` takes them. Raises UserError."""
+    if isinstance(config, DiffusionGRPOConfig) and config.pairs is not None:
+        data = task_data(lm, config) if config.tasks else Data([], [], {}, [])
+        return replace(data, training=_pair_rows(lm, config.pairs, config.rollout_decoder().plan.length))
     given = (reward_funcs, train_dataset)
     rewards, source = ([v] if isinstance(v, Task | str) or callable(v) else v for v in given)
     if rewards and (isinstance(rewards[0], Task) or (isinstance(rewards[0], type) and issubclass(rewards[0], Task))):
@@ -53,6 +58,26 @@ def rl_data(
     training = _prompt_rows(lm, source, "train")
     validation = [] if eval_dataset is None else _prompt_rows(lm, eval_dataset, "validation")
     return _paid(training, validation, rewards or config.reward_funcs, config, tasks)
+
+
+def _pair_rows(lm: MaskedLM, source: str, canvas: int) -> list[Row]:
+    """The token ids of each prompt and of both responses with their ends. Raises UserError with the row's place."""
+    found = []
+    for place, raw in load_split(source, "train", instead="the path of a local copy"):
+        row: Row = {}
+        for side in ("chosen", "rejected"):
+            try:
+                if not {"prompt", side} <= raw.keys():
+                    columns = ", ".join(sorted(raw))
+                    raise UserError(f"the row has the columns {columns}: rename them to prompt, chosen, rejected")
+                ids = tokenize(lm, *exchange({"prompt": raw["prompt"], "completion": raw[side]}))
+                if (length := len(ids["response"])) > canvas:
+                    raise UserError(f"{length} tokens exceed max_completion_length {canvas}: raise it, or drop the row")
+            except UserError as error:
+                raise UserError(f"{place}, {side}: {error}") from None
+            row |= {"prompt": ids["prompt"].tolist(), side: ids["response"].tolist()}
+        found.append(row)
+    return found
 
 
 def task_data(lm: MaskedLM, config: TrajectoryConfig) -> Data:

@@ -62,7 +62,7 @@ class Work:
             reference=fresh * penalty,
             joint=0 if objective.loss is None else joint,
             copies=decoder.copies,
-            samples=1 + config.max_resamples,
+            samples=0 if objective.pairs else 1 + config.max_resamples,
         )
 
     def passes(self, updates: int, rollouts: int) -> int:

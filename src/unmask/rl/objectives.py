@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from unmask.config import Registry, build, split_spec
 from unmask.decoding.decoder import Decoder
@@ -110,6 +111,7 @@ class Objective:
         fresh: whether every inner iteration has views of its own.
         loss: of the log-probabilities of all views together; None: the sum of each token's clipped surrogate.
         ratio: whether that loss compares policies; one that does not has no clipping and no KL penalty.
+        pairs: whether it learns from pairs of completions, of which the first is preferred, instead of samples.
         sampled: how many of its views each row scores in an update, drawn anew each time; None: all.
         unfit: what is wrong with a decoder for this objective, or nothing.
     """
@@ -120,6 +122,7 @@ class Objective:
     to_the_end: bool = False
     loss: Loss | None = None
     ratio: bool = True
+    pairs: bool = False
     sampled: int | None = None
     unfit: Callable[[Decoder], str | None] = lambda decoder: None
 
@@ -381,6 +384,41 @@ class SPG:
         bound = torch.where(scores.advantages > 0, elbo, self.omega * upper + (1 - self.omega) * elbo)
         none = torch.zeros_like(elbo)[:, None]
         return -scores.weight.sum(1) * scores.advantages * bound, none, none
+
+
+@OBJECTIVES.register("vrpo")
+@dataclass(frozen=True)
+class VRPO:
+    """DPO on ELBOs over ``draws`` random masks, the same for policy and reference (VRPO, LLaDA 1.5, arXiv 2505.19223), plus
+    ``sft_weight`` times the preferred completion's negative ELBO a token. A run's ``beta`` is DPO's.
+
+    A mask hides k of the n tokens up to the end, k uniform on 1..n, and all behind it; what it hides weighs n / k.
+    """
+
+    draws: int = 8
+    sft_weight: float = 0.05
+
+    def objective(self) -> Objective:
+        check_at_least(self, 1, "draws")
+        check_at_least(self, 0, "sft_weight")
+        return Objective(self.views, fresh=True, to_the_end=True, loss=self.loss, pairs=True)
+
+    def views(self, trajectory: Trajectory, seeds: Tensor, iteration: int, lengths: Tensor) -> Iterator[View]:
+        place = _places(trajectory)
+        for number in range(self.draws):
+            count = 1 + (uniform_noise(seeds, number, place[:, 0], 1) * lengths).long()
+            noise, behind = uniform_noise(seeds[:, None], number, place, 0), place >= lengths[:, None]
+            some = _lowest(noise.masked_fill(behind, torch.inf), count)
+            yield replace(_view(trajectory, some | behind, lengths / count / self.draws), scored=some)
+
+    def loss(self, scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
+        assert scores.reference is not None
+        new, reference = ((scores.share[..., None] * x).sum((0, 2)) for x in (scores.new, scores.reference))
+        gained = new - reference
+        loss = (
+            -F.logsigmoid(scores.beta * (gained[0::2] - gained[1::2])) - self.sft_weight * (new / scores.lengths)[0::2]
+        )
+        return loss.repeat_interleave(2), (gained / scores.lengths)[:, None], torch.zeros_like(gained)[:, None]
 
 
 def has_reward_variance(rewards: Tensor, num_generations: int) -> Tensor:

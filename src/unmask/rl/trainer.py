@@ -95,6 +95,8 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
     def sample(self, rows: list[Row]) -> Rollout:
         """Expand prompts to groups, decode, reward, and score under the old and the reference policy where needed."""
         config = self.config
+        if config.pairs is not None:
+            return self._with_reference(self._pairs(rows))
         rows, trajectory, rewards, view_seeds = self._sample_groups(rows, 0)
         self._record_rollout(trajectory, rewards)
         if config.max_resamples:
@@ -113,6 +115,26 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
         elif config.num_iterations > 1 and self.objective.ratio:
             with self.inference() as policy:
                 rollout.old = self.score_views(policy, rollout)
+        return self._with_reference(rollout)
+
+    def _pairs(self, rows: list[Row]) -> Rollout:
+        """Both completions of each row, the preferred one first, as if sampled in one step."""
+        length, device = self.decoder.plan.length, self.lm.device
+        texts = [row[side] for row in rows for side in ("chosen", "rejected")]
+        prompts = [row["prompt"] for row in rows for _ in range(2)]
+        ids, mask = self.lm.encode(prompts, length, self.prompt_width)
+        tokens = torch.tensor([text + [self.lm.eos_id] * (length - len(text)) for text in texts], device=device)
+        step = torch.zeros_like(tokens, dtype=torch.int16)
+        trajectory = Trajectory(ids, mask, tokens, step, step.float(), self.lm.mask_id, self.decoder.config())
+        _, seeds = rollout_seeds(
+            self.config.seed, self.state.global_step, self.args.process_index * self.args.train_batch_size, len(tokens)
+        )
+        advantages = torch.tensor([0.5, -0.5], device=device).repeat(len(rows))
+        return Rollout(trajectory, advantages, advantages != 0, seeds.to(device))
+
+    def _with_reference(self, rollout: Rollout) -> Rollout:
+        """Scored under the starting policy too, where the loss asks for it."""
+        config = self.config
         if config.beta > 0 and self.reference_model is None:
             with self.inference() as policy, cast(Any, policy.model).disable_adapter():
                 rollout.reference = self.score_views(policy, rollout)
@@ -300,6 +322,9 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
                 values = (torch.ones_like(ratio), mismatch, kl, clipped, entropy, ratio)
                 sums += counted * torch.stack([v.double().sum() for v in values])
         self._record_update(total, sums, iteration)
+        if config.pairs is not None:
+            gained = joint[0][:, 0].view(-1, 2)
+            self.pending_metrics["preferred"] = self._mean([float((gained[:, 0] > gained[:, 1]).double().mean())])[0]
         return total
 
     # ---- logging ---------------------------------------------------------------------------------------------------
@@ -327,7 +352,7 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
             return
         found = {name: total / tokens for name, total in zip(UPDATE_METRICS, totals, strict=True)}
         mismatch = found.pop("logprob_mismatch")
-        if iteration == 0:
+        if iteration == 0 and self.config.pairs is None:
             self.pending_metrics["logprob_mismatch"] = mismatch
             rounded = self.args.bf16 or self.args.fp16 or self.lm.model.dtype != torch.float32
             exact = self.objective.recorded and not rounded

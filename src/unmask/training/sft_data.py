@@ -136,7 +136,7 @@ def chat_data(
     cut = left_out = 0
     for place, raw in places:
         try:
-            prompt, response = _exchange(raw)
+            prompt, response = exchange(raw)
             row = tokenize(lm, prompt, response)
         except UserError as error:
             raise UserError(f"{place}: {error}") from None
@@ -206,7 +206,7 @@ def tokenize(lm: MaskedLM, prompt: Prompt, response: str) -> Row:
     return {"prompt": np.array(ids, dtype=np.int32), "response": np.array(learned[: end + 1], dtype=np.int32)}
 
 
-def _exchange(row: Mapping[str, Any]) -> tuple[Prompt, str]:
+def exchange(row: Mapping[str, Any]) -> tuple[Prompt, str]:
     """Prompt and response of a row, in the first format whose columns are all there."""
     columns = next((columns for columns in _FORMATS if columns.keys() <= row.keys()), None)
     if columns is None:
