@@ -170,8 +170,9 @@ class BenchGap:
     max_new_tokens: int = 128
     rows_per_forward: int = 32
     seed: int = 0
+    objective: list[str] = field(default_factory=lambda: ["cj", "one-step", "diffu", "coupled"])
     output: str = "runs/bench-gap.json"
 
     def __post_init__(self) -> None:
-        if self.limit < 1 or self.rows_per_forward < 1 or not self.task or not self.decoder:
-            raise UserError("limit, rows_per_forward, task and decoder each need at least one")
+        if self.limit < 1 or self.rows_per_forward < 1 or not (self.task and self.decoder and self.objective):
+            raise UserError("limit, rows_per_forward, task, decoder and objective each need at least one")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from unmask.decoding import make_decoder
 from unmask.evaluation.evaluate import task_prompts
 from unmask.models.load import load
 from unmask.results.statistics import pooled_bootstrap
-from unmask.rl.objectives import OBJECTIVES, ViewRows
+from unmask.rl.objectives import ViewRows, find_objective
 from unmask.rl.rollout import rollout_seeds, sample_trajectory, score_all
 from unmask.tasks import make_task
 
@@ -37,13 +36,13 @@ def run(config: BenchGap, progress: Callable[[str], None]) -> dict[str, Any]:
             seeds, view_seeds = rollout_seeds(config.seed, 0, 0, len(prompts))
             trajectory = sample_trajectory(lm, prompts, decoder, seeds, config.rows_per_forward)
             inside = torch.arange(config.max_new_tokens) <= lm.lengths(trajectory.tokens)[:, None]
-            for name, objective in OBJECTIVES.items():
+            for name in config.objective:
                 gaps = torch.zeros_like(trajectory.logprob, dtype=torch.float64)
                 scored = torch.zeros_like(gaps)
-                for view in objective.views(trajectory, view_seeds, 0):
-                    rows = ViewRows.of([replace(view, share=None)])
+                for view in find_objective(name).all_views(trajectory, view_seeds, 0, inside.sum(1)):
+                    rows = ViewRows.of([view])
                     parts = [(p, True) for p in rows.scored.any(1).nonzero()[:, 0].split(config.rows_per_forward)]
-                    found = score_all(lm, trajectory, rows, parts)
+                    found = score_all(lm, trajectory, rows, parts)[0]
                     gaps += view.scored * (found - trajectory.logprob).abs()
                     scored += view.scored
                 cell: dict[str, Any] = {"task": spec, "decoder": decoder_spec, "objective": name}

@@ -19,7 +19,6 @@ from benchmarks.config import BenchDecode, BenchGap, BenchMemory, BenchRL
 from benchmarks.reference import counterpart
 from unmask import MaskedLM, UserError, decode, make_decoder
 from unmask.decoding.decode import DecodingLoop
-from unmask.rl.objectives import OBJECTIVES
 
 SHAPE = {"d_model": 32, "n_layers": 2, "mlp_hidden_size": 64, "repeats": 1}
 SMALL = {**SHAPE, "steps": (2, 4), "length": 16, "prompt": 8, "vocabulary": 200}
@@ -76,7 +75,7 @@ def test_the_gap_is_rounding_for_cj_alone(toy_folder: str, tmp_path: Path) -> No
     sizes = {"limit": 6, "max_new_tokens": 16, "rows_per_forward": 4, "output": str(tmp_path / "gap.json")}
     config = BenchGap(toy_folder, ["countdown:style=compact"], ["eoser-ass", "full"], **sizes)  # type: ignore[arg-type]
     cells = bench_gap.run(config, lambda _: None)["cells"]
-    assert [(c["decoder"], c["objective"]) for c in cells] == [(d, o) for d in config.decoder for o in OBJECTIVES]
+    assert [(c["decoder"], c["objective"]) for c in cells] == [(d, o) for d in config.decoder for o in config.objective]
     for cell in cells:
         low, high = cell["gap_interval"]
         assert low <= cell["gap"] <= high and cell["completions"] == 6

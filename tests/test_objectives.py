@@ -13,9 +13,18 @@ import torch
 from torch import Tensor
 
 from conftest import toy
-from test_rl import disturb, sampled
+from test_rl import ROWS, disturb, sampled, trainer
 from unmask import DiffusionGRPOConfig, DiffusionGRPOTrainer, UserError
-from unmask.rl.objectives import Scores, ViewRows, find_objective, step_advantages, token_weights
+from unmask.rl.objectives import (
+    Objective,
+    Scores,
+    ViewRows,
+    cj,
+    find_objective,
+    step_advantages,
+    sum_of_views,
+    token_weights,
+)
 from unmask.rl.rollout import score_rows
 
 JOINT = [
@@ -126,20 +135,20 @@ def test_preferences_are_learned(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
     settings: dict[str, Any] = {**OFFLINE, "pairs": str(file)}
-    trainer = DiffusionGRPOTrainer(toy(), None, DiffusionGRPOConfig(output_dir=str(tmp_path / "run"), **settings))
-    assert not trainer.eval_dataset
-    trajectory = trainer.sample(list(trainer.train_dataset)[:2]).trajectory  # type: ignore[call-overload]
-    assert trainer.lm.text(trajectory.tokens) == ["0 is it", "no 0", "1 is it", "no 1"]
-    views = trainer.views(trainer.sample(list(trainer.train_dataset)), 0)  # type: ignore[call-overload]
-    lengths = trainer.lm.lengths(trainer.sample(list(trainer.train_dataset)).trajectory.tokens) + 1  # type: ignore[call-overload]
+    offline = DiffusionGRPOTrainer(toy(), None, DiffusionGRPOConfig(output_dir=str(tmp_path / "run"), **settings))
+    assert not offline.eval_dataset
+    trajectory = offline.sample(list(offline.train_dataset)[:2]).trajectory  # type: ignore[call-overload]
+    assert offline.lm.text(trajectory.tokens) == ["0 is it", "no 0", "1 is it", "no 1"]
+    views = offline.views(offline.sample(list(offline.train_dataset)), 0)  # type: ignore[call-overload]
+    lengths = offline.lm.lengths(offline.sample(list(offline.train_dataset)).trajectory.tokens) + 1  # type: ignore[call-overload]
     for view in views:
-        hidden = view.ids[:, -32:] == trainer.lm.mask_id
+        hidden = view.ids[:, -32:] == offline.lm.mask_id
         assert (
             hidden.sum(1) - view.scored.sum(1) == 32 - lengths
         ).all()  # what fills the canvas shows nobody the length
         assert torch.allclose(view.share, lengths / view.scored.sum(1) / 2)
-    trainer.train()
-    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    offline.train()
+    log = [entry for entry in offline.state.log_history if "loss" in entry]
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=0.6) and log[-1]["preferred"] == 1.0
     assert log[-1]["loss"] < log[0]["loss"] and "reward" not in log[0] and "logprob_mismatch" not in log[0]
 
@@ -191,7 +200,8 @@ def test_masks(tmp_path: Path) -> None:
     t.objective = find_objective("gdpo")
     nodes, weights = np.polynomial.legendre.leggauss(3)
     for view, x, w in zip(t.views(t.rollout, 0), (nodes + 1) / 2, weights / 2, strict=True):
-        assert (view.scored.sum(1) == round(x * 16)).all() and torch.allclose(view.share, torch.tensor(w / x).float())
+        assert (view.scored.sum(1) == round(x * 16)).all()
+        assert torch.allclose(view.share, torch.tensor(w * 16 / round(x * 16)).float())
     t.objective = find_objective("spg:block_length=4,draws=4,prompt_masking=0")
     lengths = t.lm.lengths(tokens).clamp(max=15) + 1
     begins = []
@@ -269,6 +279,28 @@ def test_two_passes_are_one_graph(name: str, tmp_path: Path) -> None:
             assert float((p.grad - gradients[parameter]).abs().max()) < limit
 
 
+def test_single_tokens_through_the_loss_of_all_views(tmp_path: Path) -> None:
+    """``cj`` with its surrogate as a loss of all views: the same loss and gradient, on and off policy."""
+    together = Objective(cj.views, recorded=True, loss=sum_of_views)
+    for iteration in (0, 1):
+        found = []
+        for objective in (cj, together):
+            t = trainer(
+                tmp_path, decoder="eoser-ass", loss_type="grpo", num_iterations=2, beta=0.1, max_logprob_mismatch=9
+            )
+            t.objective = objective
+            t.rollout = t.sample(ROWS)
+            if iteration:
+                disturb(t.lm.model, 0.003)
+            loss = t.update(t.model, t.rollout, iteration)
+            found.append((float(loss), torch.cat([p.grad.flatten() for p in t.lm.model.parameters()])))
+        assert found[0][0] == pytest.approx(found[1][0], abs=1e-6)
+        assert torch.allclose(found[0][1], found[1][1], atol=1e-6)
+    t.objective = Objective(find_objective("espo").views)
+    with pytest.raises(UserError, match="scores a token in several views: make it an Objective with a loss of them"):
+        t.views(t.rollout, 0)
+
+
 class Kept:
     """Bytes that autograd keeps for backward passes, now and at most."""
 
@@ -298,8 +330,9 @@ def test_memory_does_not_grow_with_views(names: list[str], tmp_path: Path) -> No
 
 def test_steps_that_are_paid_for(tmp_path: Path) -> None:
     """GRPO's process supervision by hand; an objective with one advantage a completion refuses; drafts are the states."""
-    paid = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, 0.0], [3.0, 3.0, 0.0], [3.0, 3.0, 3.0]])
-    found = step_advantages(paid, torch.tensor([3, 2, 2, 3]), 2, "group")
+    nan = float("nan")
+    paid = torch.tensor([[1.0, 0.0, 2.0], [0.0, 1.0, nan], [3.0, 3.0, nan], [3.0, 3.0, 3.0]])
+    found = step_advantages(paid, 2, "group")
     values = torch.tensor([1.0, 0.0, 2.0, 0.0, 1.0])
     a, b, c, d, e = ((values - values.mean()) / (values.std() + 1e-4)).tolist()
     assert torch.allclose(found, torch.tensor([[a + b + c, b + c, c], [d + e, e, 0], [0, 0, 0], [0, 0, 0]]), atol=1e-5)
@@ -316,18 +349,33 @@ def test_steps_that_are_paid_for(tmp_path: Path) -> None:
         assert texts[-1] == t.lm.text(trajectory.tokens)[row]
         assert "\N{WHITE SQUARE}" in texts[0]
     table = torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor([sum(c in "aeiou" for c in x) / 10 for x in texts]) for texts in drafted], True
+        [torch.tensor([sum(c in "aeiou" for c in x) / 10 for x in texts]) for texts in drafted], True, nan
     )
-    expected = step_advantages(table, step.amax(1) + 1, 4, "group").gather(1, step)
+    expected = step_advantages(table, 4, "group").gather(1, step)
     assert torch.allclose(t.rollout.advantages, expected, atol=1e-6) and len(t.rollout.advantages.unique()) > 16
     loss = t.update(t.model, t.rollout, 0)  # the ratio is one: minus the weighted advantages
     each = [-expected[b][step[b] == s].mean() for b in range(16) for s in range(int(step[b].max()) + 1)]
     assert float(loss) == pytest.approx(float(torch.stack(each).view(16, -1).mean()), abs=1e-5)
-    with pytest.raises(Exception, match="objective espo has one advantage a completion"):
+    with pytest.raises(UserError, match="objective espo has one advantage a completion"):
         sampled(tmp_path, rewards=vowels, objective="espo")
 
     def short(prompts: Any, completions: Any, drafts: Any, **_: Any) -> Any:
         return [[0.0] for _ in completions]
 
-    with pytest.raises(Exception, match=r"reward function short returned .* it needs 4 values, one a step"):
+    with pytest.raises(UserError, match=r"reward function short returned \[0.0\] for .*: return 4 values, one a step"):
         sampled(tmp_path, rewards=short)
+
+    def blind(prompts: Any, completions: Any, **_: Any) -> Any:
+        return [[0.0, 1.0] for _ in completions]
+
+    with pytest.raises(UserError, match="name drafts among its arguments to pay for steps"):
+        sampled(tmp_path, rewards=blind)
+
+    def last(prompts: Any, completions: Any, drafts: Any, **_: Any) -> Any:
+        return [[0.0] * (len(texts) - 1) + [1.0] for texts in drafts]
+
+    def same(prompts: Any, completions: Any, drafts: Any, **_: Any) -> Any:
+        return [[-0.1] * len(texts) for texts in drafts]
+
+    assert sampled(tmp_path, rewards=last).rollout.active.all()  # alike in every row, but not in every step
+    assert not sampled(tmp_path, rewards=same, decoder="threshold:block_length=8,threshold=0.5").rollout.active.any()

@@ -42,10 +42,11 @@ def small_rl(file: Path, model: str, data: Path, output: Path, kind: Any = Diffu
         task += f"{',' if ':' in task else ':'}data={data / name}"
     sizes: dict[str, Any] = {"problems": 4, "validation_problems": 2, "max_completion_length": 16}
     sizes |= {"per_device_train_batch_size": 6, "output_dir": str(output), "model": model, "tasks": [task]}
-    sizes["num_generations"] = min(config.num_generations, 6)
     if "block_length" in config.decoder:
         sizes["decoder"] = "semi-ar:block_length=8"
-    if config.objective == "justgrpo":
+    if isinstance(config, DiffusionGRPOConfig):
+        sizes["num_generations"] = min(config.num_generations, 6)
+    if getattr(config, "objective", None) == "justgrpo":
         sizes["decoder"] = "semi-ar:block_length=1,steps=16"
     return dataclasses.replace(config, **SMALL, **sizes)
 

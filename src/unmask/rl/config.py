@@ -121,8 +121,8 @@ class DiffusionGRPOConfig(TrajectoryConfig):
     num_iterations: int = 1
     """Updates on each rollout (mu)."""
     old_logprobs: Literal["recorded", "recomputed"] = "recorded"
-    """Of ``cj``: the old policy's log-probabilities are those recorded in sampling, or scored anew once a rollout, which gives
-    the same up to rounding. The other objectives have to score them anew."""
+    """Of ``cj`` and its kin: the old policy's log-probabilities are those recorded in sampling, or scored anew once a rollout,
+    which gives the same up to rounding. The other objectives have to score them anew."""
     epsilon: float = 0.2
     """Clipping range of the ratio."""
     beta: float = 0.0
@@ -136,7 +136,7 @@ class DiffusionGRPOConfig(TrajectoryConfig):
     mask_after_eos: bool = False
     """Leave tokens after the first end token out of the loss (the paper's code keeps them)."""
     max_logprob_mismatch: float = 1e-3
-    """Largest |recorded - recomputed| log-probability (mean, nats a token) that a float32 ``cj`` update accepts."""
+    """Largest |recorded - recomputed| log-probability (mean, nats a token) that a float32 update of ``cj`` or kin accepts."""
     log_completions: bool = True
     """Write one group of completions of every rollout to ``completions.jsonl`` of the run folder."""
 
@@ -171,8 +171,9 @@ class DiffusionGRPOConfig(TrajectoryConfig):
     def unfit(self, decoder: Decoder) -> dict[str, bool]:
         from unmask.rl.objectives import find_objective
 
+        unfit = find_objective(self.objective).unfit(decoder)
         return {
-            str(unfit := find_objective(self.objective).unfit(decoder)): unfit is not None,
+            **({} if unfit is None else {unfit: True}),
             f"top_p={decoder.top_p} samples from a cut distribution, not the policy: set top_p=1": decoder.top_p < 1,
             "temperature is 0, so all completions of a group are equal: set it above 0": decoder.temperature == 0,
         }

@@ -40,6 +40,10 @@ def rl_data(
 ) -> Data:
     """The data of a run; the arguments as ``DiffusionGRPOTrainer`` takes them. Raises UserError."""
     if isinstance(config, DiffusionGRPOConfig) and config.pairs is not None:
+        if any(x is not None for x in (reward_funcs, train_dataset, eval_dataset)):
+            raise UserError(
+                f"pairs={config.pairs} is all that is learned from: pass no other data, and set tasks to validate"
+            )
         data = task_data(lm, config) if config.tasks else Data([], [], {}, [])
         return replace(data, training=_pair_rows(lm, config.pairs, config.rollout_decoder().plan.length))
     given = (reward_funcs, train_dataset)

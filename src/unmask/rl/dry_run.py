@@ -47,8 +47,7 @@ class Work:
         step = torch.tensor([s for s, n in enumerate(decoder.plan.commits) for _ in range(n)], dtype=torch.int16)[None]
         tokens, prompt = torch.zeros_like(step, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
         row = Trajectory(prompt, prompt > 0, tokens, step, torch.zeros(step.shape), 1, decoder.config()).by_block(block)
-        lengths = (torch.tensor([step.shape[1]]),) if objective.to_the_end else ()
-        views = list(objective.views(row, torch.zeros(1, dtype=torch.int64), 0, *lengths))
+        views = objective.all_views(row, torch.zeros(1, dtype=torch.int64), 0, torch.tensor([step.shape[1]]))
         every, mu, penalty = len(views), config.num_iterations, config.beta > 0
         fresh = mu if objective.fresh else 1
         old, joint = 0 if config.uses_recorded or mu == 1 else fresh, mu - 1 if mu > 1 else int(penalty)
@@ -129,4 +128,6 @@ def dry_run(config: DiffusionGRPOConfig) -> str:
         f"{update} of them with a backward pass" + ", at most" * (work.samples > 1),
         "memory": f"{need.total / GIB:.2f} GiB a process without sharding ({parts})",
     }
+    if not work.samples:
+        del lines["rollout"], lines["rewards"]
     return f"{as_yaml(asdict(config))}\n" + "\n".join(f"{k:<11}{v}" for k, v in lines.items())

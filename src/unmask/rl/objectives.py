@@ -78,7 +78,7 @@ class Scores:
             gradient), the one that sampled, and the starting one (None without a KL penalty); 0 where a view scores nothing.
         scored: (V, B, L) bool. share: (V, B) float32, of the views. advantages: (B,) float32. lengths: (B,) int64, tokens that
             the loss does not leave out.
-        weight: (B, L) float32, what each of these contributes to the sum over rows, by ``loss_type``; a row's sum is its own.
+        weight: (B, L) float32, what each of these contributes to the sum over rows, by ``loss_type``; their sum is a row's.
         epsilon, beta: clipping range and weight of the KL penalty.
     """
 
@@ -105,12 +105,13 @@ class Objective:
 
     Attributes:
         views: ``(trajectory, seeds (B,) int64, inner iteration) -> views``; what is random depends on a row's seed alone.
-        to_the_end: whether that is asked for tokens up to the first end token alone, and gets their number (B,) beside these.
+        to_the_end: whether only tokens up to the first end token count; ``views`` then gets their number (B,) beside these.
         recorded: whether the views are the very states that were sampled from, so that the recorded log-probabilities
             are the old policy's.
         fresh: whether every inner iteration has views of its own.
         loss: of the log-probabilities of all views together; None: the sum of each token's clipped surrogate.
-        ratio: whether that loss compares policies; one that does not has no clipping and no KL penalty.
+        ratio: whether that loss is of differences ``new - old`` and ``new - reference`` alone; one that is not has no clipping
+            and no KL penalty.
         pairs: whether it learns from pairs of completions, of which the first is preferred, instead of samples.
         sampled: how many of its views each row scores in an update, drawn anew each time; None: all.
         unfit: what is wrong with a decoder for this objective, or nothing.
@@ -125,6 +126,10 @@ class Objective:
     pairs: bool = False
     sampled: int | None = None
     unfit: Callable[[Decoder], str | None] = lambda decoder: None
+
+    def all_views(self, trajectory: Trajectory, seeds: Tensor, iteration: int, lengths: Tensor) -> list[View]:
+        """lengths (B,) int64: each row's tokens up to and with its first end token."""
+        return list(self.views(trajectory, seeds, iteration, *([lengths] if self.to_the_end else [])))
 
 
 OBJECTIVES: Registry[Any] = Registry("objective")
@@ -227,11 +232,19 @@ def diffu(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[Vie
     yield View(torch.cat([prompt, trajectory.state(0)], 1), trajectory.step >= 0)
 
 
+def _over_views(scores: Scores, dims: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """New, old and reference log-probabilities times the views' shares, summed."""
+    new, old, reference = (
+        None if x is None else (scores.share[..., None] * x).sum(dims)
+        for x in (scores.new, scores.old, scores.reference)
+    )
+    assert new is not None and old is not None
+    return new, old, reference
+
+
 def sum_of_views(scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
     """The clipped surrogate of tokens whose log-probability is a sum over views by their shares (no policy's, in general)."""
-    share = scores.share[..., None]
-    reference = None if scores.reference is None else (share * scores.reference).sum(0)
-    new, old = (share * scores.new).sum(0), (share * scores.old).sum(0)
+    new, old, reference = _over_views(scores, (0,))
     loss, log_ratio, kl = surrogate(new, old, reference, scores.advantages[:, None], scores.epsilon, scores.beta)
     return (scores.weight * loss).sum(1), log_ratio, kl
 
@@ -255,9 +268,7 @@ def coupled(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[V
 def sequence_surrogate(scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
     """The clipped surrogate of whole rows: the ratio is exp(difference of the ELBOs / L), KL its k2 estimate, their squared
     difference / 2L. An ELBO is the sum over views of share · log-probability."""
-    length, share = scores.new.shape[2], scores.share[..., None]
-    reference = None if scores.reference is None else (share * scores.reference).sum((0, 2))
-    new, old = (share * scores.new).sum((0, 2)), (share * scores.old).sum((0, 2))
+    length, (new, old, reference) = scores.new.shape[2], _over_views(scores, (0, 2))
     loss, kl = clipped_surrogate(new / length, old / length, scores.advantages, scores.epsilon), torch.zeros_like(new)
     if reference is not None:
         kl = (new - reference).square() / (2 * length)
@@ -309,7 +320,7 @@ class ESPO:
 class GDPO:
     """``espo`` with the ELBO's integral over the masking rate t by Gauss-Legendre quadrature (GDPO, arXiv 2510.08554).
 
-    At each of the ``points`` a mask hides tL tokens, which weigh w / t.
+    At each of the ``points`` a mask hides k tokens, tL to the nearest, which weigh w L / k.
     """
 
     points: int = 3
@@ -321,9 +332,10 @@ class GDPO:
     def views(self, trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[View]:
         place, ones = _places(trajectory), torch.ones_like(seeds)
         for number, (x, w) in enumerate(zip(*np.polynomial.legendre.leggauss(self.points), strict=True)):
-            t = (float(x) + 1) / 2
+            length = place.shape[1]
+            k = max(1, round((float(x) + 1) / 2 * length))
             noise = uniform_noise(seeds[:, None], iteration * self.points + number, place, 0)
-            yield _view(trajectory, _lowest(noise, ones * max(1, round(t * place.shape[1]))), ones * float(w) / 2 / t)
+            yield _view(trajectory, _lowest(noise, ones * k), ones * float(w) / 2 * length / k)
 
 
 @OBJECTIVES.register("spg")
@@ -412,13 +424,13 @@ class VRPO:
             yield replace(_view(trajectory, some | behind, lengths / count / self.draws), scored=some)
 
     def loss(self, scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
-        assert scores.reference is not None
-        new, reference = ((scores.share[..., None] * x).sum((0, 2)) for x in (scores.new, scores.reference))
+        new, _, reference = _over_views(scores, (0, 2))
+        assert reference is not None
         gained = new - reference
         loss = (
             -F.logsigmoid(scores.beta * (gained[0::2] - gained[1::2])) - self.sft_weight * (new / scores.lengths)[0::2]
         )
-        return loss.repeat_interleave(2), (gained / scores.lengths)[:, None], torch.zeros_like(gained)[:, None]
+        return loss.repeat_interleave(2), gained[:, None], torch.zeros_like(gained)[:, None]
 
 
 def has_reward_variance(rewards: Tensor, num_generations: int) -> Tensor:
@@ -442,22 +454,19 @@ def group_advantages(rewards: Tensor, num_generations: int, scale: Literal["grou
     return centered.view(-1)
 
 
-def step_advantages(paid: Tensor, steps: Tensor, num_generations: int, scale: Literal["group", "none"]) -> Tensor:
+def step_advantages(paid: Tensor, num_generations: int, scale: Literal["group", "none"]) -> Tensor:
     """Advantages of steps that are paid for: rewards minus the mean over all steps of the group, for ``scale="group"`` divided
     by their standard deviation, and of each step the sum from it on (GRPO, arXiv 2402.03300, section 4.1.3).
 
-    paid: (B, S) float32. steps: (B,) int64, of each row. Returns (B, S), 0 behind a row's last step and in groups in which all
-    steps are paid alike.
+    paid: (B, S) float32, NaN behind a row's last step. Returns (B, S), 0 there and in groups in which all steps are paid alike.
     """
-    real = torch.arange(paid.shape[1]) < steps[:, None]
-    found = torch.zeros_like(paid)
+    real, found = ~paid.isnan(), torch.zeros_like(paid)
     for first in range(0, len(paid), num_generations):
-        group, inside = slice(first, first + num_generations), real[first : first + num_generations]
-        values = paid[group][inside]
-        if (values == values[0]).all():
-            continue
-        centered = (values - values.mean()) / (values.std() + STD_EPSILON if scale == "group" else 1)
-        found[group] = torch.zeros_like(paid[group]).masked_scatter(inside, centered)
+        group = slice(first, first + num_generations)
+        values = paid[group][real[group]]
+        if (values != values[0]).any():
+            centered = (values - values.mean()) / (values.std() + STD_EPSILON if scale == "group" else 1)
+            found[group] = found[group].masked_scatter(real[group], centered)
     return found.flip(1).cumsum(1).flip(1) * real
 
 

@@ -111,7 +111,7 @@ class Rewards:
 
     Attributes:
         table: (B, functions) float32; NaN where one does not judge a row, and the sum of what it pays for steps.
-        steps: of functions that pay for steps, by their number: (B, S) float32, 0 behind a row's last step.
+        steps: of functions that pay for steps, by their number: (B, S) float32, NaN behind a row's last step.
     """
 
     table: Tensor
@@ -138,7 +138,7 @@ class Rewards:
 
 
 def _padded(rows: Sequence[Tensor]) -> Tensor:
-    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=math.nan)
 
 
 def score(
@@ -184,34 +184,33 @@ def _parameters(function: Reward) -> Collection[str]:
 
 def _call(name: str, function: Reward, texts: dict[str, Any], columns: dict[str, Any]) -> list[Tensor]:
     """What it pays for each completion: a number (NaN for None), or numbers of its steps, as tensors."""
-    completions, drafts = texts["completions"], texts.get("drafts")
-    given = texts if "drafts" in _parameters(function) else {"completions": completions}
+    completions = texts["completions"]
+    drafts = texts.get("drafts") if "drafts" in _parameters(function) else None
     try:
-        values: list[Any] = [
-            [float(x) for x in v]
-            if isinstance(v, Sequence) and not isinstance(v, str)
-            else None
-            if v is None
-            else float(v)
-            for v in function(**given, **columns)
-        ]
+        found = list(function(completions=completions, **({} if drafts is None else {"drafts": drafts}), **columns))
+        values = [_number(v) for v in found]
     except Exception as error:  # a user's function may raise anything
         raise UserError(f"reward function {name} raised {type(error).__name__}: {error}; repair it") from error
     if len(values) != len(completions):
         raise UserError(
             f"reward function {name} returned {len(values)} values for {len(completions)} completions: return one each"
         )
-    by_step = any(isinstance(v, list) for v in values)
+    by_step = any(v.dim() for v in values)
     for number, (value, completion) in enumerate(zip(values, completions, strict=True)):
-        every = value if isinstance(value, list) else [value]
-        if by_step and (drafts is None or not isinstance(value, list) or len(value) != len(drafts[number])):
-            wanted = "drafts as an argument" if drafts is None else f"{len(drafts[number])} values, one a step"
-            raise UserError(
-                f"reward function {name} returned {value!r:.60} for the completion {completion[:60]!r}: it needs {wanted}"
-            )
-        if any(v is not None and not abs(v) <= torch.finfo(torch.float32).max for v in every):
-            raise UserError(
-                f"reward function {name} returned {value} for the completion {completion[:60]!r}: return a finite number, or "
-                "None to leave the row to the other functions"
-            )
-    return [torch.tensor(math.nan if v is None else v) for v in values]
+        returned = f"reward function {name} returned {found[number]!r:.60} for the completion {completion[:60]!r}"
+        if by_step and drafts is None:
+            raise UserError(f"{returned}: name drafts among its arguments to pay for steps")
+        if by_step and found[number] is None:  # nothing for these steps
+            values[number] = torch.zeros(len(drafts[number]))  # type: ignore[index]
+        elif by_step and value.shape != (len(drafts[number]),):  # type: ignore[index]
+            raise UserError(f"{returned}: return {len(drafts[number])} values, one a step")  # type: ignore[index]
+        elif found[number] is not None and not value.isfinite().all():
+            raise UserError(f"{returned}: return a finite number, or None to leave the row to the other functions")
+    return values
+
+
+def _number(value: Any) -> Tensor:
+    """A reward as a tensor: of no dimension, or of one where it is a list."""
+    if isinstance(value, str):
+        value = float(value)
+    return torch.as_tensor(math.nan if value is None else value, dtype=torch.float32)

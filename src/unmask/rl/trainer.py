@@ -110,8 +110,10 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
                 for row, text, r, a in list(zip(*columns, strict=True))[: config.num_generations]
             ]
         rollout = Rollout(trajectory, *(x.to(trajectory.tokens.device) for x in (advantages, active, view_seeds)))
-        if config.uses_recorded:
+        if config.uses_recorded and self.objective.loss is None:
             rollout.old = trajectory.logprob[None]
+        elif config.uses_recorded:
+            rollout.old = torch.stack([v.scored * trajectory.logprob for v in self.views(rollout, 0)])[None]
         elif config.num_iterations > 1 and self.objective.ratio:
             with self.inference() as policy:
                 rollout.old = self.score_views(policy, rollout)
@@ -144,11 +146,13 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
         return rollout
 
     def _varied(self, rewards: Rewards) -> Tensor:
-        """Which rows are in a group whose rewards, or whose steps' rewards, are not all equal, (B,) bool."""
-        whole, steps = rewards.split(self.reward_weights)
-        varied = objectives.has_reward_variance(whole, self.config.num_generations)
-        for paid in () if steps is None else steps.T:
-            varied |= objectives.has_reward_variance(paid, self.config.num_generations)
+        """Which rows are in a group whose rewards are not all equal, or whose steps are not all paid alike, (B,) bool."""
+        size = self.config.num_generations
+        whole, paid = rewards.split(self.reward_weights)
+        varied = objectives.has_reward_variance(whole, size)
+        if paid is not None:
+            advantages = objectives.step_advantages(paid, size, "none")
+            varied |= (advantages != 0).view(-1, size * paid.shape[1]).any(1).repeat_interleave(size)
         return varied
 
     def _advantages(self, rewards: Rewards, trajectory: Trajectory) -> Tensor:
@@ -163,9 +167,8 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
                 f"objective {self.config.objective} has one advantage a completion, and a reward function pays for steps: use "
                 "another function, or cj"
             )
-        step = trajectory.step.long().cpu()
-        by_step = objectives.step_advantages(paid, step.amax(1) + 1, size, scale)
-        return advantages[:, None] + by_step.gather(1, step.clamp(min=0))
+        step = trajectory.step.long().clamp(min=0).cpu()
+        return advantages[:, None] + objectives.step_advantages(paid, size, scale).gather(1, step)
 
     def _sample_groups(self, prompts: list[Row], attempt: int) -> tuple[list[Row], Trajectory, Rewards, Tensor]:
         """A group for each of the prompts: its rows, trajectory, rewards, and seeds of the views."""
@@ -215,9 +218,17 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
         """The objective's views, without what the loss leaves out."""
         trajectory = rollout.trajectory.by_block(self.lm.block_length)
         counted = self._counted(trajectory)
-        lengths = (counted.sum(1),) if self.objective.to_the_end else ()
-        views = list(self.objective.views(trajectory, rollout.seeds, iteration, *lengths))
-        return [replace(v, scored=v.scored & counted) for v in views]
+        views = self.objective.all_views(trajectory, rollout.seeds, iteration, counted.sum(1))
+        views = [replace(v, scored=v.scored & counted) for v in views]
+        together = any(v.share is not None for v in views) or bool(
+            (torch.stack([v.scored for v in views]).sum(0) > 1).any()
+        )
+        if together and self.objective.loss is None:
+            raise UserError(
+                f"objective {self.config.objective} scores a token in several views: make it an Objective with a loss of them, "
+                "such as sum_of_views"
+            )
+        return views
 
     def _counted(self, trajectory: Trajectory) -> Tensor:
         """Which tokens the loss does not leave out, (B, L) bool."""
@@ -232,7 +243,7 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
         for iteration in range(self.config.num_iterations if self.objective.fresh else 1):
             rows = ViewRows.of(self.views(rollout, iteration))
             each = score_all(policy, rollout.trajectory, rows, self.microbatches(rows, rollout.active))
-            found.append(each.sum(0) if self.objective.loss is None else each)  # else each token is scored in one view
+            found.append(each.sum(0) if self.objective.loss is None else each)  # without, each token is in one view
         return torch.stack(found)
 
     def _token_losses(self, rollout: Rollout, iteration: int, new: Tensor, row: Tensor, column: Tensor) -> Any:
@@ -362,8 +373,10 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
                     f"{mismatch:.2g} nats a token, more than max_logprob_mismatch={self.config.max_logprob_mismatch:g}: switch "
                     "dropout off, or raise it"
                 )
-        if self.config.beta == 0:
-            del found["kl"]
+        compares = self.objective.ratio and self.config.pairs is None
+        for name in ("ratio", "clip_fraction", "kl"):
+            if not compares or (name == "kl" and self.config.beta == 0):
+                del found[name]
         self.pending_metrics.update(found)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

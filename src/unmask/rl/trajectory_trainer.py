@@ -65,6 +65,8 @@ class TrajectoryTrainer(RunTrainer):
         self.prompt_width = widest if self.config.compile else 0
         self.pending_metrics: dict[str, float] = {}
         self.completions: list[dict[str, Any]] = []
+        if self.config.load_best_model_at_end and not data.validation:
+            raise UserError("load_best_model_at_end keeps the best of the validations, and there are none: set tasks")
         super().__init__(lm, args, data.training, data.validation, list, callbacks)
         if self.is_fsdp_enabled and (self.decoder.threshold is not None or lm.block_length is not None):
             rows = "a threshold decoder takes" if lm.block_length is None else "rows of a block-causal model take"
@@ -101,10 +103,9 @@ class TrajectoryTrainer(RunTrainer):
 
         def drafts() -> list[list[str]]:
             """Each row's texts after every step, up to the first end token."""
-            return [
-                [self.lm.text(one.state(s), MASK)[0] for s in range(1, one.steps + 1)]
-                for one in (trajectory.take(torch.tensor([i])) for i in range(len(rows)))
-            ]
+            texts = zip(*(self.lm.text(trajectory.state(s + 1), MASK) for s in range(trajectory.steps)), strict=True)
+            steps = (trajectory.step.amax(1) + 1).tolist()
+            return [list(row[:n]) for row, n in zip(texts, steps, strict=True)]
 
         return score(self.reward_funcs, rows, self.lm.text(trajectory.tokens), drafts)
 
