@@ -37,6 +37,7 @@ DECODERS = [
     "hybrid",
     "full:steps=8",
 ]
+DECODERS += ["less:threshold=0.2,stable=1,block_length=8", "credit:threshold=0.4,block_length=8", "eb:entropy_bound=2"]
 DECODERS += ["dream", "full-random", "ass:max_commit=2", "eoser-ass:cfg_scale=1.5"]
 
 

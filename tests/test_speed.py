@@ -141,13 +141,15 @@ def test_pieces_equal_the_whole(vocabulary: int, pieces: tuple[int, int], monkey
     p = logits.detach().double().softmax(-1)
     for head in (Head.of(linear, linear, 0), Head(linear.forward, 0, None)):
         with torch.no_grad():
-            found = candidates(head, hidden, 0.0, None, entropy=True)
+            also = torch.stack([tokens, tokens.flip(0)], 1)
+            found = candidates(head, hidden, 0.0, None, entropy=True, also=also)
         best = p.topk(2).values
         assert torch.equal(found.tokens, p.argmax(-1))
         assert torch.allclose(found.logprob.double(), best[:, 0].log(), atol=1e-6)
         assert torch.allclose(torch.stack([found.top, found.second], 1), best, atol=1e-6)  # type: ignore[list-item]
-        expected = torch.special.entr(p).sum(-1) / torch.tensor(float(vocabulary)).log()
-        assert torch.allclose(found.entropy, expected, atol=1e-6)  # type: ignore[arg-type]
+        assert torch.allclose(found.entropy, torch.special.entr(p).sum(-1), atol=1e-5)  # type: ignore[arg-type]
+        assert found.most is not None and found.most.exp().allclose(torch.tensor(float(vocabulary)).double())
+        assert torch.allclose(found.also, p.log().gather(1, also), atol=1e-5)  # type: ignore[arg-type]
         for temperature in (1.0, 0.6, 3.0):
             with torch.no_grad():
                 drawn = candidates(head, hidden, temperature, noise)

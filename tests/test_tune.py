@@ -84,8 +84,8 @@ def test_candidates_are_different_exact_and_near_the_budget(length: int, early_s
     decoders = [make_decoder(spec, max_new_tokens=length) for spec in (*presets, *others)]
     assert len({behavior(d) for d in decoders}) == len(decoders) < 250
     assert all(d.top_p == 1 and d.cache == "auto" and d.temperature == 0 and d.cfg_scale == 0 for d in decoders)
-    assert any(d.passes <= budget and d.threshold is None for d in decoders[: len(presets)])
-    assert early_stop or all(d.threshold is not None or d.passes <= budget for d in decoders)
+    assert any(d.passes <= budget and not d.adaptive for d in decoders[: len(presets)])
+    assert early_stop or all(d.adaptive or d.passes <= budget for d in decoders)
 
 
 def test_the_space_holds_every_family() -> None:

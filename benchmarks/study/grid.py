@@ -119,10 +119,17 @@ def _training_key(training: DiffusionGRPOConfig | None) -> str:
     )
 
 
+_LATER = ("leap_radius", "leap_threshold", "stable", "credit", "entropy_bound")
+
+
 def _deciding(decoder: Decoder) -> dict[str, Any]:
-    """A decoder's settings that decide its tokens: without the name, and an exact cache is like none."""
+    """A decoder's settings that decide its tokens: without the name, and an exact cache is like none.
+
+    ``_LATER`` ones count only where they are set, so that the keys of cells made before they were there hold.
+    """
     cache = decoder.cache if decoder.cache in APPROXIMATE else "none"
-    return {k: v for k, v in decoder.config().items() if k != "name"} | {"cache": cache}
+    unset = {k for k in _LATER if getattr(decoder, k) == getattr(Decoder, k)}
+    return {k: v for k, v in decoder.config().items() if k != "name" and k not in unset} | {"cache": cache}
 
 
 def _product(table: Mapping[str, Any], is_axis: Mapping[str, bool]) -> Iterator[Values]:

@@ -8,10 +8,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from unmask.decoding.trajectory import Trajectory, cat_left_padded
 
-_OTHERS = ("rank", "step", "logprob", "seeds", "at", "uncached")  # tensors that do not grow with the prompt
+_OTHERS = (
+    "rank",
+    "step",
+    "logprob",
+    "seeds",
+    "at",
+    "uncached",
+    "last",
+    "run",
+)  # tensors that do not grow with the prompt
+_SLOTS = ("slots", "credit")  # tensors whose last dimension grows
 
 
 @dataclass
@@ -26,6 +37,10 @@ class Canvases:
     seeds: Tensor  # (B,) int64
     at: Tensor  # (B,) int64, the passes that each row has taken
     uncached: Tensor  # (B,) int64, columns at a row's end that an exact cache does not hold in their final form
+    last: Tensor  # (B, L) int64, the most likely token of the pass before, -1 where there was none
+    run: Tensor  # (B, L) int64, in how many passes before the last one it was the same
+    slots: Tensor  # (B, L, S) int64, tokens that have credit, -1 for none
+    credit: Tensor  # (B, L, S) float64
     numbers: list[int]  # the caller's number of each row
     passes: list[int]  # ``at``, readable without waiting for the device
     padded: bool  # whether any prompt is
@@ -44,6 +59,10 @@ class Canvases:
             seeds=seeds,
             at=torch.zeros_like(seeds),
             uncached=torch.full_like(seeds, prompt.shape[1] + canvas.shape[1]),
+            last=torch.full_like(canvas, -1),
+            run=torch.zeros_like(canvas),
+            slots=canvas.new_zeros(*canvas.shape, 0),
+            credit=canvas.new_zeros(*canvas.shape, 0, dtype=torch.float64),
             numbers=list(numbers),
             passes=[0] * len(prompt),
             padded=not bool(prompt_mask.all()),
@@ -73,7 +92,7 @@ class Canvases:
 
     def take(self, rows: Tensor) -> Canvases:
         """Some rows, (n,) int64."""
-        chosen: dict[str, Any] = {k: getattr(self, k)[rows] for k in ("ids", "visible", *_OTHERS)}
+        chosen: dict[str, Any] = {k: getattr(self, k)[rows] for k in ("ids", "visible", *_OTHERS, *_SLOTS)}
         index = rows.tolist()
         numbers, passes = ([values[i] for i in index] for values in (self.numbers, self.passes))
         return replace(self, **chosen, numbers=numbers, passes=passes)
@@ -82,10 +101,19 @@ class Canvases:
         """These rows above others; the narrower prompts get more padding."""
         joined: dict[str, Any] = {k: torch.cat([getattr(self, k), getattr(other, k)]) for k in _OTHERS}
         joined |= {k: getattr(self, k) + getattr(other, k) for k in ("numbers", "passes")}
+        width = max(self.slots.shape[2], other.slots.shape[2])
+        joined["slots"], joined["credit"] = (
+            torch.cat(x) for x in zip(self.room(width), other.room(width), strict=True)
+        )
         ids = cat_left_padded([self.ids, other.ids], pad_id)
         visible = cat_left_padded([self.visible, other.visible])
         padded = self.padded or other.padded or self.width != other.width
         return Canvases(ids, visible, **joined, padded=padded)
+
+    def room(self, width: int) -> tuple[Tensor, Tensor]:
+        """Slots and credit with room for ``width`` tokens a position."""
+        more = (0, width - self.slots.shape[2])
+        return F.pad(self.slots, more, value=-1), F.pad(self.credit, more)
 
     def drop_padding(self) -> Canvases:
         """Without the columns that are padding in every row."""

@@ -62,8 +62,8 @@ def margin(c: Candidates, _: Tensor | None) -> Tensor:
 @partial(Confidence, entropy=True)
 def entropy(c: Candidates, _: Tensor | None) -> Tensor:
     """1 - H / log V: one for a certain position, zero for a uniform one."""
-    assert c.entropy is not None
-    return (1 - c.entropy).clamp(0, 1)
+    assert c.entropy is not None and c.most is not None
+    return (1 - c.entropy / c.most).clamp(0, 1)
 
 
 def reject_eos(scores: Tensor, tokens: Tensor, end_ids: Tensor, gamma: Tensor | float) -> Tensor:

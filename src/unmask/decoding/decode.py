@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from unmask.decoding.canvas import Canvases
 from unmask.decoding.confidence import Confidence, exclude_eos, reject_eos, suppress_eos
@@ -18,6 +20,8 @@ from unmask.errors import UserError
 from unmask.models.backbone import KVCache
 from unmask.models.head import Head
 from unmask.models.masked_lm import MaskedLM, Text
+
+CREDIT_FADING, CREDIT_POWER = 0.8, 0.2  # beta and gamma of CreditDecoding
 
 
 class Streamer(Protocol):
@@ -40,7 +44,7 @@ class DecodingLoop:
         self.decoder = decoder = decoder.within(self.block)
         self.plan = plan = decoder.plan
         # Then a row's step in the plan is the number of its passes. (In a model's own blocks the prompt begins the first.)
-        self.static = decoder.threshold is None and self.block is None
+        self.static = not decoder.adaptive and self.block is None
         self.confidence = Confidence.of(decoder.confidence)
         self.max_commit = max(plan.commits if self.static else plan.open)
 
@@ -87,7 +91,7 @@ class DecodingLoop:
         found = self.propose(rows, at, window)
         scores = torch.full(open_.shape, -torch.inf, dtype=torch.float64, device=flat.device)
         scores[at] = self.score(rows, at, found, self.gammas[step])
-        self.commit(rows, at, found, self.choose(scores, quota)[at])
+        self.commit(rows, at, found, self.choose(scores, quota, rows, at, found)[at])
         rows.at += 1 if active is None else active
         rows.passes = [n + 1 for n in rows.passes] if active is None else rows.at.tolist()
 
@@ -192,31 +196,75 @@ class DecodingLoop:
             width = window.shape[1]
             positions = (row + 1) * width - 1 + rows.width + column - window[:, -1].expand(len(rows))[row]
 
+        entropy = self.confidence.entropy or decoder.entropy_bound is not None
+        also = rows.slots[at] if decoder.credit else None
+
         def read(head: Head, hidden: Tensor) -> Candidates:
-            return candidates(
-                head, hidden, decoder.temperature, noise, self.confidence.entropy, decoder.top_p, self.excluded
-            )
+            return candidates(head, hidden, decoder.temperature, noise, entropy, decoder.top_p, self.excluded, also)
 
         how: dict[str, Any] = {"prompt": rows.width, "w": decoder.cfg_scale, "cache": self.cache, "window": window}
-        return forward_with_guidance(self.lm, rows.ids, rows.attention_mask, positions, read, **how)
+        found = forward_with_guidance(self.lm, rows.ids, rows.attention_mask, positions, read, **how)
+        if decoder.stable:
+            likely = found.tokens if found.likely is None else found.likely
+            rows.run[at] = torch.where(rows.last[at] == likely, rows.run[at] + 1, 0)
+            rows.last[at] = likely
+        return self.with_credit(rows, at, found) if decoder.credit else found
+
+    def with_credit(self, rows: Canvases, at: tuple[Tensor, Tensor], found: Candidates) -> Candidates:
+        """The candidates of p(v) (1 + C_v)^alpha, normalized, and that as their score (CreditDecoding, arXiv 2510.06133).
+
+        C fades by CREDIT_FADING in every pass, and that of the most likely token grows by p^CREDIT_POWER.
+        """
+        assert found.also is not None
+        if (rows.slots[at] >= 0).all(-1).any():  # one more token may come
+            rows.slots, rows.credit = rows.room(rows.slots.shape[2] + 1)
+        slots, credit = rows.slots[at], rows.credit[at] * CREDIT_FADING
+        logprob = F.pad(found.also, (0, slots.shape[1] - found.also.shape[1]), value=-torch.inf)
+        own = slots == found.tokens[:, None]
+        place = torch.where(own.any(1), own.int().argmax(1), (slots < 0).int().argmax(1))[:, None]
+        slots.scatter_(1, place, found.tokens[:, None])
+        logprob.scatter_(1, place, found.logprob.double()[:, None])
+        credit.scatter_add_(1, place, (CREDIT_POWER * found.logprob.double()).exp()[:, None])
+        rows.slots[at], rows.credit[at] = slots, credit
+        weight = logprob.exp()
+        raised = weight * (1 + credit) ** self.decoder.credit
+        best = raised.argmax(1, keepdim=True)
+        score = raised.gather(1, best) / (1 + (raised - weight).sum(1, keepdim=True))
+        tokens, chosen = (x.gather(1, best)[:, 0] for x in (slots, logprob))
+        return replace(found, tokens=tokens, logprob=chosen.to(found.logprob), score=score[:, 0])
 
     def score(self, rows: Canvases, at: tuple[Tensor, Tensor], found: Candidates, gammas: Tensor) -> Tensor:
         """The candidates' scores (N,) float64, after the EOS rule. gammas (B,): EOSER's factor of each row."""
         row, column = at
         noise = uniform_noise(rows.seeds[row], rows.at[row], column, ORDER) if self.confidence.noisy else None
-        score = self.confidence.score(found, noise).nan_to_num(0.0)  # every pass commits; ``split`` refuses the result
+        score = self.confidence.score(found, noise) if found.score is None else found.score
+        score = score.nan_to_num(0.0)  # every pass commits; ``split`` refuses the result
         if self.decoder.eos == "reject":
             return reject_eos(score, found.tokens, self.rejected, gammas[row])
         if self.decoder.eos == "suppress":
             return suppress_eos(score, found.tokens, self.rejected)
         return score if found.end is None else exclude_eos(score, found.tokens, self.rejected, found.end)
 
-    def choose(self, scores: Tensor, quota: Tensor) -> Tensor:
-        """Which positions to commit: the ``quota`` (B,) best ones, and all that reach the threshold. (B, L) -> bool."""
-        best = scores.topk(self.max_commit, dim=1)
+    def choose(
+        self, scores: Tensor, quota: Tensor, rows: Canvases, at: tuple[Tensor, Tensor], found: Candidates
+    ) -> Tensor:
+        """Which positions to commit: the ``quota`` (B,) best ones, and what threshold or entropy bound add. (B, L) -> bool."""
+        decoder, best = self.decoder, scores.topk(self.max_commit, dim=1)
         chosen = self.rank < quota[:, None]
-        if self.decoder.threshold is not None:
-            chosen = chosen | (best.values >= self.decoder.threshold)
+        if decoder.threshold is not None:
+            reached = scores >= decoder.threshold
+            if radius := decoder.leap_radius:
+                near = F.max_pool1d(reached[:, None].double(), 2 * radius + 1, 1, radius)[:, 0] > 0
+                reached = reached | (near & (scores >= decoder.leap_threshold))
+            if decoder.stable:
+                reached &= rows.run >= decoder.stable
+            chosen = chosen | reached.gather(1, best.indices)
+        if decoder.entropy_bound is not None:
+            assert found.entropy is not None
+            entropy = torch.zeros_like(scores)
+            entropy[at] = found.entropy
+            ordered = entropy.gather(1, best.indices)
+            chosen = chosen | (ordered.cumsum(1) - ordered.cummax(1).values <= decoder.entropy_bound)
         chosen &= best.values > -torch.inf
         return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best.indices, chosen)
 

@@ -33,7 +33,7 @@ class Decoder:
     schedule: str = "uniform"
     """How many tokens each step commits: ``uniform``, ``ascending``, or one of your own (``SCHEDULES``)."""
     steps: int | None = None
-    """Steps of a uniform schedule; default L/2 (L with a threshold). An ascending one has floor(log2 L)."""
+    """Steps of a uniform schedule; default L/2 (L with a threshold or entropy bound). An ascending one has floor(log2 L)."""
     block_length: int | None = None
     """Blocks of this many tokens, left to right."""
     blocks: int = 1
@@ -55,6 +55,15 @@ class Decoder:
     """Classifier-free guidance w: logits = u + (w + 1)(c - u), u with the prompt masked. Doubles the passes."""
     threshold: float | None = None
     """Also commit every open candidate whose score reaches this."""
+    leap_radius: int = 0
+    """Within so many positions of a candidate that reaches ``threshold``, ``leap_threshold`` is enough (LocalLeap)."""
+    leap_threshold: float = 0.75
+    stable: int = 0
+    """The threshold counts only where the most likely token was the same in so many passes before (LESS)."""
+    credit: float = 0.0
+    """CreditDecoding's alpha: tokens that were the most likely before are scored, and chosen, as if more likely."""
+    entropy_bound: float | None = None
+    """Also commit, in order of score, while the candidates' entropies without the largest sum to so many nats (EB-Sampler)."""
     cache: Literal["auto", "none", "exact", "prefix", "dual"] = "auto"
     """``exact``: keep keys and values of finished blocks, which later ones do not change; block-causal models only, and what
     ``auto`` means there. Approximate, in models with full attention: within a block of the plan, reuse keys and values of what
@@ -71,10 +80,25 @@ class Decoder:
             ("top_p", 0 < self.top_p <= 1, "above 0 up to 1"),
             ("cfg_scale", 0 <= self.cfg_scale < float("inf"), "0 or more"),
             ("threshold", self.threshold is None or 0 < self.threshold <= 1, "above 0 up to 1"),
+            ("leap_radius", self.leap_radius >= 0, "0 or more"),
+            ("leap_threshold", 0 < self.leap_threshold <= 1, "above 0 up to 1"),
+            ("stable", self.stable >= 0, "0 or more"),
+            ("credit", 0 <= self.credit < float("inf"), "0 or more"),
+            ("entropy_bound", self.entropy_bound is None or 0 <= self.entropy_bound < float("inf"), "0 or more"),
             ("max_new_tokens", self.max_new_tokens < 2**15, f"less than {2**15}"),
         ):
             if not fine:
                 raise UserError(f"{field} of decoder {self.name!r} is {getattr(self, field)}: choose {allowed}")
+        for field in ("leap_radius", "stable"):
+            if getattr(self, field) and self.threshold is None:
+                raise UserError(
+                    f"{field} of decoder {self.name!r} qualifies its threshold, and it has none: set threshold"
+                )
+        if self.credit and (self.temperature or self.confidence != "low-confidence" or self.eos == "exclude"):
+            raise UserError(
+                f"credit of decoder {self.name!r} is for the most likely tokens and their probabilities: set temperature=0, "
+                "confidence=low-confidence, and another eos than exclude"
+            )
         plan = self.plan  # refuses an impossible plan at once
         if self.cache in APPROXIMATE and not any(a == b < plan.length for a, b in pairwise(plan.horizon)):
             needs = "it needs a plan of several blocks, one of which takes more than one step"
@@ -133,6 +157,11 @@ class Decoder:
         return fitted
 
     @property
+    def adaptive(self) -> bool:
+        """Whether a step may commit more than the plan says."""
+        return self.threshold is not None or self.entropy_bound is not None
+
+    @property
     def is_random(self) -> bool:
         """Whether it draws random numbers, so that a row's seed matters."""
         return self.temperature > 0 or Confidence.of(self.confidence).noisy
@@ -169,7 +198,7 @@ def _uniform(d: Decoder) -> Plan:
         if getattr(d, field) != default:
             raise UserError(f"{field}={getattr(d, field)} belongs to the ascending schedule: use {instead} here")
     block = d.block_length or max(1, d.max_new_tokens)
-    steps = d.max_new_tokens // block * (block if d.threshold is not None else max(1, block // 2))
+    steps = d.max_new_tokens // block * (block if d.adaptive else max(1, block // 2))
     return Plan.uniform(d.max_new_tokens, steps if d.steps is None else d.steps, d.block_length)
 
 
@@ -193,6 +222,10 @@ PRESETS: Registry[dict[str, Any]] = Registry(
         "hard-eos": {"eos": "suppress"},
         "llada-eval": {"eos": "exclude", "eos_tokens": "eos+eot"},  # and one token a step
         "threshold": {"block_length": 32, "threshold": 0.9},
+        "localleap": {"block_length": 32, "threshold": 0.9, "leap_radius": 4},
+        "less": {"block_length": 32, "threshold": 0.75, "stable": 2},
+        "credit": {"block_length": 32, "threshold": 0.8, "credit": 0.7},
+        "eb": {"confidence": "entropy", "entropy_bound": 0.1},
         "hybrid": {"schedule": "ascending", "block_length": 32},
         "dream": {"confidence": "entropy", "temperature": 0.2, "top_p": 0.95},  # the same
     },

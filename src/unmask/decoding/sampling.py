@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unmask.models.head import BUCKET, Head, rescale
+from unmask.models.head import BUCKET, Head, rescale, within
 
 # Streams of random numbers that one step draws for each position.
 TOKEN, ORDER = 0, 1
@@ -49,9 +49,17 @@ class Candidates:
     second: Tensor
     """The second largest, float64."""
     entropy: Tensor | None = None
-    """In units of log V, float64, where asked for."""
+    """In nats, float64, where asked for."""
+    most: Tensor | None = None
+    """The entropy of a uniform distribution, log V, with ``entropy``."""
     end: Tensor | None = None
     """Probability of the end tokens together at temperature 1, float64, where asked for."""
+    also: Tensor | None = None
+    """(N, S) float64: log-probabilities of further tokens, where asked for."""
+    likely: Tensor | None = None
+    """The most likely tokens where ``tokens`` are sampled, int64."""
+    score: Tensor | None = None
+    """What a decoder scores them by instead of its confidence, float64."""
 
 
 def candidates(
@@ -62,6 +70,7 @@ def candidates(
     entropy: bool = False,
     top_p: float = 1.0,
     end_ids: Sequence[int] = (),
+    also: Tensor | None = None,
 ) -> Candidates:
     """The most likely token of every position (temperature 0), or one sampled from softmax(logits / temperature).
 
@@ -73,11 +82,14 @@ def candidates(
         top_p: below 1, nucleus sampling (arXiv 1904.09751) among the most likely tokens whose probabilities at
             ``temperature`` first exceed it; this sorts the vocabulary. Scores and log-probabilities do not know of it.
         entropy, end_ids: whether to compute the entropy, and of which tokens the probability together.
+        also: (N, S) int64, tokens whose log-probabilities are wanted, -1 for none; at temperature 0.
     """
     found = []
     for i, h in enumerate(head.parts(hidden)):
         if noise is None:
-            found.append(_Vocabulary(head, h, entropy, end_ids, None).candidates)
+            found.append(
+                _Vocabulary(head, h, entropy, end_ids, None, None if also is None else head.parts(also)[i]).candidates
+            )
             continue
         u = head.parts(noise)[i]
         read = _Vocabulary(head, h, entropy, end_ids, temperature)
@@ -87,7 +99,7 @@ def candidates(
         else:
             drawn, logit = _draw(head, h, read, temperature, u)
         logprob = torch.where(drawn == likely.tokens, read.logprob, logit - read.top + read.logprob)
-        found.append(replace(likely, tokens=drawn, logprob=logprob.to(likely.logprob)))
+        found.append(replace(likely, tokens=drawn, logprob=logprob.to(likely.logprob), likely=likely.tokens))
     computed = [name for name, value in vars(found[0]).items() if value is not None]
     return replace(found[0], **{name: torch.cat([getattr(f, name) for f in found]) for name in computed})
 
@@ -101,7 +113,13 @@ class _Vocabulary:
     """
 
     def __init__(
-        self, head: Head, hidden: Tensor, with_entropy: bool, end_ids: Sequence[int], temperature: float | None
+        self,
+        head: Head,
+        hidden: Tensor,
+        with_entropy: bool,
+        end_ids: Sequence[int],
+        temperature: float | None,
+        also: Tensor | None = None,
     ) -> None:
         self.whole: Tensor | None = None
         self.buckets: list[Tensor] = []
@@ -113,11 +131,17 @@ class _Vocabulary:
         lead = [hidden.new_zeros(len(hidden), dtype=torch.float64) for _ in range(5)]
         largest, token, piece, rest, second = lead
         largest.fill_(-torch.inf)
-        size = 0
+        size, more = (
+            0,
+            None if also is None else torch.full(also.shape, -torch.inf, dtype=torch.float64, device=also.device),
+        )
         for number, (a, logits) in enumerate(head.pieces(hidden)):
             size = a + logits.shape[1]
             if temperature is not None and number == 0 and (head.weight is None or size == len(head.weight)):
                 self.whole = logits.clone()
+            if also is not None and more is not None and also.shape[1]:
+                at, inside = within(also, a, logits)
+                more = torch.where(inside, logits.gather(1, at).double(), more)
             top = logits.amax(1)
             x = logits.sub_(top[:, None])
             if temperature is not None and temperature != 1:
@@ -149,10 +173,14 @@ class _Vocabulary:
         entropy = end = None
         if with_entropy:
             spread = (self.share * torch.stack(products, 1)).sum(1) - (torch.special.entr(self.share) * mass).sum(1)
-            entropy = (rest.log1p() - spread * probability) / math.log(size)
+            entropy = rest.log1p() - spread * probability
         if end_ids:
             end = (self.share * torch.stack(ends, 1)).sum(1) * probability
-        self.candidates = Candidates(token.long(), self.logprob.to(tops[0]), probability, second, entropy, end)
+        most = None if entropy is None else torch.full_like(entropy, math.log(size))
+        more = None if more is None else more - self.top[:, None] + self.logprob[:, None]
+        self.candidates = Candidates(
+            token.long(), self.logprob.to(tops[0]), probability, second, entropy, most, end, more
+        )
 
 
 def _bucket_sums(weight: Tensor) -> Tensor:

@@ -240,7 +240,7 @@ def _summary(prepared: PreparedEvaluation, world: int) -> dict[str, Any]:
         names = {"task": cell.task_spec, "decoder": cell.decoder_spec, "score_name": cell.task.score_name}
         cells.append({**names, **summarize(records)})
         if prepared.config.trajectories:
-            steps = cell.decoder.plan.steps if cell.decoder.threshold is None else None
+            steps = None if cell.decoder.adaptive else cell.decoder.plan.steps
             cells[-1]["curves"] = curves(records, prepared.lm.end_ids, steps)
         kept.append(records)
     compare_to_best(cells, kept)

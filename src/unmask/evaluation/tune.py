@@ -177,7 +177,7 @@ def tune(config: TuneConfig, progress: Progress | None = None) -> Result:
         trials.found = trials.store.merge()
 
     decoders = {cell.decoder_spec: cell.decoder for cell in trials.prepared.cells}
-    safe = {name for name, d in decoders.items() if d.threshold is None and d.passes <= budget}
+    safe = {name for name, d in decoders.items() if not d.adaptive and d.passes <= budget}
     seen, unseen = (len(trials.cells[split, presets[0]].problems) for split in ("validation", "test"))
     last = min(config.limit, seen)
     sizes = [*takewhile(lambda size: size < last, (FIRST_ROUND * 2**i for i in count())), last]

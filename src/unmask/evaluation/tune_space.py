@@ -83,7 +83,7 @@ def _may_fit(decoder: Decoder, budget: int, early_stop: bool, least: float) -> b
     """Whether it is worth measuring how many passes it takes; a plan shorter than ``least`` budgets (or longest plans, where
     these are shorter than the budget) is not."""
     blocks = len(set(decoder.plan.horizon))
-    if decoder.threshold is not None:  # may finish a block in one pass
+    if decoder.adaptive:  # may finish a block in one pass
         return blocks * decoder.copies <= budget * (PACES[-1] if early_stop else 1)
     stops = early_stop and (blocks > 1 or decoder.eos != "keep")
     longest = min(budget, decoder.plan.length * decoder.copies)
@@ -102,4 +102,5 @@ def behavior(decoder: Decoder) -> tuple[Any, ...]:
         return filled
     gammas = [decoder.gamma(p) for p, asked in zip(plan.progress, chooses, strict=True) if asked]
     rule = (decoder.eos, *(gammas if decoder.eos == "reject" else ()))
-    return (*filled, decoder.threshold, decoder.confidence, rule)
+    extra = (decoder.leap_radius, decoder.leap_threshold, decoder.stable, decoder.credit, decoder.entropy_bound)
+    return (*filled, decoder.threshold, decoder.confidence, rule, extra)

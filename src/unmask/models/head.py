@@ -134,9 +134,9 @@ class _ScoreTokens(torch.autograd.Function):
         for number, (h, t, z, g) in enumerate(parts):
             total = torch.zeros(h.shape, dtype=wide, device=h.device)
             for a, logits in ctx.head.pieces(h):
-                at, inside = _within(t, a, logits)
+                at, inside = within(t[:, None], a, logits)
                 d = logits.sub_(z[:, None]).exp_().mul_(-g[:, None])
-                d = d.scatter_add_(1, at, (g * inside)[:, None]).to(h.dtype)
+                d = d.scatter_add_(1, at, g[:, None] * inside).to(h.dtype)
                 b = a + d.shape[1]
                 if to_hidden:
                     total += d @ weight[a:b].to(h.dtype)
@@ -157,10 +157,10 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor, first: bool) -> None:
         out.addmm_(left, right)
 
 
-def _within(tokens: Tensor, a: int, piece: Tensor) -> tuple[Tensor, Tensor]:
-    """Where tokens (N,) are in a piece that starts at ``a``: index (N, 1), clamped into it, and whether inside (N,)."""
+def within(tokens: Tensor, a: int, piece: Tensor) -> tuple[Tensor, Tensor]:
+    """Where tokens (of any shape) are in a piece that starts at ``a``: index, clamped into it, and whether inside."""
     at = tokens - a
-    return at.clamp(0, piece.shape[1] - 1)[:, None], (at >= 0) & (at < piece.shape[1])
+    return at.clamp(0, piece.shape[1] - 1), (at >= 0) & (at < piece.shape[1])
 
 
 def _score(head: Head, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,12 +168,12 @@ def _score(head: Head, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, 
     tops, others, masses, products = [], [], [], []
     chosen = torch.zeros((), device=hidden.device)
     for a, logits in head.pieces(hidden):
-        at, inside = _within(tokens, a, logits)
-        chosen = torch.where(inside, logits.gather(1, at)[:, 0], chosen.to(logits))
+        at, inside = within(tokens[:, None], a, logits)
+        chosen = torch.where(inside[:, 0], logits.gather(1, at)[:, 0], chosen.to(logits))
         top = logits.amax(1)
         weight = logits.sub_(top[:, None]).exp()
         products.append(torch.linalg.vecdot(weight, logits))  # sum of e^x x
-        own = weight.gather(1, at) * inside[:, None]
+        own = weight.gather(1, at) * inside
         rest = (weight.scatter_add_(1, at, -own)).sum(1)
         others.append(rest)
         masses.append(rest + own[:, 0])

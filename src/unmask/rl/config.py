@@ -81,7 +81,7 @@ class TrajectoryConfig(RunConfig):
                 f"max_completion_length is {self.max_completion_length}, but decoder {self.decoder} has a canvas of "
                 f"{decoder.max_new_tokens} tokens: set both alike, or leave it out of the decoder"
             )
-        together = self.compile and decoder.threshold is not None
+        together = self.compile and decoder.adaptive
         for message, wrong in {
             f"cache={decoder.cache} samples from an approximation of the policy: leave it out": decoder.cache
             in APPROXIMATE,

@@ -68,7 +68,7 @@ class TrajectoryTrainer(RunTrainer):
         if self.config.load_best_model_at_end and not data.validation:
             raise UserError("load_best_model_at_end keeps the best of the validations, and there are none: set tasks")
         super().__init__(lm, args, data.training, data.validation, list, callbacks)
-        if self.is_fsdp_enabled and (self.decoder.threshold is not None or lm.block_length is not None):
+        if self.is_fsdp_enabled and (self.decoder.adaptive or lm.block_length is not None):
             rows = "a threshold decoder takes" if lm.block_length is None else "rows of a block-causal model take"
             raise UserError(f"{rows} other numbers of steps on every rank, which FSDP cannot follow: use DDP")
 

@@ -1,0 +1,118 @@
+"""Rules that commit more than the plan asks for, against plain restatements: one row, one pass, one position at a time."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import PROMPTS, SEEDS, toy
+from unmask import Decoder, MaskedLM, UserError, decode, make_decoder
+
+L = 16
+LM = toy()
+RULES = {
+    "eb": "eb:entropy_bound=1.5",
+    "eb, by probability": "eb:entropy_bound=3,confidence=low-confidence",
+    "eb in blocks": "eb:entropy_bound=2,block_length=8",
+    "localleap": "localleap:block_length=8,threshold=0.3,leap_radius=2,leap_threshold=0.15",
+    "less": "less:block_length=8,threshold=0.2,stable=1",
+    "less, long": "less:block_length=16,threshold=0.05",
+    "credit": "credit:block_length=8,threshold=0.4",
+    "credit, strong": "credit:block_length=16,threshold=0.3,credit=3",
+    "all": "localleap:block_length=8,threshold=0.4,leap_threshold=0.1,stable=1,credit=1,eos=reject,entropy_bound=0.5",
+}
+
+
+def restated(lm: MaskedLM, prompt: str, decoder: Decoder) -> tuple[list[int], list[int]]:
+    """Tokens and steps of a greedy decode, by the rules' formulas."""
+    ids = lm.encode([prompt])[0][0].tolist()
+    canvas, steps, plan = [lm.mask_id] * L, [-1] * L, decoder.plan
+    credit: list[dict[int, float]] = [{} for _ in range(L)]
+    last, run = [-1] * L, [0] * L
+    for step in range(L):
+        committed = sum(s >= 0 for s in steps)
+        if committed == L:
+            break
+        stage = next(i for i, done in enumerate(plan.done) if done > committed)
+        with torch.no_grad():
+            logits = lm.model(torch.tensor([ids + canvas])).logits[0, len(ids) :].double()
+        logits[:, lm.mask_id] = -torch.inf
+        found = []
+        for i in (i for i in range(plan.horizon[stage]) if steps[i] < 0):
+            p = logits[i].softmax(-1)
+            token = int(p.argmax())
+            entropy = float(torch.special.entr(p).sum())
+            run[i], last[i] = (run[i] + 1 if last[i] == token else 0), token
+            if decoder.credit:
+                credit[i] = {t: 0.8 * c for t, c in credit[i].items()}
+                credit[i][token] = credit[i].get(token, 0.0) + float(p[token]) ** 0.2
+                fused = logits[i].clone()
+                for t, c in credit[i].items():
+                    fused[t] += decoder.credit * math.log(1 + c)
+                p = fused.softmax(-1)
+                token = int(p.argmax())
+            score = float(p[token]) if decoder.confidence == "low-confidence" else 1 - entropy / math.log(len(p))
+            if decoder.eos == "reject" and token == lm.eos_id:
+                score *= decoder.gamma(plan.progress[stage])
+            found.append((score, i, token, entropy))
+        found.sort(key=lambda entry: -entry[0])
+        quota = plan.done[stage] - committed
+        chosen = {i for _, i, _, _ in found[:quota]}
+        if decoder.threshold is not None:
+            anchors = [i for score, i, _, _ in found if score >= decoder.threshold]
+            for score, i, _, _ in found:
+                near = any(abs(i - a) <= decoder.leap_radius for a in anchors) and score >= decoder.leap_threshold
+                if (i in anchors or (decoder.leap_radius and near)) and run[i] >= decoder.stable:
+                    chosen.add(i)
+        if decoder.entropy_bound is not None:
+            for count in range(1, len(found) + 1):
+                entropies = [entropy for _, _, _, entropy in found[:count]]
+                if sum(entropies) - max(entropies) <= decoder.entropy_bound:
+                    chosen |= {i for _, i, _, _ in found[:count]}
+        for _, i, token, _ in found:
+            if i in chosen:
+                canvas[i], steps[i] = token, step
+    return canvas, steps
+
+
+@pytest.mark.parametrize("name", RULES)
+@settings(max_examples=8, deadline=None)
+@given(prompt=st.text("abcdefgh 0123456789", min_size=1, max_size=12))
+def test_rules_by_hand(name: str, prompt: str) -> None:
+    if not prompt.strip():
+        return
+    decoder = make_decoder(RULES[name], max_new_tokens=L)
+    found = decode(LM, *LM.encode([prompt]), decoder)
+    assert (found.tokens[0].tolist(), found.step[0].tolist()) == restated(LM, prompt, decoder)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_rules_do_something(name: str) -> None:
+    """They take fewer passes than a token a pass, and not the same as the plain threshold."""
+    ids = LM.encode(PROMPTS)
+    found = decode(LM, *ids, make_decoder(RULES[name], max_new_tokens=L), SEEDS)
+    assert int(found.nfe.min()) < L
+    if name in ("localleap", "less", "credit, strong"):
+        plain: dict[str, Any] = {"leap_radius": 0, "stable": 0, "credit": 0}
+        other = decode(LM, *ids, make_decoder(RULES[name], max_new_tokens=L).replace(**plain), SEEDS)
+        assert not torch.equal(found.step, other.step)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("full:leap_radius=3", "leap_radius of decoder .* qualifies its threshold, and it has none: set threshold"),
+        ("full:stable=1", "stable of decoder .* qualifies its threshold"),
+        ("credit:temperature=1", "credit of decoder .* is for the most likely tokens"),
+        ("eb:entropy_bound=-1", "entropy_bound of decoder .* is -1.0: choose 0 or more"),
+        ("less:stable=-1", "stable of decoder .* is -1: choose 0 or more"),
+    ],
+)
+def test_faulty_rules(spec: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make_decoder(spec)
