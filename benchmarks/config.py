@@ -74,7 +74,10 @@ class BenchDecode(Shape):
         from benchmarks.reference import load_reference
         from unmask.decoding import PRESETS, make_decoder
 
-        self.decoder = self.decoder or tuple(PRESETS)
+        sampling = any(self.temperature)  # leaves out what is for greedy decoding alone
+        self.decoder = self.decoder or tuple(
+            name for name, fields in PRESETS.items() if not (sampling and "credit" in fields)
+        )
         if not (self.model and self.temperature and self.length):
             raise UserError("model, temperature and length each need at least one value")
         for spec, temperature, length in product(self.decoder, self.temperature, self.length):
