@@ -144,7 +144,8 @@ def test_two_processes_equal_one(rewards: Path, toy_folder: str) -> None:
         "model": saved(toy(block_length=8), rewards / "blocks"),
         "decoder": "threshold:block_length=8,threshold=0.3",
     }
-    kinds = {"cj": {}, "coupled": {"objective": "coupled"}, "blocks": in_blocks}
+    of_rows = {"espo": {"objective": "espo", "beta": 0.1}, "spg": {"objective": "spg:block_length=8", "beta": 0.0}}
+    kinds = {"cj": {}, "coupled": {"objective": "coupled"}, **of_rows, "blocks": in_blocks}
 
     def runs(name: str, batch_size: int) -> dict[str, DiffusionGRPOConfig]:
         settings["per_device_train_batch_size"] = batch_size
