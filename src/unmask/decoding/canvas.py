@@ -12,16 +12,8 @@ from torch.nn import functional as F
 
 from unmask.decoding.trajectory import Trajectory, cat_left_padded
 
-_OTHERS = (
-    "rank",
-    "step",
-    "logprob",
-    "seeds",
-    "at",
-    "uncached",
-    "last",
-    "run",
-)  # tensors that do not grow with the prompt
+# Tensors that do not grow with the prompt.
+_OTHERS = ("rank", "step", "logprob", "seeds", "at", "uncached", "last", "run")
 _SLOTS = ("slots", "credit")  # tensors whose last dimension grows
 
 

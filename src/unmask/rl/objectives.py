@@ -330,9 +330,8 @@ class GDPO:
         return Objective(self.views, fresh=True, loss=sequence_surrogate)
 
     def views(self, trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[View]:
-        place, ones = _places(trajectory), torch.ones_like(seeds)
+        place, ones, length = _places(trajectory), torch.ones_like(seeds), trajectory.tokens.shape[1]
         for number, (x, w) in enumerate(zip(*np.polynomial.legendre.leggauss(self.points), strict=True)):
-            length = place.shape[1]
             k = max(1, round((float(x) + 1) / 2 * length))
             noise = uniform_noise(seeds[:, None], iteration * self.points + number, place, 0)
             yield _view(trajectory, _lowest(noise, ones * k), ones * float(w) / 2 * length / k)

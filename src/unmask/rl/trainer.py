@@ -177,7 +177,7 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
         place = attempt * self.args.world_size + self.args.process_index
         seeds, view_seeds = rollout_seeds(self.config.seed, number, place * self.args.train_batch_size, len(rows))
         trajectory = self._decode(rows, self.decoder, seeds)
-        return rows, trajectory, self._score(rows, trajectory), view_seeds
+        return rows, trajectory, self._score(rows, trajectory, self.lm.text(trajectory.tokens)), view_seeds
 
     def _replace_groups(
         self, rows: list[Row], trajectory: Trajectory, rewards: Rewards
@@ -220,10 +220,9 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
         counted = self._counted(trajectory)
         views = self.objective.all_views(trajectory, rollout.seeds, iteration, counted.sum(1))
         views = [replace(v, scored=v.scored & counted) for v in views]
-        together = any(v.share is not None for v in views) or bool(
-            (torch.stack([v.scored for v in views]).sum(0) > 1).any()
-        )
-        if together and self.objective.loss is None:
+        if self.objective.loss is None and (
+            any(v.share is not None for v in views) or (torch.stack([v.scored for v in views]).sum(0) > 1).any()
+        ):
             raise UserError(
                 f"objective {self.config.objective} scores a token in several views: make it an Objective with a loss of them, "
                 "such as sum_of_views"

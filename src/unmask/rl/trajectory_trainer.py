@@ -98,16 +98,16 @@ class TrajectoryTrainer(RunTrainer):
         with self.inference() as policy:
             return sample_trajectory(policy, prompts, decoder, seeds, size, self.prompt_width)
 
-    def _score(self, rows: list[Row], trajectory: Trajectory) -> Rewards:
-        """What the reward functions pay."""
+    def _score(self, rows: list[Row], trajectory: Trajectory, texts: list[str]) -> Rewards:
+        """What the reward functions pay for a trajectory and its texts."""
 
         def drafts() -> list[list[str]]:
             """Each row's texts after every step, up to the first end token."""
-            texts = zip(*(self.lm.text(trajectory.state(s + 1), MASK) for s in range(trajectory.steps)), strict=True)
+            states = zip(*(self.lm.text(trajectory.state(s + 1), MASK) for s in range(trajectory.steps)), strict=True)
             steps = (trajectory.step.amax(1) + 1).tolist()
-            return [list(row[:n]) for row, n in zip(texts, steps, strict=True)]
+            return [list(row[:n]) for row, n in zip(states, steps, strict=True)]
 
-        return score(self.reward_funcs, rows, self.lm.text(trajectory.tokens), drafts)
+        return score(self.reward_funcs, rows, texts, drafts)
 
     def microbatches(self, rows: ViewRows, active: Tensor | None = None) -> list[Microbatch]:
         """The forward passes over view rows that score tokens of ``active`` (B,) trajectories (None: all), as many on every
@@ -160,7 +160,7 @@ class TrajectoryTrainer(RunTrainer):
         seeds, _ = rollout_seeds(self.config.seed, 0, 0, len(rows))
         trajectory = self._decode(mine, self.decoder.replace(temperature=0.0), seeds[[*share]])
         texts = self.lm.text(trajectory.tokens)
-        rewards = self._score(mine, trajectory).total(self.reward_weights).tolist()
+        rewards = self._score(mine, trajectory, texts).total(self.reward_weights).tolist()
         names = list(dict.fromkeys(row["task"].label for row in rows if "task" in row))
         sums = torch.zeros(len(names) + 1, 4, dtype=torch.float64)  # rows, solved, points, possible; last rows, reward
         for row, text, reward in compress(zip(mine, texts, rewards, strict=True), counted):

@@ -106,7 +106,8 @@ class RunTrainer(Trainer):
         """Fingerprints of what the run starts from, so that it cannot resume with anything else."""
         digest = hashlib.sha256()
         for row in cast(Any, self.train_dataset):
-            for value in map(row.get, ("prompt", "response", "teacher", "chosen", "rejected")):
+            pair = [row[side] for side in ("chosen", "rejected") if side in row]
+            for value in (*map(row.get, ("prompt", "response", "teacher")), *pair):
                 digest.update(value.tobytes() if hasattr(value, "tobytes") else json.dumps(value).encode())
         return {"model's weights": self.lm.weights, "training data": digest.hexdigest()[:16]}
 
