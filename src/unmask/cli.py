@@ -141,6 +141,7 @@ COMMANDS = {
     "generate": ("evaluation.generate:command", "decode one prompt and watch the canvas fill, or many from a file"),
     "info": ("models.info:command", "what a checkpoint is, its self-test, the memory that decoding and training take"),
     "view": ("view.command:command", "one HTML page that shows a canvas filling, decoders side by side"),
+    "serve": ("serve.command:command", "an OpenAI-compatible server, and a page on which one watches a canvas fill"),
     "eval": ("evaluation.command:command", "score a model on tasks under decoders: records, table, figure"),
     "sft": ("cli:sft", "train on worked responses with the masked diffusion loss"),
     "rl": ("cli:rl", "train on rewards with GRPO along the decoder's trajectories"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from unmask.decoding.confidence import Confidence, exclude_eos, reject_eos, supp
 from unmask.decoding.decoder import APPROXIMATE, Decoder
 from unmask.decoding.sampling import ORDER, TOKEN, Candidates, candidates, uniform_noise
 from unmask.decoding.score import forward_with_guidance
-from unmask.decoding.trajectory import Trajectory
+from unmask.decoding.trajectory import Trajectory, cat_left_padded
 from unmask.errors import UserError
 from unmask.models.backbone import KVCache
 from unmask.models.head import Head
@@ -30,6 +30,20 @@ class Streamer(Protocol):
     def put(self, value: Tensor) -> None: ...
     def put_draft(self, value: Tensor, **kwargs: Any) -> None: ...
     def end(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a row's forward pass is about to do: where it may commit, how many at least, and how candidates are read."""
+
+    step: Tensor  # (B,) int64, of the plan
+    quota: Tensor  # (B,) int64
+    open: Tensor  # (B, L) bool
+    at: tuple[Tensor, Tensor]  # rows and columns of the canvas that are open, (N,) int64 each
+    active: Tensor | None  # (B,) bool, the rows that take part (None: all)
+    window: Tensor | None  # the columns to compute (None: all)
+    positions: Tensor  # (N,) int64, ``at`` in the flattened rows, or in the flattened window
+    read: Callable[[Head, Tensor], Candidates]
 
 
 class DecodingLoop:
@@ -78,6 +92,15 @@ class DecodingLoop:
     @torch.no_grad()
     def advance(self, rows: Canvases) -> None:
         """One forward pass and its commits, in place."""
+        now = self.prepare(rows)
+        how: dict[str, Any] = {"prompt": rows.width, "w": self.decoder.cfg_scale}
+        how |= {"cache": self.cache, "window": now.window}
+        self.finish(
+            rows, now, forward_with_guidance(self.lm, rows.ids, rows.attention_mask, now.positions, now.read, **how)
+        )
+
+    def prepare(self, rows: Canvases) -> Pass:
+        """What the next pass looks at."""
         step, quota, open_ = self.step_quota_and_mask(rows)
         window, active = self.cache_window(rows, step, open_)
         if active is not None:
@@ -87,13 +110,40 @@ class DecodingLoop:
             flat = torch.nonzero_static(flat, size=sum(self.plan.open[s] for s in rows.passes))[:, 0]
         else:
             flat = flat.nonzero()[:, 0]
-        at = flat // rows.length, flat % rows.length
-        found = self.propose(rows, at, window)
-        scores = torch.full(open_.shape, -torch.inf, dtype=torch.float64, device=flat.device)
-        scores[at] = self.score(rows, at, found, self.gammas[step])
-        self.commit(rows, at, found, self.choose(scores, quota, rows, at, found)[at])
-        rows.at += 1 if active is None else active
-        rows.passes = [n + 1 for n in rows.passes] if active is None else rows.at.tolist()
+        at = row, column = flat // rows.length, flat % rows.length
+        if window is None:
+            positions = row * rows.ids.shape[1] + rows.width + column
+        else:
+            width = window.shape[1]
+            positions = (row + 1) * width - 1 + rows.width + column - window[:, -1].expand(len(rows))[row]
+        return Pass(step, quota, open_, at, active, window, positions, self.reader(rows, at))
+
+    def reader(self, rows: Canvases, at: tuple[Tensor, Tensor]) -> Callable[[Head, Tensor], Candidates]:
+        """One candidate at each of the positions ``at``, from the head and their hidden states."""
+        decoder, (row, column) = self.decoder, at
+        noise = uniform_noise(rows.seeds[row], rows.at[row], column, TOKEN) if decoder.temperature > 0 else None
+        entropy = self.confidence.entropy or decoder.entropy_bound is not None
+        also = rows.slots[at] if decoder.credit else None
+
+        def read(head: Head, hidden: Tensor) -> Candidates:
+            return candidates(head, hidden, decoder.temperature, noise, entropy, decoder.top_p, self.excluded, also)
+
+        return read
+
+    def finish(self, rows: Canvases, now: Pass, found: Candidates) -> None:
+        """Commit what the plan and the decoder's rules choose of the candidates."""
+        decoder, at = self.decoder, now.at
+        if decoder.stable:
+            likely = found.tokens if found.likely is None else found.likely
+            rows.run[at] = torch.where(rows.last[at] == likely, rows.run[at] + 1, 0)
+            rows.last[at] = likely
+        if decoder.credit:
+            found = self.with_credit(rows, at, found)
+        scores = torch.full(now.open.shape, -torch.inf, dtype=torch.float64, device=now.quota.device)
+        scores[at] = self.score(rows, at, found, self.gammas[now.step])
+        self.commit(rows, at, found, self.choose(scores, now.quota, rows, at, found)[at])
+        rows.at += 1 if now.active is None else now.active
+        rows.passes = [n + 1 for n in rows.passes] if now.active is None else rows.at.tolist()
 
     def step_quota_and_mask(self, rows: Canvases) -> tuple[Tensor, Tensor, Tensor]:
         """Every row's step in the plan (B,), how many tokens it must commit now (B,), and where it may (B, L) bool."""
@@ -185,30 +235,6 @@ class DecodingLoop:
         else:
             self.cache.join(cache, self.decoder.copies)
         rows.uncached[number] = rows.ids.shape[1] - start
-
-    def propose(self, rows: Canvases, at: tuple[Tensor, Tensor], window: Tensor | None) -> Candidates:
-        """A forward pass: one candidate at each of the positions ``at``, rows and columns (N,) of the canvas."""
-        decoder, (row, column) = self.decoder, at
-        noise = uniform_noise(rows.seeds[row], rows.at[row], column, TOKEN) if decoder.temperature > 0 else None
-        if window is None:
-            positions = row * rows.ids.shape[1] + rows.width + column
-        else:
-            width = window.shape[1]
-            positions = (row + 1) * width - 1 + rows.width + column - window[:, -1].expand(len(rows))[row]
-
-        entropy = self.confidence.entropy or decoder.entropy_bound is not None
-        also = rows.slots[at] if decoder.credit else None
-
-        def read(head: Head, hidden: Tensor) -> Candidates:
-            return candidates(head, hidden, decoder.temperature, noise, entropy, decoder.top_p, self.excluded, also)
-
-        how: dict[str, Any] = {"prompt": rows.width, "w": decoder.cfg_scale, "cache": self.cache, "window": window}
-        found = forward_with_guidance(self.lm, rows.ids, rows.attention_mask, positions, read, **how)
-        if decoder.stable:
-            likely = found.tokens if found.likely is None else found.likely
-            rows.run[at] = torch.where(rows.last[at] == likely, rows.run[at] + 1, 0)
-            rows.last[at] = likely
-        return self.with_credit(rows, at, found) if decoder.credit else found
 
     def with_credit(self, rows: Canvases, at: tuple[Tensor, Tensor], found: Candidates) -> Candidates:
         """The candidates of p(v) (1 + C_v)^alpha, normalized, and that as their score (CreditDecoding, arXiv 2510.06133).
@@ -307,6 +333,51 @@ def _seeds(decoder: Decoder, batch: int, seeds: Tensor | torch.Generator | None)
     return torch.zeros(batch, dtype=torch.int64) if seeds is None else seeds
 
 
+def start(
+    lm: MaskedLM,
+    prompt: Tensor,
+    prompt_mask: Tensor,
+    decoder: Decoder,
+    seeds: Tensor,
+    canvas: Tensor | None = None,
+    numbers: Sequence[int] | None = None,
+) -> Canvases:
+    """The rows that ``decode`` begins with, under a decoder that is ``within`` the model's blocks."""
+    length = decoder.max_new_tokens
+    if canvas is None:
+        canvas = torch.full((len(prompt), length), lm.mask_id, device=prompt.device)
+    elif ((masks := (canvas == lm.mask_id).sum(1)) != length).any():
+        fills = f"decoder {decoder.name!r} fills {length}"
+        raise UserError(f"a template has {masks.tolist()} masks, but {fills}: set max_new_tokens")
+    elif decoder.cache in APPROXIMATE and canvas.shape[1] > length:
+        raise UserError(f"cache={decoder.cache} needs a canvas without fixed tokens: set cache=none for a template")
+    numbers = range(len(prompt)) if numbers is None else numbers
+    return Canvases.new(prompt, prompt_mask, canvas, lm.mask_id, seeds.to(prompt.device), numbers)
+
+
+@torch.no_grad()
+def advance_together(parts: Sequence[tuple[DecodingLoop, Canvases]]) -> None:
+    """One pass of the rows of several loops over one model, which share a forward pass: none has a cache or guidance."""
+    passes = [loop.prepare(rows) for loop, rows in parts]
+    lm, width = parts[0][0].lm, max(rows.ids.shape[1] for _, rows in parts)
+    ids = cat_left_padded([rows.ids for _, rows in parts], lm.pad_id)
+    visible = cat_left_padded([rows.visible for _, rows in parts])
+    positions, above = [], 0
+    for now, (_, rows) in zip(passes, parts, strict=True):
+        row, column = now.at
+        positions.append((above + row + 1) * width - rows.length + column)
+        above += len(rows)
+    counts = [len(p) for p in positions]
+
+    def read(head: Head, hidden: Tensor) -> list[Candidates]:
+        return [now.read(head, h) for now, h in zip(passes, hidden.split(counts), strict=True)]
+
+    padded = any(rows.padded or rows.ids.shape[1] < width for _, rows in parts)
+    found = lm.forward_head(ids, visible if padded else None, torch.cat(positions), read)
+    for (loop, rows), now, candidates_ in zip(parts, passes, found, strict=True):
+        loop.finish(rows, now, candidates_)
+
+
 def decode(
     lm: MaskedLM,
     prompt: Tensor,
@@ -331,19 +402,10 @@ def decode(
     Raises UserError where randomness has no source, seeds are not one a row, a template does not fit the decoder, a streamer
     gets more than one row, or the model's logits are not finite.
     """
-    batch, length = len(prompt), decoder.max_new_tokens
-    if streamer is not None and batch != 1:
-        raise UserError(f"a streamer shows one row, not {batch}: decode one prompt at a time")
+    if streamer is not None and len(prompt) != 1:
+        raise UserError(f"a streamer shows one row, not {len(prompt)}: decode one prompt at a time")
     decoder = decoder.within(lm.block_length)
-    if canvas is None:
-        canvas = torch.full((batch, decoder.plan.length), lm.mask_id, device=prompt.device)
-    elif ((masks := (canvas == lm.mask_id).sum(1)) != length).any():
-        fills = f"decoder {decoder.name!r} fills {length}"
-        raise UserError(f"a template has {masks.tolist()} masks, but {fills}: set max_new_tokens")
-    elif decoder.cache in APPROXIMATE and canvas.shape[1] > length:
-        raise UserError(f"cache={decoder.cache} needs a canvas without fixed tokens: set cache=none for a template")
-    row_seeds = _seeds(decoder, batch, seeds).to(prompt.device)
-    rows = Canvases.new(prompt, prompt_mask, canvas, lm.mask_id, row_seeds, range(batch))
+    rows = start(lm, prompt, prompt_mask, decoder, _seeds(decoder, len(prompt), seeds), canvas)
     loop = DecodingLoop(lm, decoder, early_stop)
     if streamer is None:
         parts = list(loop.run(rows))
@@ -387,8 +449,7 @@ def decode_each(
         waiting = numbers.stop
         some = [min(i, len(prompts) - 1) for i in numbers]
         ids, mask = lm.encode([prompts[i] for i in some], decoder.max_new_tokens, static_width)
-        canvas = torch.full((len(ids), decoder.plan.length), lm.mask_id, device=ids.device)
-        rows = Canvases.new(ids, mask, canvas, lm.mask_id, seeds[some].to(ids.device), numbers)
+        rows = start(lm, ids, mask, decoder, seeds[some], numbers=numbers)
         rows.padded |= bool(static_width)  # with a mask or without one are two shapes
         return rows
 

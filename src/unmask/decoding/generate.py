@@ -48,12 +48,28 @@ class Generation:
 
 
 @dataclass(frozen=True)
-class _Row:
+class PreparedRow:
     """One completion to make: what is before the canvas, the canvas where it is a template, and its text's beginning."""
 
     prompt: Text
     canvas: tuple[int, ...] = ()
     start: str = ""
+
+    def make_decoder(self, lm: MaskedLM, decoder: str | Decoder | None, max_new_tokens: int) -> Decoder:
+        """The decoder as ``generate`` is given it, for this canvas. Raises UserError."""
+        masks = self.canvas.count(lm.mask_id)
+        if self.canvas and not masks:
+            raise UserError("a template has gaps of 0 tokens: write <|mask:N|> with N of 1 or more")
+        chosen = decoder or ("full" if masks else "semi-ar")
+        if isinstance(chosen, str):
+            chosen = make_decoder(chosen, max_new_tokens=masks or max_new_tokens)
+        return chosen.replace(max_new_tokens=masks) if masks else chosen
+
+    def text(self, lm: MaskedLM, tokens: Tensor) -> str:
+        """What a canvas (1, L) int64 says: up to its first end token, or a whole template without them."""
+        if not self.canvas:
+            return lm.text(tokens)[0]
+        return self.start + str(lm.tokenizer.decode([t for t in tokens[0].tolist() if t not in lm.end_ids]))
 
 
 def generate(
@@ -88,7 +104,7 @@ def generate(
 
     Raises UserError, also for anything that ``make_decoder``, ``MaskedLM.encode`` and ``decode`` refuse.
     """
-    rows = [_row(lm, cast(Prompt, p), prefill) for p in (prompts if _are_several(prompts) else [prompts])]
+    rows = [prepare_row(lm, cast(Prompt, p), prefill) for p in (prompts if _are_several(prompts) else [prompts])]
     if not rows or num_return_sequences < 1:
         raise UserError(f"{len(rows)} prompts with num_return_sequences={num_return_sequences}: pass one each at least")
     if isinstance(stop, str) or not all(stop):
@@ -101,23 +117,17 @@ def generate(
     def shape(i: int) -> tuple[int, int]:
         return len(rows[i].canvas), rows[i].canvas.count(lm.mask_id)
 
-    for (length, masks), group in itertools.groupby(sorted(range(len(rows)), key=shape), shape):
-        if length and not masks:
-            raise UserError("a template has gaps of 0 tokens: write <|mask:N|> with N of 1 or more")
-        chosen = decoder or ("full" if masks else "semi-ar")
-        if isinstance(chosen, str):
-            chosen = make_decoder(chosen, max_new_tokens=masks or max_new_tokens)
-        if masks:
-            chosen = chosen.replace(max_new_tokens=masks)
+    for _, group in itertools.groupby(sorted(range(len(rows)), key=shape), shape):
+        numbers = list(group)
+        some = [rows[i] for i in numbers]
+        chosen = some[0].make_decoder(lm, decoder, max_new_tokens)
         if num_return_sequences > 1 and not chosen.is_random:
             equal = f"decoder {chosen.name!r} draws no random numbers, so all would be equal"
             raise UserError(f"num_return_sequences is {num_return_sequences}, but {equal}: set a temperature")
-        numbers = list(group)
-        some = [rows[i] for i in numbers]
         for taken, part in _decode(lm, some, chosen, seed + torch.tensor(numbers), batch_size, streamer):
             found |= {numbers[n]: part.take(torch.tensor([i])) for i, n in enumerate(taken)}
     ordered = [found[i] for i in range(len(rows))]
-    texts = [until(_text(lm, row, part.tokens), stop) for row, part in zip(rows, ordered, strict=True)]
+    texts = [until(row.text(lm, part.tokens), stop) for row, part in zip(rows, ordered, strict=True)]
     groups = itertools.groupby(ordered, lambda t: t.tokens.shape[1])
     return Generation(texts, [Trajectory.cat(list(group)) for _, group in groups])
 
@@ -128,12 +138,14 @@ def _are_several(prompts: Any) -> bool:
     return not one and not (len(prompts) and isinstance(prompts[0], dict | int))
 
 
-def _row(lm: MaskedLM, prompt: Prompt, prefill: str) -> _Row:
+def prepare_row(lm: MaskedLM, prompt: Prompt, prefill: str = "") -> PreparedRow:
     """A prompt as the chat template writes it, up to where the completion begins, or a template cut at its first gap."""
     if isinstance(prompt, Tensor) or (prompt and isinstance(prompt[0], int)):
         ids = lm.tokens(cast("Sequence[int]", prompt))
         first = ids.index(lm.mask_id) if lm.mask_id in ids else len(ids)
-        return _Row(ids[:first], tuple(ids[first:]), str(lm.tokenizer.decode(ids[:first])) if first < len(ids) else "")
+        return PreparedRow(
+            ids[:first], tuple(ids[first:]), str(lm.tokenizer.decode(ids[:first])) if first < len(ids) else ""
+        )
     if isinstance(prompt, str):
         before, answer = ("", prompt) if GAP.search(prompt) else (lm.chat(prompt), prefill)
     else:
@@ -144,12 +156,19 @@ def _row(lm: MaskedLM, prompt: Prompt, prefill: str) -> _Row:
     start, *rest = GAP.split(answer)  # text, masks, text, masks, …, text
     canvas: list[int] = []
     for masks, text in zip(rest[::2], rest[1::2], strict=True):
+        if len(masks) > 6 or int(masks) > lm.max_length:
+            raise UserError(f"a gap has {masks:.20} tokens, but {lm.name} takes at most {lm.max_length}: choose fewer")
         canvas += [lm.mask_id] * int(masks) + lm.tokens(text)
-    return _Row(before + start, tuple(canvas), start)
+    return PreparedRow(before + start, tuple(canvas), start)
 
 
 def _decode(
-    lm: MaskedLM, rows: Sequence[_Row], decoder: Decoder, seeds: Tensor, batch_size: int, streamer: Streamer | None
+    lm: MaskedLM,
+    rows: Sequence[PreparedRow],
+    decoder: Decoder,
+    seeds: Tensor,
+    batch_size: int,
+    streamer: Streamer | None,
 ) -> Iterator[tuple[Sequence[int], Trajectory]]:
     """Rows whose canvases have one shape: (indexes into ``rows``, their trajectory)."""
     template = bool(rows[0].canvas)  # it may begin with a gap, and is filled to its end
@@ -162,12 +181,6 @@ def _decode(
         ids, mask = lm.encode([row.prompt for row in some], length, empty=template)
         canvas = torch.tensor([row.canvas for row in some], device=ids.device) if template else None
         yield part.tolist(), decode(lm, ids, mask, decoder, seeds[part], streamer, not template, canvas)
-
-
-def _text(lm: MaskedLM, row: _Row, tokens: Tensor) -> str:
-    if not row.canvas:
-        return lm.text(tokens)[0]
-    return row.start + str(lm.tokenizer.decode([t for t in tokens[0].tolist() if t not in lm.end_ids]))
 
 
 def until(text: str, stops: Sequence[str]) -> str:

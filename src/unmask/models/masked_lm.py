@@ -208,7 +208,7 @@ class MaskedLM:
     def lengths(self, tokens: Tensor) -> Tensor:
         """Number of tokens before the first end token, (B,) int64; L where there is none. tokens (B, L)."""
         ends = torch.isin(tokens, torch.tensor(self.end_ids, device=tokens.device))
-        return torch.where(ends.any(1), ends.int().argmax(1), tokens.shape[1])
+        return (ends.cumsum(1) == 0).sum(1)
 
     @torch.no_grad()
     def self_test(self) -> dict[str, float]:

@@ -123,9 +123,8 @@ def _panel_data(panel: Panel, ids: Tensor) -> dict[str, Any]:
     def base64_of(values: Tensor, kind: str) -> str:
         return base64.b64encode(values.numpy().astype(kind).tobytes()).decode()
 
-    trajectory, plan = panel.trajectory, panel.decoder.plan
+    trajectory = panel.trajectory
     step = trajectory.step[0].cpu()
-    done = [int(((step >= 0) & (step < s)).sum()) for s in range(trajectory.steps)]
     top, probs = map(torch.cat, zip(*panel.candidates, strict=True))
     return {
         "decoder": panel.decoder.name,
@@ -137,12 +136,18 @@ def _panel_data(panel: Panel, ids: Tensor) -> dict[str, Any]:
         "recorded": panel.recorded,
         "step": step.tolist(),
         "logprob": [round(v, 6) for v in trajectory.logprob[0].tolist()],
-        "horizon": [plan.horizon[bisect_right(plan.done, d)] for d in done],
+        "horizon": horizons(panel.decoder, trajectory),
         "candidates": top.shape[1],
         "token": torch.searchsorted(ids, trajectory.tokens[0].cpu()).tolist(),
         "top": base64_of(torch.searchsorted(ids, top), "<u4" if len(ids) > 2**16 else "<u2"),
         "probs": base64_of((probs * 65535).round(), "<u2"),
     }
+
+
+def horizons(decoder: Decoder, trajectory: Trajectory) -> list[int]:
+    """Before each step of a trajectory of one row: the columns below it were open to commits."""
+    plan, counts = decoder.plan, trajectory.step[trajectory.step >= 0].bincount(minlength=trajectory.steps)
+    return [plan.horizon[bisect_right(plan.done, done)] for done in (counts.cumsum(0) - counts).tolist()]
 
 
 def render(data: dict[str, Any]) -> str:
@@ -159,12 +164,18 @@ def render(data: dict[str, Any]) -> str:
     return re.sub("@(title|style|script|data)@", lambda found: parts[found[1]], template)
 
 
-def write_page(path: Path, lm: MaskedLM, prompt: str, panels: Sequence[Panel], limit: int = LIMIT) -> int:
-    """Write the page, whole or not at all; returns its size in bytes. Raises UserError where that exceeds ``limit``."""
+def page_bytes(lm: MaskedLM, prompt: str, panels: Sequence[Panel], limit: int = LIMIT) -> bytes:
+    """The page as a file. Raises UserError where it exceeds ``limit`` bytes."""
     page = render(page_data(lm, prompt, panels)).encode()
     if len(page) > limit:
         size = f"{len(page) / 1e6:.1f} MB, more than {limit / 1e6:g}"
         raise UserError(f"the page would take {size}: choose fewer --candidates, fewer decoders or a shorter canvas")
+    return page
+
+
+def write_page(path: Path, lm: MaskedLM, prompt: str, panels: Sequence[Panel], limit: int = LIMIT) -> int:
+    """Write the page, whole or not at all; returns its size in bytes. Raises UserError where that exceeds ``limit``."""
+    page = page_bytes(lm, prompt, panels, limit)
     with atomic_write(path) as partial:
         partial.write_bytes(page)
     return len(page)
