@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.config import BenchDecode, BenchGap, BenchMemory, BenchRL
+from benchmarks.config import BenchDecode, BenchGap, BenchMemory, BenchRL, BenchServe
 from benchmarks.report.command import command as report
 from benchmarks.study.command import command as study
 from unmask.config import overview, read_flags
@@ -18,6 +18,7 @@ BENCHMARKS: dict[str, tuple[type[Any], str]] = {
     "decode": (BenchDecode, "time and memory of a decoding step, beside the bare forward pass"),
     "rl": (BenchRL, "time and peak memory of an update"),
     "gap": (BenchGap, "how far each objective scores from what was sampled"),
+    "serve": (BenchServe, "unmask serve under load, beside offline decoding"),
     "memory": (BenchMemory, "the memory formula beside measured peaks"),
 }
 EXPERIMENTS = {

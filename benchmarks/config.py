@@ -179,3 +179,26 @@ class BenchGap:
     def __post_init__(self) -> None:
         if self.limit < 1 or self.rows_per_forward < 1 or not (self.task and self.decoder and self.objective):
             raise UserError("limit, rows_per_forward, task, decoder and objective each need at least one")
+
+
+@dataclass
+class BenchServe:
+    """``unmask serve`` under load, beside ``decode_each`` on the same prompts with the same rows a pass.
+
+    Clients of OpenAI's library send a request each, again and again, for so many seconds; then more requests than the queue
+    takes come at once. Offline decoding is timed before and after.
+    """
+
+    model: str = "tiny"
+    task: str = "countdown"
+    decoder: str = "eoser-ass"
+    max_batch: int = 32
+    max_queue: int = 256
+    clients: int = 64
+    seconds: float = 60.0
+    """Of load, and of each of the two offline runs."""
+    output: str = "runs/bench-serve.json"
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "max_batch", "max_queue", "clients")
+        check_at_least(self, 1, "seconds")

@@ -35,6 +35,7 @@ WRONG_SPECS = [
     ("full:steps=2.5", "choose a whole number or none"), ("full:steps=200", "choose 1 to 128"),
     ("semi-ar:block_length=30", "does not divide"), ("ass:steps=5", "drop it"),
     ("full:max_commit=8", "belongs to the ascending schedule"), ("full:temperature=nan", "choose 0 or more"),
+    ("full:temperature=1e-310", "1e-9 at least above 0"),
     ("eoser:gamma_min=1.5", "choose 0 to 1"), ("full:top_p=0", "top_p of decoder 'full:top_p=0' is 0"),
     ("threshold:threshold=0", "above 0 up to 1"), ("full:confidence=low-confidnce", "did you mean 'low-confidence'"),
     ("full:eos=no", "choose from exclude, keep, reject, suppress"), ("full:steps=2,steps=3", "given twice"),

@@ -77,6 +77,7 @@ def fitting_table(
     """
     from rich.table import Table
 
+    drop_first = [heading for heading in drop_first if heading in headings]
     for dropped in range(len(drop_first) + 1):
         without = drop_first[:dropped]
         table = Table(title=title, caption=f"without {', '.join(without)}: the screen is narrow" if without else None)
