@@ -115,7 +115,11 @@ async def load_server(
     end = began + config.seconds
     await asyncio.gather(*(again(7 * i) for i in range(config.clients)))
     seconds, requests = time.perf_counter() - began, statuses["200"] - done
-    found: dict[str, Any] = {"throughput": requests / seconds, "requests": requests, "errors": sum(statuses.values()) - statuses["200"]}
+    found: dict[str, Any] = {
+        "throughput": requests / seconds,
+        "requests": requests,
+        "errors": sum(statuses.values()) - statuses["200"],
+    }
     found |= {f"p{share}": float(percentile(latencies, share)) for share in (50, 99)}
     found |= {"before": before, "after": taken()}
     statuses.clear()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import html5lib
 import pytest
@@ -27,7 +28,7 @@ def data_of(page: str) -> dict[str, Any]:
 
 @contextmanager
 def open_page(
-    path: Path,
+    place: Path | str,
     width: int = 1200,
     height: int = 900,
     *,
@@ -35,24 +36,29 @@ def open_page(
     colors: Literal["light", "dark"] = "light",
     touch: bool = False,
 ) -> Iterator[tuple[Any, list[str]]]:
-    """A local HTML file in a window of ``width`` x ``height`` CSS pixels.
+    """A local HTML file, or the page at an address, in a window of ``width`` x ``height`` CSS pixels.
 
     Args:
         fragment: what follows ``#``. colors: the reader's scheme. touch: a touch screen instead of a mouse.
 
     Yields:
         The page (playwright's) and a list of problems, which fills with uncaught errors, what the console calls an error or a
-        warning, and every request but the one for the file itself (they are refused).
+        warning, and every request but the one for the file itself, or those to the address's own origin (they are refused).
     """
     playwright = pytest.importorskip("playwright.sync_api", reason="the Python package playwright is not installed")
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
     if program is None:
         pytest.skip(f"no browser is installed (looked for {', '.join(BROWSERS)})")
     problems: list[str] = []
-    address = path.resolve().as_uri()
+    address = place if isinstance(place, str) else place.resolve().as_uri()
+
+    def allowed(url: str) -> bool:
+        if isinstance(place, Path):
+            return url.split("#")[0] == address
+        return urlsplit(url)[:2] == urlsplit(address)[:2]
 
     def pass_on(route: Any) -> None:
-        if route.request.url.split("#")[0] == address:
+        if allowed(route.request.url):
             route.continue_()
         else:
             problems.append(f"request: {route.request.url}")

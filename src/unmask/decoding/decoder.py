@@ -77,7 +77,11 @@ class Decoder:
         for field, fine, allowed in (
             ("gamma_min", 0 <= self.gamma_min <= 1, "0 to 1"),
             # (divided by a smaller one, logits overflow)
-            ("temperature", self.temperature == 0 or 1e-9 <= self.temperature < float("inf"), "0 or more, 1e-9 at least above 0"),
+            (
+                "temperature",
+                self.temperature == 0 or 1e-9 <= self.temperature < float("inf"),
+                "0 or more, 1e-9 at least above 0",
+            ),
             ("top_p", 0 < self.top_p <= 1, "above 0 up to 1"),
             ("cfg_scale", 0 <= self.cfg_scale < float("inf"), "0 or more"),
             ("threshold", self.threshold is None or 0 < self.threshold <= 1, "above 0 up to 1"),

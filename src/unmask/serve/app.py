@@ -14,6 +14,7 @@ from dataclasses import Field, fields, replace
 from functools import cached_property, partial
 from importlib import resources
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
@@ -330,6 +331,7 @@ class Service:
     def info(self) -> dict[str, Any]:
         """What the page starts from."""
         lm, a, texts = self.lm, self.arguments, parse_from_object(Decoder).params
+        size = len(lm.tokenizer)
         about = {text.arg_name: " ".join((text.description or "").replace("``", "").split()) for text in texts}
         hints = get_type_hints(Decoder)
 
@@ -362,6 +364,8 @@ class Service:
             "weights": lm.weights,
             "max_length": lm.max_length,
             "block_length": lm.block_length,
+            "mask_id": lm.mask_id,
+            "glyph_width": median(len(token_glyph(lm, i)) for i in range(0, size, 1 + size // 1000)),
             "max_new_tokens": a.max_new_tokens,
             "default_decoder": a.decoder or "semi-ar",
             "decoders": dict(PRESETS),

@@ -157,7 +157,7 @@ def render(data: dict[str, Any]) -> str:
     parts = {
         "title": html.escape("".join(c if c.isprintable() else " " for c in title)),
         "style": (folder / "page.css").read_text("utf-8"),
-        "script": (folder / "page.js").read_text("utf-8"),
+        "script": "\n".join((folder / name).read_text("utf-8") for name in ("canvas.js", "page.js")),
         "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     }
     template = (folder / "page.html").read_text("utf-8")
