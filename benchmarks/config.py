@@ -185,8 +185,8 @@ class BenchGap:
 class BenchServe:
     """``unmask serve`` under load, beside ``decode_each`` on the same prompts with the same rows a pass.
 
-    Clients of OpenAI's library send a request each, again and again, for so many seconds; then more requests than the queue
-    takes come at once. Offline decoding is timed before and after.
+    Clients of OpenAI's library send a request each, again and again; offline decoding follows each round, while the server
+    waits. At the end come more requests at once than the queue takes.
     """
 
     model: str = "tiny"
@@ -196,9 +196,10 @@ class BenchServe:
     max_queue: int = 256
     clients: int = 64
     seconds: float = 60.0
-    """Of load, and of each of the two offline runs."""
+    """Of load, all rounds together, and of offline decoding."""
+    rounds: int = 3
     output: str = "runs/bench-serve.json"
 
     def __post_init__(self) -> None:
-        check_at_least(self, 1, "max_batch", "max_queue", "clients")
+        check_at_least(self, 1, "max_batch", "max_queue", "clients", "rounds")
         check_at_least(self, 1, "seconds")

@@ -28,18 +28,20 @@ Messages = list[dict[str, str]]
 
 
 def run(config: BenchServe, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Offline, under load, a burst, offline again; writes and returns the result."""
+    """Load and offline decoding in turn, then a burst; writes and returns the result."""
     lm = load(config.model)
     task = make_task(config.task, lm.task_defaults)
     chats = [[{"role": "user", "content": task.instruction(p)}] for p in task.problems("test", 256)]
-    progress("offline decoding")
-    offline = [decode_offline(lm, chats, config)]
-    with server(config) as (process, address):
+    offline: list[float] = []
+
+    def rest() -> None:
+        progress("offline decoding")
+        offline.append(decode_offline(lm, chats, config))
         progress("load")
-        found = asyncio.run(load_server(address, lm.name, chats, config, process))
-    progress("offline decoding again")
-    offline.append(decode_offline(lm, chats, config))
-    found |= {"offline": offline, "ratio": found["throughput"] / (sum(offline) / 2)}
+
+    with server(config) as (process, address):
+        found = asyncio.run(load_server(address, lm.name, chats, config, process, rest))
+    found |= {"offline": offline, "ratio": sum(found["rates"]) / sum(offline)}
     return write_result(config, [found])
 
 
@@ -50,7 +52,7 @@ def decode_offline(lm: MaskedLM, chats: Sequence[Messages], config: BenchServe) 
     done, began = 0, time.perf_counter()
     for numbers, _ in decode_each(lm, prompts, decoder, seeds, config.max_batch):
         done += len(numbers)
-        if (seconds := time.perf_counter() - began) >= config.seconds:
+        if (seconds := time.perf_counter() - began) >= config.seconds / config.rounds:
             break
     return done / seconds
 
@@ -80,9 +82,14 @@ def server(config: BenchServe) -> Iterator[tuple[psutil.Process, str]]:
 
 
 async def load_server(
-    address: str, model: str, chats: Sequence[Messages], config: BenchServe, process: psutil.Process
+    address: str,
+    model: str,
+    chats: Sequence[Messages],
+    config: BenchServe,
+    process: psutil.Process,
+    rest: Callable[[], None],
 ) -> dict[str, Any]:
-    """Clients in a closed loop, then a burst of more requests than the queue takes."""
+    """Clients in a closed loop, in rounds with a ``rest`` behind each; then a burst of more requests than the queue takes."""
     api = openai.AsyncOpenAI(base_url=f"{address}v1", api_key="none", max_retries=0, timeout=600)
     latencies: list[float] = []
     statuses: Counter[str] = Counter()
@@ -109,19 +116,17 @@ async def load_server(
                 return
 
     await asyncio.gather(*(ask(chat) for chat in chats[: config.clients]))  # the first batches meet a cold server
-    before, done = taken(), statuses["200"]
+    found: dict[str, Any] = {"rates": [], "before": taken()}
     latencies.clear()
-    began = time.perf_counter()
-    end = began + config.seconds
-    await asyncio.gather(*(again(7 * i) for i in range(config.clients)))
-    seconds, requests = time.perf_counter() - began, statuses["200"] - done
-    found: dict[str, Any] = {
-        "throughput": requests / seconds,
-        "requests": requests,
-        "errors": sum(statuses.values()) - statuses["200"],
-    }
+    for _ in range(config.rounds):
+        began, done = time.perf_counter(), len(latencies)
+        end = began + config.seconds / config.rounds
+        await asyncio.gather(*(again(7 * i) for i in range(config.clients)))
+        found["rates"].append((len(latencies) - done) / (time.perf_counter() - began))
+        rest()
+    found |= {"requests": len(latencies), "errors": sum(n for status, n in statuses.items() if status != "200")}
     found |= {f"p{share}": float(percentile(latencies, share)) for share in (50, 99)}
-    found |= {"before": before, "after": taken()}
+    found["after"] = taken()
     statuses.clear()
     burst = 2 * (config.max_queue + config.max_batch)
     await asyncio.gather(*(ask(chat) for chat in islice(cycle(chats), burst)))
@@ -134,7 +139,7 @@ def table(config: BenchServe, result: dict[str, Any]) -> tuple[str, list[dict[st
     row = {
         "requests": str(c["requests"]),
         "errors": str(c["errors"]),
-        "requests/s": f"{c['throughput']:.2f}",
+        "requests/s": " ".join(f"{rate:.2f}" for rate in c["rates"]),
         "offline": " ".join(f"{rate:.2f}" for rate in c["offline"]),
         "ratio": f"{c['ratio']:.2f}",
         "p50 s": f"{c['p50']:.2f}",

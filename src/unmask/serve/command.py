@@ -32,6 +32,7 @@ def command(arguments: list[str]) -> None:
     print(f"API     http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
     logs = deepcopy(uvicorn.config.LOGGING_CONFIG)
     logs["loggers"]["unmask"] = {**logs["loggers"]["uvicorn"], "level": "INFO"}
+    logs["handlers"]["access"]["stream"] = "ext://sys.stderr"  # as all others
     config = uvicorn.Config(app, server_header=False, log_config=logs, timeout_graceful_shutdown=int(a.deadline) + 1)
     with suppress(KeyboardInterrupt):  # requests at work were finished first
         uvicorn.Server(config).run(sockets=[listener])
