@@ -45,13 +45,17 @@ def registries() -> Iterator[None]:
 
 @pytest.mark.usefixtures("registries")
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-def test_the_python_of_every_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_python_of_every_page_runs(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_lm: MaskedLM
+) -> None:
     """One page after the other, each as a reader would type it: all its blocks in one session."""
     monkeypatch.chdir(tmp_path)
     module = types.ModuleType("page")
     monkeypatch.setitem(sys.modules, "page", module)
-    for code in blocks("python", page.read_text()):
-        exec(compile(code, str(page), "exec"), vars(module))  # noqa: S102  (our own document)
+    with ExitStack() as stack:
+        address = stack.enter_context(serving(tiny_lm))[0] if page.stem == "serving" else ""
+        for code in blocks("python", page.read_text().replace("http://127.0.0.1:8000", address)):
+            exec(compile(code, str(page), "exec"), vars(module))  # noqa: S102  (our own document)
 
 
 def test_the_run_file_of_the_task_page_is_read(tmp_path: Path) -> None:
@@ -89,7 +93,7 @@ def test_readme_commands_run(line: str, tmp_path: Path, monkeypatch: pytest.Monk
     if name in ("sft", "rl", "distill"):
         assert (ROOT / arguments[0]).exists()  # other tests run every config
         return
-    if name in ("report", "tune", "lm-eval"):  # test_report, test_tune and test_harness run them
+    if name in ("serve", "tune", "lm-eval"):  # test_serve, test_tune and test_harness run them
         return
     if HUB in arguments:  # replaced by a small random one in the same layout
         arguments = [write_llada(tmp_path) if a == HUB else a for a in arguments]

@@ -188,6 +188,14 @@ def test_an_example_is_graded(page: Any) -> None:
     done(page)
 
 
+def test_a_pointer_that_is_there_before_the_canvas_asks_for_no_candidates_of_no_step(page: Any) -> None:
+    page.locator(".canvas .cell").nth(5).hover()
+    send(page)
+    page.locator(".canvas .fresh").first.wait_for()
+    page.locator(".canvas .cell").nth(6).hover()
+    done(page)  # a refused request would be a problem of the page
+
+
 def test_the_decode_is_saved(page: Any) -> None:
     assert page.locator("#save").is_disabled()
     send(page)

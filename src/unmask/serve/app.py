@@ -49,7 +49,7 @@ from unmask.serve.protocol import (
 )
 from unmask.tasks import TASKS, make_task
 from unmask.tasks.base import Problem, Task, grade_completion
-from unmask.view.page import Panel, page_bytes, token_glyph, top_candidates_per_step
+from unmask.view.page import Panel, page_bytes, token_glyph, token_name, top_candidates_per_step
 
 log = logging.getLogger("unmask.serve")
 T = TypeVar("T")
@@ -295,6 +295,10 @@ class Service:
         lm, (_, _, found) = self.lm, request.read(self.lm, self.arguments.decoder)
         state = found.state(request.before)
         masked = state == lm.mask_id
+
+        def shown(token: int) -> str:
+            return " ".join([token_glyph(lm, token), *[token_name(lm, token)] * (token in lm.end_ids)])
+
         if not masked.any():
             return {"cells": {}}
         yield
@@ -303,7 +307,7 @@ class Service:
         )
         cells = {}
         for at, top, share in zip(masked[0].nonzero()[:, 0].tolist(), tokens.tolist(), probs.tolist(), strict=True):
-            cells[at] = [[token, token_glyph(lm, token), p] for token, p in zip(top, share, strict=True)]
+            cells[at] = [[token, shown(token), p] for token, p in zip(top, share, strict=True)]
         return {"cells": cells}
 
     def page(self, request: ViewRequest) -> Generator[None, None, bytes]:

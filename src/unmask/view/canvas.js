@@ -98,6 +98,7 @@ function createViewer({ drawn = () => {}, settled = () => {} } = {}) {
     p.inspector.style.setProperty("--rows", p.rows);
     p.canvas = part.querySelector(".canvas");
     p.canvas.setAttribute("aria-label", `Canvas of ${p.name}, ${p.token.length} cells`);
+    p.before = 0; // the pointer may be on a cell before the first draw
     buildCells(p);
     listenTo(p);
     panels.push(p);
