@@ -15,9 +15,10 @@ import openai
 import uvicorn
 
 from unmask.models.masked_lm import MaskedLM
-from unmask.serve.app import Service, create_app
+from unmask.serve.app import create_app
 from unmask.serve.command import bind
 from unmask.serve.config import ServeArguments
+from unmask.serve.service import Service
 
 
 @contextmanager

@@ -17,9 +17,11 @@ import pytest
 
 import unmask
 from checkpoints import write_llada
+from serving import serving
 from unmask.cli import COMMANDS, main
 from unmask.config import read_config
 from unmask.decoding import CONFIDENCES, PRESETS, SCHEDULES
+from unmask.models.masked_lm import MaskedLM
 from unmask.rl.config import DiffusionGRPOConfig
 
 REGISTRIES = (CONFIDENCES, PRESETS, SCHEDULES, unmask.OBJECTIVES, unmask.REWARDS, unmask.TASKS)

@@ -25,7 +25,7 @@ from conftest import PROMPTS, toy
 from serving import client, fetch, send_and_leave, serving
 from unmask.cli import main
 from unmask.models.masked_lm import MaskedLM
-from unmask.serve.app import Service
+from unmask.serve.service import Service
 
 CHAT = [[{"role": "user", "content": text}] for text in PROMPTS]
 SPECS = [

@@ -15,7 +15,7 @@ from schemathesis import Case, GenerationMode
 
 from conftest import toy
 from serving import serving
-from unmask.serve.app import Service
+from unmask.serve.service import Service
 
 FUZZ: dict[str, Any] = {"deadline": None, "suppress_health_check": [*HealthCheck], "phases": [Phase.generate]}
 ROUTES = ["/v1/chat/completions", "/v1/completions", "/unmask/candidates", "/unmask/grade", "/unmask/view"]
