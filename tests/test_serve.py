@@ -14,7 +14,10 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -24,8 +27,13 @@ import torch
 from conftest import PROMPTS, toy
 from serving import client, fetch, send_and_leave, serving
 from unmask.cli import main
+from unmask.decoding import make_decoder
+from unmask.decoding.decode import DecodingLoop
+from unmask.decoding.generate import PreparedRow
 from unmask.models.masked_lm import MaskedLM
+from unmask.serve.engine import Completion
 from unmask.serve.service import Service
+from unmask.view.page import horizons
 
 CHAT = [[{"role": "user", "content": text}] for text in PROMPTS]
 SPECS = [
@@ -129,15 +137,36 @@ def test_a_stream_says_the_same_piece_by_piece(api: openai.OpenAI, lm: MaskedLM)
         assert usage.completion_tokens == int(lm.lengths(found.tokens))  # type: ignore[union-attr]
 
 
+def test_rows_that_wait_for_each_other_are_told_of_each_step_once(served: tuple[str, Service], lm: MaskedLM) -> None:
+    """An approximate cache under a threshold: a row that is ahead waits at the end of its block."""
+    body = {"prompt": PROMPTS, "max_tokens": 32, "stream": True, "stream_options": {"drafts": True}, "stop": "never"}
+    body["decoder"] = "threshold:threshold=0.2,block_length=8,cache=dual"
+    _, text, _ = fetch(f"{served[0]}/v1/completions", body)
+    chunks = [json.loads(line[6:]) for line in text.split("\n\n") if line.startswith("data: {")]
+    assert not [chunk for chunk in chunks if "error" in chunk]
+    told = [(c["draft"]["index"], c["draft"]["step"]) for c in chunks if "step" in c.get("draft", {})]
+    assert len(told) == len({*told}) > 4
+    said = ["".join(c["text"] for chunk in chunks for c in chunk["choices"] if c["index"] == i) for i in range(4)]
+    own = lm.generate([lm.tokens(text) for text in PROMPTS], body["decoder"], max_new_tokens=32)
+    assert said == own.texts
+
+
 def test_templates_raw_prompts_and_lists(api: openai.OpenAI, lm: MaskedLM) -> None:
     template = "make <|mask:3|> from 1 2 <|mask:4|>."
     made = api.completions.create(model="toy", prompt=template, logprobs=1, extra_body={"decoder": "eoser:steps=2"})
-    assert made.choices[0].text == lm.generate(template, "eoser:steps=2").texts[0]
+    own = lm.generate(template, "eoser:steps=2")
+    gaps = [
+        t for t, s in zip(*(x[0].tolist() for x in (own.trajectory.tokens, own.trajectory.step)), strict=True) if s >= 0
+    ]
+    shown = [t for t in gaps if t not in lm.end_ids]
+    assert made.choices[0].text == own.texts[0] and made.choices[0].finish_reason == "stop"
+    assert made.usage.completion_tokens == len(shown)  # type: ignore[union-attr]
+    assert made.choices[0].logprobs.tokens == [lm.tokenizer.decode([t]) for t in shown]  # type: ignore[union-attr]
     ids = [lm.tokens(text) for text in PROMPTS]
-    own = lm.generate(ids, "semi-ar", max_new_tokens=32).texts
+    texts = lm.generate(ids, "semi-ar", max_new_tokens=32).texts
     for prompts in (PROMPTS, ids):
         made = api.completions.create(model="toy", prompt=prompts, max_tokens=32)
-        assert [choice.text for choice in made.choices] == own
+        assert [choice.text for choice in made.choices] == texts
     last = [*CHAT[0], {"role": "assistant", "content": "it is <|mask:5|>!"}]
     made_chat = api.chat.completions.create(model="toy", messages=last)  # type: ignore[arg-type]
     assert made_chat.choices[0].message.content == lm.generate(last).texts[0]
@@ -217,12 +246,89 @@ def test_block_causal_models_keep_their_exact_cache() -> None:
     assert texts == own * 3
 
 
+def test_drafts_of_a_block_model_say_what_was_open() -> None:
+    """Its blocks are counted from the prompt's first token, and a page draws what a draft says."""
+    lm = toy(block_length=8)
+    with serving(lm) as (address, service):
+        for chat in CHAT:
+            stream = client(address).chat.completions.create(
+                model="toy", messages=chat, max_tokens=32, stream=True, extra_body={"stream_options": {"drafts": True}}
+            )
+            drafts = [chunk.draft for chunk in stream if "step" in getattr(chunk, "draft", {})]
+            cells = [(cell[0], draft["horizon"]) for draft in drafts for cell in draft["cells"]]
+            assert len(cells) == 32 and all(at < horizon for at, horizon in cells)
+            assert min(horizon for _, horizon in cells) <= 8
+            own = lm.generate([chat], "semi-ar", max_new_tokens=32)
+            decoder = make_decoder("semi-ar", max_new_tokens=32).within(8)
+            whole = horizons(lm, decoder, own.trajectory)
+            assert all(at < whole[step] for at, step in enumerate(own.trajectory.step[0].tolist()))
+        assert idle(service)
+
+
+def test_a_fault_ends_its_own_rows_alone(lm: MaskedLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In what one loop does, in the text of a finished row, and in a shared forward pass; then the engine goes on."""
+    with serving(lm) as (address, service), ThreadPoolExecutor(2) as pool:
+
+        def ask(decoder: str) -> int:
+            return fetch(f"{address}/v1/chat/completions", {"messages": CHAT[1], "max_tokens": 32, "decoder": decoder})[
+                0
+            ]
+
+        with monkeypatch.context() as patch:
+            choose = DecodingLoop.choose
+
+            def fail(self: DecodingLoop, *rest: Any) -> Any:
+                if self.decoder.stable:
+                    raise RuntimeError("out of memory")
+                return choose(self, *rest)
+
+            patch.setattr(DecodingLoop, "choose", fail)
+            assert [*pool.map(ask, ("less:block_length=8", "full:steps=32"))] == [500, 200]
+        with monkeypatch.context() as patch:
+            patch.setattr(service.lm, "lengths", lambda tokens: 1 / 0)
+            assert ask("full") == 500
+        with monkeypatch.context() as patch:
+            patch.setattr(service.lm.model, "forward", lambda *_, **__: 1 / 0)
+            assert [*pool.map(ask, ("full", "eoser"))] == [500, 500]
+        assert ask("full") == 200 and idle(service)
+
+
+def test_the_servers_own_decoder_may_be_a_file(lm: MaskedLM, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text("preset: semi-ar\nblock_length: 16\n")
+    with serving(replace(lm, name=str(tmp_path)), decoder=str(tmp_path / "own.yaml")) as (address, _):
+        own = lm.text(lm.generate(CHAT[3], "semi-ar:block_length=16", max_new_tokens=32).trajectory.tokens[:, :20])
+        for decoder in ({}, {"decoder": "default"}):
+            body = {"messages": CHAT[3], "max_tokens": 20, **decoder}
+            assert fetch(f"{address}/v1/chat/completions", body)[1]["choices"][0]["message"]["content"] == own[0]
+        for path, bad in (("completions", {"prompt": [10**6]}), ("completions", {"prompt": "<|mask:9999|>"})):
+            said = fetch(f"{address}/v1/{path}", bad)[1]["error"]["message"]
+            assert tmp_path.name in said and str(tmp_path) not in said
+        assert fetch(f"{address}/unmask/info")[1]["default_decoder"] == "default"
+
+
+def test_text_is_final_when_it_is_sent() -> None:
+    """Half a character is held back, and no stop string is found in it."""
+    tokens = [*"aé😀b".encode()]
+    sent = []
+    letters = SimpleNamespace(decode=lambda ids: bytes(ids).decode(errors="replace"))
+    fake = SimpleNamespace(mask_id=-1, end_ids=(), tokenizer=letters, text=lambda t: [letters.decode(t[0].tolist())])
+    for stop in ((), ("\ufffd",), ("😀b",)):
+        done = Completion(
+            PreparedRow("x"), make_decoder("full", max_new_tokens=8), 0, sent.append, stop, canvas=[-1] * 8
+        )
+        steps = [done.commit(fake, i, [(i, token, 0.0)], 8) for i, token in enumerate(tokens)]  # type: ignore[arg-type]
+        texts = [step.text for step, _ in steps]
+        assert all(b.startswith(a) for a, b in pairwise(texts)) and not any("\ufffd" in text for text in texts)
+        assert texts[-1] == ("aé" if stop == ("😀b",) else "aé😀b")
+        assert [ended for _, ended in steps].index(True) == 7
+
+
 BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"messages": []}, 400, "messages: "),
     ({"messages": [{"role": "user", "content": " "}] * 2, "max_tokens": 3000}, 400, "takes at most 1024 together"),
     ({"model": "gpt-4"}, 404, "there is no model 'gpt-4': use 'toy'"),
     ({"n": 3}, 400, "draws no random numbers, so all would be equal: set a temperature"),
-    ({"n": 300, "temperature": 1}, 400, "300 completions are asked for, and the queue takes 256"),
+    ({"n": 300, "temperature": 1}, 400, "300 completions are asked for, and the queue takes 1 to 256 at a time"),
     ({"decoder": "nothing"}, 400, "unknown decoder 'nothing'"),
     ({"decoder": "os:getcwd"}, 400, "unknown decoder 'os:getcwd'"),
     ({"decoder": "full:confidence=os:getcwd"}, 400, "decoder: "),
@@ -236,6 +342,11 @@ BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"seed": 2**62}, 400, "seed: "),
     ({"frequency_penalty": 0.5}, 400, "frequency_penalty: "),
     ({"prefill": "<|mdm_mask|>"}, 400, "holds the mask token"),
+    ({"stop": "a" * 2000}, 400, "each of 1 to 1000 characters"),
+    ({"decoder": "localleap:leap_radius=1000000000000"}, 400, "leap_radius of decoder"),
+    ({"decoder": "less:stable=" + "9" * 30}, 400, "stable of decoder"),
+    ({"decoder": "full:cfg_scale=1e38"}, 400, "cfg_scale of decoder"),
+    ({"prefill": "<|mask:1000|>" * 500}, 400, "the template is longer than the 1024 tokens that toy takes"),
     ({"prefill": "a<|mask:99999999999|>"}, 400, "a gap has 99999999999 tokens, but toy takes at most 1024"),
 ]
 
@@ -256,6 +367,9 @@ def test_other_paths_methods_and_bodies(served: tuple[str, Service]) -> None:
     for path, body, status in (
         ("/v1/nothing", None, 404),
         ("/v1/chat/completions", None, 405),
+        ("/v1/completions", {"prompt": ["a<|mask:1|>"] * 50_000}, 400),
+        ("/v1/completions", {"prompt": []}, 400),
+        ("/v1/completions", {"prompt": [[]]}, 400),
         ("/v1/chat/completions", b"{", 400),
         ("/v1/chat/completions", b"[" * 100_000, 400),
         ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400),
@@ -330,7 +444,7 @@ def test_keys(lm: MaskedLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         (["--max-batch", "0"], "max_batch is 0"),
         (["--api-key", "ä"], "printable ASCII"),
     ):
-        assert main(["serve", *flags]) == 2
+        assert main(["serve", "--port", "0", *flags]) == 2
         assert says in capsys.readouterr().err
 
 

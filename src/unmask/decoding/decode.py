@@ -34,7 +34,7 @@ class Streamer(Protocol):
 
 @dataclass(frozen=True)
 class Pass:
-    """What a row's forward pass is about to do: where it may commit, how many at least, and how candidates are read."""
+    """What the next forward pass of a batch looks at: where it may commit, how many at least, how candidates are read."""
 
     step: Tensor  # (B,) int64, of the plan
     quota: Tensor  # (B,) int64
@@ -93,11 +93,13 @@ class DecodingLoop:
     def advance(self, rows: Canvases) -> None:
         """One forward pass and its commits, in place."""
         now = self.prepare(rows)
+        self.finish(rows, now, self.read(rows, now))
+
+    def read(self, rows: Canvases, now: Pass) -> Candidates:
+        """The forward pass: a candidate at each of the positions that it looks at."""
         how: dict[str, Any] = {"prompt": rows.width, "w": self.decoder.cfg_scale}
         how |= {"cache": self.cache, "window": now.window}
-        self.finish(
-            rows, now, forward_with_guidance(self.lm, rows.ids, rows.attention_mask, now.positions, now.read, **how)
-        )
+        return forward_with_guidance(self.lm, rows.ids, rows.attention_mask, now.positions, now.read, **how)
 
     def prepare(self, rows: Canvases) -> Pass:
         """What the next pass looks at."""
@@ -355,27 +357,23 @@ def start(
     return Canvases.new(prompt, prompt_mask, canvas, lm.mask_id, seeds.to(prompt.device), numbers)
 
 
-@torch.no_grad()
-def advance_together(parts: Sequence[tuple[DecodingLoop, Canvases]]) -> None:
-    """One pass of the rows of several loops over one model, which share a forward pass: none has a cache or guidance."""
-    passes = [loop.prepare(rows) for loop, rows in parts]
-    lm, width = parts[0][0].lm, max(rows.ids.shape[1] for _, rows in parts)
-    ids = cat_left_padded([rows.ids for _, rows in parts], lm.pad_id)
-    visible = cat_left_padded([rows.visible for _, rows in parts])
+def read_together(lm: MaskedLM, parts: Sequence[tuple[Canvases, Pass]]) -> list[Candidates]:
+    """``DecodingLoop.read`` for the rows of several loops in one forward pass: none has a cache or guidance."""
+    width = max(rows.ids.shape[1] for rows, _ in parts)
+    ids = cat_left_padded([rows.ids for rows, _ in parts], lm.pad_id)
+    visible = cat_left_padded([rows.visible for rows, _ in parts])
     positions, above = [], 0
-    for now, (_, rows) in zip(passes, parts, strict=True):
+    for rows, now in parts:
         row, column = now.at
         positions.append((above + row + 1) * width - rows.length + column)
         above += len(rows)
     counts = [len(p) for p in positions]
 
     def read(head: Head, hidden: Tensor) -> list[Candidates]:
-        return [now.read(head, h) for now, h in zip(passes, hidden.split(counts), strict=True)]
+        return [now.read(head, h) for (_, now), h in zip(parts, hidden.split(counts), strict=True)]
 
-    padded = any(rows.padded or rows.ids.shape[1] < width for _, rows in parts)
-    found = lm.forward_head(ids, visible if padded else None, torch.cat(positions), read)
-    for (loop, rows), now, candidates_ in zip(parts, passes, found, strict=True):
-        loop.finish(rows, now, candidates_)
+    padded = any(rows.padded or rows.ids.shape[1] < width for rows, _ in parts)
+    return lm.forward_head(ids, visible if padded else None, torch.cat(positions), read)
 
 
 def decode(

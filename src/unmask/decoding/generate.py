@@ -159,6 +159,8 @@ def prepare_row(lm: MaskedLM, prompt: Prompt, prefill: str = "") -> PreparedRow:
         if len(masks) > 6 or int(masks) > lm.max_length:
             raise UserError(f"a gap has {masks:.20} tokens, but {lm.name} takes at most {lm.max_length}: choose fewer")
         canvas += [lm.mask_id] * int(masks) + lm.tokens(text)
+        if len(canvas) > lm.max_length:
+            raise UserError(f"the template is longer than the {lm.max_length} tokens that {lm.name} takes: shorten it")
     return PreparedRow(before + start, tuple(canvas), start)
 
 

@@ -54,6 +54,7 @@ class MaskedLM:
     ) -> MaskedLM:
         """Read the ids from the tokenizer, then the config. Raises UserError where mask or EOS cannot be found."""
         config, vocabulary = model.config, tokenizer.get_vocab()
+        tokenizer.clean_up_tokenization_spaces = False  # a text is that of its tokens, wherever it is cut
 
         def read(field: str) -> Any:
             found = getattr(tokenizer, field)

@@ -22,7 +22,7 @@ import unmask
 from unmask.errors import UserError
 from unmask.models.masked_lm import MaskedLM
 from unmask.serve.config import ServeArguments
-from unmask.serve.engine import DeadlineExceeded, QueueFull
+from unmask.serve.engine import DeadlineExceeded, QueueFull, Stopping
 from unmask.serve.errors import error_response, status_of
 from unmask.serve.gate import Gate
 from unmask.serve.protocol import CandidatesRequest, ChatRequest, CompletionRequest, GradeRequest, ViewRequest
@@ -52,19 +52,29 @@ def create_app(lm: MaskedLM, a: ServeArguments) -> FastAPI:
 
     @app.exception_handler(StarletteHTTPException)
     async def refuse(http: HTTPRequest, error: StarletteHTTPException) -> HTTPResponse:
+        said = {404: "there is no such route", 405: f"this route takes no {http.method}"}.get(error.status_code)
+        generic = error.detail in ("Not Found", "Method Not Allowed")
+        fix = "docs/serving.md lists the routes" if generic else "send a JSON object"
+        if generic or "parsing the body" in str(error.detail):
+            return error_response(error.status_code, f"{said or 'the body cannot be read'}: {fix}")
         return error_response(error.status_code, str(error.detail))
 
     @app.exception_handler(RequestValidationError)
     async def refuse_fields(http: HTTPRequest, error: RequestValidationError) -> HTTPResponse:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        if first["type"] == "json_invalid":
+            return error_response(400, f"the body is no JSON ({first['ctx']['error']}): send one JSON object")
+        kinds = ("body", "str", "TextPart")  # parts of the place that are no names of fields
+        where = ".".join(str(part) for part in first["loc"] if part not in kinds and "[" not in str(part))
         what = "this field is unknown here, leave it out" if first["type"] == "extra_forbidden" else first["msg"]
+        if not where:
+            what = "send a JSON object with the header Content-Type: application/json"
         return error_response(400, f"{where or 'the body'}: {what}", where or None)
 
     async def refuse_any(http: HTTPRequest, error: Exception) -> HTTPResponse:
         return error_response(*status_of(error))
 
-    for kind in (UserError, QueueFull, DeadlineExceeded, Exception):
+    for kind in (UserError, QueueFull, Stopping, DeadlineExceeded, Exception):
         app.add_exception_handler(kind, refuse_any)
 
     @app.exception_handler(ClientDisconnect)
@@ -110,6 +120,7 @@ def create_app(lm: MaskedLM, a: ServeArguments) -> FastAPI:
             found, media_type="text/html", headers={"Content-Disposition": 'attachment; filename="unmask.html"'}
         )
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> HTTPResponse:
         alive = service.engine.thread.is_alive()
@@ -119,6 +130,7 @@ def create_app(lm: MaskedLM, a: ServeArguments) -> FastAPI:
     async def metrics() -> HTTPResponse:
         return HTTPResponse(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    @app.head("/", include_in_schema=False)
     @app.get("/")
     async def page() -> HTTPResponse:
         return HTMLResponse(_asset("unmask.serve", "page.html"))

@@ -37,6 +37,8 @@ class ServeArguments(ModelSource):
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "max_new_tokens", "max_batch", "max_queue")
+        if self.max_new_tokens >= 2**15:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}: choose less than {2**15}")
         if not 0 <= self.port < 2**16:
             raise UserError(f"port is {self.port}: choose 0 to {2**16 - 1}")
         if not 0 < self.deadline < float("inf"):

@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 
 from unmask.decoding.canvas import Canvases
-from unmask.decoding.decode import DecodingLoop, advance_together, start
+from unmask.decoding.decode import DecodingLoop, Pass, read_together, start
 from unmask.decoding.decoder import APPROXIMATE, Decoder
 from unmask.decoding.generate import PreparedRow, until
+from unmask.decoding.sampling import Candidates
 from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
 from unmask.models.masked_lm import MaskedLM
@@ -28,6 +29,10 @@ log = logging.getLogger("unmask.serve")
 
 class QueueFull(Exception):
     """More completions wait than the queue takes."""
+
+
+class Stopping(Exception):
+    """The engine ends."""
 
 
 class DeadlineExceeded(Exception):
@@ -81,33 +86,36 @@ class Completion:
     canvas: list[int] = field(default_factory=list)
     text: str = ""
     final: int = 0  # columns that are committed, from the left without a gap
-    committed: int = 0
+    last_step: int = -1
 
     @property
     def watched(self) -> bool:
         """Whether every pass is looked at: for a stream, or for what ends the row early."""
         return self.steps or bool(self.stop) or self.limit is not None
 
-    @property
+    @cached_property
     def key(self) -> tuple[Decoder, int]:
         """Completions with the same key can be rows of one loop."""
         return self.decoder.replace(name=""), len(self.row.canvas)
 
-    def commit(self, lm: MaskedLM, step: int, cells: list[tuple[int, int, float]]) -> tuple[Step, bool]:
+    def commit(self, lm: MaskedLM, step: int, cells: list[tuple[int, int, float]], horizon: int) -> tuple[Step, bool]:
         """Take in what a step committed; returns that with the text that is final, and whether nothing can follow it."""
-        plan, length = self.decoder.plan, len(self.canvas)
-        # (a plan counts masks, which are not a template's columns)
-        horizon = length if self.row.canvas else plan.horizon[bisect_right(plan.done, self.committed)]
-        self.committed += len(cells)
+        self.last_step, length = step, len(self.canvas)
         for column, token, _ in cells:
             self.canvas[column] = token
         while self.final < length and self.canvas[self.final] != lm.mask_id:
             self.final += 1
         whole = self.row.text(lm, torch.tensor([self.canvas[: self.final][: self.limit]]))
+        complete = self.final >= (self.limit or length)
+        if not complete:
+            whole = whole.rstrip("\ufffd")  # half a character
         text = until(whole, self.stop)
-        if not (ended := text != whole or self.final >= (self.limit or length)):
-            begun = [n for stop in self.stop for n in range(1, len(stop)) if text.endswith(stop[:n])]
-            text = text[: len(text) - max(begun, default=0)].rstrip("\ufffd")  # half a character
+        ended = complete or text != whole
+        if not ended:
+            begun = [
+                n for stop in self.stop for n in range(1, min(len(stop), len(text) + 1)) if text.endswith(stop[:n])
+            ]
+            text = text[: len(text) - max(begun, default=0)]
         if text.startswith(self.text):
             self.text = text
         return Step(step, cells, horizon, self.text), ended
@@ -123,7 +131,7 @@ class Group:
         self.members: dict[int, Completion] = {}
 
     @property
-    def closed(self) -> bool:
+    def takes_no_more(self) -> bool:
         """An approximate cache is made for rows of one block: others wait until these are done."""
         return self.rows is not None and self.decoder.cache in APPROXIMATE
 
@@ -147,7 +155,7 @@ class Group:
         """Take rows out; returns whose they are, and the rows."""
         assert self.rows is not None
         stay, gone = self.loop.split(self.rows, places)
-        self.rows = stay if self.closed or not len(stay) else stay.drop_padding()
+        self.rows = stay if self.takes_no_more or not len(stay) else stay.drop_padding()
         return [self.members.pop(number) for number in gone.numbers], gone
 
 
@@ -174,10 +182,12 @@ class Engine:
         return sum(len(group.members) for group in list(self.groups.values()))
 
     def submit(self, completions: Sequence[Completion]) -> None:
-        """All of them or none. Raises QueueFull."""
+        """All of them or none. Raises QueueFull, and Stopping."""
         with self.changed:
             room = self.max_queue + self.max_batch - self.running
-            if self.stopping or len(self.waiting) + len(completions) > room:
+            if self.stopping:
+                raise Stopping
+            if len(self.waiting) + len(completions) > room:
                 raise QueueFull
             self.waiting.extend(completions)
             self.changed.notify()
@@ -185,11 +195,13 @@ class Engine:
     def call(self, work: Generator[None, None, Any]) -> Future[Any]:
         """Run a generator on the engine's thread, a piece between two passes; the future holds what it returns.
 
-        Raises QueueFull. A cancelled future ends it at the next piece.
+        Raises QueueFull, and Stopping. A cancelled future ends it at the next piece.
         """
         future: Future[Any] = Future()
         with self.changed:
-            if self.stopping or len(self.work) >= self.max_queue:
+            if self.stopping:
+                raise Stopping
+            if len(self.work) >= self.max_queue:
                 raise QueueFull
             self.work.append((work, future))
             self.changed.notify()
@@ -200,7 +212,7 @@ class Engine:
         with self.changed:
             self.stopping = True
             self.changed.notify()
-        self.thread.join()
+        self.thread.join(30)  # it is in the middle of a pass
 
     def _run(self) -> None:
         while True:
@@ -213,11 +225,10 @@ class Engine:
             self._admit()
             shared = [group for group in self.groups.values() if group.shares_passes]
             for groups in [shared] * bool(shared) + [[g] for g in self.groups.values() if not g.shares_passes]:
-                with self._containing(groups):
-                    self._advance(groups)
+                self._advance(groups)
             self._continue_work()
         for completion in (*self.waiting, *(c for group in self.groups.values() for c in group.members.values())):
-            completion.put(QueueFull())
+            completion.put(Stopping())
         for _, future in self.work:
             future.cancel()
 
@@ -260,7 +271,7 @@ class Engine:
             while self.waiting and room:
                 completion = self.waiting.popleft()
                 group = self.groups.get(completion.key)
-                if group is not None and group.closed:
+                if group is not None and group.takes_no_more:
                     later.append(completion)
                     continue
                 room, self.count = room - 1, self.count + 1
@@ -278,23 +289,33 @@ class Engine:
                 for completion in completions.values():
                     completion.put(error)
 
+    @torch.no_grad()
     def _advance(self, groups: Sequence[Group]) -> None:
         """One forward pass of some groups, and what it finishes."""
         began, count = time.perf_counter(), sum(len(group.members) for group in groups)
-        parts = [(group.loop, group.rows) for group in groups if group.rows is not None]
-        if len(parts) == 1:
-            parts[0][0].advance(parts[0][1])
-        else:
-            advance_together(parts)
-        for group, (loop, rows) in zip(groups, parts, strict=True):
-            if leave := sorted({*loop.finished(rows), *self._show(group, rows)}):
-                completions, gone = group.leave(leave)
-                self._finish(completions, gone.trajectory(self.lm.mask_id, {}))
+        ready: list[tuple[Group, Canvases, Pass]] = []
+        for group in groups:
+            with self._containing([group]):
+                assert group.rows is not None
+                ready.append((group, group.rows, group.loop.prepare(group.rows)))
+        found: list[Candidates] = []
+        with self._containing([group for group, _, _ in ready]):
+            if len(ready) == 1:
+                ((group, rows, now),) = ready
+                found = [group.loop.read(rows, now)]
+            elif ready:
+                found = read_together(self.lm, [(rows, now) for _, rows, now in ready])
+        for (group, rows, now), candidates in zip(ready, found, strict=False):  # (none where the pass failed)
+            with self._containing([group]):
+                group.loop.finish(rows, now, candidates)
+                if leave := sorted({*group.loop.finished(rows), *self._show(group, rows, now)}):
+                    self._finish(*group.leave(leave))
         self.on_pass(time.perf_counter() - began, count)
 
-    def _show(self, group: Group, rows: Canvases) -> list[int]:
+    def _show(self, group: Group, rows: Canvases, now: Pass) -> list[int]:
         """Tell who watches what the pass committed; returns the places of rows whose text has ended."""
-        places = [i for i, number in enumerate(rows.numbers) if group.members[number].watched]
+        members = [group.members[number] for number in rows.numbers]  # (a row that waits for others takes no step)
+        places = [i for i, c in enumerate(members) if c.watched and rows.passes[i] - 1 > c.last_step]
         if not places:
             return []
         some = torch.tensor(places, device=rows.ids.device)
@@ -304,25 +325,32 @@ class Engine:
         new = (row, column, rows.canvas[some][at], rows.logprob[some][at])
         for i, *cell in zip(*(values.tolist() for values in new), strict=True):
             cells[i].append((cell[0], cell[1], cell[2]))
+        horizons = (now.open[some] * torch.arange(1, rows.length + 1, device=some.device)).amax(1)
         stopped = []
-        for place, step, committed in zip(places, steps.tolist(), cells, strict=True):
-            completion = group.members[rows.numbers[place]]
-            shown, ended = completion.commit(self.lm, step, committed)
+        for place, step, committed, horizon in zip(places, steps.tolist(), cells, horizons.tolist(), strict=True):
+            completion = members[place]
+            shown, ended = completion.commit(self.lm, step, committed, horizon)
             if ended:
                 stopped.append(place)
             if completion.steps:
                 completion.put(shown)
         return stopped
 
-    def _finish(self, completions: Sequence[Completion], found: Trajectory) -> None:
-        found = found.to("cpu")
-        for i, completion in enumerate(completions):
-            row = replace(found.take(torch.tensor([i])), decoder=completion.decoder.config())
-            tokens = row.tokens[:, : completion.limit]
-            whole = completion.row.text(self.lm, tokens)
-            text = until(whole, completion.stop)
-            ended = text != whole or bool(completion.row.canvas) or int(self.lm.lengths(tokens)) < tokens.shape[1]
-            completion.put(Done(text, "stop" if ended else "length", row))
+    def _finish(self, completions: Sequence[Completion], rows: Canvases) -> None:
+        """Tell those whose rows have left what came of them."""
+        try:
+            found = rows.trajectory(self.lm.mask_id, {}).to("cpu")
+            for i, completion in enumerate(completions):
+                row = replace(found.take(torch.tensor([i])), decoder=completion.decoder.config())
+                tokens = row.tokens[:, : completion.limit]
+                whole = completion.row.text(self.lm, tokens)
+                text = until(whole, completion.stop)
+                ended = text != whole or bool(completion.row.canvas) or int(self.lm.lengths(tokens)) < tokens.shape[1]
+                completion.put(Done(text, "stop" if ended else "length", row))
+        except Exception as error:
+            for completion in completions:
+                completion.put(error)
+            raise
 
     def _continue_work(self) -> None:
         """A piece of the oldest call."""

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi.responses import JSONResponse
 
 from unmask.errors import UserError
-from unmask.serve.engine import DeadlineExceeded, QueueFull
+from unmask.serve.engine import DeadlineExceeded, QueueFull, Stopping
 
 # What a message of the library calls by its own name.
 API_NAMES = {"--max-new-tokens": "max_tokens", "num_return_sequences": "n"}
@@ -29,6 +29,8 @@ def status_of(error: BaseException) -> tuple[int, str]:
         return 400, str(error)
     if isinstance(error, QueueFull):
         return 429, "the queue is full: try again later"
+    if isinstance(error, Stopping):
+        return 503, "the server is ending: try again later"
     if isinstance(error, DeadlineExceeded):
         return 504, "the request took longer than its deadline: ask for fewer tokens or try again later"
     return 500, "the server failed at this request; its log says more"

@@ -6,26 +6,28 @@ import secrets
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import replace
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Annotated, Any, Literal, TypeAlias
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from unmask.config import split_spec
-from unmask.decoding.decoder import PRESETS, Decoder
+from unmask.decoding.decoder import PRESETS, Decoder, make_decoder
 from unmask.decoding.generate import GAP, PreparedRow, prepare_row
 from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
 from unmask.models.masked_lm import MaskedLM
 from unmask.serve.engine import Completion, Done, Step
-from unmask.view.page import horizons, token_glyph
+from unmask.view.page import token_glyph
 
 Spec = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.+-]+(:[A-Za-z0-9_.+=, -]*)?$", max_length=500)]
 Length = Annotated[int, Field(ge=1, lt=2**15)]
 Nothing = Annotated[float, Field(ge=0, le=0)] | None
 TokenIds = list[int]
+DEFAULT = "default"  # the server's own decoder
+MAX_STOPS, MAX_STOP = 16, 1000  # strings, and characters of each
 
 
 class Strict(BaseModel):
@@ -78,12 +80,10 @@ class Options(Strict):
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     user: str | None = Field(None, description="Not used.")
 
-    def decoder_and_limit(
-        self, lm: MaskedLM, row: PreparedRow, default: str | None, canvas: int
-    ) -> tuple[Decoder, int | None]:
+    def decoder_and_limit(self, lm: MaskedLM, row: PreparedRow, default: Default) -> tuple[Decoder, int | None]:
         """How a row is decoded, and after how many tokens its text is cut (None: it is not). Raises UserError."""
         limit = self.max_tokens or getattr(self, "max_completion_tokens", None)
-        decoder = fit_decoder(lm, row, self.decoder, default, limit or canvas)
+        decoder = fit_decoder(lm, row, self.decoder, default, limit or default.canvas)
         changes = {key: value for key in ("temperature", "top_p") if (value := getattr(self, key)) is not None}
         decoder = decoder.replace(**changes)
         if self.n > 1 and not decoder.is_random:
@@ -93,10 +93,11 @@ class Options(Strict):
 
     @property
     def stops(self) -> list[str]:
-        """The stop strings. Raises UserError for an empty one."""
+        """The stop strings. Raises UserError for an empty or long one, or too many."""
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if not all(stops) or len(stops) > 16:
-            raise UserError(f"stop has {len(stops)} strings: pass up to 16, none of them empty")
+        if len(stops) > MAX_STOPS or not all(0 < len(stop) <= MAX_STOP for stop in stops):
+            allowed = f"up to {MAX_STOPS}, each of 1 to {MAX_STOP} characters"
+            raise UserError(f"stop has {len(stops)} strings: pass {allowed}")
         return stops
 
 
@@ -109,8 +110,12 @@ class ChatRequest(Options):
     store: bool | None = Field(None, description="Not used.")
     metadata: dict[str, str] | None = Field(None, description="Not used.")
 
-    def rows(self, lm: MaskedLM) -> list[PreparedRow]:
-        return [prepare_row(lm, [message.plain() for message in self.messages], self.prefill)]
+    @property
+    def prompts(self) -> list[list[dict[str, str]]]:
+        return [[message.plain() for message in self.messages]]
+
+    def row(self, lm: MaskedLM, prompt: list[dict[str, str]]) -> PreparedRow:
+        return prepare_row(lm, prompt, self.prefill)
 
 
 class CompletionRequest(Options):
@@ -121,11 +126,14 @@ class CompletionRequest(Options):
     echo: Literal[False] = False
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
 
-    def rows(self, lm: MaskedLM) -> list[PreparedRow]:
-        prompts = self.prompt if isinstance(self.prompt, list) and not _all(self.prompt, int) else [self.prompt]
-        if not prompts:
-            raise UserError("prompt is empty: pass a text or a list of them")
-        return [_raw(lm, prompt) for prompt in prompts]  # type: ignore[arg-type]
+    @property
+    def prompts(self) -> list[str | TokenIds]:
+        several = isinstance(self.prompt, list) and not any(isinstance(part, int) for part in self.prompt)
+        return self.prompt if several else [self.prompt]  # type: ignore[return-value,list-item]
+
+    def row(self, lm: MaskedLM, prompt: str | TokenIds) -> PreparedRow:
+        """A text as it is, without a chat template."""
+        return _raw(lm, prompt)
 
 
 Request: TypeAlias = ChatRequest | CompletionRequest
@@ -142,7 +150,7 @@ class State(Strict):
     step: list[Annotated[int, Field(ge=-1, lt=2**15)]]
     logprob: list[Annotated[float, Field(le=0)]] | None = None
 
-    def read(self, lm: MaskedLM, default: str | None) -> tuple[str, Decoder, Trajectory]:
+    def read(self, lm: MaskedLM, default: Default) -> tuple[str, Decoder, Trajectory]:
         """The prompt as text, the decoder, and the decode of one row. Raises UserError where they do not belong together."""
         if (self.messages is None) == (self.prompt is None):
             raise UserError("pass one of messages and prompt")
@@ -156,6 +164,11 @@ class State(Strict):
         if {len(self.step), len(logprob), planned} != {length} or {*self.step} - {-1} != {*range(max(self.step) + 1)}:
             own = f"{length} tokens with {len(self.step)} steps and {len(logprob)} log-probabilities, on a canvas of {planned}"
             raise UserError(f"{own}: send what a trajectory held, its steps from 0 on without a gap")
+        given = [
+            (t, s, own) for t, s, own in zip(self.tokens, self.step, row.canvas, strict=False) if own != lm.mask_id
+        ]
+        if any(token != own or step >= 0 for token, step, own in given):
+            raise UserError("a token of the template was changed, or has a step: send what a trajectory held")
         prompt = torch.tensor([row.prompt], dtype=torch.int64)
         found = Trajectory(
             prompt,
@@ -189,12 +202,9 @@ class GradeRequest(Strict):
     completion: str
 
 
-def _all(values: Sequence[Any], kind: type) -> bool:
-    return bool(values) and all(isinstance(value, kind) for value in values)
-
-
 def _raw(lm: MaskedLM, prompt: str | TokenIds) -> PreparedRow:
-    """A text as it is, without a chat template."""
+    if not prompt:
+        raise UserError("the prompt is empty: pass some text")
     if isinstance(prompt, str) and not GAP.search(prompt):
         return PreparedRow(prompt)
     return prepare_row(lm, prompt)
@@ -206,18 +216,41 @@ def encode_row(lm: MaskedLM, row: PreparedRow, canvas: int) -> PreparedRow:
     return replace(row, prompt=tuple(ids[0].tolist()))
 
 
-def fit_decoder(lm: MaskedLM, row: PreparedRow, spec: str | None, default: str | None, length: int) -> Decoder:
+@dataclass(frozen=True)
+class Default:
+    """What holds for requests that do not say otherwise."""
+
+    spec: str | None = None
+    """Of the decoder; it may be a file or an import path, which requests may not name."""
+    canvas: int = 128
+
+    @cached_property
+    def block_length(self) -> int | None:
+        """Of the decoder's plan, to which canvases are rounded up."""
+        return make_decoder(self.spec or "semi-ar", max_new_tokens=self.canvas).block_length
+
+    @property
+    def name(self) -> str:
+        """How requests call the decoder."""
+        spec = self.spec or "semi-ar"
+        return spec if split_spec(spec)[0] in PRESETS else DEFAULT
+
+
+def fit_decoder(lm: MaskedLM, row: PreparedRow, spec: str | None, default: Default, length: int) -> Decoder:
     """The decoder of a request for a canvas of ``length`` tokens, rounded up to its blocks. Raises UserError.
 
     A request may choose presets and their parameters, but neither files nor import paths.
     """
-    name, parameters = split_spec(spec or default or "semi-ar")
-    if spec not in (None, default) and name not in PRESETS:
-        raise UserError(f"unknown decoder {name!r}: choose from {', '.join(PRESETS)}")
-    block = str(parameters.get("block_length", PRESETS.get(name, {}).get("block_length")))
+    if spec in (None, DEFAULT):
+        spec, block = default.spec, str(default.block_length)
+    else:
+        name, parameters = split_spec(spec)
+        if name not in PRESETS:
+            raise UserError(f"unknown decoder {name!r}: choose from {', '.join(PRESETS)}")
+        block = str(parameters.get("block_length", PRESETS[name].get("block_length")))
     if block.isdecimal() and 0 < int(block[:6]) < 2**15:
         length = -(-length // int(block)) * int(block)
-    return row.make_decoder(lm, spec or default, length).within(lm.block_length)
+    return row.make_decoder(lm, spec, length).within(lm.block_length)
 
 
 class Response:
@@ -256,31 +289,39 @@ class Response:
 
     def finished(self, index: int, done: Done, text: str, key: str) -> dict[str, Any]:
         """A finished choice; counts what it took."""
-        tokens, nfe, request = self.tokens(index, done), int(done.trajectory.nfe), self.request
-        for count, more in (("completion_tokens", len(tokens)), ("total_tokens", len(tokens)), ("forward_passes", nfe)):
+        columns, nfe, request = self.columns(index, done), int(done.trajectory.nfe), self.request
+        counts = {"completion_tokens": len(columns), "total_tokens": len(columns), "forward_passes": nfe}
+        for count, more in counts.items():
             self.usage[count] += more
         choice = {**self.said(index, text, key), "finish_reason": done.reason, "nfe": nfe}
         if request.logprobs is not None and request.logprobs is not False:
-            choice["logprobs"] = self.logprobs(tokens, done.trajectory.logprob[0].tolist())
+            choice["logprobs"] = self.logprobs(columns, done)
         if request.return_trajectory:
-            choice["trajectory"] = self.trajectory(index, done.trajectory)
+            choice["trajectory"] = self.trajectory(done.trajectory)
         return choice
 
-    def tokens(self, index: int, done: Done) -> list[int]:
-        """The canvas up to where the text ends."""
-        tokens = done.trajectory.tokens[:, : self.completions[index].limit]
+    def columns(self, index: int, done: Done) -> list[int]:
+        """Columns of the canvas that the text shows and a step committed; of a template, those of its gaps."""
+        completion, tokens = self.completions[index], done.trajectory.tokens[:, : self.completions[index].limit]
+        if completion.row.canvas:
+            ids, ends, mask = tokens[0].tolist(), self.lm.end_ids, self.lm.mask_id
+            return [i for i, own in enumerate(completion.row.canvas) if own == mask and ids[i] not in ends]
         found, decode = tokens[0, : int(self.lm.lengths(tokens))].tolist(), self.lm.tokenizer.decode
-        if self.completions[index].row.canvas or not self.request.stops:
-            return found
-        return found[: bisect_left(range(len(found)), len(done.text), key=lambda n: len(str(decode(found[:n]))))]
+        if not completion.stop:
+            return [*range(len(found))]
 
-    def logprobs(self, tokens: list[int], logprobs: list[float]) -> dict[str, Any]:
+        def length_of(count: int) -> int:
+            return len(str(decode(found[:count])).rstrip("\ufffd"))
+
+        # the fewest tokens whose text is as long
+        return [*range(bisect_left(range(len(found)), len(done.text), key=length_of))]
+
+    def logprobs(self, columns: list[int], done: Done) -> dict[str, Any]:
         """Log-probabilities (nats, temperature 1) of tokens in the states that committed them."""
-        texts = [str(self.lm.tokenizer.decode([token])) for token in tokens]
+        tokens, every = done.trajectory.tokens[0].tolist(), done.trajectory.logprob[0].tolist()
+        texts, logprobs = [str(self.lm.tokenizer.decode([tokens[i]])) for i in columns], [every[i] for i in columns]
         if not self.chat:
-            offsets = [0, *accumulate(map(len, texts))][: len(texts)]
-            found = {"tokens": texts, "token_logprobs": logprobs[: len(texts)], "text_offset": offsets}
-            return found | {"top_logprobs": None}
+            return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": None}
         content = [
             {
                 "token": text,
@@ -288,13 +329,13 @@ class Response:
                 "bytes": None if "\ufffd" in text else [*text.encode()],
                 "top_logprobs": [],
             }
-            for text, logprob in zip(texts, logprobs, strict=False)
+            for text, logprob in zip(texts, logprobs, strict=True)
         ]
         return {"content": content, "refusal": None}
 
-    def trajectory(self, index: int, found: Trajectory) -> dict[str, Any]:
+    def trajectory(self, found: Trajectory) -> dict[str, Any]:
         """The whole canvas: tokens, how each is shown, the step that committed it (-1: none did), its log-probability."""
-        completion, tokens, length = self.completions[index], found.tokens[0].tolist(), found.tokens.shape[1]
+        tokens = found.tokens[0].tolist()
         return {
             "tokens": tokens,
             "texts": [token_glyph(self.lm, token) for token in tokens],
@@ -302,7 +343,6 @@ class Response:
             "logprob": found.logprob[0].tolist(),
             "nfe": int(found.nfe),
             "steps": found.steps,
-            "horizon": [length] * found.steps if completion.row.canvas else horizons(completion.decoder, found),
         }
 
     def first_draft(self, index: int) -> dict[str, Any]:

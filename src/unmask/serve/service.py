@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import secrets
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Sequence
 from contextlib import suppress
@@ -22,6 +23,7 @@ from fastapi import HTTPException
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.responses import Response as HTTPResponse
+from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from unmask.decoding.confidence import CONFIDENCES
@@ -32,7 +34,15 @@ from unmask.serve.config import ServeArguments
 from unmask.serve.engine import Completion, Done, Engine, Event
 from unmask.serve.errors import error_body, status_of
 from unmask.serve.gate import Metrics
-from unmask.serve.protocol import CandidatesRequest, GradeRequest, Request, Response, ViewRequest, encode_row
+from unmask.serve.protocol import (
+    CandidatesRequest,
+    Default,
+    GradeRequest,
+    Request,
+    Response,
+    ViewRequest,
+    encode_row,
+)
 from unmask.tasks import TASKS, make_task
 from unmask.tasks.base import Problem, Task, grade_completion
 from unmask.view.page import Panel, page_bytes, token_glyph, token_name, top_candidates_per_step
@@ -47,24 +57,31 @@ class Service:
     """A model, its engine, and what requests need of both."""
 
     def __init__(self, lm: MaskedLM, a: ServeArguments) -> None:
-        self.lm, self.arguments = lm, a
-        self.name = Path(lm.name).name if os.path.exists(lm.name) else lm.name  # no path of this machine
+        self.arguments, self.default = a, Default(a.decoder, a.max_new_tokens)
+        self.name = Path(lm.name).name if os.path.exists(lm.name) else lm.name
+        self.lm = lm = replace(lm, name=self.name)  # no message holds a path of this machine
+        self.lock = threading.Lock()
         self.engine = Engine(lm, a.max_batch, a.max_queue)
         self.metrics = Metrics(self.engine)
 
     def prepare(self, request: Request, put: Callable[[tuple[int, Event]], None]) -> list[Completion]:
         """The completions that a request asks for. Raises UserError, and HTTPException for another model."""
+        with self.lock:  # tokenizers are used by one thread at a time
+            return self._prepare(request, put)
+
+    def _prepare(self, request: Request, put: Callable[[tuple[int, Event]], None]) -> list[Completion]:
         a, lm, found = self.arguments, self.lm, list[Completion]()
         if request.model not in (None, self.name):
             raise HTTPException(404, f"there is no model {request.model!r}: use {self.name!r}")
-        rows, stops = request.rows(lm), request.stops
-        if len(rows) * request.n > a.max_queue:
-            asked = f"{len(rows) * request.n} completions are asked for"
-            raise UserError(f"{asked}, and the queue takes {a.max_queue}: ask for fewer at a time")
+        prompts, stops = request.prompts, request.stops
+        if not 0 < len(prompts) * request.n <= a.max_queue:
+            asked = f"{len(prompts) * request.n} completions are asked for"
+            raise UserError(f"{asked}, and the queue takes 1 to {a.max_queue} at a time: ask for as many")
         seed = secrets.randbelow(2**31) if request.seed is None else request.seed
         deadline = time.monotonic() + min(a.deadline, request.timeout or a.deadline)
-        for row in rows:
-            decoder, limit = request.decoder_and_limit(lm, row, a.decoder, a.max_new_tokens)
+        for prompt in prompts:
+            row = request.row(lm, prompt)  # type: ignore[arg-type]
+            decoder, limit = request.decoder_and_limit(lm, row, self.default)
             encoded = encode_row(lm, row, decoder.max_new_tokens)
             for _ in range(request.n):
                 tell = partial(lambda number, event: put((number, event)), len(found))
@@ -82,7 +99,7 @@ class Service:
             with suppress(RuntimeError):  # the server has ended meanwhile
                 loop.call_soon_threadsafe(queue.put_nowait, item)
 
-        completions = self.prepare(request, put)
+        completions = await run_in_threadpool(self.prepare, request, put)  # a long prompt keeps nobody else waiting
         response = Response(self.lm, self.name, request, completions)
         self.engine.submit(completions)
         if request.stream:
@@ -116,11 +133,8 @@ class Service:
         queue: asyncio.Queue[tuple[int, Event]],
     ) -> AsyncIterator[str]:
         """The server-sent events of a stream; ends its rows if nobody reads them."""
-        drafts, sent, open_ = (
-            request.stream_options and request.stream_options.drafts,
-            [""] * len(completions),
-            len(completions),
-        )
+        drafts = request.stream_options and request.stream_options.drafts
+        sent, open_ = [""] * len(completions), len(completions)
         try:
             for number in range(len(completions)):
                 yield as_event(response.chunk([response.said(number, "", "delta")]))
@@ -165,7 +179,7 @@ class Service:
 
     def candidates(self, request: CandidatesRequest) -> Generator[None, None, dict[str, Any]]:
         """Before a step, the likeliest tokens of every masked cell: one forward pass."""
-        lm, (_, _, found) = self.lm, request.read(self.lm, self.arguments.decoder)
+        lm, (_, _, found) = self.lm, request.read(self.lm, self.default)
         state = found.state(request.before)
         masked = state == lm.mask_id
 
@@ -187,7 +201,7 @@ class Service:
         """The page of ``unmask view`` for decodes that were made here: a forward pass a step."""
         panels, prompts = [], []
         for asked in request.panels:
-            prompt, decoder, found = asked.read(self.lm, self.arguments.decoder)
+            prompt, decoder, found = asked.read(self.lm, self.default)
             candidates = []
             for step in top_candidates_per_step(self.lm, found, 5):
                 candidates.append(step)
@@ -244,7 +258,7 @@ class Service:
             "mask_id": lm.mask_id,
             "glyph_width": median(len(token_glyph(lm, i)) for i in range(0, size, 1 + size // 1000)),
             "max_new_tokens": a.max_new_tokens,
-            "default_decoder": a.decoder or "semi-ar",
+            "default_decoder": self.default.name,
             "decoders": dict(PRESETS),
             "fields": [parameter(f) for f in fields(Decoder) if f.name not in ("name", "max_new_tokens")],
             "examples": examples,

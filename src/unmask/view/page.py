@@ -115,11 +115,11 @@ def page_data(lm: MaskedLM, prompt: str, panels: Sequence[Panel]) -> dict[str, A
         "vocabulary": {"ids": ids.tolist(), "texts": [token_glyph(lm, t) for t in ids.tolist()]},
         "ends": {i: token_name(lm, t) for i, t in enumerate(ids.tolist()) if t in lm.end_ids},
         "wide": len(ids) > 2**16,
-        "panels": [_panel_data(panel, ids) for panel in panels],
+        "panels": [_panel_data(lm, panel, ids) for panel in panels],
     }
 
 
-def _panel_data(panel: Panel, ids: Tensor) -> dict[str, Any]:
+def _panel_data(lm: MaskedLM, panel: Panel, ids: Tensor) -> dict[str, Any]:
     def base64_of(values: Tensor, kind: str) -> str:
         return base64.b64encode(values.numpy().astype(kind).tobytes()).decode()
 
@@ -136,7 +136,7 @@ def _panel_data(panel: Panel, ids: Tensor) -> dict[str, Any]:
         "recorded": panel.recorded,
         "step": step.tolist(),
         "logprob": [round(v, 6) for v in trajectory.logprob[0].tolist()],
-        "horizon": horizons(panel.decoder, trajectory),
+        "horizon": horizons(lm, panel.decoder, trajectory),
         "candidates": top.shape[1],
         "token": torch.searchsorted(ids, trajectory.tokens[0].cpu()).tolist(),
         "top": base64_of(torch.searchsorted(ids, top), "<u4" if len(ids) > 2**16 else "<u2"),
@@ -144,10 +144,13 @@ def _panel_data(panel: Panel, ids: Tensor) -> dict[str, Any]:
     }
 
 
-def horizons(decoder: Decoder, trajectory: Trajectory) -> list[int]:
+def horizons(lm: MaskedLM, decoder: Decoder, trajectory: Trajectory) -> list[int]:
     """Before each step of a trajectory of one row: the columns below it were open to commits."""
     plan, counts = decoder.plan, trajectory.step[trajectory.step >= 0].bincount(minlength=trajectory.steps)
-    return [plan.horizon[bisect_right(plan.done, done)] for done in (counts.cumsum(0) - counts).tolist()]
+    # a model's own blocks are counted from the prompt's first token
+    before = 0 if lm.block_length is None else int(trajectory.prompt_mask.sum()) % lm.block_length
+    steps = [bisect_right(plan.done, done + before) for done in (counts.cumsum(0) - counts).tolist()]
+    return [plan.horizon[s] - before if s < plan.steps else plan.length for s in steps]
 
 
 def render(data: dict[str, Any]) -> str:
