@@ -242,8 +242,10 @@ def test_block_causal_models_keep_their_exact_cache() -> None:
 
         with ThreadPoolExecutor(8) as pool:
             texts = list(pool.map(ask, range(12)))
+        template = "a <|mask:5|> b and then something long <|mask:13|> c"
+        filled = api.completions.create(model="toy", prompt=template)
     own = lm.text(lm.generate(CHAT, "semi-ar", max_new_tokens=32).trajectory.tokens[:, :30])
-    assert texts == own * 3
+    assert texts == own * 3 and filled.choices[0].text == lm.generate(template).texts[0]
 
 
 def test_drafts_of_a_block_model_say_what_was_open() -> None:

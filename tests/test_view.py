@@ -177,7 +177,8 @@ def made_up(length: int, vocabulary: int) -> tuple[MaskedLM, Panel]:
     trajectory = Trajectory(prompt, prompt == 0, ids, step, -torch.rand(1, length), 2, decoder.config())
     draws = [torch.randint(3, vocabulary, (n, 5), generator=generator) for n in range(length, 0, -1)]
     tokenizer = SimpleNamespace(decode=lambda ids: f"word{ids[0]}", convert_ids_to_tokens=str)
-    lm: Any = SimpleNamespace(name="made up", weights="none", mask_id=2, end_ids=(0, 1), tokenizer=tokenizer)
+    ids_of = {"mask_id": 2, "end_ids": (0, 1), "block_length": None}
+    lm: Any = SimpleNamespace(name="made up", weights="none", tokenizer=tokenizer, **ids_of)
     candidates = [(d, torch.rand(d.shape, generator=generator)) for d in draws]
     return lm, Panel(decoder, trajectory, candidates, "", None, None)
 

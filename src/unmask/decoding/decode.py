@@ -348,9 +348,6 @@ def start(
     length = decoder.max_new_tokens
     if canvas is None:
         canvas = torch.full((len(prompt), length), lm.mask_id, device=prompt.device)
-    elif ((masks := (canvas == lm.mask_id).sum(1)) != length).any():
-        fills = f"decoder {decoder.name!r} fills {length}"
-        raise UserError(f"a template has {masks.tolist()} masks, but {fills}: set max_new_tokens")
     elif decoder.cache in APPROXIMATE and canvas.shape[1] > length:
         raise UserError(f"cache={decoder.cache} needs a canvas without fixed tokens: set cache=none for a template")
     numbers = range(len(prompt)) if numbers is None else numbers
@@ -402,6 +399,10 @@ def decode(
     """
     if streamer is not None and len(prompt) != 1:
         raise UserError(f"a streamer shows one row, not {len(prompt)}: decode one prompt at a time")
+    length = decoder.max_new_tokens
+    if canvas is not None and ((masks := (canvas == lm.mask_id).sum(1)) != length).any():
+        fills = f"decoder {decoder.name!r} fills {length}"
+        raise UserError(f"a template has {masks.tolist()} masks, but {fills}: set max_new_tokens")
     decoder = decoder.within(lm.block_length)
     rows = start(lm, prompt, prompt_mask, decoder, _seeds(decoder, len(prompt), seeds), canvas)
     loop = DecodingLoop(lm, decoder, early_stop)
