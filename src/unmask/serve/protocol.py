@@ -273,9 +273,8 @@ class Response:
     def whole(self, found: Sequence[Done]) -> dict[str, Any]:
         """The response to a request without a stream."""
         choices = [self.finished(i, done, done.text, "message") for i, done in enumerate(found)]
-        return {**self.head, "object": "chat.completion" if self.chat else "text_completion", "choices": choices} | {
-            "usage": self.usage
-        }
+        kind = "chat.completion" if self.chat else "text_completion"
+        return {**self.head, "object": kind, "choices": choices, "usage": self.usage}
 
     def chunk(self, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         """A part of a stream."""
@@ -304,8 +303,8 @@ class Response:
         """Columns of the canvas that the text shows and a step committed; of a template, those of its gaps."""
         completion, tokens = self.completions[index], done.trajectory.tokens[:, : self.completions[index].limit]
         if completion.row.canvas:
-            ids, ends, mask = tokens[0].tolist(), self.lm.end_ids, self.lm.mask_id
-            return [i for i, own in enumerate(completion.row.canvas) if own == mask and ids[i] not in ends]
+            ids, mask, unseen = tokens[0].tolist(), self.lm.mask_id, (self.lm.mask_id, *self.lm.end_ids)
+            return [i for i, own in enumerate(completion.row.canvas) if own == mask and ids[i] not in unseen]
         found, decode = tokens[0, : int(self.lm.lengths(tokens))].tolist(), self.lm.tokenizer.decode
         if not completion.stop:
             return [*range(len(found))]
