@@ -37,13 +37,17 @@ def tiny_lm() -> MaskedLM:
     return load("tiny")
 
 
-@pytest.fixture(scope="session")
-def ending_lm() -> MaskedLM:
+def toy_that_ends(factor: float) -> MaskedLM:
     """A toy model that likes to end: EOS and EoT are among its candidates."""
     lm = toy()
     with torch.no_grad():
-        lm.model.get_output_embeddings().weight[list(lm.end_ids)] *= 3
+        lm.model.get_output_embeddings().weight[list(lm.end_ids)] *= factor
     return lm
+
+
+@pytest.fixture(scope="session")
+def ending_lm() -> MaskedLM:
+    return toy_that_ends(3)
 
 
 def logits_at(lm: MaskedLM, ids: Tensor, mask: Tensor | None, positions: Tensor) -> Tensor:

@@ -22,9 +22,8 @@ from typing import Any
 
 import openai
 import pytest
-import torch
 
-from conftest import PROMPTS, toy
+from conftest import PROMPTS, toy, toy_that_ends
 from serving import client, fetch, send_and_leave, serving
 from unmask.cli import main
 from unmask.decoding import make_decoder
@@ -55,10 +54,7 @@ SPECS += [
 @pytest.fixture(scope="module")
 def lm() -> MaskedLM:
     """A toy whose texts end sooner or later."""
-    lm = toy()
-    with torch.no_grad():
-        lm.model.get_output_embeddings().weight[list(lm.end_ids)] *= 1.6
-    return lm
+    return toy_that_ends(1.6)
 
 
 @pytest.fixture(scope="module")

@@ -171,6 +171,12 @@ class Decoder:
         """Whether it draws random numbers, so that a row's seed matters."""
         return self.temperature > 0 or Confidence.of(self.confidence).noisy
 
+    def check_draws(self, count: int, name: str) -> None:
+        """Raises UserError where several completions of a prompt, the setting ``name``, would all be equal."""
+        if count > 1 and not self.is_random:
+            equal = f"decoder {self.name!r} draws no random numbers, so all would be equal"
+            raise UserError(f"{name} is {count}, but {equal}: set a temperature")
+
     @property
     def copies(self) -> int:
         """Rows of a forward pass that one sequence takes: guidance adds one."""

@@ -121,9 +121,7 @@ def generate(
         numbers = list(group)
         some = [rows[i] for i in numbers]
         chosen = some[0].make_decoder(lm, decoder, max_new_tokens)
-        if num_return_sequences > 1 and not chosen.is_random:
-            equal = f"decoder {chosen.name!r} draws no random numbers, so all would be equal"
-            raise UserError(f"num_return_sequences is {num_return_sequences}, but {equal}: set a temperature")
+        chosen.check_draws(num_return_sequences, "num_return_sequences")
         for taken, part in _decode(lm, some, chosen, seed + torch.tensor(numbers), batch_size, streamer):
             found |= {numbers[n]: part.take(torch.tensor([i])) for i, n in enumerate(taken)}
     ordered = [found[i] for i in range(len(rows))]

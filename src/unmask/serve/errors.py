@@ -10,7 +10,7 @@ from unmask.errors import UserError
 from unmask.serve.engine import DeadlineExceeded, QueueFull, Stopping
 
 # What a message of the library calls by its own name.
-API_NAMES = {"--max-new-tokens": "max_tokens", "num_return_sequences": "n"}
+API_NAMES = {"--max-new-tokens": "max_tokens"}
 
 
 def error_body(status: int, message: str, param: str | None = None) -> dict[str, Any]:

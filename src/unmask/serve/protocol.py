@@ -86,9 +86,7 @@ class Options(Strict):
         decoder = fit_decoder(lm, row, self.decoder, default, limit or default.canvas)
         changes = {key: value for key in ("temperature", "top_p") if (value := getattr(self, key)) is not None}
         decoder = decoder.replace(**changes)
-        if self.n > 1 and not decoder.is_random:
-            equal = f"decoder {decoder.name!r} draws no random numbers, so all would be equal"
-            raise UserError(f"n is {self.n}, but {equal}: set a temperature")
+        decoder.check_draws(self.n, "n")
         return decoder, limit if limit and not row.canvas and limit < decoder.max_new_tokens else None
 
     @property
