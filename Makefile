@@ -104,7 +104,7 @@ few: teachers
 	done; done
 
 # The studies of docs/results.md and docs/results-rl.md: hours; each goes on where it was stopped.
-STUDIES ?= decoders ascending gamma lengths objectives variants
+STUDIES ?= decoders ascending gamma lengths order objectives variants
 study: $(READY)
 	for study in $(STUDIES); do $(BIN)/python -m benchmarks study configs/study/$$study.yaml --jobs 2 || exit 1; done
 
