@@ -23,3 +23,9 @@ def is_launched() -> bool:
 def local_rank() -> int:
     """The rank among the processes of this machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def sharding_engine() -> str | None:
+    """FSDP or DeepSpeed, where ``accelerate launch`` (or TrainingArguments) chose one of them."""
+    chosen = [e for e in ("FSDP", "DeepSpeed") if os.environ.get(f"ACCELERATE_USE_{e.upper()}", "").lower() == "true"]
+    return chosen[0] if chosen else None

@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import BaseModelOutput, MaskedLMOutput
+
+from unmask.models.head import run_gathered
 
 FLEX = "flex_attention_in_blocks"
 """The attention whose [noisy | clean] passes go through FlexAttention, which skips the blocks of columns that no token sees;
@@ -200,8 +203,10 @@ class HeadAtPositions:
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of any batch of hidden states. (..., d) -> (..., vocabulary)."""
-        output: Tensor = self.get_output_embeddings()(hidden)  # called as a module, so that FSDP gathers its weight
-        return output
+        output: Any = self.get_output_embeddings()
+        kind: Any = type(output)
+        run = kind.forward if isinstance(output, FSDPModule) else kind.__call__  # FSDP's hooks run in ``run_gathered``
+        return run(output, hidden)  # type: ignore[no-any-return]
 
     def forward(
         self,
@@ -221,7 +226,7 @@ class HeadAtPositions:
             positions: where to apply the head: a bool mask (B, T), or int64 indexes (N,) into the flattened rows; either
                 gives logits (N, V), None gives (B, T, V).
             fn: called with (hidden states at ``positions``, output embedding, head) in place of the head; its result is
-                returned as the logits. (Inside the forward pass, where a sharded model has its weights together.)
+                returned as the logits. (Inside the head's forward pass, where FSDP has its weight together.)
             cache: keys and values to fill (a new one), or to use with a window.
             window: (1 or B, W) int64, the columns to compute, side by side; all others come from the cache. T is then the
                 window's width for ``positions`` and the result.
@@ -240,7 +245,11 @@ class HeadAtPositions:
             hidden = hidden[where] if where.dtype == torch.bool else hidden.flatten(0, 1)[where]
         output = self.get_output_embeddings()
         hidden = hidden.to(hidden.device if output.weight.is_meta else output.weight.device)  # type: ignore[union-attr, arg-type]
-        return MaskedLMOutput(logits=self.head(hidden) if fn is None else fn(hidden, output, self.head))
+
+        def read(hidden: Tensor) -> Any:
+            return self.head(hidden) if fn is None else fn(hidden, output, self.head)
+
+        return MaskedLMOutput(logits=run_gathered(output, read, hidden))
 
     def hidden_positions(
         self,

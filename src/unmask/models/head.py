@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 BUCKET = 64  # tokens; every piece but the last is a multiple of it
@@ -25,8 +26,8 @@ GPU_CHUNK = (8192, 2**27)  # elsewhere: few, large kernels
 class Head:
     """Logits of hidden states at temperature 1; the mask token's probability is 0.
 
-    A linear head without bias is applied piece by piece. One of another kind (adapted, quantized, sharded) is a black box:
-    it is called once, for the whole vocabulary.
+    A linear head without bias is applied piece by piece. One of another kind (adapted, quantized) is a black box: it is called
+    once, for the whole vocabulary.
     """
 
     apply: Callable[[Tensor], Tensor]  # hidden states (N, d) to logits (N, V)
@@ -37,7 +38,8 @@ class Head:
     def of(cls, module: nn.Module, apply: Callable[[Tensor], Tensor], mask_id: int) -> Head:
         """The head of a model: its output embedding, and the function that applies it."""
         weight: Any = getattr(module, "weight", None)
-        plain = type(module) in (nn.Linear, nn.Embedding) and getattr(module, "bias", None) is None
+        kind = type(module).__bases__[1] if isinstance(module, FSDPModule) else type(module)
+        plain = kind in (nn.Linear, nn.Embedding) and getattr(module, "bias", None) is None
         here = type(weight) is nn.Parameter and weight.is_floating_point() and weight.dim() == 2 and not weight.is_meta
         return cls(apply, mask_id, weight if plain and here else None)
 
@@ -75,6 +77,17 @@ class Head:
         found = torch.cat(parts) if parts else hidden.new_zeros(0, BUCKET)
         found = found.to(torch.promote_types(found.dtype, torch.float32))
         return found.masked_fill((token >= len(self.weight)) | (token == self.mask_id), -torch.inf)
+
+
+def run_gathered(module: nn.Module, fn: Callable[[Tensor], Any], hidden: Tensor) -> Any:
+    """``fn(hidden)`` where the module's weight is whole: with FSDP, as if it were the module's own forward pass."""
+    if not isinstance(module, FSDPModule):
+        return fn(hidden)
+    module.forward = fn  # type: ignore[attr-defined]  # the hooks around it gather the weight and reduce its gradient
+    try:
+        return module(hidden)  # type: ignore[operator]
+    finally:
+        del module.forward
 
 
 def _sizes(rows: Tensor) -> tuple[int, int]:

@@ -55,7 +55,7 @@ class Rollout:
         if not file.is_file():
             raise UserError(f"{folder} has no rollout of process {rank}: resume with as many processes as before")
         trajectory = Trajectory.load(folder / f"trajectory-{rank}.safetensors").to(device)
-        return cls(trajectory, **load_file(file, device=str(device)))
+        return cls(trajectory, **{k: v.to(device) for k, v in load_file(file).items()})
 
 
 def rollout_batches(

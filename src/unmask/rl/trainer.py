@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
@@ -79,6 +80,8 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
             self.reference_model = copy.deepcopy(lm.model).eval().requires_grad_(False).to(arguments.device)
             if args.compile:
                 self.reference_model.base_model.compile()  # a copy is not compiled
+            if self.is_fsdp_enabled:
+                fsdp2_prepare_model(self.accelerator, self.reference_model)  # in place
         self.rollout: Rollout | None = None
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:

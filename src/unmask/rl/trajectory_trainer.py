@@ -88,7 +88,7 @@ class TrajectoryTrainer(RunTrainer):
         training = model.training
         model.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.compute_loss_context_manager():
                 yield replace(self.lm, model=model)
         finally:
             model.train(training)
@@ -128,7 +128,11 @@ class TrajectoryTrainer(RunTrainer):
         for number, microbatch in enumerate(microbatches):
             last = number == len(microbatches) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed reads it in backward
-            with nullcontext() if last else self.accelerator.no_sync(model), self.compute_loss_context_manager():
+            synchronizes = last or self.is_fsdp_enabled  # without, the whole gradient would be on every rank
+            with (
+                nullcontext() if synchronizes else self.accelerator.no_sync(model),
+                self.compute_loss_context_manager(),
+            ):
                 yield microbatch
 
     # ---- logging ---------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from unmask.errors import UserError
+from unmask.io.launcher import sharding_engine
 from unmask.models.head import Head, score_tokens
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.scratch import new_model
@@ -58,6 +59,13 @@ class SFTTrainer(RunTrainer):
     ) -> None:
         config = args.resolved()
         arguments = training_arguments(config, dataloader_drop_last=True)
+        notices = []
+        if config.optimizer == "muon" and (engine := sharding_engine()) is not None:
+            cuts = f"muon works on whole matrices, which {engine} cuts"
+            if args.optimizer == "muon":
+                raise UserError(f"optimizer is muon, and {cuts}: set it to adamw, or use DDP")
+            config = replace(config, optimizer="adamw")
+            notices.append(f"unmask: trains with AdamW: {cuts}")
         lm = prepare_model(model, config, processing_class, dynamic=False)
         if config.block_length is not None:
             lm.model.config.block_length = config.block_length
@@ -75,7 +83,8 @@ class SFTTrainer(RunTrainer):
         self.config = replace(config, model=base, warmup_steps=int(arguments.warmup_steps))
         if data.collate.prompt_width == 0:
             self.config = replace(self.config, max_length=data.collate.width)
-        self.canvases, self.notice, self.prompt_width = data.canvases, data.notice, data.collate.prompt_width
+        self.canvases, self.prompt_width = data.canvases, data.collate.prompt_width
+        self.notice = "\n".join([*notices, *filter(None, [data.notice])])
         self._noise, self._noise_step = torch.Generator(), -1
         super().__init__(lm, arguments, data.training, data.validation, data.collate, callbacks)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import IntervalStrategy, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from unmask.errors import UserError, unknown
@@ -101,6 +102,21 @@ class RunTrainer(Trainer):
         data: dict[str, Any] = {"train_dataset": train_dataset, "eval_dataset": eval_dataset, "data_collator": collate}
         with writing_to(str(args.output_dir), "output_dir"):  # the Trainer makes its folder
             super().__init__(lm.model, args, processing_class=lm.tokenizer, callbacks=callbacks, **data)
+        if self.is_fsdp_enabled:
+            if not self.accelerator.is_fsdp2:
+                raise UserError("FSDP of version 1 is not supported: set fsdp_version to 2")
+            if lm.model.get_output_embeddings() is lm.model.get_input_embeddings():
+                raise UserError(f"the embedding of {lm.name} is its head too, which FSDP cannot shard: use DDP")
+            # Every pass reduces its gradient, which would else be whole on every rank. Weights are gathered in bfloat16, but
+            # gradients are summed in float32, and log-probabilities stay float32 (accelerate rounds both to bfloat16).
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+            gathered = torch.bfloat16 if args.bf16 else None
+            policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[None]:
+        """Autocast for FSDP: accelerate puts it into the forward pass of other engines alone."""
+        return self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext()
 
     def inputs(self) -> dict[str, str]:
         """Fingerprints of what the run starts from, so that it cannot resume with anything else."""
