@@ -1,4 +1,4 @@
-# Every word does its own set-up; a machine with Python 3.10+, pip and git is enough.
+# Every word does its own set-up; a machine with Python 3.11+, pip and git is enough.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

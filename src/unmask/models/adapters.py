@@ -71,7 +71,7 @@ def add_adapter(lm: MaskedLM, config: Any, seed: int) -> MaskedLM:
         if isinstance(config.target_modules, str):
             config.target_parameters = [*experts_of(lm.model, config.target_modules)] or config.target_parameters
         warnings.simplefilter("ignore")  # of tied weights, which merging unties
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # that of the CPU, which the fork restores
         model: Any = get_peft_model(lm.model, config)
     base = Path(lm.name)
     whole = base.exists() and lm.name not in SHIPPED

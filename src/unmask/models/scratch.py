@@ -53,6 +53,6 @@ def new_model(shape: dict[str, Any], seed: int) -> tuple[LLaDAModelLM, PreTraine
     except (ValueError, ArithmeticError, StrictDataclassError) as error:
         raise UserError(f"new_model is no LLaDA shape: {' '.join(str(error).split())}") from None
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # that of the CPU, which the fork restores
         model = LLaDAModelLM(config)
     return model, tokenizer
