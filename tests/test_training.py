@@ -158,6 +158,17 @@ def test_what_is_left_open_suits_the_run(given: Any, expected: Any, tmp_path: Pa
     assert SFTTrainer(model, found).config == found  # what is written is the same run
 
 
+def test_muon_is_not_for_engines_that_cut_matrices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="which FSDP cuts: set it to adamw"):
+        SFTTrainer(toy(), config(tmp_path, optimizer="muon"))
+    trainer = SFTTrainer(toy(), config(tmp_path))
+    assert trainer.config.optimizer == "adamw" and "trains with AdamW" in trainer.notice
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    trainer = SFTTrainer(toy(), config(tmp_path))
+    assert trainer.config.optimizer == "muon" and not trainer.notice
+
+
 @pytest.mark.parametrize("warmup", [1, 2])
 def test_a_run_that_ends_in_its_warm_up_says_so(warmup: int, tmp_path: Path, toy_folder: str, capsys: Any) -> None:
     run = {"model": toy_folder, "warmup_steps": warmup, "max_steps": 2}
