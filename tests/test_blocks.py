@@ -181,7 +181,7 @@ def test_parallel_replay_is_sequential_replay(block_lm: MaskedLM, spec: str) -> 
     sequential = gradient(block_lm, loss)
     views = list(OBJECTIVES["cj"].views(found.by_block(B), SEEDS, 0))
     assert len(views) <= B < found.steps
-    logprob, _, row, column = score_rows(block_lm, found, ViewRows.of(views))
+    logprob, _, _, row, column = score_rows(block_lm, found, ViewRows.of(views))
     assert len(row) == found.tokens.numel()
     assert torch.allclose(logprob, found.logprob[row, column], atol=2e-5)
     parallel = gradient(block_lm, (logprob * coefficient[row, column]).sum())

@@ -225,7 +225,7 @@ def direct_gradient(t: Any, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients with all views in one graph."""
     views, rollout, active = t.views(t.rollout, iteration), t.rollout, t.rollout.active
     table = ViewRows.of(views)
-    logprob, _, row, column = score_rows(t.lm, rollout.trajectory, table)
+    logprob, _, _, row, column = score_rows(t.lm, rollout.trajectory, table)
     view = table.view[table.scored.nonzero()[:, 0]]
     new = torch.zeros(len(views), *rollout.trajectory.tokens.shape, dtype=logprob.dtype).index_put(
         (view, row, column), logprob

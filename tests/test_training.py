@@ -59,7 +59,8 @@ def test_times_are_stratified() -> None:
 def test_corruption_masks_only_what_it_may_at_rate_t() -> None:
     ids = torch.randint(10, 50, (400, 200), generator=torch.Generator().manual_seed(0))
     maskable = torch.arange(200)[None].expand(400, -1) >= 50
-    noisy, masked = corrupt(ids, torch.full((400, 1), 0.3), maskable, 7, torch.Generator().manual_seed(1))
+    noise = torch.rand(ids.shape, generator=torch.Generator().manual_seed(1))
+    noisy, masked = corrupt(ids, torch.full((400, 1), 0.3), noise, maskable, 7)
     assert not masked[:, :50].any()
     assert torch.equal(noisy == 7, masked) and torch.equal(noisy[~masked], ids[~masked])
     assert abs(float(masked[:, 50:].float().mean()) - 0.3) < 0.01

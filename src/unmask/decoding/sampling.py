@@ -95,7 +95,7 @@ def candidates(
         read = _Vocabulary(head, h, entropy, end_ids, temperature)
         likely = read.candidates
         if top_p < 1:
-            drawn, logit = _draw_nucleus(head, h, temperature, top_p, u)
+            drawn, logit = _draw_nucleus(head, h, read.size, temperature, top_p, u)
         else:
             drawn, logit = _draw(head, h, read, temperature, u)
         logprob = torch.where(drawn == likely.tokens, read.logprob, logit - read.top + read.logprob)
@@ -110,6 +110,7 @@ class _Vocabulary:
     ``candidates``: the most likely tokens; ``top``, ``logprob`` (N,): their logits and log-probabilities, float64. ``share``
     (N, pieces): what brings a piece's sums to the scale of the largest logit of all. With a temperature, ``buckets``: a
     piece's sums over 64 neighbors of exp((logit - the piece's top) / temperature), and ``whole``: all logits of one piece.
+    ``size``: tokens of the vocabulary.
     """
 
     def __init__(
@@ -131,10 +132,9 @@ class _Vocabulary:
         lead = [hidden.new_zeros(len(hidden), dtype=torch.float64) for _ in range(5)]
         largest, token, piece, rest, second = lead
         largest.fill_(-torch.inf)
-        size, more = (
-            0,
-            None if also is None else torch.full(also.shape, -torch.inf, dtype=torch.float64, device=also.device),
-        )
+        size, more = 0, None
+        if also is not None:
+            more = torch.full(also.shape, -torch.inf, dtype=torch.float64, device=also.device)
         for number, (a, logits) in enumerate(head.pieces(hidden)):
             size = a + logits.shape[1]
             if temperature is not None and number == 0 and (head.weight is None or size == len(head.weight)):
@@ -153,8 +153,9 @@ class _Vocabulary:
                 self.buckets.append(_bucket_sums(weight))
             masses.append((self.buckets[-1] if temperature == 1 else weight).sum(1))
             tops.append(top)
-            if end_ids:
-                ends.append(weight[:, [i - a for i in end_ids if a <= i < size]].double().sum(1))
+            if end_ids:  # (a list as index would be copied to the device in every step)
+                none = weight.new_zeros(len(weight), dtype=torch.float64)
+                ends.append(sum((weight[:, i - a].double() for i in end_ids if a <= i < size), none))
             # A later piece leads in few rows. Looking which ones would make another device wait, so there all are done.
             better = ~(top <= largest)  # so that a NaN shows
             rows = better.nonzero()[:, 0] if number and hidden.device.type == "cpu" else every
@@ -164,6 +165,7 @@ class _Vocabulary:
             found = (top[rows], at[:, 0] + a, torch.full_like(rows, number), own.sum(1), own.amax(1))
             for old, new in zip(lead, found, strict=True):
                 old[rows] = torch.where(better[rows], new.double(), old[rows])
+        self.size = size
         self.share, self.top = rescale(tops)
         mass, home = torch.stack(masses, 1), piece.long()[:, None]
         rest = rest + (self.share * mass).scatter(1, home, 0.0).sum(1)  # odds against the most likely token
@@ -220,10 +222,11 @@ def _draw(head: Head, hidden: Tensor, read: _Vocabulary, temperature: float, noi
     return (bucket * BUCKET + at)[:, 0], logits.gather(1, at)[:, 0]
 
 
-def _draw_nucleus(head: Head, hidden: Tensor, temperature: float, top_p: float, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """A token (N,) among the nucleus of each row, and its logit."""
-    found = []
-    rows = max(1, NUCLEUS // sum(x.shape[1] for _, x in head.pieces(hidden[:1])))  # sorted at a time
+def _draw_nucleus(
+    head: Head, hidden: Tensor, size: int, temperature: float, top_p: float, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A token (N,) among the nucleus of each row, and its logit. size: tokens of the vocabulary."""
+    found, rows = [], max(1, NUCLEUS // size)  # sorted at a time
     for h, n in zip(hidden.split(rows), noise.split(rows), strict=True):
         logits = torch.cat([x.clone() for _, x in head.pieces(h)], 1).double()
         ordered = logits.sort(dim=1, descending=True, stable=True)

@@ -30,7 +30,7 @@ from unmask.rl.config import DistillConfig
 from unmask.rl.data import Data, task_data
 from unmask.rl.objectives import View, ViewRows
 from unmask.rl.rewards import Row, score
-from unmask.rl.rollout import rollout_seeds, score_rows
+from unmask.rl.rollout import encode_chunks, rollout_seeds, score_rows
 from unmask.rl.run_log import RunLog
 from unmask.rl.trajectory_trainer import TrajectoryTrainer, trajectory_arguments
 from unmask.tasks import Problem, Task, make_task
@@ -105,19 +105,17 @@ class GuidedLoop(DecodingLoop):
 
 
 def student_trajectory(
-    lm: MaskedLM, prompts: Sequence[str], loop: GuidedLoop, seeds: Tensor, rows_per_forward: int, width: int = 0
+    lm: MaskedLM, prompts: Sequence[str], loop: GuidedLoop, seeds: Tensor, rows_per_forward: int, widest: int = 0
 ) -> Trajectory:
-    """The guided decode of prompts (padded to ``width`` at least), at most ``rows_per_forward`` rows at a time, in their order.
+    """The guided decode of prompts, at most ``rows_per_forward`` rows at a time, in their order. widest: see ``padded_width``.
 
     ``logprob`` is that of the student's own candidates.
     """
     length, parts = loop.decoder.plan.length, []
-    ids, mask = lm.encode(prompts, length, width)
-    canvas = torch.full((len(ids), length), lm.mask_id, device=ids.device)
-    for numbers in torch.arange(len(ids)).split(rows_per_forward):
-        prompt, visible, blank = (x[numbers.to(x.device)] for x in (ids, mask, canvas))
-        rows = Canvases.new(prompt, visible, blank, lm.mask_id, seeds[numbers].to(ids.device), numbers.tolist())
-        parts += list(loop.run(rows))
+    for chunk, ids, mask in encode_chunks(lm, prompts, length, rows_per_forward, widest):
+        blank = torch.full((len(ids), length), lm.mask_id, device=ids.device)
+        numbers = range(len(prompts))[chunk]
+        parts += list(loop.run(Canvases.new(ids, mask, blank, lm.mask_id, seeds[chunk].to(ids.device), numbers)))
     order = torch.tensor([number for part in parts for number in part.numbers]).argsort()
     return Trajectory.cat([part.trajectory(lm.mask_id, loop.decoder.config()) for part in parts]).take(order)
 
@@ -277,7 +275,7 @@ class DistillTrainer(TrajectoryTrainer):
             teacher = Teacher.of(inputs, student.device)
             loop = GuidedLoop(student, self.decoder, teacher, config.own_tokens, config.order == "teacher")
             prompts = [row["prompt"] for row in inputs]
-            trajectory = student_trajectory(student, prompts, loop, seeds, config.rows_per_forward, self.prompt_width)
+            trajectory = student_trajectory(student, prompts, loop, seeds, config.rows_per_forward, self.widest)
         decoded = time.perf_counter()
         views, weights = state_views(trajectory.by_block(self.lm.block_length), config.masked_weight)
         rows, weight = ViewRows.of(views), torch.cat(weights) / len(inputs)
@@ -285,9 +283,9 @@ class DistillTrainer(TrajectoryTrainer):
         loss_of = LOSSES[config.loss]
         for part, counted in self.forward_passes(model, self.microbatches(rows)):
             taken = rows.take(part)
-            logprob, _, row, column = score_rows(student, trajectory, taken, teacher.tokens)
+            logprob, _, at, row, column = score_rows(student, trajectory, taken, teacher.tokens, self.widest)
             losses = loss_of(logprob, teacher.logprobs[row, column])
-            loss = (weight[part][taken.scored] * counted * losses).sum()
+            loss = (weight[part][at, column] * counted * losses).sum()
             total = total + loss.detach()
             self.accelerator.backward(loss)
         self.check_finite(total)

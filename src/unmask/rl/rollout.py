@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -84,38 +85,76 @@ def rollout_seeds(seed: int, rollout: int, first_row: int, rows: int) -> tuple[T
     return base, base + 1
 
 
+def padded_width(longest: int, widest: int) -> int:
+    """Columns for prompts of at most ``longest`` tokens.
+
+    widest: 0, or of a compiled model, which is to see few shapes, the longest of all prompts: then a multiple of 64, or that.
+    """
+    return longest if not widest else max(longest, min(widest, -(-longest // 64) * 64))
+
+
+def encode_chunks(
+    lm: MaskedLM, prompts: Sequence[str], canvas: int, size: int, widest: int = 0
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """``MaskedLM.encode`` of ``size`` prompts at a time, as wide as these ask, behind which of the prompts they are."""
+    for chunk in (slice(a, a + size) for a in range(0, len(prompts), size)):
+        ids, mask = lm.encode(prompts[chunk], canvas, widest)
+        width = padded_width(int(mask.sum(1).max()), widest)
+        yield chunk, ids[:, -width:], mask[:, -width:]
+
+
 def sample_trajectory(
-    lm: MaskedLM, prompts: list[str], decoder: Decoder, seeds: Tensor, rows_per_forward: int, width: int = 0
+    lm: MaskedLM, prompts: Sequence[str], decoder: Decoder, seeds: Tensor, rows_per_forward: int, widest: int = 0
 ) -> Trajectory:
-    """Decode prompts of any lengths (padded to ``width`` at least), at most ``rows_per_forward`` rows at a time."""
-    ids, mask = lm.encode(prompts, decoder.max_new_tokens, width)
-    seeds = seeds.to(ids.device)
-    chunks = zip(*(x.split(rows_per_forward) for x in (ids, mask, seeds)), strict=True)
-    return Trajectory.cat([decode(lm, i, m, decoder, seeds=s) for i, m, s in chunks])
+    """Decode prompts of any lengths, at most ``rows_per_forward`` rows at a time. widest: see ``padded_width``."""
+    chunks = encode_chunks(lm, prompts, decoder.max_new_tokens, rows_per_forward, widest)
+    return Trajectory.cat([decode(lm, ids, mask, decoder, seeds=seeds[rows]) for rows, ids, mask in chunks])
+
+
+class Scored(NamedTuple):
+    """What a forward pass over view rows found, (N,) each, row by row."""
+
+    logprob: Tensor
+    """Of the scored tokens, with gradient."""
+    entropy: Tensor
+    at: Tensor
+    """Which of the view rows."""
+    row: Tensor
+    """Which of the trajectory's rows."""
+    column: Tensor
+    """Of the canvas."""
 
 
 def score_rows(
-    policy: MaskedLM, trajectory: Trajectory, rows: ViewRows, targets: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One forward pass: log-probabilities (with gradient), entropies, rows and columns of the scored tokens, (N,) each.
+    policy: MaskedLM, trajectory: Trajectory, rows: ViewRows, targets: Tensor | None = None, widest: int = 0
+) -> Scored:
+    """One forward pass, as wide as its longest prompt asks (``padded_width``). The host waits for the device once.
 
     targets: (B, L) int64, the tokens to score; by default the trajectory's own.
     """
-    width, scale = trajectory.prompt.shape[1], trajectory.decoder["cfg_scale"]
-    at, column = rows.scored.nonzero(as_tuple=True)
-    row, where = rows.row[at], (at, column + width)
+    lengths = trajectory.prompt_mask[rows.row].sum(1)
+    longest, shortest, count = torch.stack([lengths.amax(), lengths.amin(), rows.scored.sum()]).tolist()
+    width, scale = padded_width(longest, widest), trajectory.decoder["cfg_scale"]
+    spare = trajectory.prompt.shape[1] - width
+    at, column = torch.nonzero_static(rows.scored, size=count).unbind(1)
+    row, where, ids = rows.row[at], (at, column + width), rows.ids[:, spare:]
     tokens = (trajectory.tokens if targets is None else targets)[row, column]
-    clean = None
+    clean = visible = None
     if policy.block_length is not None:  # each block of a view stands behind the blocks as they were committed
-        clean = torch.cat([rows.ids[:, :width], trajectory.tokens[rows.row]], 1)
-    visible = trajectory.visible[rows.row]
-    found = score_states(policy, rows.ids, visible, where, tokens, prompt=width, w=scale, clean=clean)
-    return *found, row, column
+        clean = torch.cat([ids[:, :width], trajectory.tokens[rows.row]], 1)
+    if shortest < width or widest:  # to a compiled model a pass without mask is another shape
+        visible = trajectory.visible[rows.row, spare:]
+    found = score_states(policy, ids, visible, where, tokens, prompt=width, w=scale, clean=clean)
+    return Scored(*found, at, row, column)
 
 
 @torch.no_grad()
 def score_all(
-    policy: MaskedLM, trajectory: Trajectory, rows: ViewRows, microbatches: Iterable[tuple[Tensor, bool]]
+    policy: MaskedLM,
+    trajectory: Trajectory,
+    rows: ViewRows,
+    microbatches: Iterable[tuple[Tensor, bool]],
+    widest: int = 0,
 ) -> Tensor:
     """Log-probabilities (V, B, L) of the recorded tokens in every view; 0 where it does not score them.
 
@@ -124,8 +163,8 @@ def score_all(
     found = []
     for part, counted in microbatches:
         taken = rows.take(part)
-        logprob, _, row, column = score_rows(policy, trajectory, taken)
-        found.append((counted, taken.view[taken.scored.nonzero()[:, 0]], row, column, logprob))
+        scored = score_rows(policy, trajectory, taken, widest=widest)
+        found.append((counted, taken.view[scored.at], scored.row, scored.column, scored.logprob))
     out = found[0][-1].new_zeros(int(rows.view[-1]) + 1, *trajectory.tokens.shape)
     for counted, view, row, column, logprob in found:
         if counted:

@@ -127,7 +127,7 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
         length, device = self.decoder.plan.length, self.lm.device
         texts = [row[side] for row in rows for side in ("chosen", "rejected")]
         prompts = [row["prompt"] for row in rows for _ in range(2)]
-        ids, mask = self.lm.encode(prompts, length, self.prompt_width)
+        ids, mask = self.lm.encode(prompts, length, self.widest)
         tokens = torch.tensor([text + [self.lm.eos_id] * (length - len(text)) for text in texts], device=device)
         step = torch.zeros_like(tokens, dtype=torch.int16)
         trajectory = Trajectory(ids, mask, tokens, step, step.float(), self.lm.mask_id, self.decoder.config())
@@ -244,7 +244,7 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
         found = []
         for iteration in range(self.config.num_iterations if self.objective.fresh else 1):
             rows = ViewRows.of(self.views(rollout, iteration))
-            each = score_all(policy, rollout.trajectory, rows, self.microbatches(rows, rollout.active))
+            each = score_all(policy, rollout.trajectory, rows, self.microbatches(rows, rollout.active), self.widest)
             found.append(each.sum(0) if self.objective.loss is None else each)  # without, each token is in one view
         return torch.stack(found)
 
@@ -266,19 +266,16 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
         backward pass of gradient · log-probability for each forward pass.
         """
         assert self.objective.loss is not None
-        stored, active, scored = (
-            iteration if self.objective.fresh else 0,
-            rollout.active,
-            torch.stack([v.scored for v in views]),
-        )
+        stored, scored = iteration if self.objective.fresh else 0, torch.stack([v.scored for v in views])
+        active = rollout.active.nonzero()[:, 0]  # numbers: the host waits once, not at every use of a mask
         new = torch.zeros_like(scored, dtype=torch.float32)  # any value serves where the ratio is 1 and there is no KL
         if rollout.old is not None and iteration == 0:
             new = rollout.old[0]
         elif rollout.old is not None or rollout.reference is not None or not self.objective.ratio:
             with self.inference() as policy:
-                new = score_all(policy, rollout.trajectory, ViewRows.of(views), microbatches)
+                new = score_all(policy, rollout.trajectory, ViewRows.of(views), microbatches, self.widest)
         leaf, counted = new[:, active].requires_grad_(), self._counted(rollout.trajectory)
-        ones = torch.ones(len(active), device=active.device)
+        ones = torch.ones(len(rollout.active), device=active.device)
         share = torch.stack([ones if v.share is None else v.share for v in views])
         scores = objectives.Scores(
             leaf,
@@ -293,9 +290,9 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
             self.config.beta,
         )
         losses, *values = self.objective.loss(scores)
-        loss = losses.sum() / len(active)
+        loss = losses.sum() / len(rollout.active)
         gradient = torch.zeros_like(new)
-        if active.any():
+        if len(active):
             gradient[:, active] = torch.autograd.grad(loss, leaf)[0]
         log_ratio, kl = (torch.zeros_like(new[0]) for _ in values)
         for whole, value in zip((log_ratio, kl), values, strict=True):
@@ -318,14 +315,13 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
         policy = replace(self.lm, model=model)
         for part, counted in self.forward_passes(model, microbatches):
             rows = table.take(part)
-            new, entropy, row, column = score_rows(policy, trajectory, rows)
+            new, entropy, at, row, column = score_rows(policy, trajectory, rows, widest=self.widest)
             if self.objective.loss is not None:
                 log_ratio, kl = (x[row, column] for x in joint)
-                view = rows.view[rows.scored.nonzero()[:, 0]]
-                loss = counted * (gradient[view, row, column] * new).sum()
+                loss = counted * (gradient[rows.view[at], row, column] * new).sum()
             else:
                 losses, log_ratio, kl = self._token_losses(rollout, iteration, new, row, column)
-                loss = (weights[part][rows.scored] * counted / len(rollout.active) * losses).sum()
+                loss = (weights[part][at, column] * counted / len(rollout.active) * losses).sum()
                 total = total + loss.detach()
             self.accelerator.backward(loss)
             with torch.no_grad():

@@ -45,7 +45,7 @@ class TrajectoryTrainer(RunTrainer):
     """Batches of prompts, decoding under the policy, forward passes over views, greedy validation.
 
     Attributes:
-        prompts: of an update, on each process. repeats: updates in turn that get the same ones.
+        prompts: of an update, on each process. repeats: updates in turn that get the same ones. widest: see ``padded_width``.
         pending_metrics: join the next log line. completions: of the newest rollout's first group, with their rewards.
     """
 
@@ -62,7 +62,7 @@ class TrajectoryTrainer(RunTrainer):
             decoder = decoder.replace(cache="none")
         self.decoder = decoder.within(lm.block_length)
         widest = data.widest(lm, self.config.max_completion_length)
-        self.prompt_width = widest if self.config.compile else 0
+        self.widest = widest if self.config.compile else 0
         self.pending_metrics: dict[str, float] = {}
         self.completions: list[dict[str, Any]] = []
         if self.config.load_best_model_at_end and not data.validation:
@@ -96,7 +96,7 @@ class TrajectoryTrainer(RunTrainer):
     def _decode(self, rows: list[Row], decoder: Decoder, seeds: Tensor) -> Trajectory:
         prompts, size = [row["prompt"] for row in rows], self.config.rows_per_forward
         with self.inference() as policy:
-            return sample_trajectory(policy, prompts, decoder, seeds, size, self.prompt_width)
+            return sample_trajectory(policy, prompts, decoder, seeds, size, self.widest)
 
     def _score(self, rows: list[Row], trajectory: Trajectory, texts: list[str]) -> Rewards:
         """What the reward functions pay for a trajectory and its texts."""

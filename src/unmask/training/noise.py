@@ -20,17 +20,14 @@ def sample_times(batch: int, generator: torch.Generator, t_min: float = 1e-3) ->
     return t_min + (1 - t_min) * grid[torch.randperm(batch, generator=generator)]
 
 
-def corrupt(
-    ids: Tensor, t: Tensor, maskable: Tensor, mask_id: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
+def corrupt(ids: Tensor, t: Tensor, noise: Tensor, maskable: Tensor, mask_id: int) -> tuple[Tensor, Tensor]:
     """Mask each maskable token with probability ``t``.
 
     Args:
-        ids: (B, T) int64. t: (B, 1) or (B, T) float32. maskable: (B, T) bool.
+        ids: (B, T) int64. t: (B, 1) or (B, T) float32. noise: (B, T) float32, uniform in [0, 1). maskable: (B, T) bool.
 
     Returns:
         The corrupted ids (B, T) and the bool mask (B, T) of what was replaced.
     """
-    draws = torch.rand(ids.shape, generator=generator).to(ids.device)
-    masked = (draws < t.to(ids.device)) & maskable
+    masked = (noise < t) & maskable
     return ids.masked_fill(masked, mask_id), masked

@@ -127,26 +127,28 @@ class SFTTrainer(RunTrainer):
         ids, lengths = inputs["ids"][:, :width], inputs["lengths"]
         visible = inputs["visible"][:, :width] if "visible" in inputs else None
         place = torch.arange(width, device=ids.device)[None] - inputs["starts"][:, None]  # 0 is the first canvas token
-        with_prompt = torch.rand(len(ids), generator=generator) < prompt_masking
-        maskable = ((place >= 0) | with_prompt.to(ids.device)[:, None]) & (lengths <= canvas)[:, None]
+        drawn = [torch.rand(shape, generator=generator) for shape in ((len(ids), 1), ids.shape)]
+        random = torch.cat([*drawn, t], 1).to(ids.device)  # one copy, for the host waits for each
+        with_prompt, noise, times = random.tensor_split([1, 1 + width], 1)
+        maskable = ((place >= 0) | (with_prompt < prompt_masking)) & (lengths <= canvas)[:, None]
         if visible is not None:
             maskable &= visible
-        times, block, how = t.to(ids.device), self.lm.block_length, {}
+        block, how = self.lm.block_length, {}
         if block is not None:
             number = place + inputs["starts"][:, None] if visible is None else visible.long().cumsum(1) - 1
             times, how = times.gather(1, number.clamp(min=0) // block), {"clean": ids}
         times = times.expand(ids.shape)
-        noisy, masked = corrupt(ids, times, maskable, self.lm.mask_id, generator)
+        noisy, masked = corrupt(ids, times, noise, maskable, self.lm.mask_id)
         # Without eos_in_loss the filling is still masked like the rest: seen, it would give the response's length away.
         learned = maskable if self.config.eos_in_loss else maskable & (place < lengths[:, None])
-        masked = masked & learned
-        targets = ids[masked]
+        at = (masked & learned).flatten().nonzero()[:, 0]
+        targets = ids.flatten()[at]
 
         def score(hidden: Tensor, embedding: Any, head: Callable[[Tensor], Tensor]) -> Tensor:
             return score_tokens(Head.of(embedding, head, mask_id=-1), hidden, targets)[0]  # -1: no token is left out
 
-        logprob = model(input_ids=noisy, attention_mask=visible, positions=masked, fn=score, **how).logits  # (N,)
-        return -(logprob / times[masked]).sum() / learned.sum().clamp(min=1)
+        logprob = model(input_ids=noisy, attention_mask=visible, positions=at, fn=score, **how).logits  # (N,)
+        return -(logprob / times.flatten()[at]).sum() / learned.sum().clamp(min=1)
 
     @torch.no_grad()
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:

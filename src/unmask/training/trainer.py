@@ -73,7 +73,7 @@ def prepare_model(
     if peft_config is None and config.lora_r is not None:
         dropout = getattr(config, "lora_dropout", 0.0)
         peft_config = adapter_config(config.lora_r, config.lora_alpha, config.lora_target_modules, dropout)
-    return lm if peft_config is None else add_adapter(lm, peft_config, config.seed)
+    return lm if peft_config is None else add_adapter(lm, peft_config, config.seed, autocast=config.bf16)
 
 
 def plain_log() -> AbstractContextManager[None]:
