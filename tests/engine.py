@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from unmask.io import launcher
 from unmask.models.head import Head
 from unmask.training.checkpoints import checkpoints
 
+CONFIGS = Path(__file__).parent.parent / "configs" / "distributed"
+
 
 def use_fsdp2() -> None:
     """What ``accelerate launch --config_file configs/distributed/fsdp2.yaml`` would do; a head that is a black box fails."""
-    file = Path(__file__).parent.parent / "configs" / "distributed" / "fsdp2.yaml"
-    settings = load_config_from_file(str(file)).fsdp_config
+    settings = load_config_from_file(str(CONFIGS / "fsdp2.yaml")).fsdp_config
     os.environ |= {key.upper(): str(value) for key, value in settings.items()} | {"ACCELERATE_USE_FSDP": "true"}
     initialize, head_of = AcceleratorState.__init__, Head.of
 
@@ -43,6 +45,19 @@ def use_fsdp2() -> None:
     AcceleratorState.__init__, Head.of = with_fsdp, gathered  # type: ignore[method-assign, assignment]
 
 
+def use_zero2() -> None:
+    """What ``accelerate launch --config_file configs/distributed/zero2.yaml`` would do, but without DeepSpeed's own kernels."""
+    import transformers.training_args
+
+    settings = load_config_from_file(str(CONFIGS / "zero2.yaml")).deepspeed_config
+    for name, value in settings.items():
+        prefix = "ACCELERATE_" if name.startswith("gradient") else "ACCELERATE_DEEPSPEED_"
+        os.environ[prefix + name.removesuffix("_flag").upper()] = str(value).lower()
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+    import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
+
+
 def run(command: str, path: str) -> None:
     if command != "cut":
         assert main([command, path]) == 0, (command, path)
@@ -54,7 +69,6 @@ def run(command: str, path: str) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "fsdp2":
-        use_fsdp2()
+    {"ddp": lambda: None, "fsdp2": use_fsdp2, "zero2": use_zero2}[sys.argv[1]]()
     for argument in sys.argv[2:]:
         run(*argument.split("=", 1))

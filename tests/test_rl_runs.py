@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from unmask.cli import main
 from unmask.config import read_config, save_config
 from unmask.io.files import read_lines
 from unmask.models import bidirectional, llada
+from unmask.rl.objectives import OBJECTIVES
 from unmask.rl.run import train
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -37,6 +39,10 @@ def config(output: Path, model: str, **changes: Any) -> DiffusionGRPOConfig:
     values |= {"eval_steps": 3, "save_steps": 1, "bf16": False, "report_to": []}
     return DiffusionGRPOConfig(output_dir=str(output), **{**values, **changes})
 
+
+ENGINES = ["ddp", "fsdp2", *(["zero2"] if find_spec("deepspeed") else [])]
+ON_CPU: dict[str, Any] = {"ddp": {}, "fsdp2": {}, "zero2": {"use_cpu": False, "ddp_backend": "gloo"}}
+"""``trainer_args`` by engine. (DeepSpeed is tested where it is installed.)"""
 
 REWARDS = """
 import os
@@ -145,7 +151,11 @@ def test_two_processes_equal_one(rewards: Path, toy_folder: str) -> None:
         "model": saved(toy(block_length=8), rewards / "blocks"),
         "decoder": "threshold:block_length=8,threshold=0.3",
     }
-    of_rows = {"espo": {"objective": "espo", "beta": 0.1}, "spg": {"objective": "spg:block_length=8", "beta": 0.0}}
+    # AdamW follows the sign of gradients that are no more than rounding: the smaller the rate, the less that weighs.
+    of_rows = {
+        "espo": {"objective": "espo", "beta": 0.1, "learning_rate": 3e-5},
+        "spg": {"objective": "spg:block_length=8", "beta": 0.0},
+    }
     kinds = {"cj": {}, "coupled": {"objective": "coupled"}, **of_rows, "blocks": in_blocks}
 
     def runs(name: str, batch_size: int) -> dict[str, DiffusionGRPOConfig]:
@@ -176,30 +186,39 @@ def test_two_processes_equal_one(rewards: Path, toy_folder: str) -> None:
 
 
 def test_engines_equal_one_process(rewards: Path, toy_folder: str) -> None:
-    """DDP and FSDP2 on two processes: all weights, an adapter, a loss of several views, supervised; resumed in between.
+    """Each engine on two processes: all weights, an adapter, every objective, bfloat16, supervised; resumed in between.
 
     Under FSDP2 a head that is a black box fails, and the reference policy is sharded as the policy is. Supervised noise is
-    drawn for each rank, so there DDP is what FSDP2 equals.
+    drawn for each rank, so there DDP is what the others equal. An adapter stays in float32.
     """
     some: dict[str, Any] = {"reward_funcs": ["rewards_for_tests:some"], "learning_rate": 1e-4, "save_steps": 5}
     whole = {**some, "save_steps": 1, "num_iterations": 3, "rows_per_forward": 2}
     kinds = {"lora": {**some, "lora_r": 4}, "espo": {**some, "objective": "espo"}, "whole": whole}
-    alone = {"bf16": {"bf16": True, "max_steps": 1}, "resumed": whole}
+    # One step of plain descent for each of the others. (AdamW's first follows the sign of gradients that are mere rounding.)
+    descent = {**some, "max_steps": 1, "trainer_args": {"optim": "sgd"}, "learning_rate": 1.0, "beta": 0.0}
+    kinds |= {name: {**descent, "objective": name} for name in OBJECTIVES if name not in ("cj", "espo", "vrpo")}
+    kinds["justgrpo"]["decoder"] = "semi-ar:block_length=1"
+    adapted = {**some, "lora_r": 4, "dtype": "bfloat16", "bf16": True, "rows_per_forward": 2, "max_steps": 2}
+    alone = {"bf16": {"bf16": True, "max_steps": 1}, "adapted": adapted, "resumed": whole}
+    uneven = {"decoder": "threshold:block_length=8,threshold=0.3", "max_resamples": 2, "max_steps": 2}
     started = []
-    for engine in ("ddp", "fsdp2"):
+    for engine in ENGINES:
         arguments = []
-        for kind, own in {**kinds, **alone}.items():
+        for kind, own in {**kinds, **({} if engine == "fsdp2" else {"uneven": uneven}), **alone}.items():
+            own = {**own, "trainer_args": {**own.get("trainer_args", {}), **ON_CPU[engine]}}
             c = config(rewards / f"{engine}-{kind}", toy_folder, **own)
             arguments.append(f"rl={write(rewards / f'{engine}-{kind}.yaml', c)}")
         arguments += [f"cut={rewards / f'{engine}-resumed'}", arguments[-1]]
         values: dict[str, Any] = {"problems": [32], "canvas": [96], "max_steps": 4, "save_steps": 2, "bf16": False}
         values |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "learning_rate": 1e-3}
-        values["validation_problems"] = 4
+        values |= {"validation_problems": 4, "trainer_args": ON_CPU[engine]}
         sft = SFTConfig(
             output_dir=str(rewards / f"{engine}-sft"), model=toy_folder, tasks=TASKS, report_to=[], **values
         )
         save_config(sft, rewards / f"{engine}-sft.yaml")
         arguments.append(f"sft={rewards / f'{engine}-sft.yaml'}")
+        if engine != "ddp":
+            arguments += [f"cut={rewards / f'{engine}-sft'}", arguments[-1]]
         started.append(start([str(Path(__file__).parent / "engine.py"), engine, *arguments], rewards, processes=2))
     for process in started:
         output, _ = process.communicate(timeout=300)
@@ -212,18 +231,23 @@ def test_engines_equal_one_process(rewards: Path, toy_folder: str) -> None:
 
     for kind, own in kinds.items():
         train(config(rewards / f"one-{kind}", toy_folder, per_device_train_batch_size=16, **own))
-    for engine in ("ddp", "fsdp2"):
+    for engine in ENGINES:
         found = {kind: differ(f"one-{kind}", f"{engine}-{kind}") for kind in kinds}
         assert max(found.values()) < 1e-5, (engine, found)
         assert differ(f"{engine}-whole", f"{engine}-resumed") == 0
         first = next(e for e in read_lines(rewards / f"{engine}-bf16" / "metrics.jsonl") if "kl" in e)
         assert first["kl"] == 0 and first["logprob_mismatch"] < 1e-6
-    assert differ("ddp-sft", "fsdp2-sft") < 1e-5
+        adapter = load_file(rewards / f"{engine}-adapted" / "checkpoint-2" / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+        assert differ("ddp-sft", f"{engine}-sft") < 1e-5
 
 
-def test_a_lost_rank_ends_the_run(rewards: Path, toy_folder: str) -> None:
-    c = config(rewards / "run", toy_folder, reward_funcs=["rewards_for_tests:dies"], max_steps=50, save_steps=50)
-    process = start(["-m", "unmask", "rl", write(rewards / "c.yaml", c)], rewards, processes=2)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_lost_rank_ends_the_run(engine: str, rewards: Path, toy_folder: str) -> None:
+    own: dict[str, Any] = {"reward_funcs": ["rewards_for_tests:dies"], "max_steps": 50, "save_steps": 50}
+    c = config(rewards / "run", toy_folder, trainer_args=ON_CPU[engine], **own)
+    script = str(Path(__file__).parent / "engine.py")
+    process = start([script, engine, f"rl={write(rewards / 'c.yaml', c)}"], rewards, processes=2)
     output, _ = process.communicate(timeout=300)
     assert process.returncode not in (0, None) and "exitcode" in output
 

@@ -59,10 +59,8 @@ def experts_of(model: nn.Module, targets: str) -> dict[str, Any]:
     return {name: p for name, p in model.named_parameters() if p.dim() == 3 and re.fullmatch(targets, name)}
 
 
-def add_adapter(lm: MaskedLM, config: Any, seed: int, autocast: bool = False) -> MaskedLM:
+def add_adapter(lm: MaskedLM, config: Any, seed: int) -> MaskedLM:
     """``lm`` with a new adapter of a peft config, its first weights drawn from ``seed``; only the adapter is trained.
-
-    autocast: it will run under autocast, so that peft need not cast every input to float32 (and autocast back).
 
     The adapter names its base model by a whole path, so that a saved one can be loaded alone. Raises UserError if no module
     of the model is meant, or the targets are no regular expression.
@@ -75,9 +73,6 @@ def add_adapter(lm: MaskedLM, config: Any, seed: int, autocast: bool = False) ->
         warnings.simplefilter("ignore")  # of tied weights, which merging unties
         torch.default_generator.manual_seed(seed)  # that of the CPU, which the fork restores
         model: Any = get_peft_model(lm.model, config)
-    for module in model.modules():
-        if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = not autocast
     base = Path(lm.name)
     whole = base.exists() and lm.name not in SHIPPED
     for adapter in model.peft_config.values():

@@ -144,7 +144,7 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
             with self.inference() as policy, cast(Any, policy.model).disable_adapter():
                 rollout.reference = self.score_views(policy, rollout)
         elif config.beta > 0:
-            with torch.no_grad(), self.accelerator.autocast():  # the policy's own forward has it from accelerate
+            with torch.no_grad(), self.autocast():  # the policy's own forward has it from accelerate
                 rollout.reference = self.score_views(replace(self.lm, model=self.reference_model), rollout)
         return rollout
 

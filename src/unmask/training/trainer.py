@@ -73,7 +73,7 @@ def prepare_model(
     if peft_config is None and config.lora_r is not None:
         dropout = getattr(config, "lora_dropout", 0.0)
         peft_config = adapter_config(config.lora_r, config.lora_alpha, config.lora_target_modules, dropout)
-    return lm if peft_config is None else add_adapter(lm, peft_config, config.seed, autocast=config.bf16)
+    return lm if peft_config is None else add_adapter(lm, peft_config, config.seed)
 
 
 def plain_log() -> AbstractContextManager[None]:
@@ -113,10 +113,21 @@ class RunTrainer(Trainer):
             gathered = torch.bfloat16 if args.bf16 else None
             policy = MixedPrecisionPolicy(param_dtype=gathered, reduce_dtype=torch.float32)
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
+        if self.is_deepspeed_enabled and args.bf16:  # its own bf16 mode rounds all weights, a float32 adapter's too
+            engine = self.accelerator.state.deepspeed_plugin.deepspeed_config
+            engine["bf16"] = {"enabled": False}
+            autocast = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}  # float32 gradients
+            engine["torch_autocast"] = autocast
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """What the run's precision asks of a forward pass that no engine has wrapped."""
+        if self.is_deepspeed_enabled:
+            return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
+        return self.accelerator.autocast()
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[None]:
-        """Autocast for FSDP: accelerate puts it into the forward pass of other engines alone."""
-        return self.accelerator.autocast() if self.is_fsdp_enabled else nullcontext()
+        """Autocast for FSDP and DeepSpeed; with others accelerate puts it into the model's forward pass."""
+        return self.autocast() if self.is_fsdp_enabled or self.is_deepspeed_enabled else nullcontext()
 
     def inputs(self) -> dict[str, str]:
         """Fingerprints of what the run starts from, so that it cannot resume with anything else."""
@@ -157,7 +168,12 @@ class RunTrainer(Trainer):
             if self.is_world_process_zero():
                 verify(Path(resume_from_checkpoint))
             self.restore(Path(resume_from_checkpoint))
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        if not (self.args.bf16 and hasattr(self.lm.model, "peft_config")):
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        from peft.helpers import disable_input_dtype_casting
+
+        with disable_input_dtype_casting(self.lm.model):  # to float32, from which autocast would cast it back
+            return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def restore(self, checkpoint: Path) -> None:
         """Take up what a checkpoint holds besides the Trainer's own files."""
