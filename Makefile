@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: install demo test lint format docs tiny results rl teachers distill fast few study clean
+.PHONY: install demo test test-lowest test-newest lint format docs tiny results rl teachers distill fast few study package release clean
 
 install: $(READY)
 
@@ -108,5 +108,35 @@ STUDIES ?= decoders ascending gamma lengths order objectives variants
 study: $(READY)
 	for study in $(STUDIES); do $(BIN)/python -m benchmarks study configs/study/$$study.yaml --jobs 2 || exit 1; done
 
+# The core of the suite on the lowest versions that pyproject.toml allows, and on the newest; torch is that of constraints.txt.
+CORE := plan rules decode blocks models checkpoints objectives rl rl_parts training distill evaluation tasks answers generate cli
+test-lowest: RESOLUTION := lowest-direct
+test-newest: RESOLUTION := highest
+test-lowest test-newest:
+	$(PYTHON) -m venv --clear .venv-$@
+	.venv-$@/bin/pip install --quiet uv $$(grep '^torch==' constraints.txt)
+	grep '^torch==' constraints.txt > .venv-$@/torch.txt
+	.venv-$@/bin/uv pip install --quiet --python .venv-$@ --resolution $(RESOLUTION) --constraint .venv-$@/torch.txt '.[serve,benchmarks]'
+	.venv-$@/bin/uv pip install --quiet --python .venv-$@ pytest pytest-xdist hypothesis
+	OMP_NUM_THREADS=1 .venv-$@/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(CORE:%=tests/test_%.py)
+
+# Wheel and source distribution: metadata, the wheel at work in a clean environment and another folder, the source's tests.
+package:
+	rm -rf dist .venv-package && $(PYTHON) -m venv .venv-package
+	.venv-package/bin/pip install --quiet build twine $$(grep '^torch==' constraints.txt)
+	.venv-package/bin/python -m build --outdir dist . && .venv-package/bin/twine check --strict dist/*
+	.venv-package/bin/pip install --quiet --constraint constraints.txt dist/*.whl pytest hypothesis
+	tar -xzf dist/*.tar.gz -C .venv-package
+	cd .venv-package && PATH=$$PWD/bin:$$PATH && unmask --version && unmask generate "make 26 from 6 10 10" --decoder eoser-ass \
+		&& unmask eval --task sudoku --decoder eoser-ass --limit 4 --output eval && unmask view --task sudoku --index 0 --output view.html \
+		&& cd unmask-*/ && python -m pytest -p no:cacheprovider tests/test_plan.py tests/test_decode.py tests/test_names.py
+
+# Everything that a release asks, up to the upload, which is a person's: twine upload dist/*
+release: lint test test-lowest test-newest package
+	git diff --quiet HEAD || { echo "commit first: the release is what is committed"; exit 1; }
+	grep -q "^Repository = " pyproject.toml || { echo "project.urls of pyproject.toml lacks Repository: add it"; exit 1; }
+	! grep -q unreleased CHANGELOG.md || { echo "CHANGELOG.md says unreleased: write the date"; exit 1; }
+	@echo "dist/ is ready: git tag v$$($(BIN)/unmask --version), then twine upload dist/*"
+
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.config import BenchDecode, BenchGap, BenchMemory, BenchRL, BenchServe
+from benchmarks.config import BenchDecode, BenchGap, BenchGPU, BenchMemory, BenchRL, BenchServe
 from benchmarks.report.command import command as report
 from benchmarks.study.command import command as study
 from unmask.config import overview, read_flags
@@ -27,14 +27,23 @@ EXPERIMENTS = {
 }
 
 
+def gpu(arguments: list[str]) -> None:
+    config = read_flags(BenchGPU, arguments, "python -m benchmarks gpu")
+    if failed := import_module("benchmarks.gpu").command(config):
+        raise UserError(f"{failed} lines failed: see {config.output}/page.md")
+
+
 def command(arguments: list[str]) -> None:
     """Run one benchmark, or a command of experiments."""
     known = {name: what for name, (_, what) in {**BENCHMARKS, **EXPERIMENTS}.items()}
+    known["gpu"] = "what docs/performance.md lacks for want of a GPU, in one go"
     if not arguments:
         raise UserError(f"python -m benchmarks lacks an argument: choose from {', '.join(known)}")
     name, *rest = arguments
     if name in ("-h", "--help"):
         print(overview("python -m benchmarks", "NAME", known), end="")
+    elif name == "gpu":
+        gpu(rest)
     elif name in EXPERIMENTS:
         if find_spec("scipy") is None:
             raise UserError(f"python -m benchmarks {name} needs scipy: pip install -e '.[benchmarks]'")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Literal
 
-from unmask.errors import UserError, check_at_least
+from unmask.errors import UserError, check_at_least, check_positive
 
 STAND_IN = "stand-in"
 WORKS = ("decode", "lora", "lora checkpointing", "all", "all checkpointing")
@@ -158,6 +158,23 @@ class BenchMemory(Shape):
         if min(self.length, default=0) < self.steps or min(self.completions, default=0) < 1:
             sizes = f"length={self.length}, completions={self.completions}, steps={self.steps}"
             raise UserError(f"{sizes}: choose 1 or more, and no more steps than tokens")
+
+
+@dataclass
+class BenchGPU:
+    """Every measurement that docs/performance.md lacks for want of a GPU, in one go: its tables, and what failed."""
+
+    minutes: float = 25.0
+    """For all of them together."""
+    reference: str | None = None
+    """A checkout of EOSER-ASS-RL, as for ``decode``."""
+    dry_run: bool = False
+    """Try every line on the CPU, at a small size."""
+    output: str = "runs/gpu"
+    """Folder of the page and of each line's result."""
+
+    def __post_init__(self) -> None:
+        check_positive(self, "minutes")
 
 
 @dataclass

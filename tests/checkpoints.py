@@ -280,4 +280,5 @@ WRITERS |= BLOCKS | {"llada-moe": write_llada_moe, "illada": write_illada}
 
 
 if __name__ == "__main__":
-    print(write_llada_8b(Path(sys.argv[1])))
+    folder, small = Path(sys.argv[1]), sys.argv[2:] == ["small"]
+    print(write_llada(folder) if small else write_llada_8b(folder))

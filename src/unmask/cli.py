@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -155,6 +158,31 @@ COMMANDS = {
 """The function that runs a command, and what the command does."""
 
 
+COMPLETION = """\
+# unmask --completion > ~/.local/share/bash-completion/completions/unmask      (zsh: bashcompinit, then source the file)
+_unmask() {{
+  local word=${{COMP_WORDS[COMP_CWORD]}} words=
+  case $COMP_CWORD,${{COMP_WORDS[1]}} in
+    1,*) words="{commands}" ;;
+{flags}  esac
+  if [[ $word == -* || $COMP_CWORD == 1 ]]; then COMPREPLY=($(compgen -W "$words" -- "$word")); fi
+}}
+complete -o default -F _unmask unmask"""
+
+
+def completion() -> str:
+    """A bash script that completes commands and, from their help, flags; what else is typed are files."""
+    flags = ""
+    for name in COMMANDS:
+        if name == "lm-eval":  # its flags are not ours
+            continue
+        with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+            _run([name, "--help"])
+        found = sorted(set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", said.getvalue())))
+        flags += f'    *,{name}) words="{" ".join(found)}" ;;\n'
+    return COMPLETION.format(commands=" ".join(COMMANDS), flags=flags)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code. Raises SystemExit after ``--help``, and where the output cannot be written."""
     with standard_streams():
@@ -167,6 +195,8 @@ def _run(arguments: list[str]) -> None:
         print(overview("unmask", "COMMAND", {name: does for name, (_, does) in COMMANDS.items()}), end="")
     elif name == "--version":
         print(unmask.__version__)
+    elif name == "--completion":
+        print(completion())
     elif name not in COMMANDS:
         raise unknown("command", name, COMMANDS)
     else:

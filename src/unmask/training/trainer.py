@@ -168,12 +168,16 @@ class RunTrainer(Trainer):
             if self.is_world_process_zero():
                 verify(Path(resume_from_checkpoint))
             self.restore(Path(resume_from_checkpoint))
-        if not (self.args.bf16 and hasattr(self.lm.model, "peft_config")):
+        with self.without_adapter_casts():
             return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def without_adapter_casts(self) -> AbstractContextManager[None]:
+        """While the model runs under autocast, peft need not cast an adapter's inputs to float32, and autocast back."""
+        if not (self.args.bf16 and hasattr(self.lm.model, "peft_config")):
+            return nullcontext()
         from peft.helpers import disable_input_dtype_casting
 
-        with disable_input_dtype_casting(self.lm.model):  # to float32, from which autocast would cast it back
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+        return disable_input_dtype_casting(self.lm.model)
 
     def restore(self, checkpoint: Path) -> None:
         """Take up what a checkpoint holds besides the Trainer's own files."""
