@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.config import BenchDecode, BenchGap, BenchGPU, BenchMemory, BenchRL, BenchServe
+from benchmarks.config import BenchDecode, BenchGap, BenchGPU, BenchMemory, BenchRL, BenchServe, BenchShapes
 from benchmarks.report.command import command as report
 from benchmarks.study.command import command as study
 from unmask.config import overview, read_flags
@@ -20,6 +20,7 @@ BENCHMARKS: dict[str, tuple[type[Any], str]] = {
     "gap": (BenchGap, "how far each objective scores from what was sampled"),
     "serve": (BenchServe, "unmask serve under load, beside offline decoding"),
     "memory": (BenchMemory, "the memory formula beside measured peaks"),
+    "shapes": (BenchShapes, "kernels, bytes and live memory at LLaDA-8B's size, predicted from tensors without data"),
 }
 EXPERIMENTS = {
     "study": (study, "a grid of trainings and evaluations with equal budgets, resumable"),

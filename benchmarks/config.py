@@ -161,6 +161,29 @@ class BenchMemory(Shape):
 
 
 @dataclass
+class BenchShapes(Shape):
+    """Predicted for a GPU from tensors without data: kernels, bytes moved, live memory of a forward pass at LLaDA-8B's size."""
+
+    d_model: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    mlp_hidden_size: int = 12288
+    prompt: int = 200
+    decoder: tuple[str, ...] = ("full", "eoser-ass", "full:cfg_scale=1")
+    rows: int = 6
+    length: int = 256
+    """Canvas length in tokens."""
+    steps: int = 8
+    """Of the trajectory that an update scores: a pass scores ``length / steps`` tokens a row."""
+    lora: int = 128
+    output: str = "runs/bench-shapes.json"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, 1, "rows", "length", "steps", "lora")
+
+
+@dataclass
 class BenchGPU:
     """Every measurement that docs/performance.md lacks for want of a GPU, in one go: its tables, and what failed."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +13,13 @@ import torch
 from benchmarks import common
 from benchmarks import decode as bench_decode
 from benchmarks import gap as bench_gap
+from benchmarks import gpu as bench_gpu
 from benchmarks import memory as bench_memory
 from benchmarks import rl as bench_rl
+from benchmarks import shapes as bench_shapes
 from benchmarks.__main__ import main as benchmark
 from benchmarks.common import in_subprocess
-from benchmarks.config import BenchDecode, BenchGap, BenchMemory, BenchRL
+from benchmarks.config import BenchDecode, BenchGap, BenchMemory, BenchRL, BenchShapes
 from benchmarks.reference import counterpart
 from unmask import MaskedLM, UserError, decode, make_decoder
 from unmask.decoding.decode import DecodingLoop
@@ -152,6 +156,34 @@ def test_decode_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monk
     assert (tmp_path / "d.md").read_text().count("\n") == 3 and len(json.loads(output.read_text())["cells"]) == 1
     assert benchmark([*cell, "--model", "tiny", "--length", "9999"]) == 2
     assert "tokens, but prompt and canvas have" in capsys.readouterr().err
+
+
+def test_shapes_count_each_layer_alike() -> None:
+    """One layer more is so many kernels more, whatever their number; recomputed activations need not be kept."""
+    small = BenchShapes(d_model=32, n_heads=2, mlp_hidden_size=64, vocabulary=200, lora=4, length=64, prompt=64)
+
+    def kernels(layers: int, *what: Any) -> int:
+        return int(bench_shapes.measure(dataclasses.replace(small, n_layers=layers), *what)["kernels"])
+
+    for what in (("eoser-ass",), (None, False), (None, True)):
+        assert kernels(4, *what) - kernels(3, *what) == kernels(3, *what) - kernels(2, *what) > 0
+    deep = dataclasses.replace(small, n_layers=6)
+    kept, again = (bench_shapes.measure(deep, None, checkpointing) for checkpointing in (False, True))
+    assert again["peak"] < kept["peak"] and again["flops"] > kept["flops"]
+    lm = common.stand_in(small, "bfloat16", "cpu")
+    bare = common.pass_flops(lm, small.rows, small.prompt + small.length, small.rows * small.length)
+    assert bench_shapes.measure(small, "full")["flops"] == pytest.approx(bare, rel=0.01)
+
+
+def test_the_page_of_a_gpu_says_what_failed(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(bench_gpu, "LINES", {"good": "-c print({name!r})", "bad": "-c raise(ValueError(7))"})
+    assert benchmark(["gpu", "--dry-run", "--output", str(tmp_path)]) == 2
+    assert "1 lines failed" in capsys.readouterr().err
+    page = (tmp_path / "page.md").read_text()
+    assert "cpu" in page.partition("## good")[2] and "ValueError: 7" in page.partition("## bad")[2]
+    if not torch.cuda.is_available():
+        assert benchmark(["gpu", "--output", str(tmp_path)]) == 2
+        assert "no GPU here: pass --dry-run" in capsys.readouterr().err
 
 
 def test_timed_passes_are_those_of_the_decode(toy_lm: MaskedLM) -> None:

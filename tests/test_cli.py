@@ -34,6 +34,21 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert {*COMMANDS} <= {*capsys.readouterr().out.split()}
 
 
+def test_completion_of_commands_and_flags(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--completion"]) == 0
+    (tmp_path / "c.sh").write_text(capsys.readouterr().out)
+
+    def complete(*words: str) -> list[str]:
+        typed = f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _unmask; echo ${{COMPREPLY[@]}}"
+        script = f"source {tmp_path / 'c.sh'}; {typed}"
+        return subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True).stdout.split()
+
+    assert complete("unmask", "e") == ["eval", "export"]
+    assert complete("unmask", "eval", "--task") == ["--task"]
+    assert complete("unmask", "rl", "c.yaml", "--learning") == ["--learning-rate"]
+    assert complete("unmask", "eval", "x") == []
+
+
 FILES = {
     "deep.json": "[" * 100_000,
     "deep.yaml": "a: " + "[" * 5_000,

@@ -125,6 +125,11 @@ def test_links_and_named_files_exist() -> None:
                 assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
+def test_one_version() -> None:
+    citation, changes = ((ROOT / name).read_text() for name in ("CITATION.cff", "CHANGELOG.md"))
+    assert f"\nversion: {unmask.__version__}\n" in citation and f"\n## {unmask.__version__} — " in changes
+
+
 def test_every_command_is_documented() -> None:
     text = "".join(f.read_text() for f in (ROOT / "docs").glob("**/*.md"))
     assert all(f"unmask {name}" in (README + text) for name in COMMANDS)
