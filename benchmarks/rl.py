@@ -139,11 +139,13 @@ def measure(config: BenchRL, way: str, steps: int) -> dict[str, float]:
         if p.requires_grad:
             p.grad = torch.zeros_like(p)
     before = common.reset_peak(config.device)
-    update()
+    with trainer.without_adapter_casts():
+        update()
+        seconds = common.seconds(update, config.device)
     flops = passes * common.pass_flops(trainer.lm, config.rows, tokens, 0)
     flops += common.pass_flops(trainer.lm, 0, 0, config.rows * config.length)  # every token is scored once
     return {
-        "seconds": common.seconds(update, config.device),
+        "seconds": seconds,
         "peak": common.peak_bytes(config.device),
         "before": before,
         "flops": flops * (2 if config.lora else 3),  # what an update cannot do without: no gradient of frozen weights
