@@ -113,6 +113,8 @@ def measure(config: BenchShapes, spec: str | None, checkpointing: bool = False) 
         work = _decode(lm, fresh, spec) if spec is not None else _score(config, lm, checkpointing)
         weights = sum(p.nbytes for p in lm.model.parameters())
         flops = stack.enter_context(FlopCounterMode(display=False))
+        gc.freeze()  # what is there already need not be looked at again and again
+        stack.callback(gc.unfreeze)
         counter = stack.enter_context(Counter())
         work()
         return {

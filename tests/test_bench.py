@@ -72,7 +72,9 @@ def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
         BenchDecode(reference="/nowhere")
     assert benchmark(["gap", "--output", "/proc/nothing/x.json"]) == 2
     assert "cannot write to" in capsys.readouterr().err
-    assert benchmark(["decoding"]) == 2 and "choose from decode, gap, memory, report, rl" in capsys.readouterr().err
+    assert (
+        benchmark(["decoding"]) == 2 and "choose from decode, gap, gpu, memory, report, rl" in capsys.readouterr().err
+    )
 
 
 def test_the_gap_is_rounding_for_cj_alone(toy_folder: str, tmp_path: Path) -> None:
@@ -165,8 +167,8 @@ def test_shapes_count_each_layer_alike() -> None:
     def kernels(layers: int, *what: Any) -> int:
         return int(bench_shapes.measure(dataclasses.replace(small, n_layers=layers), *what)["kernels"])
 
-    for what in (("eoser-ass",), (None, False), (None, True)):
-        assert kernels(4, *what) - kernels(3, *what) == kernels(3, *what) - kernels(2, *what) > 0
+    for what in (("eoser-ass",), (None, True)):
+        assert kernels(3, *what) - kernels(2, *what) == kernels(2, *what) - kernels(1, *what) > 0
     deep = dataclasses.replace(small, n_layers=6)
     kept, again = (bench_shapes.measure(deep, None, checkpointing) for checkpointing in (False, True))
     assert again["peak"] < kept["peak"] and again["flops"] > kept["flops"]

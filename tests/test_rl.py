@@ -398,20 +398,17 @@ def test_an_objective_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_compiled_model_sees_few_shapes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts of twenty lengths have three widths, and torch makes no more graphs however many updates follow."""
+    """Prompts of twenty lengths have three widths; one graph, and one of any width, for each mode of the model and the mask."""
     compile_whole, rows = torch.nn.Module.compile, [{"prompt": "x" * n} for n in range(5, 180, 9)]
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_whole(self, **how, backend="eager"))
     torch._dynamo.reset()
-    counts, shapes = [], set()
-    for updates in (4, 8):
-        torch._dynamo.utils.counters.clear()
-        settings: dict[str, Any] = {"compile": True, "rows_per_forward": 4, "max_steps": updates, "save_steps": 99}
-        t = trainer(tmp_path / str(updates), rows=rows, per_device_train_batch_size=8, **settings)
-        t.model.register_forward_pre_hook(
-            lambda _, args, kwargs: shapes.add(kwargs["input_ids"].shape), with_kwargs=True
-        )
-        t.train()
-        counts.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-        torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    shapes: set[Any] = set()
+    settings: dict[str, Any] = {"compile": True, "rows_per_forward": 4, "max_steps": 6, "save_steps": 99}
+    t = trainer(tmp_path, rows=rows, per_device_train_batch_size=8, **settings)
+    t.model.register_forward_pre_hook(lambda _, args, kwargs: shapes.add(kwargs["input_ids"].shape), with_kwargs=True)
+    t.train()
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
     assert shapes == {(4, width + 16) for width in (64, 128, 176)}
-    assert counts[1] <= counts[0] + 1 <= 7, counts
+    assert graphs <= 7
