@@ -125,7 +125,7 @@ package:
 	rm -rf dist .venv-package && $(PYTHON) -m venv .venv-package
 	.venv-package/bin/pip install --quiet build twine $$(grep '^torch==' constraints.txt)
 	.venv-package/bin/python -m build --outdir dist . && .venv-package/bin/twine check --strict dist/*
-	.venv-package/bin/pip install --quiet --constraint constraints.txt dist/*.whl pytest hypothesis
+	.venv-package/bin/pip install --quiet --constraint constraints.txt dist/*.whl pytest hypothesis scipy
 	tar -xzf dist/*.tar.gz -C .venv-package
 	cd .venv-package && PATH=$$PWD/bin:$$PATH && unmask --version && unmask generate "make 26 from 6 10 10" --decoder eoser-ass \
 		&& unmask eval --task sudoku --decoder eoser-ass --limit 4 --output eval && unmask view --task sudoku --index 0 --output view.html \
