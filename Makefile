@@ -112,6 +112,7 @@ study: $(READY)
 CORE := plan rules decode blocks models checkpoints objectives rl rl_parts training distill evaluation tasks answers generate cli
 test-lowest: RESOLUTION := lowest-direct
 test-newest: RESOLUTION := highest
+test-lowest test-newest: export PYTHONPATH =
 test-lowest test-newest:
 	$(PYTHON) -m venv --clear .venv-$@
 	.venv-$@/bin/pip install --quiet uv $$(grep '^torch==' constraints.txt)
@@ -121,6 +122,7 @@ test-lowest test-newest:
 	OMP_NUM_THREADS=1 .venv-$@/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal $(CORE:%=tests/test_%.py)
 
 # Wheel and source distribution: metadata, the wheel at work in a clean environment and another folder, the source's tests.
+package: export PYTHONPATH =
 package:
 	rm -rf dist .venv-package && $(PYTHON) -m venv .venv-package
 	.venv-package/bin/pip install --quiet build twine $$(grep '^torch==' constraints.txt)
