@@ -22,10 +22,6 @@ BENCHMARKS: dict[str, tuple[type[Any], str]] = {
     "memory": (BenchMemory, "the memory formula beside measured peaks"),
     "shapes": (BenchShapes, "kernels, bytes and live memory at LLaDA-8B's size, predicted from tensors without data"),
 }
-EXPERIMENTS = {
-    "study": (study, "a grid of trainings and evaluations with equal budgets, resumable"),
-    "report": (report, "figures and one HTML file of evaluations, trainings and studies"),
-}
 
 
 def gpu(arguments: list[str]) -> None:
@@ -34,19 +30,23 @@ def gpu(arguments: list[str]) -> None:
         raise UserError(f"{failed} lines failed: see {config.output}/page.md")
 
 
+EXPERIMENTS = {
+    "study": (study, "a grid of trainings and evaluations with equal budgets, resumable"),
+    "report": (report, "figures and one HTML file of evaluations, trainings and studies"),
+    "gpu": (gpu, "what docs/performance.md lacks for want of a GPU, in one go"),
+}
+
+
 def command(arguments: list[str]) -> None:
     """Run one benchmark, or a command of experiments."""
     known = {name: what for name, (_, what) in {**BENCHMARKS, **EXPERIMENTS}.items()}
-    known["gpu"] = "what docs/performance.md lacks for want of a GPU, in one go"
     if not arguments:
         raise UserError(f"python -m benchmarks lacks an argument: choose from {', '.join(known)}")
     name, *rest = arguments
     if name in ("-h", "--help"):
         print(overview("python -m benchmarks", "NAME", known), end="")
-    elif name == "gpu":
-        gpu(rest)
     elif name in EXPERIMENTS:
-        if find_spec("scipy") is None:
+        if name in ("study", "report") and find_spec("scipy") is None:
             raise UserError(f"python -m benchmarks {name} needs scipy: pip install -e '.[benchmarks]'")
         EXPERIMENTS[name][0](rest)
     elif name in BENCHMARKS:

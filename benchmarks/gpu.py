@@ -71,10 +71,8 @@ def command(config: BenchGPU) -> int:
             done = subprocess.run(
                 [sys.executable, *arguments], cwd=root, capture_output=True, text=True, timeout=max(left, 1)
             )
-            said, fault = (
-                done.stdout,
-                "" if not done.returncode else (done.stderr.strip().splitlines() or ["no message"])[-1],
-            )
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            said, fault = done.stdout, last if done.returncode else ""
         except subprocess.TimeoutExpired:
             said, fault = "", f"not done within the {config.minutes} minutes of all"
         table = folder / f"{line}.md"
