@@ -97,6 +97,8 @@ class BenchRL(Shape):
 
     steps: tuple[int, ...] = (8, 16, 32, 64)
     """Numbers of decoding steps S."""
+    way: tuple[str, ...] = ()
+    """Only these: ``cj``, ``bare``, ``plain``, ``one-step``, ``diffu``; in blocks ``cj`` and ``sequential``. By default all."""
     rows: int = 2
     """Completions in the update."""
     rows_per_forward: int = 8
@@ -108,6 +110,8 @@ class BenchRL(Shape):
     bf16: bool = False
     """Weights in bfloat16 (an adapter's stay float32) and autocast to it."""
     gradient_checkpointing: bool = False
+    compile: bool = False
+    """torch.compile the model without its head."""
     repeats: int = 3
     memory_limit: float = 0.6
     """Cells that would need more than this share of the free memory (the plain way at many steps) are not run."""

@@ -19,19 +19,47 @@ from unmask.evaluation.evaluate import environment
 from unmask.io.files import check_writable, write_text
 from unmask.results.tables import Table
 
-LLADA_8B = "--d-model 4096 --n-layers 32 --n-heads 32 --mlp-hidden-size 12288"
+FULL = {
+    "shape": "--d-model 4096 --n-layers 32 --n-heads 32 --mlp-hidden-size 12288",
+    "half": "--dtype bfloat16",
+    "bf16": "--bf16",
+    "repeats": "3",
+    "steps": "16",
+    "lengths": "128 256",
+    "many": "128",
+    "few": "8 128",
+    "memory": "",
+    "checkpoint": "",
+}
+"""LLaDA-8B's shape."""
 SMALL = "--vocabulary 256 --d-model 32 --n-layers 1 --n-heads 2 --mlp-hidden-size 64"
+DRY = {
+    "shape": SMALL,
+    "half": "",  # many CPUs crawl in bfloat16
+    "bf16": "",
+    "repeats": "1",
+    "steps": "8",
+    "lengths": "128",
+    "many": "16",
+    "few": "1 32",
+    "memory": f"{SMALL} --length 16 --completions 2 --work decode lora",
+    "checkpoint": "small",
+}
 DECODE = "-m benchmarks decode {device} {half} --model stand-in {shape} --repeats {repeats}"
+UPDATE = (
+    "-m benchmarks rl {device} {bf16} --lora 128 {shape} --rows 6 --rows-per-forward 6 --prompt 200 --length 256 "
+    "--gradient-checkpointing --memory-limit 0.1 --repeats {repeats}"
+)
 LINES = {
     "presets": "-m benchmarks.gpu {name} {few}",
     "step": DECODE + " --decoder full:steps={steps} semi-ar:steps={steps} ass eoser-ass --passes 4 {reference}",
     "rows-1": DECODE + " --decoder semi-ar ass eoser-ass --length {lengths} --temperature 0 --passes 2 --rows 1",
     "rows-8": DECODE + " --decoder semi-ar ass eoser-ass --length {lengths} --temperature 0 --passes 2 --rows 8",
     "rows-32": DECODE + " --decoder semi-ar ass eoser-ass --length {lengths} --temperature 0 --passes 2 --rows 32",
-    "update": "-m benchmarks rl {device} {bf16} --lora 128 {shape} --rows 6 --rows-per-forward 6 --prompt 200 --length 256 "
-    "--steps 8 {many} --gradient-checkpointing --memory-limit 0.1 --repeats {repeats}",
-    "memory": "-m benchmarks memory {device} {less}",
+    "update": UPDATE + " --steps 8 {many}",
+    "memory": "-m benchmarks memory {device} {memory}",
     "checkpoint": "tests/checkpoints.py {folder}/llada-8b {checkpoint}",
+    "compiled": UPDATE + " --steps 8 --way cj --compile",
     "load": "-m unmask info {folder}/llada-8b {device} --max-new-tokens 128",
 }
 """Arguments of python by name; the tables are in {folder}/NAME.md."""
@@ -46,20 +74,7 @@ def command(config: BenchGPU) -> int:
     name = "cpu" if config.dry_run else "cuda"
     words = {"device": f"--device {name}", "name": name, "folder": str(folder.resolve())}
     words["reference"] = "" if config.reference is None else f"--reference {Path(config.reference).resolve()}"
-    if config.dry_run:
-        words |= {"shape": SMALL, "repeats": "1", "steps": "8", "lengths": "128", "many": "16", "checkpoint": "small"}
-        words |= {"few": "1 32", "half": "", "bf16": ""}  # (many CPUs crawl in bfloat16)
-        words["less"] = f"{SMALL} --length 16 --completions 2 --work decode lora"
-    else:
-        words |= {
-            "shape": LLADA_8B,
-            "repeats": "3",
-            "steps": "16",
-            "lengths": "128 256",
-            "many": "128",
-            "checkpoint": "",
-        }
-        words |= {"less": "", "few": "8 128", "half": "--dtype bfloat16", "bf16": "--bf16"}
+    words |= DRY if config.dry_run else FULL
     page = [f"# On a GPU\n\n`{environment()}`\n"]
     for line, pattern in LINES.items():
         arguments = pattern.format(**words).split()

@@ -16,6 +16,7 @@ from benchmarks.config import BenchRL
 from unmask.decoding import make_decoder
 from unmask.decoding.plan import Plan
 from unmask.decoding.trajectory import Trajectory
+from unmask.errors import unknown
 from unmask.models.adapters import adapter_config
 from unmask.models.masked_lm import MaskedLM
 from unmask.models.memory import GIB
@@ -31,6 +32,10 @@ def run(config: BenchRL, progress: Callable[[str], None]) -> dict[str, Any]:
         cells = [*((way, s) for way in ("cj", "bare", "plain") for s in config.steps), ("one-step", 1), ("diffu", 1)]
     else:
         cells = [(way, s) for s in config.steps for way in ("cj", "sequential")]
+    ways = {way for way, _ in cells}
+    if strange := set(config.way) - ways:
+        raise unknown("way", min(strange), ways)
+    cells = [cell for cell in cells if cell[0] in (config.way or ways)]
     # What the plain way keeps for its backward, at least: float32 logits and their log-softmax of every step.
     needed = 2 * 4 * config.rows * (config.prompt + config.length) * config.vocabulary
     most = config.memory_limit * free_bytes(config.device)
@@ -110,6 +115,7 @@ def prepare_update(config: BenchRL, objective: str, autocast: bool = False) -> t
         max_logprob_mismatch=1e9,
         bf16=config.bf16 or autocast,
         activation_checkpointing=config.gradient_checkpointing,
+        compile=config.compile,
         max_steps=1,
         report_to=[],
         trainer_args={"use_cpu": config.device == "cpu", "save_strategy": "no"},

@@ -1,8 +1,8 @@
 """A GPU that is none: decoders and trainings on a device of its own, whose tensors hold CPU numbers.
 
-``python pretend.py decode`` and ``python pretend.py train`` fail where an operation meets tensors of two devices, as on a GPU,
-where results are not the CPU's, and where the host waits for the device more often than is written here. The device is
-registered for the whole process.
+``python pretend.py decode``, ``train`` and ``benchmarks`` fail where an operation meets tensors of two devices, as on a GPU. The
+first two fail also where results are not the CPU's, and where the host waits for the device more often than is written here.
+The device is registered for the whole process.
 """
 
 from __future__ import annotations
@@ -18,16 +18,26 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import transformers.training_args
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from conftest import PROMPTS, SEEDS, toy
+import benchmarks.decode
+import benchmarks.memory
+import benchmarks.rl
+import unmask
+from benchmarks.config import BenchDecode, BenchMemory, BenchRL
+from benchmarks.gpu import same_tokens
+from conftest import PROMPTS, SEEDS, saved, toy
 from unmask.decoding import PRESETS, decode, decode_each, make_decoder
+from unmask.evaluation.config import EvalConfig
+from unmask.evaluation.evaluate import evaluate
 from unmask.models.head import Head
 from unmask.models.masked_lm import MaskedLM
-from unmask.rl.config import DiffusionGRPOConfig
+from unmask.rl.config import DiffusionGRPOConfig, DistillConfig
+from unmask.rl.distill import DistillTrainer
 from unmask.rl.objectives import OBJECTIVES
 from unmask.rl.trainer import DiffusionGRPOTrainer
 from unmask.training.config import SFTConfig
@@ -39,7 +49,7 @@ torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(list, device=…) is m
 DEVICE = torch.device("pretend", 0)
 WAITS: Counter[tuple[str, str]] = Counter()
 """Where the host waited: the function of the package that began it (see ``PARTS``), and operation, file and line."""
-PARTS = ("advance", "finished", "update", "loss_at")
+PARTS = ("advance", "finished", "update", "loss_at", "training_step")
 LENGTH = 32
 
 
@@ -72,7 +82,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     asked = kwargs.get("device")
     here = (torch.device(asked).type == "pretend") if asked is not None else bool(mine)
     assert not (mine and others) or name == "copy_", f"{name}: tensors on two devices"
-    chosen = name.startswith("index") and any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1])
+    indices = args[1] if name.startswith("index") and isinstance(args[1], list) else []
+    chosen = any(isinstance(i, Tensor) and i.dtype == torch.bool for i in indices)
     moved = (name == "_to_copy" and bool(mine) != here) or bool(mine and others)
     if (mine and (chosen or name in ("_local_scalar_dense", "nonzero", "equal"))) or moved:
         record_wait(name)
@@ -211,7 +222,7 @@ def check_training(name: str, train: Callable[..., Any], count: int, tolerance: 
         with Mode():
             found = weights(train(on_device(toy(n_layers=1)), output_dir=f"{folder}/device", **settings))
     assert max(float((a - b).abs().max()) for a, b in zip(expected, found, strict=True)) < tolerance, name
-    waited = waits("update", "loss_at")
+    waited = waits("training_step" if name == "distillation" else "update", "loss_at")
     assert waited.total() == count, (name, count, waited)
 
 
@@ -231,6 +242,19 @@ def prefer(lm: MaskedLM, output_dir: str, **settings: Any) -> Any:
     return reinforce(lm, output_dir=output_dir, **settings)
 
 
+def distill(lm: MaskedLM, output_dir: str, **settings: Any) -> Any:
+    folder, task = Path(output_dir).parent, ["countdown:style=compact,max_value=6"]
+    if lm.device.type == "cpu":  # the first of the two trainings
+        model, teacher = saved(lm, folder / "model"), str(folder / "teacher")
+        made = {"model": model, "task": task, "decoder": ["full"], "split": "train", "limit": 8, "max_new_tokens": 16}
+        evaluate(EvalConfig(**made, trajectories=True, output=teacher))
+    values: dict[str, Any] = {"tasks": task, "teacher": [str(folder / "teacher")], "min_reward": 0.0, "problems": 8}
+    values |= {"max_completion_length": 16, "per_device_train_batch_size": 4, "validation_problems": 2}
+    trainer = DistillTrainer(lm, DistillConfig(output_dir=output_dir, **values | settings))
+    trainer.train()
+    return trainer.lm.model
+
+
 def fine_tune(lm: MaskedLM, **settings: Any) -> Any:
     values: dict[str, Any] = {
         "tasks": ["sudoku:style=compact"],
@@ -243,6 +267,37 @@ def fine_tune(lm: MaskedLM, **settings: Any) -> Any:
     return trainer.lm.model
 
 
+# ---- benchmarks --------------------------------------------------------------------------------------------------------
+
+
+def check_benchmarks() -> None:
+    """Every measurement of ``python -m benchmarks gpu`` runs on the device; what it says of time and memory means nothing."""
+    torch.pretend.get_rng_state = torch.pretend.set_rng_state = lambda *_: None  # type: ignore[attr-defined]
+    for name, nothing in {"synchronize": None, "reset_peak_memory_stats": None, "max_memory_allocated": 0}.items():
+        setattr(torch.cuda, name, lambda nothing=nothing: nothing)
+    autocast = torch.library.Library("_", "IMPL", "AutocastPrivateUse1")
+    autocast.fallback(torch.library.fallthrough_kernel)  # it changes nothing here
+    transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+    os.environ["ACCELERATE_TORCH_DEVICE"] = str(DEVICE)
+    shape: Any = {"vocabulary": 256, "d_model": 32, "n_layers": 1, "n_heads": 2, "mlp_hidden_size": 64, "prompt": 8}
+    shape["device"] = str(DEVICE)
+    decoding, memory = (
+        kind(**shape, length=(LENGTH,))
+        for kind in (partial(BenchDecode, passes=2, repeats=1), partial(BenchMemory, dtype="float32"))
+    )
+    update = BenchRL(**shape, length=LENGTH, steps=(8,))
+    load = unmask.load  # whose threads know no device of Python's
+    unmask.load = lambda name, device="cpu": load(name) if device == "cpu" else on_device(load(name))  # type: ignore
+    with Mode():
+        for spec, temperature in (("full:steps=8", 0.0), ("eoser-ass", 1.0)):
+            assert benchmarks.decode.measure(decoding, "stand-in", LENGTH, spec, temperature)["passes"]
+        for way in ("cj", "bare", "plain", "one-step"):
+            assert benchmarks.rl.measure(update, way, 8)["flops"]
+        for work in ("decode", "lora checkpointing", "all"):
+            assert benchmarks.memory.measure(memory, work, LENGTH, 2)["formula"]
+        assert "full" in same_tokens(str(DEVICE), 1, 8)
+
+
 if __name__ == "__main__":
     Head.of = classmethod(lambda cls, module, apply, mask_id: cls(apply, mask_id, module.weight))  # type: ignore
     if sys.argv[1] == "decode":
@@ -251,11 +306,14 @@ if __name__ == "__main__":
             for spec in IN_BLOCKS if shape else SPECS:
                 check_decoding(*models, spec)
             check_queue(*models)
+    elif sys.argv[1] == "benchmarks":
+        check_benchmarks()
     else:
         for objective in OBJECTIVES:
             decoder = "semi-ar:block_length=1" if objective == "justgrpo" else "eoser-ass"
             train = prefer if objective == "vrpo" else partial(reinforce, objective=objective, decoder=decoder)
             check_training(objective, train, UPDATE_WAITS[objective])
         check_training("adapter", partial(reinforce, lora_r=4, beta=0.04), 8)
+        check_training("distillation", distill, 35)  # its decode included, whose steps have none
         check_training("sft", fine_tune, 12)
         check_training("muon", partial(fine_tune, optimizer="muon"), 12, tolerance=1e-3)  # which works in bfloat16

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("what", ["decode", "train"])
+@pytest.mark.parametrize("what", ["decode", "train", "benchmarks"])
 def test_a_device_gives_the_same_results(what: str) -> None:
     script = Path(__file__).parent / "pretend.py"
     done = subprocess.run([sys.executable, str(script), what], capture_output=True, text=True, timeout=300)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -197,8 +198,12 @@ def test_engines_equal_one_process(rewards: Path, toy_folder: str) -> None:
     kinds = {"lora": {**some, "lora_r": 4}, "espo": {**some, "objective": "espo"}, "whole": whole}
     # One step of plain descent for each of the others. (AdamW's first follows the sign of gradients that are mere rounding.)
     descent = {**some, "max_steps": 1, "trainer_args": {"optim": "sgd"}, "learning_rate": 1.0, "beta": 0.0}
-    kinds |= {name: {**descent, "objective": name} for name in OWN_OBJECTIVES if name not in ("cj", "espo", "vrpo")}
+    kinds |= {name: {**descent, "objective": name} for name in OWN_OBJECTIVES if name not in ("cj", "espo")}
     kinds["justgrpo"]["decoder"] = "semi-ar:block_length=1"
+    pairs = [{"prompt": f"make {n}", "chosen": f"{n} is it", "rejected": f"no {n}"} for n in range(8)]
+    (rewards / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    offline = {"num_generations": 2, "num_iterations": 1, "pairs": str(rewards / "pairs.jsonl"), "beta": 0.2}
+    kinds["vrpo"] |= {**offline, "reward_funcs": [], "tasks": []}
     adapted = {**some, "lora_r": 4, "dtype": "bfloat16", "bf16": True, "rows_per_forward": 2, "max_steps": 2}
     alone = {"bf16": {"bf16": True, "max_steps": 1}, "adapted": adapted, "resumed": whole}
     uneven = {"decoder": "threshold:block_length=8,threshold=0.3", "max_resamples": 2, "max_steps": 2}
