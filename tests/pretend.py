@@ -1,6 +1,6 @@
 """A GPU that is none: decoders and trainings on a device of its own, whose tensors hold CPU numbers.
 
-``python pretend.py decode``, ``train`` and ``benchmarks`` fail where an operation meets tensors of two devices, as on a GPU. The
+``python pretend.py decode``, ``train``, ``benchmarks`` fail where an operation meets tensors of two devices, as on a GPU. The
 first two fail also where results are not the CPU's, and where the host waits for the device more often than is written here.
 The device is registered for the whole process.
 """

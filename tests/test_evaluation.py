@@ -114,6 +114,7 @@ def test_intervals_by_hand() -> None:
 def test_early_stop_changes_passes_alone_and_compilation_nothing(model: str, tmp_path: Path) -> None:
     settings = {"decoder": ["full", "semi-ar:block_length=8,temperature=1"], "task": ["countdown"]}
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # of other tests
     for name in ("stops", "whole", "compiled"):
         evaluate(config(model, tmp_path / name, early_stop=name != "whole", compile=name == "compiled", **settings))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1  # one shape

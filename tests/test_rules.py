@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import PROMPTS, SEEDS, toy
-from unmask import Decoder, MaskedLM, UserError, decode, make_decoder
+from conftest import PROMPTS, SEEDS, toy, toy_that_ends
+from unmask import Decoder, DiffusionGRPOConfig, MaskedLM, UserError, decode, decode_each, make_decoder
 
 L = 16
 LM = toy()
@@ -29,22 +29,33 @@ RULES = {
 }
 
 
+LENGTHS = [
+    "rho-eos:block_length=8,threshold=0.3,initial_length=8",
+    "rho-eos:block_length=16,threshold=0.2,initial_length=40",
+]
+LENGTHS += [
+    "rho-eos:block_length=48,initial_length=24,steps=16,stable=1",
+    "eoser:steps=32,initial_length=16",
+]
+
+
 def restated(lm: MaskedLM, prompt: str, decoder: Decoder) -> tuple[list[int], list[int]]:
     """Tokens and steps of a greedy decode, by the rules' formulas."""
-    ids = lm.encode([prompt])[0][0].tolist()
+    ids, L = lm.encode([prompt])[0][0].tolist(), decoder.max_new_tokens
     canvas, steps, plan = [lm.mask_id] * L, [-1] * L, decoder.plan
+    length = min(decoder.initial_length or L, L)
     credit: list[dict[int, float]] = [{} for _ in range(L)]
     last, run = [-1] * L, [0] * L
     for step in range(L):
         committed = sum(s >= 0 for s in steps)
-        if committed == L:
+        if min(steps[:length]) >= 0:
             break
         stage = next(i for i, done in enumerate(plan.done) if done > committed)
         with torch.no_grad():
-            logits = lm.model(torch.tensor([ids + canvas])).logits[0, len(ids) :].double()
+            logits = lm.model(torch.tensor([ids + canvas[:length]])).logits[0, len(ids) :].double()
         logits[:, lm.mask_id] = -torch.inf
-        found = []
-        for i in (i for i in range(plan.horizon[stage]) if steps[i] < 0):
+        found, ends = [], []
+        for i in (i for i in range(length if decoder.initial_length else plan.horizon[stage]) if steps[i] < 0):
             p = logits[i].softmax(-1)
             token = int(p.argmax())
             entropy = float(torch.special.entr(p).sum())
@@ -57,6 +68,9 @@ def restated(lm: MaskedLM, prompt: str, decoder: Decoder) -> tuple[list[int], li
                     fused[t] += decoder.credit * math.log(1 + c)
                 p = fused.softmax(-1)
                 token = int(p.argmax())
+            ends.append(token == lm.eos_id)
+            if i >= plan.horizon[stage]:
+                continue
             score = float(p[token]) if decoder.confidence == "low-confidence" else 1 - entropy / math.log(len(p))
             if decoder.eos == "reject" and token == lm.eos_id:
                 score *= decoder.gamma(plan.progress[stage])
@@ -78,7 +92,13 @@ def restated(lm: MaskedLM, prompt: str, decoder: Decoder) -> tuple[list[int], li
         for _, i, token, _ in found:
             if i in chosen:
                 canvas[i], steps[i] = token, step
-    return canvas, steps
+        if decoder.initial_length and step < 64:
+            share = sum(ends) / len(ends)
+            outside = max(0.4 - share, share - 0.6)
+            change = 8 * 2 ** min(3, max(0, math.ceil((outside + 1e-12) / 0.1) - 1)) if outside > 0 else 0
+            kept = max(i + 1 for i in range(L) if steps[i] >= 0)
+            length = max(kept, min(L, length + (change if share < 0.4 else -change)))
+    return canvas[:length] + [lm.eos_id] * (L - length), steps
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -90,6 +110,27 @@ def test_rules_by_hand(name: str, prompt: str) -> None:
     decoder = make_decoder(RULES[name], max_new_tokens=L)
     found = decode(LM, *LM.encode([prompt]), decoder)
     assert (found.tokens[0].tolist(), found.step[0].tolist()) == restated(LM, prompt, decoder)
+
+
+@pytest.mark.parametrize("spec", LENGTHS)
+def test_canvases_that_grow_and_shrink(spec: str) -> None:
+    """As the formula says, alone and in a batch; with early stop the same text; neither trained along nor with a template."""
+    lm, decoder = toy_that_ends(3), make_decoder(spec, max_new_tokens=48)
+    ids = lm.encode(PROMPTS)
+    found = decode(lm, *ids, decoder)
+    assert len(set((found.step >= 0).sum(1).tolist())) > 1
+    for i, prompt in enumerate(PROMPTS):
+        assert (found.tokens[i].tolist(), found.step[i].tolist()) == restated(lm, prompt, decoder)
+    assert lm.text(decode(lm, *ids, decoder, early_stop=True).tokens) == lm.text(found.tokens)
+    queue = decode_each(lm, PROMPTS, decoder, SEEDS, batch_size=2, early_stop=False)
+    each = {number: tokens for numbers, part in queue for number, tokens in zip(numbers, part.tokens, strict=True)}
+    assert all(torch.equal(each[i], found.tokens[i]) for i in range(len(PROMPTS)))
+    with pytest.raises(UserError, match="a template has its own"):
+        decode(lm, *ids, decoder, canvas=torch.full((len(PROMPTS), 48), lm.mask_id))
+    with pytest.raises(UserError, match="its canvas changes length"):
+        DiffusionGRPOConfig(output_dir="x", decoder=spec, max_completion_length=48)
+    with pytest.raises(UserError, match="blocks of 8 tokens cannot see"):
+        decode(toy(block_length=8), *ids, decoder)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -111,6 +152,8 @@ def test_rules_do_something(name: str) -> None:
         ("full:stable=1", "stable of decoder .* qualifies its threshold"),
         ("credit:temperature=1", "credit of decoder .* is for the most likely tokens"),
         ("eb:entropy_bound=-1", "entropy_bound of decoder .* is -1.0: choose 0 or more"),
+        ("rho-eos:initial_length=0", "initial_length of decoder .* is 0: choose 1 or more"),
+        ("rho-eos:cache=dual", "initial_length of decoder .* changes the canvas, which no cache follows"),
         ("less:stable=-1", "stable of decoder .* is -1: choose 0 or more"),
     ],
 )

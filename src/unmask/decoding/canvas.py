@@ -22,7 +22,7 @@ class Canvases:
     """A batch of rows, which may be at different steps, leave, and be joined by others."""
 
     ids: Tensor  # (B, P+L) int64, prompt and canvas
-    visible: Tensor  # (B, P+L) bool, False = padding
+    visible: Tensor  # (B, P+L) bool, False = padding, or behind the end of a canvas whose length changes
     rank: Tensor  # (B, L) int64, how many positions to fill are before each; a plan's blocks count these
     step: Tensor  # (B, L) int16, as in Trajectory
     logprob: Tensor  # (B, L) float32, as in Trajectory
@@ -77,6 +77,11 @@ class Canvases:
     def canvas(self) -> Tensor:
         """The canvas, (B, L): a view into ``ids``."""
         return self.ids[:, self.width :]
+
+    @property
+    def present(self) -> Tensor:
+        """Which columns the canvases have now, (B, L) bool, where their length changes: a view into ``visible``."""
+        return self.visible[:, self.width :]
 
     @property
     def attention_mask(self) -> Tensor | None:

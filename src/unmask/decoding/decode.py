@@ -21,6 +21,8 @@ from unmask.models.backbone import KVCache
 from unmask.models.head import Head
 from unmask.models.masked_lm import MaskedLM, Text
 
+FEW_ENDS, MANY_ENDS = 0.4, 0.6  # rho-EOS: between these shares of end tokens the length stays
+LENGTH_STEP, LENGTH_PASSES = 8, 64  # its smallest change in tokens, and how many passes may make one
 CREDIT_FADING, CREDIT_POWER = 0.8, 0.2  # beta and gamma of CreditDecoding
 
 
@@ -58,7 +60,8 @@ class DecodingLoop:
         self.decoder = decoder = decoder.within(self.block)
         self.plan = plan = decoder.plan
         # Then a row's step in the plan is the number of its passes. (In a model's own blocks the prompt begins the first.)
-        self.static = not decoder.adaptive and self.block is None
+        self.resizes = decoder.initial_length is not None
+        self.static = not (decoder.adaptive or self.resizes) and self.block is None
         self.confidence = Confidence.of(decoder.confidence)
         self.max_commit = max(plan.commits if self.static else plan.open)
 
@@ -107,7 +110,7 @@ class DecodingLoop:
         window, active = self.cache_window(rows, step, open_)
         if active is not None:
             open_ &= active[:, None]
-        flat = open_.flatten()
+        flat = (self.unfilled(rows) if self.resizes else open_).flatten()  # (all candidates tell the length)
         if self.static:  # as many as the plan says: no need to look
             flat = torch.nonzero_static(flat, size=sum(self.plan.open[s] for s in rows.passes))[:, 0]
         else:
@@ -143,7 +146,11 @@ class DecodingLoop:
             found = self.with_credit(rows, at, found)
         scores = torch.full(now.open.shape, -torch.inf, dtype=torch.float64, device=now.quota.device)
         scores[at] = self.score(rows, at, found, self.gammas[now.step])
+        if self.resizes:
+            scores.masked_fill_(~now.open, -torch.inf)
         self.commit(rows, at, found, self.choose(scores, now.quota, rows, at, found)[at])
+        if self.resizes:
+            self.resize(rows, at, found.tokens)
         rows.at += 1 if now.active is None else now.active
         rows.passes = [n + 1 for n in rows.passes] if now.active is None else rows.at.tolist()
 
@@ -158,7 +165,8 @@ class DecodingLoop:
             committed = self.plan.length - masked.sum(1)
             step = torch.searchsorted(self.done, committed, right=True)
             quota = self.done[step] - committed
-        return step, quota, masked & (rows.rank < self.horizon[step][:, None])
+        open_ = masked & (rows.rank < self.horizon[step][:, None])
+        return step, quota, open_ & rows.present if self.resizes else open_
 
     def _within_block(self, rows: Canvases, masked: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
         """``step_quota_and_mask`` where the model's own blocks are filled in turn: only a row's first unfinished one is open.
@@ -302,11 +310,33 @@ class DecodingLoop:
         for target, value in ((rows.canvas, found.tokens), (rows.logprob, found.logprob), (rows.step, rows.at[row])):
             target[row, column] = torch.where(chosen, value.to(target.dtype), target[row, column])
 
+    def unfilled(self, rows: Canvases) -> Tensor:
+        """What is still masked of the canvases as long as they are now, (B, L) bool."""
+        masked = rows.canvas == self.lm.mask_id
+        return masked & rows.present if self.resizes else masked
+
+    def resize(self, rows: Canvases, at: tuple[Tensor, Tensor], tokens: Tensor) -> None:
+        """Let canvases grow or shrink by the share of end tokens among their candidates (rho-EOS, arXiv 2601.22527).
+
+        The change doubles with every tenth that the share is further outside of the band, 8 times at most. What is committed
+        stays (the released code may cut it off).
+        """
+        ends, looked = (torch.zeros(rows.step.shape, dtype=torch.float64, device=tokens.device) for _ in range(2))
+        looked[at], ends[at] = 1.0, torch.isin(tokens, self.rejected).double()
+        share = ends.sum(1) / looked.sum(1).clamp(min=1)
+        few, many = FEW_ENDS - share, share - MANY_ENDS
+        tenths = ((torch.maximum(few, many) + 1e-12) / 0.1).ceil()
+        change = (LENGTH_STEP * 2 ** (tenths - 1).clamp(0, 3)).long()
+        length = rows.present.sum(1) + torch.where(few > 0, change, torch.where(many > 0, -change, 0))
+        kept = ((rows.rank + 1) * (rows.canvas != self.lm.mask_id)).amax(1)
+        wanted = rows.rank < torch.maximum(length, kept)[:, None]
+        rows.present.copy_(torch.where((rows.at < LENGTH_PASSES)[:, None], wanted, rows.present))
+
     def finished(self, rows: Canvases) -> list[int]:
         """Rows that are done: committed whole, or with early stop up to their first end token."""
         if self.static and not self.early_stop:
             return [i for i, n in enumerate(rows.passes) if n == self.plan.steps]
-        unfinished = rows.canvas == self.lm.mask_id
+        unfinished = self.unfilled(rows)
         if self.early_stop:
             unfinished &= torch.isin(rows.canvas, self.end_ids).cumsum(1) == 0
         return [i for i, more in enumerate(unfinished.any(1).tolist()) if not more]
@@ -321,7 +351,10 @@ class DecodingLoop:
             self.cache, self.cached_horizon = None, -1
         elif self.cache is not None:
             self.cache.take(torch.cat([stay + i * len(rows) for i in range(self.decoder.copies)]))
-        return rows.take(stay), rows.take(torch.tensor(leave, device=device))
+        done = rows.take(torch.tensor(leave, device=device))
+        if self.resizes:  # their texts end where the canvases do
+            done.canvas.masked_fill_(~done.present, self.lm.eos_id)
+        return rows.take(stay), done
 
 
 def _seeds(decoder: Decoder, batch: int, seeds: Tensor | torch.Generator | None) -> Tensor:
@@ -350,8 +383,15 @@ def start(
         canvas = torch.full((len(prompt), length), lm.mask_id, device=prompt.device)
     elif decoder.cache in APPROXIMATE and canvas.shape[1] > length:
         raise UserError(f"cache={decoder.cache} needs a canvas without fixed tokens: set cache=none for a template")
+    elif decoder.initial_length is not None:
+        raise UserError(
+            f"decoder {decoder.name!r} chooses the canvas length, and a template has its own: leave initial_length out"
+        )
     numbers = range(len(prompt)) if numbers is None else numbers
-    return Canvases.new(prompt, prompt_mask, canvas, lm.mask_id, seeds.to(prompt.device), numbers)
+    rows = Canvases.new(prompt, prompt_mask, canvas, lm.mask_id, seeds.to(prompt.device), numbers)
+    if decoder.initial_length is not None:
+        rows.present[:, decoder.initial_length :], rows.padded = False, True
+    return rows
 
 
 def read_together(lm: MaskedLM, parts: Sequence[tuple[Canvases, Pass]]) -> list[Candidates]:
@@ -410,7 +450,7 @@ def decode(
         parts = list(loop.run(rows))
     else:
         streamer.put(prompt)
-        parts = list(loop.run(rows, on_pass=lambda rows: streamer.put_draft(rows.canvas[0])))
+        parts = list(loop.run(rows, on_pass=lambda rows: streamer.put_draft(rows.canvas[0][rows.present[0]])))
         streamer.put(parts[0].canvas[0].cpu())
         streamer.end()
     order = torch.tensor([number for part in parts for number in part.numbers]).argsort()

@@ -64,6 +64,9 @@ class Decoder:
     """CreditDecoding's alpha: tokens that were the most likely before are scored, and chosen, as if more likely."""
     entropy_bound: float | None = None
     """Also commit, in order of score, while the candidates' entropies without the largest sum to so many nats (EB-Sampler)."""
+    initial_length: int | None = None
+    """The canvas begins with so many tokens, and grows and shrinks up to ``max_new_tokens`` with the share of end tokens among
+    the candidates (rho-EOS)."""
     cache: Literal["auto", "none", "exact", "prefix", "dual"] = "auto"
     """``exact``: keep keys and values of finished blocks, which later ones do not change; block-causal models only, and what
     ``auto`` means there. Approximate, in models with full attention: within a block of the plan, reuse keys and values of what
@@ -90,6 +93,7 @@ class Decoder:
             ("stable", 0 <= self.stable < 2**15, f"0 or more, less than {2**15}"),
             ("credit", 0 <= self.credit < float("inf"), "0 or more"),
             ("entropy_bound", self.entropy_bound is None or 0 <= self.entropy_bound < float("inf"), "0 or more"),
+            ("initial_length", self.initial_length is None or self.initial_length > 0, "1 or more"),
             ("max_new_tokens", self.max_new_tokens < 2**15, f"less than {2**15}"),
         ):
             if not fine:
@@ -103,6 +107,10 @@ class Decoder:
             raise UserError(
                 f"credit of decoder {self.name!r} is for the most likely tokens and their probabilities: set temperature=0, "
                 "confidence=low-confidence, and another eos than exclude"
+            )
+        if self.initial_length and self.cache not in ("auto", "none"):
+            raise UserError(
+                f"initial_length of decoder {self.name!r} changes the canvas, which no cache follows: set cache=none"
             )
         plan = self.plan  # refuses an impossible plan at once
         if self.cache in APPROXIMATE and not any(a == b < plan.length for a, b in pairwise(plan.horizon)):
@@ -136,6 +144,10 @@ class Decoder:
                 raise UserError(f"cache=exact needs a block-causal model, and this one's attention is full: {other}")
             return self.replace(cache="none") if self.cache == "auto" else self
         blocks = f"the model's blocks of {block} tokens"
+        if self.initial_length:
+            raise UserError(
+                f"decoder {self.name!r} changes the canvas as a whole, which {blocks} cannot see: leave initial_length out"
+            )
         if self.cache in APPROXIMATE:
             raise UserError(f"cache={self.cache} approximates what cache=exact keeps exactly in {blocks}: use that")
         own = block if self.block_length is None or self.block_length % block == 0 else self.block_length
@@ -237,6 +249,7 @@ PRESETS: Registry[dict[str, Any]] = Registry(
         "less": {"block_length": 32, "threshold": 0.75, "stable": 2},
         "credit": {"block_length": 32, "threshold": 0.8, "credit": 0.7},
         "eb": {"confidence": "entropy", "entropy_bound": 0.1},
+        "rho-eos": {"block_length": 32, "threshold": 0.9, "initial_length": 64},
         "hybrid": {"schedule": "ascending", "block_length": 32},
         "dream": {"confidence": "entropy", "temperature": 0.2, "top_p": 0.95},  # the same
     },

@@ -47,7 +47,7 @@ def candidates(budget: int, length: int, early_stop: bool, cfg_scales: list[floa
 def _presets(budget: int, length: int) -> Iterator[str]:
     for name, settings in PRESETS.items():
         block = settings.get("block_length", length)
-        if length % block or settings.get("top_p", 1) < 1:
+        if length % block or settings.get("top_p", 1) < 1 or "initial_length" in settings:
             continue
         yield name
         if "schedule" not in settings and make_decoder(name, max_new_tokens=length).passes > budget:

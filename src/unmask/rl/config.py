@@ -85,6 +85,9 @@ class TrajectoryConfig(RunConfig):
         for message, wrong in {
             f"cache={decoder.cache} samples from an approximation of the policy: leave it out": decoder.cache
             in APPROXIMATE,
+            "its canvas changes length, and an update sees one length: leave initial_length out": bool(
+                decoder.initial_length
+            ),
             "compile needs batches of one shape, and under a threshold rows leave early: switch it off": together,
             **self.unfit(decoder),
         }.items():
