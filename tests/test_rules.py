@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import PROMPTS, SEEDS, toy, toy_that_ends
-from unmask import Decoder, DiffusionGRPOConfig, MaskedLM, UserError, decode, decode_each, make_decoder
+from unmask import Decoder, DiffusionGRPOConfig, MaskedLM, UserError, decode, decode_each, make_decoder, replay
 
 L = 16
 LM = toy()
@@ -125,6 +125,8 @@ def test_canvases_that_grow_and_shrink(spec: str) -> None:
     queue = decode_each(lm, PROMPTS, decoder, SEEDS, batch_size=2, early_stop=False)
     each = {number: tokens for numbers, part in queue for number, tokens in zip(numbers, part.tokens, strict=True)}
     assert all(torch.equal(each[i], found.tokens[i]) for i in range(len(PROMPTS)))
+    with pytest.raises(UserError, match="its states are not known"):
+        replay(lm, found)
     with pytest.raises(UserError, match="a template has its own"):
         decode(lm, *ids, decoder, canvas=torch.full((len(PROMPTS), 48), lm.mask_id))
     with pytest.raises(UserError, match="its canvas changes length"):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unmask.decoding.trajectory import Trajectory
+from unmask.errors import UserError
 from unmask.models.backbone import KVCache
 from unmask.models.head import Head, score_tokens
 from unmask.models.masked_lm import MaskedLM
@@ -96,7 +97,13 @@ def score_each_state(
     Args:
         fn: (head, hidden states (N, d), tokens=(N,) that the trajectory ends with there) -> its result.
         masked: look at all masked positions instead of those that the step commits.
+
+    Raises UserError for a trajectory whose canvas changed its length, which its states do not say.
     """
+    if trajectory.decoder.get("initial_length"):
+        name = trajectory.decoder["name"]
+        changed = f"the canvas changed its length under decoder {name!r}"
+        raise UserError(f"{changed}, so its states are not known: leave initial_length out")
     width = trajectory.prompt.shape[1]
     for s in range(trajectory.steps):
         state = trajectory.state(s)
