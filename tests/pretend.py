@@ -2,7 +2,7 @@
 
 ``python pretend.py decode``, ``train``, ``benchmarks`` fail where an operation meets tensors of two devices, as on a GPU. The
 first two fail also where results are not the CPU's, and where the host waits for the device more often than is written here.
-The device is registered for the whole process.
+Run with PYTHONPATH=. from the project's folder; the device is registered for the whole process.
 """
 
 from __future__ import annotations
