@@ -31,7 +31,7 @@ FULL = {
     "memory": "",
     "checkpoint": "",
 }
-"""LLaDA-8B's shape."""
+"""What the lines are filled in with, at LLaDA-8B's shape, and for a dry run."""
 SMALL = "--vocabulary 256 --d-model 32 --n-layers 1 --n-heads 2 --mlp-hidden-size 64"
 DRY = {
     "shape": SMALL,

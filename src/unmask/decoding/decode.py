@@ -321,9 +321,9 @@ class DecodingLoop:
         The change doubles with every tenth that the share is further outside of the band, 8 times at most. What is committed
         stays (the released code may cut it off).
         """
-        ends, looked = (torch.zeros(rows.step.shape, dtype=torch.float64, device=tokens.device) for _ in range(2))
-        looked[at], ends[at] = 1.0, torch.isin(tokens, self.rejected).double()
-        share = ends.sum(1) / looked.sum(1).clamp(min=1)
+        ends, looked = torch.zeros(2, len(rows), dtype=torch.float64, device=tokens.device)
+        ends.index_add_(0, at[0], torch.isin(tokens, self.rejected).double())
+        share = ends / looked.index_add_(0, at[0], torch.ones_like(tokens, dtype=torch.float64)).clamp(min=1)
         few, many = FEW_ENDS - share, share - MANY_ENDS
         tenths = ((torch.maximum(few, many) + 1e-12) / 0.1).ceil()
         change = (LENGTH_STEP * 2 ** (tenths - 1).clamp(0, 3)).long()

@@ -101,9 +101,7 @@ def score_each_state(
     Raises UserError for a trajectory whose canvas changed its length, which its states do not say.
     """
     if trajectory.decoder.get("initial_length"):
-        name = trajectory.decoder["name"]
-        changed = f"the canvas changed its length under decoder {name!r}"
-        raise UserError(f"{changed}, so its states are not known: leave initial_length out")
+        raise UserError("the canvas changed its length, so its states are not known: leave initial_length out")
     width = trajectory.prompt.shape[1]
     for s in range(trajectory.steps):
         state = trajectory.state(s)
