@@ -16,7 +16,7 @@ from benchmarks.config import STAND_IN, BenchDecode
 from benchmarks.reference import load_reference, reference_decode
 from unmask.decoding import Decoder, decode, make_decoder
 from unmask.decoding.canvas import Canvases
-from unmask.decoding.decode import DecodingLoop
+from unmask.decoding.loop import DecodingLoop
 from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
 from unmask.evaluation.evaluate import task_prompts

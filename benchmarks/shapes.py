@@ -25,7 +25,7 @@ from benchmarks import common
 from benchmarks.config import BenchShapes
 from unmask.decoding import make_decoder
 from unmask.decoding.canvas import Canvases
-from unmask.decoding.decode import DecodingLoop
+from unmask.decoding.loop import DecodingLoop
 from unmask.decoding.score import score_states
 from unmask.models import head
 from unmask.models.adapters import adapter_config, add_adapter

@@ -22,7 +22,7 @@ from benchmarks.common import in_subprocess
 from benchmarks.config import BenchDecode, BenchGap, BenchMemory, BenchRL, BenchShapes
 from benchmarks.reference import counterpart
 from unmask import MaskedLM, UserError, decode, make_decoder
-from unmask.decoding.decode import DecodingLoop
+from unmask.decoding.loop import DecodingLoop
 
 SHAPE = {"d_model": 32, "n_layers": 2, "mlp_hidden_size": 64, "repeats": 1}
 SMALL = {**SHAPE, "steps": (2, 4), "length": 16, "prompt": 8, "vocabulary": 200}

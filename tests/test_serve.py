@@ -27,8 +27,8 @@ from conftest import PROMPTS, toy, toy_that_ends
 from serving import client, fetch, send_and_leave, serving
 from unmask.cli import main
 from unmask.decoding import make_decoder
-from unmask.decoding.decode import DecodingLoop
 from unmask.decoding.generate import PreparedRow
+from unmask.decoding.loop import DecodingLoop
 from unmask.models.masked_lm import MaskedLM
 from unmask.serve.engine import Completion
 from unmask.serve.service import Service

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from conftest import PROMPTS, SEEDS, toy
 from unmask import MaskedLM, Trajectory, UserError, decode, decode_each, make_decoder, replay
 from unmask.decoding.canvas import Canvases
-from unmask.decoding.decode import DecodingLoop
+from unmask.decoding.loop import DecodingLoop
 from unmask.decoding.sampling import candidates
 from unmask.models import head as head_module
 from unmask.models.backbone import KVCache

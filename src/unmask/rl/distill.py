@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from unmask.decoding import Decoder
 from unmask.decoding.canvas import Canvases
-from unmask.decoding.decode import DecodingLoop
+from unmask.decoding.loop import DecodingLoop
 from unmask.decoding.sampling import TOKEN, Candidates, uniform_noise
 from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError

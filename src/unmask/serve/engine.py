@@ -16,9 +16,10 @@ from typing import Any, Literal
 import torch
 
 from unmask.decoding.canvas import Canvases
-from unmask.decoding.decode import DecodingLoop, Pass, read_together, start
+from unmask.decoding.decode import start
 from unmask.decoding.decoder import APPROXIMATE, Decoder
 from unmask.decoding.generate import PreparedRow, until
+from unmask.decoding.loop import DecodingLoop, Pass, read_together
 from unmask.decoding.sampling import Candidates
 from unmask.decoding.trajectory import Trajectory
 from unmask.errors import UserError
