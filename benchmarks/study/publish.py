@@ -2,7 +2,7 @@
 
 The cells of ``runs/study/STUDY`` go to ``docs/results/study/STUDY`` with the tables and the figure that follow from them, and
 the tables that its file names go into docs/results.md or docs/results-rl.md, between ``<!-- study STUDY: TITLE -->`` and
-``<!-- end -->``. A study need not be finished. ``tune``: the searches in ``runs/tune/TASK-BUDGET``, which go to
+``<!-- end -->``. A study need not be finished. ``tune``: the searches in ``runs/tune/NAME-BUDGET``, which go to
 ``docs/results`` and docs/tune.md.
 """
 
@@ -14,6 +14,7 @@ import shutil
 import sys
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -59,8 +60,8 @@ def figure(folder: Path) -> Figure:
 def searches() -> str:
     """A table of the committed searches of ``unmask tune``."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in SEARCHES.glob("tune-*.json")]
-    found.sort(key=lambda search: (list(search["config"]["tasks"]), search["config"]["budget"]))
-    headings = ["task", "budget", "winner", "best preset", "decoders", "passes spent"]
+    found.sort(key=lambda search: (_model(search), list(search["config"]["tasks"]), search["config"]["budget"]))
+    headings = ["model", "task", "budget", "winner", "best preset", "decoders", "passes spent"]
     headings += ["winner on test: NFE", "solved % [95 %]", "best preset on test: NFE", "solved % [95 %]", "difference"]
     rows = []
     for search in found:
@@ -70,6 +71,7 @@ def searches() -> str:
                 f"a search of {settings['tasks']} is for {settings['metric']}: the table is of problems solved"
             )
         row = [
+            _model(search),
             *settings["tasks"],
             str(settings["budget"]),
             *(test[side]["decoder"] for side in ("winner", "best_preset")),
@@ -78,7 +80,11 @@ def searches() -> str:
         for entry in (test["winner"], test["best_preset"]):
             row += [f"{entry['nfe']:.1f}", percent(entry["solved"], entry["solved_interval"])]
         rows.append([*row, points(test["difference"], test["difference_interval"])])
-    return Table(headings, rows, 4).markdown()
+    return Table(headings, rows, 5).markdown()
+
+
+def _model(search: dict[str, Any]) -> str:
+    return str(search["config"]["model"]["name"])
 
 
 def with_tables(text: str) -> str:
