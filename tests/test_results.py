@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.report.study import read_study
 from benchmarks.study import publish
+from benchmarks.study.lines import read_cells
 from unmask.results.statistics import pareto_front
 
 STUDIES = sorted(p.parent for p in publish.RESULTS.glob("*/cells.jsonl"))
@@ -21,6 +22,8 @@ def documents() -> str:
 @pytest.mark.parametrize("folder", STUDIES, ids=lambda p: p.name)
 def test_tables_and_figures_follow_from_the_cells(folder: publish.Path) -> None:
     assert (folder / "table.md").read_text() == publish.tables(folder)[0]
+    # A study begun from the committed cells does none of them again: what its file asks for has their keys.
+    assert {line["key"] for line in read_cells(folder)} <= publish.study(folder.name)[1].labels.keys()
     cells = read_study(folder, folder.name).cells
     drawn = re.findall(r"<!-- (.*?) -->", (folder / "front.svg").read_text())  # its texts
     for task in {cell["task"] for cell in cells}:

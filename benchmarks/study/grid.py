@@ -119,7 +119,7 @@ def _training_key(training: DiffusionGRPOConfig | None) -> str:
     )
 
 
-_LATER = ("leap_radius", "leap_threshold", "stable", "credit", "entropy_bound")
+_LATER = ("leap_radius", "leap_threshold", "stable", "credit", "entropy_bound", "initial_length")
 
 
 def _deciding(decoder: Decoder) -> dict[str, Any]:
