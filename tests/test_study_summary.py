@@ -227,6 +227,29 @@ def test_a_mean_over_an_axis_takes_its_values_for_further_seeds() -> None:
     assert pooled.splitlines()[:7] == plain.splitlines()[:7] and note in pooled and note not in plain
 
 
+def test_the_area_under_a_preset_by_hand() -> None:
+    """Two decoders of one preset, at 4 and 16 used passes; between 2 and 32 its curve is 0, a slope and level."""
+    study = [
+        *(
+            pivot_line(solved, passes + 0.5, decoder=d)
+            for d, passes, solved in (("a", 4, "1000"), ("a:steps=9", 16, "1110"))
+        ),
+        pivot_line("1100", 2.5, decoder="b:steps=2"),
+    ]
+    area = (0 * 1 + 2 * (0.25 + 0.75) / 2 + 1 * 0.75) / 4
+    text = shown(study, rows=["decoder"], show=["solved"], area=[2, 32], against=["decoder"])
+    rows = {line.split(" | ")[0]: line for line in text.splitlines()}
+    assert rows["| a"].startswith(f"| a | {100 * area:.1f} [") and rows["| b"].startswith("| b | 50.0 [")
+    assert f"{100 * (0.5 - area):+.1f} [" in rows["| b"] and len([line for line in rows if line.startswith("| ")]) == 4
+    # One problem at a time: the area of every problem's own curve, in the mean and paired.
+    alone = [
+        shown([{**c, "solved": c["solved"][i]} for c in study], rows=["decoder"], show=["solved"], area=[2, 32])
+        for i in range(4)
+    ]
+    each = [float(text.split("| a | ")[1].split(" ")[0]) for text in alone]
+    assert np.mean(each) == pytest.approx(100 * area, abs=0.1)
+
+
 TRAINED = {"cells": [trained("0011", decoder, "cj", 0) for decoder in ("full", "ass")], "mean_over": ["train.decoder"]}
 EVERY, ONE = {"rows": ["task", "decoder", "x"]}, {"rows": ["decoder"]}
 
@@ -248,6 +271,8 @@ EVERY, ONE = {"rows": ["task", "decoder", "x"]}, {"rows": ["decoder"]}
         ({**ONE, "where": {"x": None, "task": "u"}}, "no cell is in the table 'T': change its where"),
         ({**ONE, "columns": ["x"]}, "two cells share a place in the table 'T': add task or plan to its rows"),
         ({**EVERY, "against": ["equal passes"]}, "unknown comparison in the table 'T'"),
+        ({**EVERY, "area": [4]}, "the table 'T' is of an area: give it show"),
+        ({**EVERY, "area": [32, 4], "show": ["solved"]}, "the table 'T' is of an area: give it show"),
         ({**EVERY, "show": ["accuracy"]}, "unknown show of table 1 of tables 'accuracy'"),
         ({**EVERY, "colour": "red"}, "unknown parameter of table 1 of tables 'colour'"),
     ],

@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks.study import SEEDS, Values
 from benchmarks.study.statistics import Bootstrap, holm, student_half_width, student_p
+from unmask.config import split_spec
 from unmask.results.statistics import wilson
 from unmask.results.tables import METRICS
 
@@ -33,7 +34,7 @@ class Group:
         self.seeds = [tuple(line["cell"].get(k) for k in pooled) for line in lines]
         self.problems = [line["problems"] for line in lines]
         self.budget: Values = lines[0]["budget"]
-        solved = [np.array([c == "1" for c in line["solved"]], dtype=float) for line in lines]
+        solved = [np.array([float(share) for share in line["solved"]]) for line in lines]
         points, possible = ([np.array(line[k], dtype=float) for line in lines] for k in ("points", "possible"))
         self.shares = {"solved": (solved, [np.ones_like(s) for s in solved]), "score": (points, possible)}
 
@@ -65,6 +66,28 @@ def groups_of(lines: Sequence[Values], pooled: Sequence[str] = SEEDS) -> Groups:
         setting = {k: v for k, v in line["cell"].items() if k not in pooled}
         found.setdefault(json.dumps(setting), []).append(line)
     return {key: Group(json.loads(key), own, pooled) for key, own in found.items()}
+
+
+def area_lines(lines: Sequence[Values], passes: Sequence[float]) -> list[Values]:
+    """Lines of presets instead of decoders: the area under accuracy against used passes.
+
+    A preset's curve joins the means of its decoders with straight lines over log2 passes, is 0 left of the first and level
+    right of the last; its area is the curve's mean over log2 passes between the two ``passes``. As a sum of the decoders'
+    shares it has a value a problem, in ``solved``, so what is paired and drawn by problem stays so.
+    """
+    grid = np.linspace(math.log2(passes[0]), math.log2(passes[1]), 1001)
+    curves: dict[str, list[Values]] = {}
+    for line in lines:
+        preset = split_spec(line["cell"]["decoder"])[0]
+        curves.setdefault(json.dumps({**line["cell"], "decoder": preset}), []).append(line)
+    found = []
+    for cell, own in curves.items():
+        own.sort(key=lambda line: float(np.mean(line["nfe"])))
+        used = np.log2([np.mean(line["nfe"]) for line in own])
+        weights = [np.interp(grid, used, unit, left=0).mean() for unit in np.eye(len(own))]
+        shares = weights @ np.array([[float(c) for c in line["solved"]] for line in own])
+        found.append({**own[-1], "cell": json.loads(cell), "solved": shares.tolist()})
+    return found
 
 
 def summarize(
@@ -116,7 +139,9 @@ def _cell(group: Group, bootstrap: Bootstrap) -> Values:
     for metric in METRICS:
         interval = _interval(group.draws(metric, bootstrap), group.by_seed(metric), 0)
         row |= {metric: group.mean(metric), f"{metric}_interval": interval}
-    if row["seeds"] == 1 or row["solved"] in (0, 1):  # as in an evaluation; right where all or none are solved
+    counted = isinstance(group.lines[0]["solved"], str)
+    # As in an evaluation; right where all or none are solved.
+    if counted and (row["seeds"] == 1 or row["solved"] in (0, 1)):
         row["solved_interval"] = list(wilson(int(solved[0].sum()), row["problems"]))
     row |= {name: group.average(name) for name in ("nfe", "length")}
     tokens_per_forward = group.average("committed") / row["nfe"]

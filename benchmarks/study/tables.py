@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from benchmarks.study import PLAN, SEEDS, Values, distinct
-from benchmarks.study.summary import ALPHA, summarize
-from unmask.config import build
+from benchmarks.study.summary import ALPHA, area_lines, summarize
+from unmask.config import build, split_spec
 from unmask.errors import UserError, unknown
 from unmask.results.tables import METRICS, QUANTITIES, Table, plain, points, quantity
 
@@ -34,6 +34,8 @@ class Pivot:
     """Quantities of a cell."""
     mean_over: list[str] = field(default_factory=list)
     """Axes of the training over which a number is the mean, as it is over the seeds: their values count as further seeds."""
+    area: list[float] = field(default_factory=list)
+    """From how many passes to how many: not decoders but presets, by the area under their accuracy against used passes."""
     against: list[str] = field(default_factory=list)
     """Comparisons: axes, ``training`` or ``equal passes``; differences of solved, or of the score where that alone is shown."""
 
@@ -90,6 +92,8 @@ def pivots(
                 raise UserError(f"table {number} of tables lacks {key}: add it")
         pivot = build(Pivot, table, f"table {number} of tables")
         own = f"the table {pivot.title!r}"
+        if pivot.area and (len(pivot.area) != 2 or not 1 <= pivot.area[0] < pivot.area[1] or pivot.show != ["solved"]):
+            raise UserError(f"{own} is of an area: give it show [solved] and area [least, most] passes, from 1 on")
         if pivot.title in [before.title for before in found]:
             raise UserError(f"two of tables have the title {pivot.title!r}: choose one for each")
         if not pivot.show and not pivot.against:
@@ -103,9 +107,13 @@ def pivots(
                 if name not in known:
                     raise unknown(f"{what} {own}", name, known)
         if finished:
-            _check_places(pivot, cells)
+            _check_places(pivot, [_of_preset(cell) for cell in cells] if pivot.area else cells)
         found.append(pivot)
     return found
+
+
+def _of_preset(cell: Values) -> Values:
+    return {**cell, "decoder": split_spec(cell["decoder"])[0], PLAN: 0}
 
 
 def _check_places(pivot: Pivot, cells: Sequence[Values]) -> None:
@@ -134,10 +142,13 @@ def read_out(
     lines: Sequence[Values], compare: Sequence[str] = (), baselines: Sequence[str] = (), pivots: Sequence[Pivot] = ()
 ) -> tuple[Values, list[Table]]:
     """``summarize``'s summary, and the tables that have cells in it so far."""
-    over = dict.fromkeys([(), *(tuple(pivot.mean_over) for pivot in pivots)])
-    summaries = {axes: summarize(lines, compare, baselines, axes) for axes in over}
-    found = (_table(pivot, summaries[tuple(pivot.mean_over)]) for pivot in pivots)
-    return summaries[()], [table for table in found if table.rows]
+    asked = dict.fromkeys([((), ()), *((tuple(pivot.mean_over), tuple(pivot.area)) for pivot in pivots)])
+    summaries = {
+        (axes, area): summarize(area_lines(lines, area) if area else lines, compare, () if area else baselines, axes)
+        for axes, area in asked
+    }
+    found = (_table(pivot, summaries[tuple(pivot.mean_over), tuple(pivot.area)]) for pivot in pivots)
+    return summaries[(), ()], [table for table in found if table.rows]
 
 
 def _table(pivot: Pivot, summary: Values) -> Table:
@@ -178,7 +189,13 @@ def _starred(row: Values, metric: str) -> str:
 
 
 def _notes(pivot: Pivot, summary: Values) -> Iterator[str]:
-    if len(pivot.show) == 1 and not pivot.against:
+    if pivot.area:
+        least, most = map(plain, pivot.area)
+        yield (
+            f"Shown: area under accuracy against used passes, the mean over log2 passes from {least} to {most}: a preset's "
+            "decoders joined by straight lines, 0 left of the first, level right of the last."
+        )
+    elif len(pivot.show) == 1 and not pivot.against:
         yield f"Shown: {QUANTITIES[pivot.show[0]]}."
     runs = sorted({cell["seeds"] for cell in summary["cells"] if "updates" in cell["budget"]})
     if pivot.mean_over and runs:
