@@ -92,12 +92,14 @@ def pivots(
                 raise UserError(f"table {number} of tables lacks {key}: add it")
         pivot = build(Pivot, table, f"table {number} of tables")
         own = f"the table {pivot.title!r}"
-        if pivot.area and (len(pivot.area) != 2 or not 1 <= pivot.area[0] < pivot.area[1] or pivot.show != ["solved"]):
-            raise UserError(f"{own} is of an area: give it show [solved] and area [least, most] passes, from 1 on")
         if pivot.title in [before.title for before in found]:
             raise UserError(f"two of tables have the title {pivot.title!r}: choose one for each")
         if not pivot.show and not pivot.against:
             raise UserError(f"{own} shows nothing: set show or against")
+        if pivot.area and (len(pivot.area) != 2 or not 1 <= pivot.area[0] < pivot.area[1]):
+            raise UserError(f"area of {own} is {pivot.area}: give the least and the most passes, from 1 on")
+        if pivot.area and {*pivot.show} - {"solved"}:
+            raise UserError(f"{own} is of areas of problems solved: set show to [solved], or [] beside against")
         for what, names, known in (
             ("axis of the training in mean_over of", pivot.mean_over, of_training),
             ("axis in", [*pivot.rows, *pivot.columns, *pivot.where], [a for a in axes if a not in pivot.mean_over]),
