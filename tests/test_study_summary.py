@@ -271,7 +271,7 @@ EVERY, ONE = {"rows": ["task", "decoder", "x"]}, {"rows": ["decoder"]}
         ({**ONE, "where": {"x": None, "task": "u"}}, "no cell is in the table 'T': change its where"),
         ({**ONE, "columns": ["x"]}, "two cells share a place in the table 'T': add task or plan to its rows"),
         ({**EVERY, "against": ["equal passes"]}, "unknown comparison in the table 'T'"),
-        ({**EVERY, "area": [4]}, r"area of the table 'T' is \[4\]: give the least and the most passes"),
+        ({**EVERY, "area": [4]}, r"area of the table 'T' is \[4.0\]: give the least and the most passes"),
         ({**EVERY, "area": [32, 4]}, "give the least and the most passes"),
         ({**EVERY, "area": [4, 32]}, "the table 'T' is of areas of problems solved: set show to"),
         ({**EVERY, "show": ["accuracy"]}, "unknown show of table 1 of tables 'accuracy'"),
