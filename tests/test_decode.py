@@ -25,7 +25,10 @@ pytestmark = pytest.mark.usefixtures("no_global_randomness")
 SPECS = [name for name in PRESETS if name != "rho-eos"]  # whose states have no one length
 SPECS += ["full:confidence=margin", "full:confidence=entropy", "eoser:eos_tokens=eos+eot", "ass:blocks=3"]
 EXTRAS = ["temperature=1", "cfg_scale=0.7", "temperature=0.7,cfg_scale=0.5"]
-BATCHED = "full-random semi-ar:block_length=8 eoser-ass llada-eval threshold:block_length=8 dream"
+BATCHED = """
+full-random semi-ar:block_length=8 eoser-ass llada-eval threshold:block_length=8 dream
+localleap:block_length=8 less:block_length=8,threshold=0.5 credit:block_length=8 eb
+"""
 GREEDY = """
 full semi-ar:block_length=16 eoser eoser:eos_tokens=eos+eot,gamma_min=0 ass:blocks=3 eoser-ass llada-eval hard-eos
 threshold:threshold=0.3,block_length=16 full:eos=exclude,steps=7 hybrid:block_length=16 eoser:confidence=margin

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from conftest import toy
 from test_rl import ROWS, disturb, sampled, trainer
-from unmask import DiffusionGRPOConfig, DiffusionGRPOTrainer, UserError
+from unmask import DiffusionGRPOConfig, DiffusionGRPOTrainer, UserError, make_task
 from unmask.rl.objectives import (
     Objective,
     Scores,
@@ -25,6 +25,7 @@ from unmask.rl.objectives import (
     sum_of_views,
     token_weights,
 )
+from unmask.rl.rewards import MASK, progress
 from unmask.rl.rollout import score_rows
 
 JOINT = [
@@ -32,6 +33,7 @@ JOINT = [
     "espo:draws=1",
     "gdpo",
     "gdpo:points=2",
+    "coupled",
     "spg:block_length=4",
     "spg:block_length=8,draws=3,omega=0.3,beta=1",
 ]
@@ -131,7 +133,7 @@ OFFLINE |= {"per_device_train_batch_size": 8, "max_completion_length": 32, "max_
 
 
 def test_preferences_are_learned(tmp_path: Path) -> None:
-    """From a file, by hand at the first update, without sampling; a run that is cut goes on as it would have."""
+    """From a file, without sampling: masks, one update as one graph over all views, then what a training learns."""
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
     settings: dict[str, Any] = {**OFFLINE, "pairs": str(file)}
@@ -147,6 +149,13 @@ def test_preferences_are_learned(tmp_path: Path) -> None:
             hidden.sum(1) - view.scored.sum(1) == 32 - lengths
         ).all()  # what fills the canvas shows nobody the length
         assert torch.allclose(view.share, lengths / view.scored.sum(1) / 2)
+    offline.rollout = offline.sample(list(offline.train_dataset))  # type: ignore[call-overload]
+    expected, gradients = direct_gradient(offline, 0)
+    offline.lm.model.zero_grad()
+    assert float(offline.update(offline.model, offline.rollout, 0)) == pytest.approx(float(expected.detach()), rel=1e-5)
+    for name, p in offline.lm.model.named_parameters():
+        assert torch.allclose(p.grad, gradients[name], rtol=1e-3, atol=1e-5 * float(gradients[name].abs().max()))
+    offline.lm.model.zero_grad()
     offline.train()
     log = [entry for entry in offline.state.log_history if "loss" in entry]
     assert log[0]["loss"] == pytest.approx(math.log(2), abs=0.6) and log[-1]["preferred"] == 1.0
@@ -166,7 +175,8 @@ def test_preferences_are_learned(tmp_path: Path) -> None:
             {},
             "rows.jsonl:1, chosen: 61 tokens exceed max_completion_length 32",
         ),
-        ({"prompt": "a", "chosen": 5, "rejected": "c"}, {}, "rows.jsonl:1, chosen: the row.completion is 5, not text"),
+        ({"prompt": "a", "chosen": 5, "rejected": "c"}, {}, "rows.jsonl:1, chosen: the row.chosen is 5, not text"),
+        ("", {}, "rows.jsonl"),
         (PAIRS[0], {"objective": "cj"}, "objective cj samples its completions: leave pairs out"),
         (PAIRS[0], {"pairs": None}, "objective vrpo:draws=2 needs pairs: name their file"),
         (PAIRS[0], {"num_generations": 4}, "num_generations is 4: with pairs choose 2"),
@@ -176,7 +186,7 @@ def test_preferences_are_learned(tmp_path: Path) -> None:
 )
 def test_faulty_pairs(row: Any, settings: Any, message: str, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps(row) + "\n")
+    file.write_text(row and json.dumps(row) + "\n")
     values: dict[str, Any] = {**OFFLINE, "pairs": str(file), **settings}
     with pytest.raises(UserError, match=message):
         DiffusionGRPOTrainer(toy(), None, DiffusionGRPOConfig(output_dir=str(tmp_path / "run"), **values))
@@ -251,10 +261,10 @@ def direct_gradient(t: Any, iteration: int) -> tuple[Tensor, dict[str, Tensor]]:
     return loss, dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
-@pytest.mark.parametrize("name", JOINT)
-def test_two_passes_are_one_graph(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "block"), [*((name, None) for name in JOINT), ("espo", 8), ("spg:block_length=4", 8)])
+def test_two_passes_are_one_graph(name: str, block: int | None, tmp_path: Path) -> None:
     """Float64 (but for the norms, which are float32), off policy, three rows a pass against all views in one graph."""
-    lm = toy()
+    lm = toy() if block is None else toy(block_length=block)
     lm.model.double()
     beta = 0.0 if name.startswith("spg") else 0.2
     t = sampled(
@@ -277,6 +287,35 @@ def test_two_passes_are_one_graph(name: str, tmp_path: Path) -> None:
         for parameter, p in t.lm.model.named_parameters():
             limit = 1e-6 if "norm" in parameter or "ln_f" in parameter else 1e-10
             assert float((p.grad - gradients[parameter]).abs().max()) < limit
+
+
+def likelihood(scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
+    """A loss that is no function of ratios."""
+    loss = -scores.advantages * (scores.share[..., None] * scores.new).square().sum((0, 2))
+    return loss, torch.zeros_like(loss)[:, None], torch.zeros_like(loss)[:, None]
+
+
+@pytest.mark.parametrize("iterations", [1, 2])
+def test_a_loss_of_ones_own_sees_the_log_probabilities(iterations: int, tmp_path: Path) -> None:
+    """Whatever it looks at: with one inner iteration and no penalty too, where the shipped losses need no first pass."""
+    t = trainer(tmp_path, objective="espo", num_iterations=iterations, rows_per_forward=3)
+    t.objective = Objective(find_objective("espo").views, fresh=True, loss=likelihood)
+    t.rollout = t.sample(ROWS)
+    for iteration in range(iterations):
+        expected, gradients = direct_gradient(t, iteration)
+        t.lm.model.zero_grad()
+        assert float(t.update(t.model, t.rollout, iteration)) == pytest.approx(float(expected.detach()), rel=1e-5)
+        for name, p in t.lm.model.named_parameters():
+            assert torch.allclose(p.grad, gradients[name], rtol=1e-3, atol=1e-5 * float(gradients[name].abs().max()))
+
+
+@pytest.mark.parametrize("objective", ["cj", "espo"])
+def test_dropout_is_refused(objective: str, tmp_path: Path) -> None:
+    """Wherever it comes from: an update would see another policy than the one that sampled."""
+    lm = toy()
+    lm.model.add_module("own", torch.nn.Dropout(0.1))
+    with pytest.raises(UserError, match=r"own drops out with probability 0\.1: set it to 0"):
+        trainer(tmp_path, lm, objective=objective)
 
 
 def test_single_tokens_through_the_loss_of_all_views(tmp_path: Path) -> None:
@@ -315,17 +354,35 @@ class Kept:
         Kept.now -= self.size
 
 
-@pytest.mark.parametrize("names", [[f"espo:draws={n}" for n in (1, 4, 16)], [f"spg:draws={n}" for n in (2, 8, 32)]])
-def test_memory_does_not_grow_with_views(names: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "counts"), [("espo:draws", (1, 4, 16)), ("gdpo:points", (2, 8, 32)), ("spg:draws", (2, 8, 32))]
+)
+def test_memory_does_not_grow_with_views(name: str, counts: tuple[int, ...], tmp_path: Path) -> None:
     """One graph is alive at a time: 2, 8 and 32 views keep as much."""
     peaks = []
-    for name in names:
-        t = sampled(tmp_path, objective=name, rows_per_forward=16)
+    for count in counts:
+        t = sampled(tmp_path, objective=f"{name}={count}", rows_per_forward=16)
         Kept.now = Kept.peak = 0
         with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
             t.update(t.model, t.rollout, 0)
         peaks.append(Kept.peak)
     assert max(peaks) < 1.05 * min(peaks)
+
+
+def test_progress_pays_what_a_step_adds() -> None:
+    """A Sudoku with four gaps: none, three and all of them right, then a wrong one put in again."""
+    task = make_task("sudoku:style=compact,min_empty=4,max_empty=4", {})
+    problem = task.problems("test", 1)[0]
+    puzzle, solution = problem.truth["puzzle"], problem.truth["solution"]
+
+    def draft(right: int) -> str:
+        gaps = [i for i, cell in enumerate(puzzle) if cell == "0"]
+        cells = "".join(MASK if i in gaps[right:] else cell for i, cell in enumerate(solution))
+        rows = " ".join(f"{name}{cells[4 * i : 4 * i + 4]}" for i, name in enumerate("abcd"))
+        return f"<reasoning>{MASK}</reasoning><answer>{rows}</answer>"
+
+    drafts = [[draft(right) for right in (0, 3, 4, 1)]]
+    assert progress([""], [drafts[0][-1]], [problem], [task], drafts) == [[0.0, 0.75, 0.25, -0.75]]
 
 
 def test_steps_that_are_paid_for(tmp_path: Path) -> None:

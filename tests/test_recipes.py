@@ -141,10 +141,10 @@ def test_dry_runs_say_what_the_trainer_does(name: str, cfg: str, llada: str, dat
     assert "1 processes × 6 completions = 6 an update: 1 prompts × 6" in said
     mu, objective = c.num_iterations, trainer.objective
     scored = passes * (mu if objective.fresh else 1)  # fresh views are scored for each update
-    old = 0 if c.uses_recorded or mu == 1 or not objective.ratio else scored
+    old = 0 if c.uses_recorded or mu == 1 or objective.reads == "policy" else scored
     reference = scored * (c.beta > 0)
     joint = (
-        0 if objective.loss is None else passes * (mu - 1 if objective.ratio else mu)
+        0 if objective.loss is None else passes * (mu if objective.reads == "policy" else mu - 1)
     )  # the old policy's serve at first
     assert f"{old} forward passes for the old policy, {reference} for the reference, {joint} for the loss" in said
     assert "GiB a process" in said

@@ -105,9 +105,18 @@ def restated_loss(t: DiffusionGRPOTrainer, old_model: Any, reference: Any, itera
         end = next((i for i, token in enumerate(tokens) if token in lm.end_ids), len(tokens))
         per_view: list[list[torch.Tensor]] = []
         joint: dict[int, torch.Tensor] = {}
-        if args.objective == "cj":
-            canvases = [[x if step[i] < s else lm.mask_id for i, x in enumerate(tokens)] for s in range(max(step) + 1)]
-            states = [(c, [i for i in range(len(tokens)) if step[i] == s]) for s, c in enumerate(canvases)]
+        objective, _, parameter = args.objective.partition(":")
+        if objective in ("cj", "tracerl", "agrpo"):
+            merge = int(parameter.removeprefix("merge=")) if objective == "tracerl" else 1
+            first = range(0, max(step) + 1, merge)
+            canvases = [[x if step[i] < s else lm.mask_id for i, x in enumerate(tokens)] for s in first]
+            states = [
+                (c, [i for i in range(len(tokens)) if s <= step[i] < s + merge])
+                for s, c in zip(first, canvases, strict=True)
+            ]
+            if objective == "agrpo":  # which steps are drawn is tested below
+                drawn = sample_views(views, int(parameter.removeprefix("steps=")), t.rollout.seeds, iteration)
+                states = [(c, at if drawn[s].scored[b].any() else []) for s, (c, at) in enumerate(states)]
             prompts = [trajectory.prompt[b, padding:].tolist()] * len(states)
         else:  # the other views are checked by test_views_score_every_token
             width = trajectory.prompt.shape[1]
@@ -131,6 +140,8 @@ def restated_loss(t: DiffusionGRPOTrainer, old_model: Any, reference: Any, itera
             total = total + torch.stack([torch.stack(losses).mean() for losses in per_view]).mean() / len(rewards)
         elif args.loss_type == "grpo":
             total = total + torch.stack(every).mean() / len(rewards)
+        elif args.loss_type == "dr_grpo":
+            total = total + torch.stack(every).sum() / trajectory.tokens.shape[1] / len(rewards)
         else:
             ends = lm.lengths(trajectory.tokens).clamp(max=trajectory.tokens.shape[1] - 1) + 1
             count = int(ends.sum() if args.mask_after_eos else trajectory.tokens.numel())
@@ -158,6 +169,9 @@ SETTINGS = ("objective", "loss_type", "scale_rewards", "mask_after_eos", "beta")
         ("cj", "bnpo", "none", True, 0.3),
         ("one-step", "grpo", "none", True, 0.3),
         ("diffu", "bnpo", "group", False, 0.3),
+        ("tracerl:merge=2", "step", "none", False, 0.3),
+        ("tracerl:merge=3", "dr_grpo", "group", True, 0.0),
+        ("agrpo:steps=2", "step", "none", True, 0.3),
         ("coupled", "step", "group", True, 0.0),
         ("coupled", "grpo", "none", False, 0.3),
     ],
@@ -341,7 +355,10 @@ def test_lora_reference_is_the_model_without_its_adapter(tmp_path: Path) -> None
         ({"rows": [{"prompt": "x" * 2000}]}, "shorten the prompt"),
         ({"rewards": []}, "no reward function"),
         ({"reward_weights": [1.0, 2.0]}, "2 reward_weights for the reward functions digits"),
-        ({"peft_config": LoraConfig(r=2, lora_dropout=0.05, target_modules=["q_proj"])}, r"lora_dropout is 0\.05"),
+        (
+            {"peft_config": LoraConfig(r=2, lora_dropout=0.05, target_modules=["q_proj"])},
+            r"drops out with probability 0\.05: set it to 0",
+        ),
     ],
 )
 def test_wrong_settings_name_the_fix(tmp_path: Path, settings: dict[str, Any], message: str) -> None:

@@ -74,6 +74,14 @@ def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def offline(folder: Path) -> dict[str, Any]:
+    """Settings that learn from a file of pairs, which this writes."""
+    pairs = [{"prompt": f"make {n}", "chosen": f"{n} is it", "rejected": f"no {n}"} for n in range(8)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    own: dict[str, Any] = {"num_generations": 2, "num_iterations": 1, "pairs": str(folder / "pairs.jsonl"), "beta": 0.2}
+    return {**own, "reward_funcs": [], "tasks": []}
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "final" / "model.safetensors")
 
@@ -142,13 +150,17 @@ def test_killed_and_resumed_equals_uninterrupted(rewards: Path, toy_folder: str)
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("objective", [o for o in OWN_OBJECTIVES if o != "vrpo"])  # which has no inner iterations
+@pytest.mark.parametrize("objective", OWN_OBJECTIVES)
 def test_resumed_between_inner_iterations_equals_uninterrupted(
     objective: str, rewards: Path, toy_folder: str, tmp_path: Path
 ) -> None:
-    """Every objective, from the second of three updates of one rollout: metrics and weights are the same to the bit."""
-    own = {"justgrpo": {"decoder": "semi-ar:block_length=1"}, "spg": {"beta": 0.0}}.get(objective, {})
-    settings = config(tmp_path / "run", toy_folder, objective=objective, num_iterations=3, max_steps=3, **own)
+    """Every objective, from the second of three updates of one rollout: metrics and weights are the same to the bit.
+
+    ``vrpo``, which samples nothing, from the second of three updates.
+    """
+    own = {"justgrpo": {"decoder": "semi-ar:block_length=1"}, "spg": {"beta": 0.0}, "vrpo": offline(rewards)}
+    changes = {"objective": objective, "num_iterations": 3, "max_steps": 3, **own.get(objective, {})}
+    settings = config(tmp_path / "run", toy_folder, **changes)
     train(settings)
     whole, metrics = weights(tmp_path / "run"), read_lines(tmp_path / "run" / "metrics.jsonl")
     for made in ("final", "checkpoint-3"):
@@ -218,10 +230,7 @@ def test_engines_equal_one_process(rewards: Path, toy_folder: str) -> None:
     descent = {**some, "max_steps": 1, "trainer_args": {"optim": "sgd"}, "learning_rate": 1.0, "beta": 0.0}
     kinds |= {name: {**descent, "objective": name} for name in OWN_OBJECTIVES if name not in ("cj", "espo")}
     kinds["justgrpo"]["decoder"] = "semi-ar:block_length=1"
-    pairs = [{"prompt": f"make {n}", "chosen": f"{n} is it", "rejected": f"no {n}"} for n in range(8)]
-    (rewards / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    offline = {"num_generations": 2, "num_iterations": 1, "pairs": str(rewards / "pairs.jsonl"), "beta": 0.2}
-    kinds["vrpo"] |= {**offline, "reward_funcs": [], "tasks": []}
+    kinds["vrpo"] |= offline(rewards)
     adapted = {**some, "lora_r": 4, "dtype": "bfloat16", "bf16": True, "rows_per_forward": 2, "max_steps": 2}
     alone = {"bf16": {"bf16": True, "max_steps": 1}, "adapted": adapted, "resumed": whole}
     uneven = {"decoder": "threshold:block_length=8,threshold=0.3", "max_resamples": 2, "max_steps": 2}

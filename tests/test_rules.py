@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 
 from conftest import PROMPTS, SEEDS, toy, toy_that_ends
 from unmask import Decoder, DiffusionGRPOConfig, MaskedLM, UserError, decode, decode_each, make_decoder, replay
+from unmask.decoding.loop import DecodingLoop
 
 L = 16
-LM = toy()
+LM, ENDING = toy(), toy_that_ends(3)
 RULES = {
     "eb": "eb:entropy_bound=1.5",
     "eb, by probability": "eb:entropy_bound=3,confidence=low-confidence",
@@ -25,6 +27,7 @@ RULES = {
     "credit": "credit:block_length=8,threshold=0.4",
     "credit, strong": "credit:block_length=16,threshold=0.3,credit=3",
     "credit, slow": "credit:block_length=16,threshold=1,credit=5",
+    "with rejection": "localleap:block_length=8,threshold=0.2,leap_threshold=0.05,eos=reject,gamma_min=0.1",
     "all": "localleap:block_length=8,threshold=0.4,leap_threshold=0.1,stable=1,credit=1,eos=reject,entropy_bound=0.5",
 }
 
@@ -37,6 +40,24 @@ LENGTHS += [
     "rho-eos:block_length=48,initial_length=24,steps=16,stable=1",
     "eoser:steps=32,initial_length=16",
 ]
+
+
+def choice(decoder: Decoder, found: list[tuple[float, int, float]], quota: int, run: list[int]) -> set[int]:
+    """The positions that a pass commits, of candidates (score, position, entropy)."""
+    found = sorted(found, reverse=True)
+    chosen = {i for _, i, _ in found[:quota]}
+    if decoder.threshold is not None:
+        anchors = [i for score, i, _ in found if score >= decoder.threshold]
+        for score, i, _ in found:
+            near = any(abs(i - a) <= decoder.leap_radius for a in anchors) and score >= decoder.leap_threshold
+            if (i in anchors or (decoder.leap_radius and near)) and run[i] >= decoder.stable:
+                chosen.add(i)
+    if decoder.entropy_bound is not None:
+        for count in range(1, len(found) + 1):
+            entropies = [entropy for _, _, entropy in found[:count]]
+            if sum(entropies) - max(entropies) <= decoder.entropy_bound:
+                chosen |= {i for _, i, _ in found[:count]}
+    return chosen
 
 
 def restated(lm: MaskedLM, prompt: str, decoder: Decoder) -> tuple[list[int], list[int]]:
@@ -75,20 +96,9 @@ def restated(lm: MaskedLM, prompt: str, decoder: Decoder) -> tuple[list[int], li
             if decoder.eos == "reject" and token == lm.eos_id:
                 score *= decoder.gamma(plan.progress[stage])
             found.append((score, i, token, entropy))
-        found.sort(key=lambda entry: -entry[0])
-        quota = plan.done[stage] - committed
-        chosen = {i for _, i, _, _ in found[:quota]}
-        if decoder.threshold is not None:
-            anchors = [i for score, i, _, _ in found if score >= decoder.threshold]
-            for score, i, _, _ in found:
-                near = any(abs(i - a) <= decoder.leap_radius for a in anchors) and score >= decoder.leap_threshold
-                if (i in anchors or (decoder.leap_radius and near)) and run[i] >= decoder.stable:
-                    chosen.add(i)
-        if decoder.entropy_bound is not None:
-            for count in range(1, len(found) + 1):
-                entropies = [entropy for _, _, _, entropy in found[:count]]
-                if sum(entropies) - max(entropies) <= decoder.entropy_bound:
-                    chosen |= {i for _, i, _, _ in found[:count]}
+        chosen = choice(
+            decoder, [(score, i, entropy) for score, i, _, entropy in found], plan.done[stage] - committed, run
+        )
         for _, i, token, _ in found:
             if i in chosen:
                 canvas[i], steps[i] = token, step
@@ -108,8 +118,34 @@ def test_rules_by_hand(name: str, prompt: str) -> None:
     if not prompt.strip():
         return
     decoder = make_decoder(RULES[name], max_new_tokens=L)
-    found = decode(LM, *LM.encode([prompt]), decoder)
-    assert (found.tokens[0].tolist(), found.step[0].tolist()) == restated(LM, prompt, decoder)
+    lm = LM if decoder.eos == "keep" else ENDING
+    found = decode(lm, *lm.encode([prompt]), decoder)
+    assert (found.tokens[0].tolist(), found.step[0].tolist()) == restated(lm, prompt, decoder)
+
+
+@pytest.mark.parametrize("name", RULES)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_choices_by_hand(name: str, data: st.DataObject) -> None:
+    """Two rows of random scores, entropies and histories; thresholds that are met exactly; quotas of several tokens."""
+    decoder = make_decoder(RULES[name], max_new_tokens=L)
+    places = st.lists(st.integers(0, max(decoder.plan.open) - 1), min_size=1, unique=True)
+    scores, entropy = torch.full((2, L), -torch.inf, dtype=torch.float64), torch.zeros(2, L, dtype=torch.float64)
+    run, quotas, expected = torch.zeros(2, L, dtype=torch.int64), [], []
+    for row in range(2):
+        open_ = data.draw(places)
+        twentieths = data.draw(st.permutations(range(21)))
+        found = [(twentieths[i] / 20, i, data.draw(st.integers(0, 8)) / 4) for i in open_]
+        run[row] = torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=L, max_size=L)))
+        for score, i, h in found:
+            scores[row, i], entropy[row, i] = score, h
+        quotas.append(data.draw(st.integers(1, len(open_))))
+        expected.append(choice(decoder, found, quotas[-1], run[row].tolist()))
+    at = (scores > -torch.inf).nonzero(as_tuple=True)
+    rows: Any = SimpleNamespace(run=run)
+    candidates: Any = SimpleNamespace(entropy=entropy[at])
+    chosen = DecodingLoop(LM, decoder, False).choose(scores, torch.tensor(quotas), rows, at, candidates)
+    assert [{*row.nonzero()[:, 0].tolist()} for row in chosen] == expected
 
 
 @pytest.mark.parametrize("spec", LENGTHS)

@@ -23,10 +23,13 @@ from unmask.models.head import Head, score_tokens, token_logprob
 pytestmark = pytest.mark.usefixtures("no_global_randomness")
 
 CACHED = ["semi-ar:cache=dual", "threshold:cache=prefix,threshold=0.3", "hybrid:cache=dual,cfg_scale=0.5"]
+RULES = ["localleap:threshold=0.3,leap_threshold=0.1", "less:threshold=0.1,stable=1", "credit:threshold=0.4"]
+CACHED += ["less:threshold=0.1,stable=1,cache=dual", "credit:threshold=0.4,cache=prefix"]
 STATIC = ["full-random:temperature=1", "ass:confidence=entropy,cfg_scale=1", "semi-ar:cache=dual,block_length=16"]
 NINE = [PROMPTS[i % 4] + "abc"[i // 4] for i in range(9)]
-STOPPED = "semi-ar hybrid threshold dream semi-ar:temperature=1,cfg_scale=0.5 eoser:eos_tokens=eos+eot"
-BATCHED = ["full-random", "semi-ar", "threshold", "full:temperature=1", *CACHED]
+STOPPED = ["semi-ar", "hybrid", "threshold", "dream", "semi-ar:temperature=1,cfg_scale=0.5", "eoser:eos_tokens=eos+eot"]
+STOPPED += [*RULES, "eb:entropy_bound=2"]
+BATCHED = ["full-random", "semi-ar", "threshold", "full:temperature=1", *RULES, "eb:entropy_bound=2", *CACHED]
 WINDOWS = ["ass:blocks=3,cache=prefix", "threshold:threshold=0.2,cache=dual", "semi-ar:cfg_scale=0.5,cache=dual"]
 
 
@@ -35,7 +38,7 @@ def once(lm: MaskedLM, spec: str, **how: object) -> Trajectory:
     return decode(lm, ids, mask, make_decoder(spec, max_new_tokens=64), seeds=SEEDS, **how)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("spec", STOPPED.split())
+@pytest.mark.parametrize("spec", STOPPED)
 def test_early_stop_keeps_the_text_and_the_history(ending_lm: MaskedLM, spec: str) -> None:
     whole, short = once(ending_lm, spec), once(ending_lm, spec, early_stop=True)
     assert ending_lm.text(whole.tokens) == ending_lm.text(short.tokens)

@@ -241,6 +241,11 @@ def test_the_area_under_a_preset_by_hand() -> None:
     rows = {line.split(" | ")[0]: line for line in text.splitlines()}
     assert rows["| a"].startswith(f"| a | {100 * area:.1f} [") and rows["| b"].startswith("| b | 50.0 [")
     assert f"{100 * (0.5 - area):+.1f} [" in rows["| b"] and len([line for line in rows if line.startswith("| ")]) == 4
+    assert "| decoder | area % [95 %] | difference |" in text and "in points of area from the cell of decoder a" in text
+    twice = shown(
+        [*study, pivot_line("0000", 4.5, decoder="a:steps=8")], rows=["decoder"], show=["solved"], area=[2, 32]
+    )
+    assert f"| a | {100 * (2 * (0.125 + 0.75) / 2 + 0.75) / 4:.1f} [" in twice  # as many passes: their mean
     # One problem at a time: the area of every problem's own curve, in the mean and paired.
     alone = [
         shown([{**c, "solved": c["solved"][i]} for c in study], rows=["decoder"], show=["solved"], area=[2, 32])
@@ -273,6 +278,7 @@ EVERY, ONE = {"rows": ["task", "decoder", "x"]}, {"rows": ["decoder"]}
         ({**EVERY, "against": ["equal passes"]}, "unknown comparison in the table 'T'"),
         ({**EVERY, "area": [4]}, r"area of the table 'T' is \[4.0\]: give the least and the most passes"),
         ({**EVERY, "area": [32, 4]}, "give the least and the most passes"),
+        ({"rows": ["plan"], "area": [4, 32], "show": ["solved"]}, "unknown axis in the table 'T' 'plan'"),
         ({**EVERY, "area": [4, 32]}, "the table 'T' is of areas of problems solved: set show to"),
         ({**EVERY, "show": ["accuracy"]}, "unknown show of table 1 of tables 'accuracy'"),
         ({**EVERY, "colour": "red"}, "unknown parameter of table 1 of tables 'colour'"),

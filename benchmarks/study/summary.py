@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.integrate import trapezoid
 
 from benchmarks.study import SEEDS, Values
 from benchmarks.study.statistics import Bootstrap, holm, student_half_width, student_p
@@ -72,22 +73,31 @@ def area_lines(lines: Sequence[Values], passes: Sequence[float]) -> list[Values]
     """Lines of presets instead of decoders: the area under accuracy against used passes.
 
     A preset's curve joins the means of its decoders with straight lines over log2 passes, is 0 left of the first and level
-    right of the last; its area is the curve's mean over log2 passes between the two ``passes``. As a sum of the decoders'
-    shares it has a value a problem, in ``solved``, so what is paired and drawn by problem stays so.
+    right of the last; its area is the curve's mean over log2 passes between the two ``passes``. It is a sum of the decoders'
+    shares, with weights that follow from their mean passes, so it has a value a problem, in ``solved``.
     """
-    grid = np.linspace(math.log2(passes[0]), math.log2(passes[1]), 1001)
     curves: dict[str, list[Values]] = {}
     for line in lines:
         preset = split_spec(line["cell"]["decoder"])[0]
         curves.setdefault(json.dumps({**line["cell"], "decoder": preset}), []).append(line)
     found = []
     for cell, own in curves.items():
-        own.sort(key=lambda line: float(np.mean(line["nfe"])))
-        used = np.log2([np.mean(line["nfe"]) for line in own])
-        weights = [np.interp(grid, used, unit, left=0).mean() for unit in np.eye(len(own))]
-        shares = weights @ np.array([[float(c) for c in line["solved"]] for line in own])
-        found.append({**own[-1], "cell": json.loads(cell), "solved": shares.tolist()})
+        weights = area_weights([float(np.mean(line["nfe"])) for line in own], *passes)
+        shares = (weights @ np.array([[float(c) for c in line["solved"]] for line in own])).tolist()
+        found.append(
+            {**own[0], "cell": json.loads(cell), "solved": shares, "points": shares, "possible": [1.0] * len(shares)}
+        )
     return found
+
+
+def area_weights(used: Sequence[float], least: float, most: float) -> np.ndarray:
+    """What the shares at ``used`` passes weigh in the area between ``least`` and ``most`` passes; (decoders,) float64."""
+    places, number, count = np.unique(np.log2(used), return_inverse=True, return_counts=True)
+    low, high = math.log2(least), math.log2(most)
+    begin = min(max(low, places[0]), high)
+    grid = np.unique([begin, high, *places[(places > begin) & (places < high)]])
+    areas = [trapezoid(np.interp(grid, places, unit), grid) for unit in np.eye(len(places))]
+    return (np.array(areas) / count)[number] / (high - low)
 
 
 def summarize(

@@ -14,6 +14,7 @@ from unmask.results.tables import METRICS, QUANTITIES, Table, plain, points, qua
 
 AGAINST = {"training": "the untrained model", "equal passes": "the baseline of as many passes"}
 """What a cell is compared with, where that is not the first value of an axis."""
+AREA = "area % [95 %]"
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,11 @@ def pivots(
             raise UserError(f"area of {own} is {pivot.area}: give the least and the most passes, from 1 on")
         if pivot.area and {*pivot.show} - {"solved"}:
             raise UserError(f"{own} is of areas of problems solved: set show to [solved], or [] beside against")
+        unknowable = [*pivot.mean_over, *([PLAN, "equal passes"] if pivot.area else [])]  # an area is of many plans
         for what, names, known in (
             ("axis of the training in mean_over of", pivot.mean_over, of_training),
-            ("axis in", [*pivot.rows, *pivot.columns, *pivot.where], [a for a in axes if a not in pivot.mean_over]),
-            ("comparison in", pivot.against, [a for a in compared if a not in pivot.mean_over]),
+            ("axis in", [*pivot.rows, *pivot.columns, *pivot.where], [a for a in axes if a not in unknowable]),
+            ("comparison in", pivot.against, [a for a in compared if a not in unknowable]),
         ):
             for name in names:
                 if name not in known:
@@ -165,14 +167,17 @@ def _table(pivot: Pivot, summary: Values) -> Table:
         own = texts.setdefault(row, {})
         for what in pivot.show:
             text = quantity(cell, what)
-            own[column, QUANTITIES[what]] = text if what in METRICS else text.removesuffix(".0")
+            own[column, AREA if pivot.area else QUANTITIES[what]] = text if what in METRICS else text.removesuffix(".0")
         for axis, rows in differences.items():
             d = rows.get(str(cell["cell"]))
             own[column, _difference_heading(axis, pivot)] = _starred(d, pivot.metric) if d else ""
     columns = list(dict.fromkeys(column for own in texts.values() for column, _ in own))
     orders = [list(dict.fromkeys(values)) for values in zip(*columns, strict=True)]  # by the first axis, then the next
     columns.sort(key=lambda column: [order.index(value) for order, value in zip(orders, column, strict=True)])
-    kinds = [*(QUANTITIES[what] for what in pivot.show), *(_difference_heading(axis, pivot) for axis in pivot.against)]
+    kinds = [
+        *(AREA if pivot.area else QUANTITIES[what] for what in pivot.show),
+        *(_difference_heading(axis, pivot) for axis in pivot.against),
+    ]
     shown = [(c, k) for c in columns for k in kinds if any(own.get((c, k)) for own in texts.values())]
     named = len(kinds) > 1 or not pivot.columns
     headings = [" ".join([*column, *[kind] * named]) for column, kind in shown]
@@ -195,7 +200,7 @@ def _notes(pivot: Pivot, summary: Values) -> Iterator[str]:
         least, most = map(plain, pivot.area)
         yield (
             f"Shown: area under accuracy against used passes, the mean over log2 passes from {least} to {most}: a preset's "
-            "decoders joined by straight lines, 0 left of the first, level right of the last."
+            "decoders joined by straight lines, 0 left of the first, level right of the last. Intervals take passes as given."
         )
     elif len(pivot.show) == 1 and not pivot.against:
         yield f"Shown: {QUANTITIES[pivot.show[0]]}."
@@ -206,11 +211,12 @@ def _notes(pivot: Pivot, summary: Values) -> Iterator[str]:
             f"Mean over {', '.join(pivot.mean_over)} and the seeds, {many} trainings each, which intervals and tests take as "
             "a sample of such trainings."
         )
+    metric = "area" if pivot.area else pivot.metric
     for axis in pivot.against:
         if count := sum(d["axis"] == axis for d in summary["differences"]):
             other = AGAINST.get(axis) or f"the cell of {axis} {plain(summary['axes'][axis][0])}"
             yield (
-                f"{_difference_heading(axis, pivot).capitalize()}: in points of {pivot.metric} from {other}, paired "
+                f"{_difference_heading(axis, pivot).capitalize()}: in points of {metric} from {other}, paired "
                 f"by problem; a star where it is clear after Holm's adjustment over all {count} of this kind."
             )
 

@@ -168,7 +168,7 @@ class DiffusionGRPOConfig(TrajectoryConfig):
         ):
             if objective.pairs and not fine:
                 raise UserError(f"{name} is {getattr(self, name)}: with pairs choose {wanted}")
-        if self.beta and not objective.ratio:
+        if self.beta and objective.reads == "policy":
             raise UserError(f"beta is {self.beta}, but objective {self.objective} compares no policies: set it to 0")
 
     def unfit(self, decoder: Decoder) -> dict[str, bool]:

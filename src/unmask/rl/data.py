@@ -78,7 +78,7 @@ def _pair_rows(lm: MaskedLM, source: str, canvas: int) -> list[Row]:
                 if (length := len(ids["response"])) > canvas:
                     raise UserError(f"{length} tokens exceed max_completion_length {canvas}: raise it, or drop the row")
             except UserError as error:
-                raise UserError(f"{place}, {side}: {error}") from None
+                raise UserError(f"{place}, {side}: {str(error).replace('row.completion', f'row.{side}')}") from None
             row |= {"prompt": ids["prompt"].tolist(), side: ids["response"].tolist()}
         found.append(row)
     return found

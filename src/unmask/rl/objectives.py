@@ -110,8 +110,8 @@ class Objective:
             are the old policy's.
         fresh: whether every inner iteration has views of its own.
         loss: of the log-probabilities of all views together; None: the sum of each token's clipped surrogate.
-        ratio: whether that loss is of differences ``new - old`` and ``new - reference`` alone; one that is not has no clipping
-            and no KL penalty.
+        reads: what that loss looks at, so that no forward pass is made for the rest. ``ratios``: the differences ``new - old``
+            and ``new - reference`` alone; ``policy``: ``new`` alone, so there is no clipping and no KL penalty; ``all``: any.
         pairs: whether it learns from pairs of completions, of which the first is preferred, instead of samples.
         sampled: how many of its views each row scores in an update, drawn anew each time; None: all.
         unfit: what is wrong with a decoder for this objective, or nothing.
@@ -122,7 +122,7 @@ class Objective:
     fresh: bool = False
     to_the_end: bool = False
     loss: Loss | None = None
-    ratio: bool = True
+    reads: Literal["all", "ratios", "policy"] = "all"
     pairs: bool = False
     sampled: int | None = None
     unfit: Callable[[Decoder], str | None] = lambda decoder: None
@@ -250,7 +250,7 @@ def sum_of_views(scores: Scores) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @OBJECTIVES.register("coupled")
-@partial(Objective, fresh=True, loss=sum_of_views)
+@partial(Objective, fresh=True, loss=sum_of_views, reads="ratios")
 def coupled(trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[View]:
     """coupled-GRPO (DiffuCoder): the fully masked canvas and two complementary random masks.
 
@@ -304,7 +304,7 @@ class ESPO:
 
     def objective(self) -> Objective:
         check_at_least(self, 1, "draws")
-        return Objective(self.views, fresh=True, loss=sequence_surrogate)
+        return Objective(self.views, fresh=True, loss=sequence_surrogate, reads="ratios")
 
     def views(self, trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[View]:
         place, length = _places(trajectory), trajectory.tokens.shape[1]
@@ -327,7 +327,7 @@ class GDPO:
 
     def objective(self) -> Objective:
         check_at_least(self, 1, "points")
-        return Objective(self.views, fresh=True, loss=sequence_surrogate)
+        return Objective(self.views, fresh=True, loss=sequence_surrogate, reads="ratios")
 
     def views(self, trajectory: Trajectory, seeds: Tensor, iteration: int) -> Iterator[View]:
         place, ones, length = _places(trajectory), torch.ones_like(seeds), trajectory.tokens.shape[1]
@@ -359,7 +359,7 @@ class SPG:
         for name in ("omega", "prompt_masking"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} of objective spg is {getattr(self, name)}: choose 0 to 1")
-        return Objective(self.views, fresh=True, to_the_end=True, loss=self.loss, ratio=False)
+        return Objective(self.views, fresh=True, to_the_end=True, loss=self.loss, reads="policy")
 
     def views(self, trajectory: Trajectory, seeds: Tensor, iteration: int, lengths: Tensor) -> Iterator[View]:
         place, length = _places(trajectory), trajectory.tokens.shape[1]

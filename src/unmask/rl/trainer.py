@@ -42,8 +42,8 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
         train_dataset: a Task or several, or rows with ``prompt`` (text, or messages for the chat template), whose other columns
             go to the reward functions. Without it and without reward_funcs, ``args`` names both.
         eval_dataset: rows like these; by default the tasks' validation problems. Rows with ``problem`` and ``task`` are graded.
-        peft_config: train this adapter (by default that of ``args.lora_r``), without dropout; the reference policy is the model
-            without it.
+        peft_config: train this adapter (by default that of ``args.lora_r``); the reference policy is the model without it.
+            Dropout is refused.
     """
 
     config: DiffusionGRPOConfig
@@ -61,10 +61,6 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
     ) -> None:
         args.check_batch()
         arguments = trajectory_arguments(args)
-        if dropout := getattr(peft_config, "lora_dropout", 0):
-            raise UserError(
-                f"lora_dropout is {dropout}: set it to 0, or the policy that is optimized is not the one that sampled"
-            )
         lm = prepare_model(model, args, processing_class, peft_config)
         self.config = replace(args, model=lm.name)
         with arguments.main_process_first():  # one process fetches a data set, the others find it
@@ -117,7 +113,7 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
             rollout.old = trajectory.logprob[None]
         elif config.uses_recorded:
             rollout.old = torch.stack([v.scored * trajectory.logprob for v in self.views(rollout, 0)])[None]
-        elif config.num_iterations > 1 and self.objective.ratio:
+        elif config.num_iterations > 1 and self.objective.reads != "policy":
             with self.inference() as policy:
                 rollout.old = self.score_views(policy, rollout)
         return self._with_reference(rollout)
@@ -271,7 +267,7 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
         new = torch.zeros_like(scored, dtype=torch.float32)  # any value serves where the ratio is 1 and there is no KL
         if rollout.old is not None and iteration == 0:
             new = rollout.old[0]
-        elif rollout.old is not None or rollout.reference is not None or not self.objective.ratio:
+        elif rollout.old is not None or rollout.reference is not None or self.objective.reads != "ratios":
             with self.inference() as policy:
                 new = score_all(policy, rollout.trajectory, ViewRows.of(views), microbatches, self.widest)
         leaf, counted = new[:, active].requires_grad_(), self._counted(rollout.trajectory)
@@ -371,7 +367,7 @@ class DiffusionGRPOTrainer(TrajectoryTrainer):
                     f"{mismatch:.2g} nats a token, more than max_logprob_mismatch={self.config.max_logprob_mismatch:g}: switch "
                     "dropout off, or raise it"
                 )
-        compares = self.objective.ratio and self.config.pairs is None
+        compares = self.objective.reads != "policy" and self.config.pairs is None
         for name in ("ratio", "clip_fraction", "kl"):
             if not compares or (name == "kl" and self.config.beta == 0):
                 del found[name]

@@ -56,6 +56,12 @@ class TrajectoryTrainer(RunTrainer):
     def __init__(
         self, lm: MaskedLM, args: TrainingArguments, data: Data, callbacks: list[TrainerCallback] | None
     ) -> None:
+        for name, module in lm.model.named_modules():
+            if isinstance(module, torch.nn.Dropout) and module.p > 0:
+                raise UserError(
+                    f"{name} drops out with probability {module.p}: set it to 0 (lora_dropout, or the model's own), or the "
+                    "policy that is trained is not the one that decoded"
+                )
         self.reward_funcs, self.reward_weights = data.reward_funcs, data.weights
         decoder = self.config.rollout_decoder()
         if self.config.compile and decoder.cache == "auto":  # a cache's windows have many shapes
@@ -124,7 +130,7 @@ class TrajectoryTrainer(RunTrainer):
 
     def forward_passes(self, model: Any, microbatches: Sequence[Microbatch]) -> Iterator[Microbatch]:
         """The forward passes of one update, each to be followed by one backward pass; the last one synchronizes gradients."""
-        model.train()  # activation checkpointing asks for it; there is no dropout
+        model.train()  # activation checkpointing asks for it; dropout is refused
         for number, microbatch in enumerate(microbatches):
             last = number == len(microbatches) - 1
             self.accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed reads it in backward
