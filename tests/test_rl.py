@@ -429,3 +429,17 @@ def test_a_compiled_model_sees_few_shapes(tmp_path: Path, monkeypatch: pytest.Mo
     torch._dynamo.reset()
     assert shapes == {(4, width + 16) for width in (64, 128, 176)}
     assert graphs <= 7
+
+
+def test_a_compiled_block_model_samples_with_its_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache's windows have many shapes, so a rollout makes no graph; an update does."""
+    compile_whole = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_whole(self, **how, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    t = sampled(tmp_path, toy(block_length=8), compile=True)
+    graphs = torch._dynamo.utils.counters["stats"]
+    assert t.rollout.trajectory.decoder["cache"] == "exact" and graphs["unique_graphs"] == 0
+    t.update(t.model, t.rollout, 0)
+    assert graphs["unique_graphs"] > 0
+    torch._dynamo.reset()

@@ -63,10 +63,7 @@ class TrajectoryTrainer(RunTrainer):
                     "policy that is trained is not the one that decoded"
                 )
         self.reward_funcs, self.reward_weights = data.reward_funcs, data.weights
-        decoder = self.config.rollout_decoder()
-        if self.config.compile and decoder.cache == "auto":  # a cache's windows have many shapes
-            decoder = decoder.replace(cache="none")
-        self.decoder = decoder.within(lm.block_length)
+        self.decoder = self.config.rollout_decoder().within(lm.block_length)
         widest = data.widest(lm, self.config.max_completion_length)
         self.widest = widest if self.config.compile else 0
         self.pending_metrics: dict[str, float] = {}
@@ -101,7 +98,9 @@ class TrajectoryTrainer(RunTrainer):
 
     def _decode(self, rows: list[Row], decoder: Decoder, seeds: Tensor) -> Trajectory:
         prompts, size = [row["prompt"] for row in rows], self.config.rows_per_forward
-        with self.inference() as policy:
+        # A cache's windows have many shapes, so it is worth more than a compiled model.
+        stance = torch.compiler.set_stance("force_eager" if decoder.cache == "exact" else "default")
+        with self.inference() as policy, stance:
             return sample_trajectory(policy, prompts, decoder, seeds, size, self.widest)
 
     def _score(self, rows: list[Row], trajectory: Trajectory, texts: list[str]) -> Rewards:
