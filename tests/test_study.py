@@ -270,3 +270,6 @@ def test_training_budget_by_hand() -> None:
     # One view; the old policy's probabilities are computed too, as the sampled ones belong to other views.
     assert one["training_passes"] == 4 * (3 * (5 + 1 + 1) + 6 * 1)
     assert anew["training_passes"] == 4 * (3 * (5 + 5 + 5) + 6 * 5)
+    # In blocks of 8 a canvas of 16 takes ascending steps of 1, 2 and 5 tokens twice, which are three views.
+    in_blocks = DiffusionGRPOConfig(**{**values, "decoder": "ass", "max_completion_length": 16, "beta": 0.0})  # type: ignore[arg-type]
+    assert training_budget(in_blocks, 8)["training_passes"] == 4 * (3 * 6 + 6 * 3)
