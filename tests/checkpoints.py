@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +275,7 @@ def _write_seed_coder(folder: Path, config: dict[str, Any], seed: int, mask: dic
 
 
 BLOCKS = {"sdar": write_sdar, "sdar-moe": write_sdar_moe, "fast-dllm": write_fast_dllm, "llada2": write_llada2}
-BLOCKS |= {"diffcoder": write_diffcoder}
+BLOCKS |= {"diffcoder": write_diffcoder, "a2d-bd3lm": partial(write_qwen3_a2d, block_length=4)}
 WRITERS = {"llada": write_llada, "dream": write_dream, "qwen3-a2d": write_qwen3_a2d}
 WRITERS |= BLOCKS | {"llada-moe": write_llada_moe, "illada": write_illada}
 

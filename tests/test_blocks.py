@@ -20,7 +20,7 @@ from unmask.errors import UserError
 from unmask.models.backbone import FLEX
 from unmask.models.load import load
 from unmask.models.masked_lm import MaskedLM
-from unmask.rl.objectives import OBJECTIVES, ViewRows
+from unmask.rl.objectives import OBJECTIVES, ViewRows, find_objective
 from unmask.rl.rollout import score_rows
 from unmask.tasks import make_task
 from unmask.training.config import SFTConfig
@@ -107,6 +107,7 @@ def test_blocks_are_filled_in_turn_from_the_prompts_last(block_lm: MaskedLM) -> 
 PARENTS = {
     "sdar": "Qwen3",
     "sdar-moe": "Qwen3Moe",
+    "a2d-bd3lm": "Qwen3",
     "fast-dllm": "Qwen2",
     "llada2": "Glm4Moe",
     "llada-moe": "Qwen3Moe",
@@ -163,7 +164,7 @@ def gradient(lm: MaskedLM, loss: Tensor) -> Tensor:
     return torch.cat([p.grad.flatten() for p in lm.model.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("spec", ["full", "threshold:threshold=0.3", "ass", "eoser-ass:cfg_scale=1.5"])
+@pytest.mark.parametrize("spec", ["full", "full:steps=32", "threshold:threshold=0.3", "ass", "eoser-ass:cfg_scale=1.5"])
 def test_parallel_replay_is_sequential_replay(block_lm: MaskedLM, spec: str) -> None:
     """Step k of every block in one pass: log-probabilities and gradient of ``cj`` as state by state, in at most B passes."""
     found = decoded(block_lm, spec)
@@ -186,6 +187,26 @@ def test_parallel_replay_is_sequential_replay(block_lm: MaskedLM, spec: str) -> 
     assert torch.allclose(logprob, found.logprob[row, column], atol=2e-5)
     parallel = gradient(block_lm, (logprob * coefficient[row, column]).sum())
     assert float((parallel - sequential).abs().max() / sequential.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["one-step", "diffu", "coupled", "tracerl:merge=2", "espo", "spg:block_length=8"])
+def test_views_are_scored_block_by_block(block_lm: MaskedLM, name: str) -> None:
+    """Each token as in a row of its own: the finished blocks before its block, then that block as the view has it."""
+    found, lengths = decoded(block_lm, "full"), torch.full((len(PROMPTS),), L)
+    rows = ViewRows.of(find_objective(name).all_views(found.by_block(B), SEEDS, 0, lengths))
+    logprob, _, at, row, column = score_rows(block_lm, found, rows)
+    width = found.prompt.shape[1]
+    for i in range(0, len(row), 11):
+        padding = int((~found.prompt_mask[row[i]]).sum())
+        view, place = rows.ids[at[i], padding:], width - padding + int(column[i])
+        finished = torch.cat([view[: width - padding], found.tokens[row[i]]])
+        start = place // B * B
+        ids = torch.cat([finished[:start], view[start : start + B]])
+        logits = block_lm.model(ids[None]).logits[0, place].detach()
+        logits[block_lm.mask_id] = -torch.inf
+        assert float(logits.log_softmax(-1)[found.tokens[row[i], column[i]]]) == pytest.approx(
+            float(logprob[i]), abs=2e-5
+        )
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

@@ -18,13 +18,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from checkpoints import BLOCKS, WRITERS, write_llada
-from unmask import UserError, decode, load, make_decoder
+from unmask import SFTConfig, UserError, decode, load, make_decoder
 from unmask.cli import main
 from unmask.models.load import HUB_FILES, load_meta
 from unmask.models.memory import Workload, decoding_memory, training_memory
 from unmask.models.remote import RemoteLM
 from unmask.rl.config import DiffusionGRPOConfig
 from unmask.rl.run import train
+from unmask.training.sft import train as train_supervised
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.parametrize("name", WRITERS)
 def test_published_layouts_load_and_decode(name: str, folders: dict[str, str]) -> None:
     lm = load(folders[name])
-    assert str(lm.model.dtype) == ("torch.float32" if name == "qwen3-a2d" else "torch.bfloat16")  # the files' own
+    assert str(lm.model.dtype) == (
+        "torch.float32" if name in ("qwen3-a2d", "a2d-bd3lm") else "torch.bfloat16"
+    )  # the files' own
     role = name in ("llada2", "llada-moe")
     bracketed = name in ("diffcoder", "illada")  # their special tokens' names
     expected = (323, 300, 303 if role else 302, 300)
@@ -118,6 +121,49 @@ def test_the_whole_way(name: str, folders: dict[str, str], tmp_path: Path, capsy
     assert main(["export", adapter, str(tmp_path / "exported")]) == 0
     exported, original = (json.loads((Path(f) / "config.json").read_text()) for f in (tmp_path / "exported", model))
     assert exported["model_type"] == original["model_type"]
+
+
+EXPERTS = r".*mlp\.experts\.(gate_up|down)_proj"
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_supervised_adapters(name: str, folders: dict[str, str], tmp_path: Path) -> None:
+    """Trained on tasks with an adapter, of mixtures on their experts; a checkpoint merges to what was exported."""
+    settings: Any = {
+        "model": folders[name],
+        "tasks": ["sudoku:style=compact"],
+        "problems": [8],
+        "canvas": [160],
+        "max_steps": 2,
+    }
+    settings |= {
+        "per_device_train_batch_size": 2,
+        "save_steps": 2,
+        "validation_problems": 2,
+        "eval_steps": 2,
+        "lora_r": 2,
+    }
+    settings |= {"learning_rate": 1e-2, "warmup_steps": 0, "dtype": "float32", "bf16": False, "report_to": []}
+    mixture = name in ("sdar-moe", "llada-moe", "llada2")
+    if mixture:
+        settings["lora_target_modules"] = EXPERTS
+    final = load(str(train_supervised(SFTConfig(output_dir=str(tmp_path / "run"), **settings))), "float32")
+    before, after = load(folders[name], "float32").model.state_dict(), final.model.state_dict()
+    different = {k for k in before if not torch.equal(before[k], after[k])}
+    assert different and before.keys() == after.keys()
+    assert not mixture or all(".mlp.experts." in k for k in different)
+    merged = load(folders[name], "float32", adapter=str(tmp_path / "run" / "checkpoint-2"))
+    ids, mask = final.encode(["hello there", "an"])
+    assert torch.allclose(final.model(ids, mask).logits, merged.model(ids, mask).logits, atol=1e-4)
+
+
+def test_a_bd3lm_conversion_needs_its_block_length(folders: dict[str, str], tmp_path: Path) -> None:
+    for file in Path(folders["qwen3-a2d"]).iterdir():
+        (tmp_path / "Qwen3-0.6B-diffusion-bd3lm-v0.1").mkdir(exist_ok=True)
+        shutil.copy(file, tmp_path / "Qwen3-0.6B-diffusion-bd3lm-v0.1")
+    for read in (load, load_meta):
+        with pytest.raises(UserError, match=r"attends in blocks by its name, and its config\.json has no block_length"):
+            read(str(tmp_path / "Qwen3-0.6B-diffusion-bd3lm-v0.1"))
 
 
 def length(prompts: list[str], completions: list[str], **_: object) -> list[float]:
@@ -259,7 +305,16 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("sdar", config(block_size="4"), "has block_size='4', and SDARForCausalLM attends in blocks: set block_size to"),
     ("fast-dllm", config(bd_size=0), "has bd_size=0, and Fast_dLLM_QwenForCausalLM attends in blocks"),
     ("sdar", config(mask_token_id=900), "mask id 900 lies outside its vocabulary of 384"),
-    ("llada2", first_shard(Path.unlink), "cannot load"), ("sdar-moe", without_an_expert, "missing keys|cannot load"),
+    ("llada2", first_shard(Path.unlink), "cannot load"),
+    *(
+        (name, without_an_expert, r"missing keys .*experts\.3\.up_proj\.weight")
+        for name in ("sdar-moe", "llada2", "llada-moe")
+    ),
+    *(
+        (name, config(block_length=value), f"has block_length={value!r}, and .* attends in blocks: set block_length to")
+        for name in ("llada", "qwen3-a2d")
+        for value in (0, -4, "4", 4.0, True)
+    ),
     ("dream", config(max_position_embeddings=None), "cannot (load|read)"),
     ("llada", config(vocab_size="a"), "cannot (load|read)"), ("llada", written("tokenizer.json", None), r"no tokenizer\.json"),
     ("dream", config(mask_token_id=5), r"mask token is 323, its config\.json says 5"),

@@ -443,3 +443,12 @@ def test_a_compiled_block_model_samples_with_its_cache(tmp_path: Path, monkeypat
     t.update(t.model, t.rollout, 0)
     assert graphs["unique_graphs"] > 0
     torch._dynamo.reset()
+
+
+def test_an_update_in_blocks_takes_a_forward_a_step_of_a_block(tmp_path: Path) -> None:
+    """One token a step, 16 of them: eight forward passes or fewer, as many as a block has tokens."""
+    t = sampled(tmp_path, toy(block_length=8), decoder="full:steps=16", rows_per_forward=16)
+    passes: list[int] = []
+    t.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    t.update(t.model, t.rollout, 0)
+    assert t.rollout.trajectory.steps >= 16 and len(passes) <= 8

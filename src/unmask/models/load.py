@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoTokenizer,
     PreTrainedModel,
@@ -192,10 +192,11 @@ def family(folder: Path, trust_remote_code: bool = False) -> tuple[dict[str, Any
     alike = [kind for kind in _CLASSES if kind.config_class.model_type == model_type]
     kind = next((kind for kind in alike if _is_named(kind, config)), FAMILIES[model_type])
     field = getattr(kind, "block", None)
-    block = field and {**getattr(kind.config_class, "unsaid", {}), **config}.get(field)
-    if field and (not isinstance(block, int) or isinstance(block, bool) or block < 1):
-        says = f"{folder / 'config.json'} has {field}={block!r}, and {kind.__name__} attends in blocks"
-        raise UserError(f"{says}: set {field} to the block length that it was trained with")
+    named = field or "block_length"
+    block = {**getattr(kind.config_class, "unsaid", {}), **config}.get(named)
+    if (field or block is not None) and (not isinstance(block, int) or isinstance(block, bool) or block < 1):
+        says = f"{folder / 'config.json'} has {named}={block!r}, and {kind.__name__} attends in blocks"
+        raise UserError(f"{says}: set {named} to the block length that it was trained with")
     return config, kind
 
 
@@ -207,8 +208,17 @@ def _is_named(kind: Any, config: dict[str, Any]) -> bool:
 
 
 def _block_in_name(kind: Any, config: dict[str, Any], name: str) -> dict[str, int]:
-    """SDAR's block length where its config.json has none: the published ones are named ``…-b16``, or have 4."""
+    """SDAR's block length where its config.json has none: the published ones are named ``…-b16``, or have 4.
+
+    Raises UserError for a BD3LM conversion, whose files do not say that it attends in blocks.
+    """
     field = getattr(kind, "block", None)
+    a2d = kind.config_class.model_type.startswith("a2d-")
+    if a2d and "bd3lm" in name.lower() and config.get("block_length") is None:
+        raise UserError(
+            f"{name} attends in blocks by its name, and its config.json has no block_length: add the one that it was trained "
+            'with, "block_length": 32 for those published'
+        )
     if field != "block_size" or config.get(field) is not None:
         return {}
     found = re.search(r"-b(\d+)(?=[-/]|$)", name)
@@ -289,6 +299,7 @@ def _load_family(kind: Any, folder: Path, name: str, config: dict[str, Any], set
         known = f"{kind.__name__}, the one implemented for {config['model_type']}"
         raise UserError(f"{name} is refused: its architecture {architecture} is not {known}")
     settings = {**settings, **_block_in_name(kind, config, name)}
+    _check_experts(folder, config, name)
     model, report = kind.from_pretrained(folder, output_loading_info=True, local_files_only=True, **settings)
     vars(model.config).pop("auto_map", None)  # names Python files that are neither needed nor saved with the model
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
@@ -296,6 +307,20 @@ def _load_family(kind: Any, folder: Path, name: str, config: dict[str, Any], set
             some = f"{', '.join(keys[:4])} ({len(keys)} in all)"
             raise UserError(f"{name} is refused: {problem.replace('_', ' ')} {some}")
     return model
+
+
+def _check_experts(folder: Path, config: dict[str, Any], name: str) -> None:
+    """Raises UserError for experts that are not in the files: transformers, which stacks them, would not name them."""
+    keys: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            keys.update(tensors.keys())
+    found = [m for key in keys if (m := re.fullmatch(r"(.*\.experts)\.\d+\.(\w+\.weight)", key))]
+    expected = {f"{m[1]}.{n}.{m[2]}" for m in found for n in range(int(config.get("num_experts") or 0))}
+    if missing := sorted(expected - keys):
+        raise UserError(
+            f"{name} is refused: missing keys {', '.join(missing[:4])} ({len(missing)} in all): fetch it again"
+        )
 
 
 def _tokenizer(folder: Path, kind: Any, name: str) -> PreTrainedTokenizerBase:
