@@ -99,8 +99,8 @@ class TrajectoryTrainer(RunTrainer):
     def _decode(self, rows: list[Row], decoder: Decoder, seeds: Tensor) -> Trajectory:
         prompts, size = [row["prompt"] for row in rows], self.config.rows_per_forward
         # A cache's windows have many shapes, so it is worth more than a compiled model.
-        stance = torch.compiler.set_stance("force_eager" if decoder.cache == "exact" else "default")
-        with self.inference() as policy, stance:
+        eager = self.config.compile and decoder.cache == "exact"
+        with self.inference() as policy, torch.compiler.set_stance("force_eager" if eager else "default"):
             return sample_trajectory(policy, prompts, decoder, seeds, size, self.widest)
 
     def _score(self, rows: list[Row], trajectory: Trajectory, texts: list[str]) -> Rewards:
