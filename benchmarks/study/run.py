@@ -213,12 +213,16 @@ def _check_end(name: str, code: int, log: Path) -> None:
 def _commands(job: Job, folder: Path, cells: Lines, runs: Lines) -> Iterator[list[str]]:
     """The commands of a job that are still to run; what one has made is added to the lines before the next comes."""
     folder.mkdir(parents=True, exist_ok=True)
-    final = folder / "training" / "final"
+    final, budget = folder / "training" / "final", {}
     if job.training is not None:
         training = dataclasses.replace(job.training, output_dir=str(final.parent))
         save_config(training, folder / "training.yaml")
         if not final.is_dir():  # whole, if it is there
             yield ["rl", str(folder / "training.yaml")]
+        from unmask.models.load import load_meta
+
+        budget = training_budget(training, load_meta(str(final)).block_length)
+        runs.add(job.name, {"budget": budget, **_training_line(training)})
     for run in dict.fromkeys(cell.run for cell in job.cells):
         own = [cell for cell in job.cells if cell.run == run and cell.key not in cells.lines]
         if not own:
@@ -231,14 +235,8 @@ def _commands(job: Job, folder: Path, cells: Lines, runs: Lines) -> Iterator[lis
             batch_size=min(cell.evaluation.batch_size for cell in own),
         )
         yield ["eval", *_flags(evaluation)]
-        block = _block_length(folder / run)
-        budget = {} if job.training is None else training_budget(training, block)
         for cell in own:
-            nfe = cell.decoder.within(block).passes
-            cells.add(cell.key, {"budget": {"nfe": nfe, **budget}, **_cell_line(cell, folder / run)})
-    if job.training is not None:
-        budget = training_budget(training, _block_length(folder / job.cells[0].run))
-        runs.add(job.name, {"budget": budget, **_training_line(training)})
+            cells.add(cell.key, _cell_line(cell, folder / run, budget))
 
 
 def _flags(evaluation: EvalConfig) -> Iterator[str]:
@@ -267,16 +265,6 @@ def _training_line(config: DiffusionGRPOConfig) -> Values:
     return {"settings": settings, "metrics": metrics, "seconds": seconds}
 
 
-def _summary(folder: Path) -> Values:
-    """The summary of an evaluation."""
-    return read_json(folder / "summary.json", SUMMARY, f"remove {folder}, and it is evaluated again")
-
-
-def _block_length(folder: Path) -> int | None:
-    """Tokens of a block of the model that was evaluated; None: its attention is full."""
-    return _summary(folder)["config"]["model"].get("block_length")
-
-
 def training_budget(config: DiffusionGRPOConfig, block: int | None = None) -> dict[str, int]:
     """Updates, sampled completions, and the most forward passes of one row that sampling and updates together take: groups
     without variance are not computed, a threshold may need fewer steps, and validation is not counted.
@@ -294,17 +282,21 @@ def training_budget(config: DiffusionGRPOConfig, block: int | None = None) -> di
     }
 
 
-def _cell_line(cell: Cell, folder: Path) -> Values:
-    """What cells.jsonl says of a cell, from the run folder of its evaluation: one entry a problem, in their order."""
+def _cell_line(cell: Cell, folder: Path, budget: Values) -> Values:
+    """What cells.jsonl says of a cell, from the run folder of its evaluation: one entry a problem, in their order.
+
+    budget: that of its model's training.
+    """
     from unmask.evaluation.records import read_records
 
     (task,), (decoder,) = cell.evaluation.task, cell.evaluation.decoder
-    summary = _summary(folder)
+    summary = read_json(folder / "summary.json", SUMMARY, f"remove {folder}, and it is evaluated again")
     found = next(entry for entry in summary["cells"] if entry["decoder"] == decoder)
     records = read_records(folder / "records" / f"{slug(task)}--{slug(decoder)}.jsonl")
     ids = hashlib.sha256("\n".join(str(r["id"]) for r in records).encode()).hexdigest()[:16]
     model = summary["config"]["model"]
     return {
+        "budget": {"nfe": cell.decoder.within(model.get("block_length")).passes, **budget},
         "score_name": found["score_name"],
         "model": {"name": cell.evaluation.model, "weights": model["weights"], "dtype": model["dtype"]},
         "problems": ids,

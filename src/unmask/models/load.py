@@ -311,12 +311,13 @@ def _load_family(kind: Any, folder: Path, name: str, config: dict[str, Any], set
 
 def _check_experts(folder: Path, config: dict[str, Any], name: str) -> None:
     """Raises UserError for experts that are not in the files: transformers, which stacks them, would not name them."""
+    count = int(config.get("num_experts") or 0)
     keys: set[str] = set()
-    for file in folder.glob("*.safetensors"):
+    for file in sorted(folder.glob("*.safetensors")) if count else []:
         with safe_open(file, "pt") as tensors:
             keys.update(tensors.keys())
     found = [m for key in keys if (m := re.fullmatch(r"(.*\.experts)\.\d+\.(\w+\.weight)", key))]
-    expected = {f"{m[1]}.{n}.{m[2]}" for m in found for n in range(int(config.get("num_experts") or 0))}
+    expected = {f"{m[1]}.{n}.{m[2]}" for m in found for n in range(count)}
     if missing := sorted(expected - keys):
         raise UserError(
             f"{name} is refused: missing keys {', '.join(missing[:4])} ({len(missing)} in all): fetch it again"

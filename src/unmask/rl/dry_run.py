@@ -50,10 +50,10 @@ class Work:
         views = objective.all_views(row, torch.zeros(1, dtype=torch.int64), 0, torch.tensor([step.shape[1]]))
         every, mu, penalty = len(views), config.num_iterations, config.beta > 0
         fresh = mu if objective.fresh else 1
-        needs_old = mu > 1 and objective.reads != "policy"
-        # The old policy's scores are the first inner iteration's.
-        joint = mu - 1 if config.uses_recorded or needs_old else mu if penalty or objective.reads != "ratios" else 0
-        old = fresh if needs_old and not config.uses_recorded else 0
+        old = 0 if config.uses_recorded or mu == 1 or objective.reads == "policy" else fresh
+        joint = mu if penalty or objective.reads != "ratios" else 0
+        if config.uses_recorded or old:  # whose scores serve at first
+            joint = mu - 1
         return cls(
             decoder.plan.steps,
             every,
