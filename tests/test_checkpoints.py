@@ -158,12 +158,10 @@ def test_supervised_adapters(name: str, folders: dict[str, str], tmp_path: Path)
 
 
 def test_a_bd3lm_conversion_needs_its_block_length(folders: dict[str, str], tmp_path: Path) -> None:
-    for file in Path(folders["qwen3-a2d"]).iterdir():
-        (tmp_path / "Qwen3-0.6B-diffusion-bd3lm-v0.1").mkdir(exist_ok=True)
-        shutil.copy(file, tmp_path / "Qwen3-0.6B-diffusion-bd3lm-v0.1")
+    folder = shutil.copytree(folders["qwen3-a2d"], tmp_path / "Qwen3-0.6B-diffusion-bd3lm-v0.1")
     for read in (load, load_meta):
         with pytest.raises(UserError, match=r"attends in blocks by its name, and its config\.json has no block_length"):
-            read(str(tmp_path / "Qwen3-0.6B-diffusion-bd3lm-v0.1"))
+            read(str(folder))
 
 
 def length(prompts: list[str], completions: list[str], **_: object) -> list[float]:
